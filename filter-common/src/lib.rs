@@ -1,0 +1,295 @@
+//! What the packet path and the agent both know: map keys and values, reasons, limits and names.
+#![no_std]
+
+/// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
+/// under a directory of this number, so two layouts never meet in one map.
+pub const LAYOUT: u32 = 1;
+
+/// VLAN tags the parser follows. Linux unwraps stacked priority tags (VID 0) without limit, so a
+/// frame with more is dropped, not passed.
+pub const MAX_VLAN_TAGS: usize = 4;
+
+/// Extension headers the parser follows before the transport header. RFC 8200 section 4.1 lists six
+/// kinds that each occur at most once, destination options twice.
+pub const MAX_EXTENSION_HEADERS: usize = 8;
+
+/// Databases in a policy.
+pub const MAX_DATABASES: usize = 127;
+
+/// Database slots in the kernel, slot 0 excepted: enough for a reload that replaces every database,
+/// since a slot is not reused before its last packet was judged.
+pub const SLOTS: u32 = 256;
+
+/// The slot of packets that could be aimed at any database.
+pub const ANY_SLOT: u16 = 0;
+
+/// Rules in one database's allowlist.
+pub const MAX_RULES: usize = 30;
+
+/// Rule ids in the kernel: for each slot the allowlist, the cluster, the regional network and the
+/// Internet.
+pub const RULE_IDS: u32 = SLOTS * (MAX_RULES as u32 + 3);
+
+/// Longest name of a database or a region, in bytes.
+pub const MAX_NAME: usize = 60;
+
+/// Prefixes each LPM trie is made for, per address family, where the operator names no other number.
+pub const DEFAULT_MAX_PREFIXES: u32 = 1 << 20;
+
+/// Entries of the map of local addresses.
+pub const MAX_LOCALS: u32 = 16384;
+
+/// A transport protocol that a database can listen on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Protocol {
+    Tcp = 0,
+    Udp = 1,
+}
+
+impl Protocol {
+    pub const ALL: [Self; 2] = [Self::Tcp, Self::Udp];
+
+    /// This protocol's bit in a set of protocols.
+    pub const fn bit(self) -> u32 {
+        1 << self as u32
+    }
+
+    /// Number in the IP header (IANA protocol numbers).
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+}
+
+/// Entries of the port map: every port of every protocol.
+pub const PORTS: u32 = 2 << 16;
+
+/// Index of a port (host byte order) in the port map.
+pub const fn port_index(protocol: Protocol, port: u16) -> u32 {
+    ((protocol as u32) << 16) | port as u32
+}
+
+/// What the port map and the map of local addresses say of a port: which database it belongs to.
+/// Zero: none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct Guard(pub u32);
+
+impl Guard {
+    const BY_ADDRESS: u32 = 1 << 16;
+    const MONITOR: u32 = 1 << 17;
+
+    pub const fn new(slot: u16, monitor: bool) -> Self {
+        Self(slot as u32 | if monitor { Self::MONITOR } else { 0 })
+    }
+
+    /// The same guard for a port whose database depends on the local address.
+    pub const fn by_address(self) -> Self {
+        Self(self.0 | Self::BY_ADDRESS)
+    }
+
+    pub const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    pub const fn slot(self) -> u16 {
+        self.0 as u16
+    }
+
+    pub const fn is_by_address(self) -> bool {
+        self.0 & Self::BY_ADDRESS != 0
+    }
+
+    /// Whether drops are counted only.
+    pub const fn is_monitor(self) -> bool {
+        self.0 & Self::MONITOR != 0
+    }
+}
+
+/// Key of the map of local addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct LocalKey {
+    /// Network byte order; IPv4 as IPv4-mapped IPv6 (RFC 4291 section 2.5.5.2).
+    pub address: [u8; 16],
+    /// As `port_index`.
+    pub port: u32,
+}
+
+/// IPv4-mapped form of an IPv4 address, network byte order.
+pub const fn mapped(v4: [u8; 4]) -> [u8; 16] {
+    let [a, b, c, d] = v4;
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+}
+
+/// Data of an LPM key: the database, always matched whole, then the source address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct Source4 {
+    /// Database slot, big endian.
+    pub slot: [u8; 4],
+    /// Network byte order.
+    pub address: [u8; 4],
+}
+
+/// Data of an LPM key: the database, always matched whole, then the source address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct Source6 {
+    /// Database slot, big endian.
+    pub slot: [u8; 4],
+    /// Network byte order.
+    pub address: [u8; 16],
+}
+
+/// Bits of the database in front of the address in an LPM key.
+pub const SLOT_BITS: u32 = 32;
+
+/// The slot as it stands in an LPM key.
+pub const fn slot_key(slot: u16) -> [u8; 4] {
+    (slot as u32).to_be_bytes()
+}
+
+/// Why a packet for a protected port got its verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u32)]
+pub enum Reason {
+    /// An allowed prefix holds the source.
+    Allowed = 0,
+    /// No allowed prefix holds the source.
+    NotAllowed = 1,
+    /// A source that no host may have on the wire.
+    BadSource = 2,
+    /// The packet, or its first fragment, ends before the ports.
+    Truncated = 3,
+    /// Impossible header: version, IHL below 5, length below the header's or beyond the packet.
+    BadHeader = 4,
+    /// More than `MAX_VLAN_TAGS` tags.
+    VlanTags = 5,
+    /// More than `MAX_EXTENSION_HEADERS` extension headers.
+    ExtensionHeaders = 6,
+    /// The port belongs to different databases by address, and which address the packet ends at
+    /// cannot be told: source-routed, multicast or broadcast.
+    Destination = 7,
+    /// A map could not be read.
+    NoPolicy = 8,
+}
+
+impl Reason {
+    pub const ALL: [Self; 9] = [
+        Self::Allowed,
+        Self::NotAllowed,
+        Self::BadSource,
+        Self::Truncated,
+        Self::BadHeader,
+        Self::VlanTags,
+        Self::ExtensionHeaders,
+        Self::Destination,
+        Self::NoPolicy,
+    ];
+
+    /// The name in output and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::NotAllowed => "not-allowed",
+            Self::BadSource => "bad-source",
+            Self::Truncated => "truncated",
+            Self::BadHeader => "bad-header",
+            Self::VlanTags => "vlan-tags",
+            Self::ExtensionHeaders => "extension-headers",
+            Self::Destination => "destination",
+            Self::NoPolicy => "no-policy",
+        }
+    }
+}
+
+/// Counters of one slot: a row of reasons enforced, a row of reasons only monitored.
+const REASON_ROW: u32 = 16;
+
+/// Entries of the counter map.
+pub const COUNTERS: u32 = SLOTS * 2 * REASON_ROW;
+
+/// Index of a counter.
+pub const fn counter_index(slot: u16, reason: Reason, monitored: bool) -> u32 {
+    (slot as u32 * 2 + monitored as u32) * REASON_ROW + reason as u32
+}
+
+/// A text in a map value: what a slot or a rule id stands for, so that a restarted agent finds the
+/// names of what it left behind. Length zero: free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Name {
+    /// The slot of a rule's database; in the map of slots unused.
+    pub slot: u16,
+    pub length: u8,
+    pub text: [u8; MAX_NAME + 1],
+}
+
+impl Name {
+    pub const FREE: Self = Self {
+        slot: 0,
+        length: 0,
+        text: [0; MAX_NAME + 1],
+    };
+
+    /// `None` when the text is empty or longer than the field.
+    pub fn new(slot: u16, text: &str) -> Option<Self> {
+        let mut name = Self { slot, ..Self::FREE };
+        name.text.get_mut(..text.len())?.copy_from_slice(text.as_bytes());
+        name.length = text.len() as u8;
+        (name.length > 0).then_some(name)
+    }
+
+    /// `None` when free, or when the bytes are no text.
+    pub fn text(&self) -> Option<&str> {
+        let bytes = self.text.get(..self.length as usize)?;
+        core::str::from_utf8(bytes).ok().filter(|text| !text.is_empty())
+    }
+}
+
+/// Whether no host may have this source address on the wire: unspecified and "this network"
+/// (RFC 1122 section 3.2.1.3), loopback, multicast, limited broadcast. Network byte order.
+#[inline(always)]
+pub const fn is_bad_source4(address: [u8; 4]) -> bool {
+    let bits = u32::from_be_bytes(address);
+    let top = bits >> 24;
+    top == 0 || top == 127 || bits >> 28 == 0xe || bits == u32::MAX
+}
+
+/// Whether no host may have this source address on the wire: unspecified, loopback, multicast,
+/// IPv4-mapped (RFC 4291 section 2.5). Network byte order.
+#[inline(always)]
+pub const fn is_bad_source6(address: [u8; 16]) -> bool {
+    let bits = u128::from_be_bytes(address);
+    bits <= 1 || bits >> 120 == 0xff || bits >> 32 == 0xffff
+}
+
+const _: () = {
+    assert!(size_of::<Guard>() == 4);
+    assert!(size_of::<LocalKey>() == 20);
+    assert!(size_of::<Source4>() == 8);
+    assert!(size_of::<Source6>() == 20);
+    assert!(size_of::<Name>() == 64);
+    assert!((Reason::ALL.len() as u32) <= REASON_ROW);
+};
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::*;
+
+    // SAFETY: repr(C) or transparent over integers and byte arrays, no padding (sizes asserted
+    // above), every bit pattern valid.
+    unsafe impl aya::Pod for Guard {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for LocalKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Source4 {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Source6 {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Name {}
+}

@@ -1,0 +1,37 @@
+//! The XDP program: every frame that arrives on a filtered interface, to a verdict.
+#![no_std]
+#![no_main]
+
+mod parse;
+mod rules;
+
+use aya_ebpf::{
+    bindings::xdp_action::{XDP_DROP, XDP_PASS},
+    macros::xdp,
+    programs::XdpContext,
+};
+use rules::Outcome;
+
+/// Loaded as XDP *frags*: without it the kernel refuses to attach above an MTU of about a page.
+#[xdp(frags)]
+pub fn filter(ctx: XdpContext) -> u32 {
+    let outcome = rules::judge(&parse::parse(&ctx));
+    rules::count(&outcome);
+    match outcome {
+        Outcome::NotConcerned => XDP_PASS,
+        Outcome::LaterFragment => XDP_PASS,
+        Outcome::Allowed { .. } => XDP_PASS,
+        Outcome::Refused { monitor: true, .. } => XDP_PASS,
+        Outcome::Refused { monitor: false, .. } => XDP_DROP,
+    }
+}
+
+/// The kernel lets only GPL-compatible programs call the helpers used here.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {}
+}

@@ -1,0 +1,272 @@
+//! Packet bytes to addresses and ports, or a reason why they cannot be told. The only pointer code.
+
+use aya_ebpf::{EbpfContext as _, helpers::generated::bpf_xdp_get_buff_len, programs::XdpContext};
+use filter_common::{MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS, Protocol, Reason};
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
+
+const TCP: u8 = Protocol::Tcp.number();
+const UDP: u8 = Protocol::Udp.number();
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// Any transport protocol: where a packet ends before it says which.
+const ANY: u32 = Protocol::Tcp.bit() | Protocol::Udp.bit();
+
+/// Source and destination, network byte order.
+pub enum Addresses {
+    V4 { source: [u8; 4], destination: [u8; 4] },
+    V6 { source: [u8; 16], destination: [u8; 16] },
+}
+
+pub struct Segment {
+    pub addresses: Addresses,
+    pub protocol: Protocol,
+    /// Destination port, host byte order.
+    pub port: u16,
+    /// Linux may deliver to another local address than the header's: a source route is present.
+    pub source_routed: bool,
+}
+
+pub enum Packet {
+    /// Not IP, or neither TCP nor UDP.
+    Other,
+    /// Not the first fragment: no ports in it.
+    LaterFragment,
+    Segment(Segment),
+    /// Could be aimed at any port of these protocols (a set of `Protocol::bit`).
+    Unclear { reason: Reason, protocols: u32 },
+}
+
+const fn unclear(reason: Reason) -> Packet {
+    Packet::Unclear {
+        reason,
+        protocols: ANY,
+    }
+}
+
+/// The bytes at `offset`, or `None` when they are not all in the packet's first buffer.
+#[inline(always)]
+fn read<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
+    let start = ctx.data() + offset;
+    // Written as `start + n > end`: subtracting packet pointers would need CAP_PERFMON, and an exact
+    // `==` end is misjudged by the verifier of some 5.x kernels (2fa7d94afc1a).
+    if start + N > ctx.data_end() {
+        return None;
+    }
+    // SAFETY: start..start + N was compared with data_end just above; bytes need no alignment.
+    Some(unsafe { *(start as *const [u8; N]) })
+}
+
+/// Whether the packet holds `length` bytes, in all its buffers.
+#[inline(always)]
+fn holds(ctx: &XdpContext, length: usize) -> bool {
+    ctx.data() + length <= ctx.data_end() || total(ctx) >= length as u64
+}
+
+/// Length of the packet in bytes, in all its buffers.
+#[inline(always)]
+fn total(ctx: &XdpContext) -> u64 {
+    // SAFETY: the helper (kernel 5.18) only reads the context it is given.
+    unsafe { bpf_xdp_get_buff_len(ctx.as_ptr().cast()) }
+}
+
+#[inline(always)]
+pub fn parse(ctx: &XdpContext) -> Packet {
+    let Some(bytes) = read(ctx, 12) else {
+        return unclear(Reason::Truncated);
+    };
+    let mut ethertype = u16::from_be_bytes(bytes);
+    let mut offset = 14;
+    for _ in 0..MAX_VLAN_TAGS {
+        if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_SERVICE_VLAN {
+            break;
+        }
+        let Some(bytes) = read(ctx, offset + 2) else {
+            return unclear(Reason::Truncated);
+        };
+        ethertype = u16::from_be_bytes(bytes);
+        offset += 4;
+    }
+    match ethertype {
+        ETHERTYPE_IPV4 => ipv4(ctx, offset),
+        ETHERTYPE_IPV6 => ipv6(ctx, offset),
+        ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => unclear(Reason::VlanTags),
+        _ => Packet::Other,
+    }
+}
+
+/// RFC 791 section 3.1.
+#[inline(always)]
+fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
+    let Some(header) = read::<20>(ctx, start) else {
+        return unclear(Reason::Truncated);
+    };
+    let header_length = (header[0] & 0xf) as usize * 4;
+    let mut length = u16::from_be_bytes([header[2], header[3]]) as usize;
+    if length == 0 {
+        // What generic mode sees of a BIG TCP packet (kernel 6.3): too long for the field.
+        let whole = total(ctx) as usize;
+        if whole > start + u16::MAX as usize {
+            length = u16::MAX as usize;
+        }
+    }
+    if header[0] >> 4 != 4 || header_length < 20 || length < header_length {
+        return unclear(Reason::BadHeader);
+    }
+    let protocol = header[9];
+    // A later fragment carries no ports, and without its first one is never delivered.
+    if u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0 {
+        return Packet::LaterFragment;
+    }
+    if protocol != TCP && protocol != UDP && protocol != AUTHENTICATION {
+        return Packet::Other;
+    }
+    if !holds(ctx, start + length) {
+        return unclear(Reason::BadHeader);
+    }
+    let [_, _, _, _, _, _, _, _, _, _, _, _, s0, s1, s2, s3, d0, d1, d2, d3] = header;
+    let addresses = Addresses::V4 {
+        source: [s0, s1, s2, s3],
+        destination: [d0, d1, d2, d3],
+    };
+    let mut source_routed = false;
+    if header_length > 20 {
+        // Loose and strict source route (RFC 791), wherever such a byte stands in the options: an
+        // option's content that looks like one is taken for one.
+        for i in 0..40 {
+            if 20 + i >= header_length {
+                break;
+            }
+            let Some([byte]) = read(ctx, start + 20 + i) else {
+                return unclear(Reason::Truncated);
+            };
+            source_routed |= byte == 131 || byte == 137;
+        }
+    }
+    transport(
+        ctx,
+        Cursor {
+            offset: start + header_length,
+            end: start + length,
+            next: protocol,
+        },
+        addresses,
+        source_routed,
+        false,
+    )
+}
+
+/// RFC 8200 section 3.
+#[inline(always)]
+fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
+    let Some(header) = read::<40>(ctx, start) else {
+        return unclear(Reason::Truncated);
+    };
+    if header[0] >> 4 != 6 {
+        return unclear(Reason::BadHeader);
+    }
+    let next = header[6];
+    let payload = u16::from_be_bytes([header[4], header[5]]) as usize;
+    let mut end = start + 40 + payload;
+    if payload == 0 && next == HOP_BY_HOP {
+        // A jumbogram (RFC 2675), or what generic mode sees of a BIG TCP packet (kernel 5.19).
+        end = start + u16::MAX as usize;
+    } else if !holds(ctx, end) {
+        return unclear(Reason::BadHeader);
+    }
+    let mut source = [0; 16];
+    let mut destination = [0; 16];
+    source.copy_from_slice(&header[8..24]);
+    destination.copy_from_slice(&header[24..40]);
+    transport(
+        ctx,
+        Cursor {
+            offset: start + 40,
+            end,
+            next,
+        },
+        Addresses::V6 {
+            source,
+            destination,
+        },
+        false,
+        true,
+    )
+}
+
+struct Cursor {
+    offset: usize,
+    /// Where the IP header says the packet ends: what follows is padding.
+    end: usize,
+    /// Kind of header at `offset` (IANA protocol numbers).
+    next: u8,
+}
+
+/// Walks extension headers to the ports. IPv4 has only one of them, the authentication header.
+#[inline(always)]
+fn transport(
+    ctx: &XdpContext,
+    mut at: Cursor,
+    addresses: Addresses,
+    mut source_routed: bool,
+    v6: bool,
+) -> Packet {
+    for _ in 0..=MAX_EXTENSION_HEADERS {
+        let protocol = match at.next {
+            TCP => Protocol::Tcp,
+            UDP => Protocol::Udp,
+            AUTHENTICATION => {
+                let Some([next, length]) = read(ctx, at.offset) else {
+                    return unclear(Reason::Truncated);
+                };
+                // RFC 4302 section 2.2: in 4-byte units, minus 2; every other header in 8-byte units.
+                at.offset += (length as usize + 2) * 4;
+                at.next = next;
+                continue;
+            }
+            HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS if v6 => {
+                let Some([next, length, _, segments_left]) = read(ctx, at.offset) else {
+                    return unclear(Reason::Truncated);
+                };
+                source_routed |= at.next == ROUTING && segments_left != 0;
+                at.offset += (length as usize + 1) * 8;
+                at.next = next;
+                continue;
+            }
+            FRAGMENT if v6 => {
+                let Some([next, _, high, low]) = read(ctx, at.offset) else {
+                    return unclear(Reason::Truncated);
+                };
+                if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
+                    return Packet::LaterFragment;
+                }
+                at.offset += 8;
+                at.next = next;
+                continue;
+            }
+            _ => return Packet::Other,
+        };
+        if at.offset + 4 <= at.end
+            && let Some([_, _, high, low]) = read(ctx, at.offset)
+        {
+            return Packet::Segment(Segment {
+                addresses,
+                protocol,
+                port: u16::from_be_bytes([high, low]),
+                source_routed,
+            });
+        }
+        return Packet::Unclear {
+            reason: Reason::Truncated,
+            protocols: protocol.bit(),
+        };
+    }
+    unclear(Reason::ExtensionHeaders)
+}

@@ -1,0 +1,191 @@
+//! The maps, and the verdict for a parsed packet.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{
+        Array, HashMap, LpmTrie, PerCpuArray,
+        lpm_trie::Key,
+    },
+    macros::btf_map,
+};
+use filter_common::{
+    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, Guard, LocalKey, MAX_LOCALS, Name, PORTS, RULE_IDS,
+    Reason, SLOT_BITS, SLOTS, Source4, Source6, counter_index, is_bad_source4, is_bad_source6,
+    mapped, port_index, slot_key,
+};
+
+use crate::parse::{Addresses, Packet, Segment};
+
+/// Which database a port belongs to.
+#[btf_map]
+static PORT_GUARDS: Array<Guard, { PORTS as usize }> = Array::new();
+/// The same for ports whose database depends on the local address.
+#[btf_map]
+static LOCAL_GUARDS: HashMap<
+    LocalKey,
+    Guard,
+    { MAX_LOCALS as usize },
+    { BPF_F_NO_PREALLOC as usize },
+> = HashMap::new();
+/// Protocols with a guarded port, as a set of `Protocol::bit`.
+#[btf_map]
+static PROTOCOLS: Array<u32, 1> = Array::new();
+/// Allowed prefixes to the id of the rule that allows.
+#[btf_map]
+static ALLOWED4: LpmTrie<Source4, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
+#[btf_map]
+static ALLOWED6: LpmTrie<Source6, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
+/// Packets by database slot and reason.
+#[btf_map]
+static COUNTS: PerCpuArray<u64, { COUNTERS as usize }> = PerCpuArray::new();
+/// Packets by rule id.
+#[btf_map]
+static HITS: PerCpuArray<u64, { RULE_IDS as usize }> = PerCpuArray::new();
+/// Names of slots and of rule ids, and the probe packets among the counts: read by the agent only.
+#[btf_map]
+static SLOT_NAMES: Array<Name, { SLOTS as usize }> = Array::new();
+#[btf_map]
+static RULE_NAMES: Array<Name, { RULE_IDS as usize }> = Array::new();
+#[btf_map]
+static PROBES: Array<u64, { (COUNTERS + RULE_IDS) as usize }> = Array::new();
+
+pub enum Outcome {
+    NotConcerned,
+    LaterFragment,
+    Allowed { slot: u16, rule: u32, monitor: bool },
+    Refused { slot: u16, reason: Reason, monitor: bool },
+}
+
+#[inline(always)]
+pub fn judge(packet: &Packet) -> Outcome {
+    match packet {
+        Packet::Other => Outcome::NotConcerned,
+        Packet::LaterFragment => Outcome::LaterFragment,
+        Packet::Unclear { reason, protocols } => unclear(*reason, *protocols),
+        Packet::Segment(segment) => judge_segment(segment),
+    }
+}
+
+/// Where no port of these protocols is guarded, the packet cannot reach one.
+#[inline(always)]
+fn unclear(reason: Reason, protocols: u32) -> Outcome {
+    let refused = |reason| Outcome::Refused {
+        slot: ANY_SLOT,
+        reason,
+        monitor: false,
+    };
+    match PROTOCOLS.get(0) {
+        None => refused(Reason::NoPolicy),
+        Some(guarded) if guarded & protocols == 0 => Outcome::NotConcerned,
+        Some(_) => refused(reason),
+    }
+}
+
+#[inline(always)]
+fn judge_segment(segment: &Segment) -> Outcome {
+    let port = port_index(segment.protocol, segment.port);
+    let Some(&guard) = PORT_GUARDS.get(port) else {
+        return Outcome::Refused {
+            slot: ANY_SLOT,
+            reason: Reason::NoPolicy,
+            monitor: false,
+        };
+    };
+    if guard.is_none() {
+        return Outcome::NotConcerned;
+    }
+    if !guard.is_by_address() {
+        return judge_source(segment, guard);
+    }
+    let (address, many) = match segment.addresses {
+        Addresses::V4 { destination, .. } => (
+            mapped(destination),
+            destination[0] >> 4 == 0xe || destination == [0xff; 4],
+        ),
+        Addresses::V6 { destination, .. } => (destination, destination[0] == 0xff),
+    };
+    if many || segment.source_routed {
+        return Outcome::Refused {
+            slot: guard.slot(),
+            reason: Reason::Destination,
+            monitor: guard.is_monitor(),
+        };
+    }
+    // SAFETY: the value is a plain integer that is copied at once; an update replaces the element.
+    match unsafe { LOCAL_GUARDS.get(&LocalKey { address, port }) } {
+        Some(&guard) => judge_source(segment, guard),
+        None => Outcome::NotConcerned,
+    }
+}
+
+#[inline(always)]
+fn judge_source(segment: &Segment, guard: Guard) -> Outcome {
+    let slot = guard.slot();
+    let monitor = guard.is_monitor();
+    let (bad, rule) = match segment.addresses {
+        Addresses::V4 { source, .. } => (
+            is_bad_source4(source),
+            ALLOWED4.get(&Key::new(
+                SLOT_BITS + 32,
+                Source4 {
+                    slot: slot_key(slot),
+                    address: source,
+                },
+            )),
+        ),
+        Addresses::V6 { source, .. } => (
+            is_bad_source6(source),
+            ALLOWED6.get(&Key::new(
+                SLOT_BITS + 128,
+                Source6 {
+                    slot: slot_key(slot),
+                    address: source,
+                },
+            )),
+        ),
+    };
+    let refused = |reason| Outcome::Refused {
+        slot,
+        reason,
+        monitor,
+    };
+    match rule {
+        _ if bad => refused(Reason::BadSource),
+        None => refused(Reason::NotAllowed),
+        Some(&rule) => Outcome::Allowed {
+            slot,
+            rule,
+            monitor,
+        },
+    }
+}
+
+/// Counts the outcome, once.
+#[inline(always)]
+pub fn count(outcome: &Outcome) {
+    match *outcome {
+        Outcome::NotConcerned | Outcome::LaterFragment => {}
+        Outcome::Allowed {
+            slot,
+            rule,
+            monitor,
+        } => {
+            increment(COUNTS.get_ptr_mut(counter_index(slot, Reason::Allowed, monitor)));
+            increment(HITS.get_ptr_mut(rule));
+        }
+        Outcome::Refused {
+            slot,
+            reason,
+            monitor,
+        } => increment(COUNTS.get_ptr_mut(counter_index(slot, reason, monitor))),
+    }
+}
+
+#[inline(always)]
+fn increment(counter: Option<*mut u64>) {
+    if let Some(counter) = counter {
+        // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so no other
+        // program on this CPU writes it between the read and the write.
+        unsafe { *counter += 1 }
+    }
+}
