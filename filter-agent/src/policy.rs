@@ -120,3 +120,11 @@ pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
     let _ = text;
     todo!()
 }
+    text.parse().map_err(|_| "x".into())
+}
+
+/// A prefix as the policy spells it, or what is wrong with the text.
+pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
+    text.parse()
+        .map_err(|_| format!("{text} is not a prefix, such as 192.0.2.0/24"))
+}

@@ -55,6 +55,14 @@ impl Protocol {
         1 << self as u32
     }
 
+    /// The name in the policy and in output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+
     /// Number in the IP header (IANA protocol numbers).
     pub const fn number(self) -> u8 {
         match self {
@@ -239,7 +247,9 @@ impl Name {
     /// `None` when the text is empty or longer than the field.
     pub fn new(slot: u16, text: &str) -> Option<Self> {
         let mut name = Self { slot, ..Self::FREE };
-        name.text.get_mut(..text.len())?.copy_from_slice(text.as_bytes());
+        name.text
+            .get_mut(..text.len())?
+            .copy_from_slice(text.as_bytes());
         name.length = text.len() as u8;
         (name.length > 0).then_some(name)
     }
@@ -247,7 +257,9 @@ impl Name {
     /// `None` when free, or when the bytes are no text.
     pub fn text(&self) -> Option<&str> {
         let bytes = self.text.get(..self.length as usize)?;
-        core::str::from_utf8(bytes).ok().filter(|text| !text.is_empty())
+        core::str::from_utf8(bytes)
+            .ok()
+            .filter(|text| !text.is_empty())
     }
 }
 

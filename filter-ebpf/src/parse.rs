@@ -21,8 +21,14 @@ const ANY: u32 = Protocol::Tcp.bit() | Protocol::Udp.bit();
 
 /// Source and destination, network byte order.
 pub enum Addresses {
-    V4 { source: [u8; 4], destination: [u8; 4] },
-    V6 { source: [u8; 16], destination: [u8; 16] },
+    V4 {
+        source: [u8; 4],
+        destination: [u8; 4],
+    },
+    V6 {
+        source: [u8; 16],
+        destination: [u8; 16],
+    },
 }
 
 pub struct Segment {
@@ -41,7 +47,10 @@ pub enum Packet {
     LaterFragment,
     Segment(Segment),
     /// Could be aimed at any port of these protocols (a set of `Protocol::bit`).
-    Unclear { reason: Reason, protocols: u32 },
+    Unclear {
+        reason: Reason,
+        protocols: u32,
+    },
 }
 
 const fn unclear(reason: Reason) -> Packet {
@@ -131,7 +140,28 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
     if !holds(ctx, start + length) {
         return unclear(Reason::BadHeader);
     }
-    let [_, _, _, _, _, _, _, _, _, _, _, _, s0, s1, s2, s3, d0, d1, d2, d3] = header;
+    let [
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        _,
+        s0,
+        s1,
+        s2,
+        s3,
+        d0,
+        d1,
+        d2,
+        d3,
+    ] = header;
     let addresses = Addresses::V4 {
         source: [s0, s1, s2, s3],
         destination: [d0, d1, d2, d3],

@@ -2,10 +2,7 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{
-        Array, HashMap, LpmTrie, PerCpuArray,
-        lpm_trie::Key,
-    },
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
     macros::btf_map,
 };
 use filter_common::{
@@ -52,8 +49,16 @@ static PROBES: Array<u64, { (COUNTERS + RULE_IDS) as usize }> = Array::new();
 pub enum Outcome {
     NotConcerned,
     LaterFragment,
-    Allowed { slot: u16, rule: u32, monitor: bool },
-    Refused { slot: u16, reason: Reason, monitor: bool },
+    Allowed {
+        slot: u16,
+        rule: u32,
+        monitor: bool,
+    },
+    Refused {
+        slot: u16,
+        reason: Reason,
+        monitor: bool,
+    },
 }
 
 #[inline(always)]

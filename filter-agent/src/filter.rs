@@ -1,0 +1,854 @@
+//! The kernel's side: load, attach, pin, reconcile, read back. The only user of aya.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, DirBuilder, File},
+    io,
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use aya::{
+    Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
+    maps::{
+        Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, MapType, PerCpuArray,
+        PerCpuValues, lpm_trie::Key,
+    },
+    programs::{
+        ProgramError, Xdp, XdpMode,
+        links::{FdLink, PinnedLink},
+    },
+    util::{KernelVersion, nr_cpus},
+};
+use filter_common::{
+    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, Guard, LAYOUT, LocalKey, MAX_LOCALS, Name, PORTS,
+    RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6, counter_index, slot_key,
+};
+use ipnet::{Ipv4Net, Ipv6Net};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use crate::{
+    compile::Compiled,
+    host::Interface,
+    image::{Change, Difference, Image, Step},
+    policy::Mode,
+};
+
+/// The object that `build.rs` builds.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/filter"));
+
+/// The first kernel that has XDP frags and `bpf_xdp_get_buff_len`.
+const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 18, 0);
+
+const BPF_F_NO_PREALLOC: u32 = 1;
+const XDP_PASS: u32 = 2;
+
+/// What a pinned map has to be to be adopted: aya opens an existing pin without comparing.
+/// Entries of `None` are the operator's choice, made when the map was.
+struct Shape {
+    name: &'static str,
+    map_type: MapType,
+    key: usize,
+    value: usize,
+    entries: Option<u32>,
+    flags: u32,
+}
+
+const fn array(name: &'static str, value: usize, entries: u32) -> Shape {
+    Shape {
+        name,
+        map_type: MapType::Array,
+        key: 4,
+        value,
+        entries: Some(entries),
+        flags: 0,
+    }
+}
+
+const fn trie(name: &'static str, source: usize) -> Shape {
+    Shape {
+        name,
+        map_type: MapType::LpmTrie,
+        key: 4 + source,
+        value: 4,
+        entries: None,
+        flags: BPF_F_NO_PREALLOC,
+    }
+}
+
+const fn per_cpu(name: &'static str, entries: u32) -> Shape {
+    Shape {
+        map_type: MapType::PerCpuArray,
+        ..array(name, 8, entries)
+    }
+}
+
+const SHAPES: [Shape; 10] = [
+    array("PORT_GUARDS", size_of::<Guard>(), PORTS),
+    Shape {
+        name: "LOCAL_GUARDS",
+        map_type: MapType::Hash,
+        key: size_of::<LocalKey>(),
+        value: size_of::<Guard>(),
+        entries: Some(MAX_LOCALS),
+        flags: BPF_F_NO_PREALLOC,
+    },
+    array("PROTOCOLS", 4, 1),
+    trie("ALLOWED4", size_of::<Source4>()),
+    trie("ALLOWED6", size_of::<Source6>()),
+    per_cpu("COUNTS", COUNTERS),
+    per_cpu("HITS", RULE_IDS),
+    array("SLOT_NAMES", size_of::<Name>(), SLOTS),
+    array("RULE_NAMES", size_of::<Name>(), RULE_IDS),
+    array("PROBES", 8, COUNTERS + RULE_IDS),
+];
+
+/// The pinned filter of one bpffs, held by one agent at a time.
+pub struct Filter {
+    /// Where this layout's maps and links are pinned.
+    pins: PathBuf,
+    ebpf: Ebpf,
+    maps: Maps,
+    /// What the maps hold. The kernel's tries are read once, before this agent writes: older
+    /// kernels must not be asked to list a trie that changes.
+    held: Image,
+    /// Prefixes of one address family that a policy may have.
+    max_prefixes: usize,
+    _lock: Flock<File>,
+}
+
+struct Maps {
+    ports: Array<MapData, Guard>,
+    locals: HashMap<MapData, LocalKey, Guard>,
+    protocols: Array<MapData, u32>,
+    allowed4: LpmTrie<MapData, Source4, u32>,
+    allowed6: LpmTrie<MapData, Source6, u32>,
+    counts: PerCpuArray<MapData, u64>,
+    hits: PerCpuArray<MapData, u64>,
+    slot_names: Array<MapData, Name>,
+    rule_names: Array<MapData, Name>,
+    probes: Array<MapData, u64>,
+}
+
+/// A link that is pinned.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pinned {
+    pub interface: u32,
+    pub program_id: u32,
+}
+
+/// How `attach` came to run the program on an interface.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Attached {
+    /// The link was there; it runs the current program now.
+    Kept,
+    Native,
+    /// `refusal`: why not native, where native was tried.
+    Generic {
+        refusal: Option<String>,
+    },
+}
+
+/// Packets by database (`None`: aimed at no database in particular), reason, and whether the reason
+/// was only counted, not enforced.
+pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
+
+impl Filter {
+    /// Loads the program over the maps pinned below `bpffs`, or over new ones.
+    ///
+    /// # Errors
+    /// No bpffs there, a kernel that is too old, another agent, pins that are not ours.
+    pub fn open(bpffs: &Path, max_prefixes: Option<u32>) -> Result<Self> {
+        let kernel = KernelVersion::current().context("read the kernel's version")?;
+        ensure!(
+            kernel >= OLDEST_KERNEL,
+            "this kernel is too old: the filter needs Linux 5.18 or newer"
+        );
+        let base = base(bpffs)?;
+        own_directory(&base)?;
+        let lock = lock(&base)?;
+        let pins = base.join(format!("v{LAYOUT}"));
+        own_directory(&pins)?;
+        let adopted = check_pins(&pins)?;
+        let max_prefixes = max_prefixes.unwrap_or(DEFAULT_MAX_PREFIXES);
+        // Twice: a reload adds all of the new policy before it removes the old.
+        let entries = max_prefixes.saturating_mul(2);
+        let mut loader = EbpfLoader::new();
+        loader.map_max_entries("ALLOWED4", entries);
+        loader.map_max_entries("ALLOWED6", entries);
+        for shape in &SHAPES {
+            loader.map_pin_path(shape.name, pins.join(shape.name));
+        }
+        let mut ebpf = loader.load(OBJECT).context("create the BPF maps")?;
+        program(&mut ebpf)?.load().context("load the XDP program")?;
+        let entries = check_pin(&pins, &SHAPES[3])?.max_entries();
+        let maps = Maps::take(&mut ebpf)?;
+        let held = if adopted {
+            maps.read()?
+        } else {
+            Image::default()
+        };
+        Ok(Self {
+            pins,
+            ebpf,
+            maps,
+            held,
+            max_prefixes: entries as usize / 2,
+            _lock: lock,
+        })
+    }
+
+    /// What `compiled` would change.
+    pub fn plan(&self, compiled: &Compiled) -> Result<Difference> {
+        let image = self.image(compiled)?;
+        Ok(self.held.difference(&image))
+    }
+
+    fn image(&self, compiled: &Compiled) -> Result<Image> {
+        let image = Image::of(compiled, &self.held)?;
+        for (family, prefixes) in [
+            ("IPv4", image.allowed4.len()),
+            ("IPv6", image.allowed6.len()),
+        ] {
+            ensure!(
+                prefixes <= self.max_prefixes,
+                "the policy has {prefixes} {family} prefixes and the kernel's map holds {}: write \
+                 fewer, or make larger maps (`filter-agent detach`, then `run --max-prefixes`)",
+                self.max_prefixes
+            );
+        }
+        Ok(image)
+    }
+
+    /// Makes the kernel hold what `compiled` says, changing only what differs.
+    ///
+    /// # Errors
+    /// What was refused. What had been written by then is taken back.
+    pub fn apply(&mut self, compiled: &Compiled) -> Result<Difference> {
+        let image = self.image(compiled)?;
+        let difference = self.held.difference(&image);
+        self.maps.clear_counters(&self.held, &image)?;
+        let steps = self.held.steps_to(&image);
+        for (done, step) in steps.iter().enumerate() {
+            if let Err(error) = self.maps.write(step) {
+                for step in steps[..=done].iter().rev() {
+                    self.maps
+                        .write(&step.reversed())
+                        .with_context(|| format!("take back a refused change ({error:#})"))?;
+                }
+                return Err(error.context("write the policy to the kernel, nothing is changed"));
+            }
+        }
+        self.held = image;
+        Ok(difference)
+    }
+
+    /// Runs the program on `interface`: over the link that is pinned for it where it is whole, else
+    /// over a new one that is pinned.
+    pub fn attach(&mut self, interface: &Interface, mode: Mode) -> Result<Attached> {
+        let pin = self.link_pin(interface.index);
+        if pin.exists() {
+            if self.is_whole(interface)? {
+                self.update(&pin)
+                    .with_context(|| format!("update the program on {}", interface.name))?;
+                return Ok(Attached::Kept);
+            }
+            // Detached by force, or its interface is gone and the index was used again.
+            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+        }
+        let native = match mode {
+            Mode::Generic => None,
+            Mode::Auto | Mode::Native => match self.attach_new(interface, XdpMode::Driver, &pin) {
+                Ok(()) => return Ok(Attached::Native),
+                Err(error) => Some(error),
+            },
+        };
+        if mode == Mode::Native
+            && let Some(error) = native
+        {
+            return Err(error.context(format!("attach to {} in native mode", interface.name)));
+        }
+        let refusal = native.map(|error| format!("{:#}", error.root_cause()));
+        match self.attach_new(interface, XdpMode::Skb, &pin) {
+            Ok(()) => Ok(Attached::Generic { refusal }),
+            Err(error) => {
+                let native = refusal.map(|refusal| format!(" (native mode: {refusal})"));
+                let native = native.unwrap_or_default();
+                let name = &interface.name;
+                Err(error.context(format!("attach to {name} in generic mode{native}")))
+            }
+        }
+    }
+
+    fn attach_new(&mut self, interface: &Interface, mode: XdpMode, pin: &Path) -> Result<()> {
+        let program = program(&mut self.ebpf)?;
+        let id = program.attach_to_if_index(interface.index, mode)?;
+        let link = program.take_link(id)?;
+        // Where the kernel refuses a link with EINVAL, aya attaches over netlink instead, which does
+        // not outlive the agent. Such an attachment is no FdLink, and is undone as it is dropped.
+        let link = FdLink::try_from(link)
+            .map_err(|_| anyhow!("the driver refuses a BPF link (EINVAL)"))?;
+        link.pin(pin)
+            .with_context(|| format!("pin the link at {}", pin.display()))?;
+        Ok(())
+    }
+
+    fn update(&mut self, pin: &Path) -> Result<()> {
+        let link = FdLink::from(PinnedLink::from_pin(pin)?);
+        let program = program(&mut self.ebpf)?;
+        let id = program.attach_to_link(link.try_into()?)?;
+        // The pin keeps the link; this agent needs no file descriptor of it.
+        drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    /// Whether the link pinned for an interface is the one whose program runs there.
+    fn is_whole(&self, interface: &Interface) -> Result<bool> {
+        let link = PinnedLink::from_pin(self.link_pin(interface.index))
+            .with_context(|| format!("open the link pinned for {}", interface.name))?;
+        let info = FdLink::from(link).info().context("read the link")?;
+        Ok(interface
+            .xdp
+            .is_some_and(|xdp| xdp.program_id == info.program_id()))
+    }
+
+    /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
+    /// program but ours, in a mode that need not change.
+    pub fn check_interface(&self, interface: &Interface, mode: Mode) -> Result<()> {
+        let name = &interface.name;
+        ensure!(
+            interface.ethernet,
+            "{name} is not an Ethernet interface: the filter reads Ethernet frames only"
+        );
+        let Some(xdp) = interface.xdp else {
+            return Ok(());
+        };
+        let attached = if xdp.native { "native" } else { "generic" };
+        ensure!(
+            self.link_pin(interface.index).exists() && self.is_whole(interface)?,
+            "another XDP program (id {}, {attached} mode) is attached to {name}: detach it first, \
+             for example with `ip link set dev {name} xdp off`",
+            xdp.program_id
+        );
+        let keeps = match mode {
+            Mode::Auto => true,
+            Mode::Native => xdp.native,
+            Mode::Generic => !xdp.native,
+        };
+        ensure!(
+            keeps,
+            "{name} is filtered in {attached} mode, and changing the mode would open it for a \
+             moment: run `filter-agent detach` first"
+        );
+        Ok(())
+    }
+
+    /// Stops filtering an interface, whether or not it still exists.
+    pub fn detach(&mut self, interface: u32) -> Result<()> {
+        let pin = self.link_pin(interface);
+        fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))
+    }
+
+    pub fn pinned(&self) -> Result<Vec<Pinned>> {
+        let mut pinned = Vec::new();
+        for interface in pinned_interfaces(&self.pins)? {
+            let link = PinnedLink::from_pin(self.link_pin(interface))
+                .with_context(|| format!("open the link pinned for interface {interface}"))?;
+            let info = FdLink::from(link).info().context("read the link")?;
+            let program_id = info.program_id();
+            pinned.push(Pinned {
+                interface,
+                program_id,
+            });
+        }
+        Ok(pinned)
+    }
+
+    fn link_pin(&self, interface: u32) -> PathBuf {
+        // By index, which a rename does not change; bpffs allows no dot, as in eth0.100, in a name.
+        self.pins.join(format!("link_{interface}"))
+    }
+
+    pub fn program_id(&self) -> Result<u32> {
+        let program = self.program()?;
+        Ok(program.info().context("read the XDP program")?.id())
+    }
+
+    fn program(&self) -> Result<&Xdp> {
+        let program = self
+            .ebpf
+            .program("filter")
+            .context("find the XDP program")?;
+        Ok(program.try_into()?)
+    }
+
+    /// Runs the loaded program on a frame; whether it passes. Counts like any other packet.
+    pub fn run_packet(&self, frame: &[u8]) -> Result<bool> {
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ..TestRunOptions::default()
+        };
+        let result = self
+            .program()?
+            .test_run(options)
+            .context("run the XDP program")?;
+        Ok(result.return_value == XDP_PASS)
+    }
+
+    /// Runs the loaded program on a frame that is a probe, not traffic, and takes it out of the
+    /// counts again. `judged`: how the frame should be counted.
+    pub fn probe(&mut self, frame: &[u8], judged: &Judged) -> Result<bool> {
+        let passed = self.run_packet(frame)?;
+        let mut record = |index: u32| -> Result<()> {
+            let probes = self.maps.probes.get(&index, 0)?;
+            Ok(self.maps.probes.set(index, probes + 1, 0)?)
+        };
+        record(counter_index(judged.slot, judged.reason, judged.monitor))
+            .context("record a probe")?;
+        if let Some(id) = judged.rule {
+            record(COUNTERS + id).context("record a probe")?;
+        }
+        Ok(passed)
+    }
+
+    /// What the maps say of a source at a guarded port, without the program.
+    pub fn judge(&self, database: &str, source: std::net::IpAddr, monitor: bool) -> Result<Judged> {
+        let slots = self.held.slots_by_name();
+        let slot = *slots
+            .get(database)
+            .with_context(|| format!("find database {database} in the kernel"))?;
+        let found = match source {
+            std::net::IpAddr::V4(source) => {
+                let key = source4(slot, Ipv4Net::from(source));
+                self.maps.allowed4.get(&key, 0)
+            }
+            std::net::IpAddr::V6(source) => {
+                let key = source6(slot, Ipv6Net::from(source));
+                self.maps.allowed6.get(&key, 0)
+            }
+        };
+        let rule = absent_is_none(found).context("look the source up in the kernel")?;
+        let bad = match source {
+            std::net::IpAddr::V4(source) => filter_common::is_bad_source4(source.octets()),
+            std::net::IpAddr::V6(source) => filter_common::is_bad_source6(source.octets()),
+        };
+        let (reason, rule) = match rule {
+            _ if bad => (Reason::BadSource, None),
+            None => (Reason::NotAllowed, None),
+            Some(id) => (Reason::Allowed, Some(id)),
+        };
+        let place = rule.map(|id| self.held.rules.binary_search_by_key(&id, |&(id, _)| id));
+        let name = place
+            .and_then(Result::ok)
+            .map(|place| self.held.rules[place].1);
+        Ok(Judged {
+            slot,
+            reason,
+            monitor,
+            rule,
+            rule_text: name.and_then(|name| Some(name.text()?.to_owned())),
+        })
+    }
+
+    /// Packets counted since the maps were made, the agent's own probes taken out.
+    pub fn counts(&self) -> Result<Counts> {
+        let mut counts = Counts::new();
+        let any = (u32::from(ANY_SLOT), Name::FREE);
+        for (slot, name) in [any].iter().chain(&self.held.slots) {
+            for reason in Reason::ALL {
+                for monitored in [false, true] {
+                    let index = counter_index(*slot as u16, reason, monitored);
+                    let packets = self.count(&self.maps.counts, index, index)?;
+                    if packets > 0 {
+                        let database = name.text().map(str::to_owned);
+                        counts.insert((database, reason, monitored), packets);
+                    }
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Packets allowed, by database and text of the rule's key.
+    pub fn hits(&self) -> Result<BTreeMap<(String, String), u64>> {
+        let databases: BTreeMap<u16, &str> = self
+            .held
+            .slots_by_name()
+            .into_iter()
+            .map(|(database, slot)| (slot, database))
+            .collect();
+        let mut hits = BTreeMap::new();
+        for (id, name) in &self.held.rules {
+            if let (Some(database), Some(rule)) = (databases.get(&name.slot), name.text()) {
+                let packets = self.count(&self.maps.hits, *id, COUNTERS + *id)?;
+                hits.insert(((*database).to_owned(), rule.to_owned()), packets);
+            }
+        }
+        Ok(hits)
+    }
+
+    fn count(&self, map: &PerCpuArray<MapData, u64>, index: u32, probes: u32) -> Result<u64> {
+        let packets: u64 = map.get(&index, 0).context("read a counter")?.iter().sum();
+        if packets == 0 {
+            return Ok(0);
+        }
+        let probes = self
+            .maps
+            .probes
+            .get(&probes, 0)
+            .context("read the probes")?;
+        Ok(packets.saturating_sub(probes))
+    }
+}
+
+/// How a packet is judged, and so counted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Judged {
+    pub slot: u16,
+    pub reason: Reason,
+    pub monitor: bool,
+    /// Id of the rule that allows.
+    pub rule: Option<u32>,
+    /// Text of that rule's `RuleKey`.
+    pub rule_text: Option<String>,
+}
+
+impl Judged {
+    pub fn passes(&self) -> bool {
+        self.monitor || self.reason == Reason::Allowed
+    }
+}
+
+impl Maps {
+    fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        fn typed<T>(ebpf: &mut Ebpf, name: &str) -> Result<T>
+        where
+            T: TryFrom<Map, Error = MapError>,
+        {
+            let map = ebpf.take_map(name).context("find it in the BPF object");
+            map.and_then(|map| Ok(T::try_from(map)?))
+                .with_context(|| format!("open the BPF map {name}"))
+        }
+        Ok(Self {
+            ports: typed(ebpf, "PORT_GUARDS")?,
+            locals: typed(ebpf, "LOCAL_GUARDS")?,
+            protocols: typed(ebpf, "PROTOCOLS")?,
+            allowed4: typed(ebpf, "ALLOWED4")?,
+            allowed6: typed(ebpf, "ALLOWED6")?,
+            counts: typed(ebpf, "COUNTS")?,
+            hits: typed(ebpf, "HITS")?,
+            slot_names: typed(ebpf, "SLOT_NAMES")?,
+            rule_names: typed(ebpf, "RULE_NAMES")?,
+            probes: typed(ebpf, "PROBES")?,
+        })
+    }
+
+    fn read(&self) -> Result<Image> {
+        self.try_read().context("read what the kernel holds")
+    }
+
+    fn try_read(&self) -> Result<Image, MapError> {
+        let mut image = Image {
+            protocols: self.protocols.get(&0, 0)?,
+            ..Image::default()
+        };
+        for slot in 1..SLOTS {
+            let name = self.slot_names.get(&slot, 0)?;
+            if name != Name::FREE {
+                image.slots.push((slot, name));
+            }
+        }
+        for id in 0..RULE_IDS {
+            let name = self.rule_names.get(&id, 0)?;
+            if name != Name::FREE {
+                image.rules.push((id, name));
+            }
+        }
+        for index in 0..PORTS {
+            let guard = self.ports.get(&index, 0)?;
+            if !guard.is_none() {
+                image.ports.push((index, guard));
+            }
+        }
+        for entry in self.locals.iter() {
+            image.locals.push(entry?);
+        }
+        for entry in self.allowed4.iter() {
+            let (key, id) = entry?;
+            let Source4 { slot, address } = key.data();
+            let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
+            // Only this agent writes the map, and only prefixes.
+            if let Ok(prefix) = Ipv4Net::new(address.into(), length) {
+                image
+                    .allowed4
+                    .push(((u32::from_be_bytes(slot) as u16, prefix), id));
+            }
+        }
+        for entry in self.allowed6.iter() {
+            let (key, id) = entry?;
+            let Source6 { slot, address } = key.data();
+            let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
+            if let Ok(prefix) = Ipv6Net::new(address.into(), length) {
+                image
+                    .allowed6
+                    .push(((u32::from_be_bytes(slot) as u16, prefix), id));
+            }
+        }
+        image.locals.sort_unstable_by_key(|&(key, _)| key);
+        image.allowed4.sort_unstable_by_key(|&(key, _)| key);
+        image.allowed6.sort_unstable_by_key(|&(key, _)| key);
+        Ok(image)
+    }
+
+    /// Zeroes the counters of slots and rule ids that `new` begins to use.
+    fn clear_counters(&mut self, held: &Image, new: &Image) -> Result<()> {
+        let cpus = nr_cpus().map_err(|(file, error)| anyhow!(error).context(file))?;
+        let zero = || PerCpuValues::try_from(vec![0_u64; cpus]).context("make a zero counter");
+        let is_new =
+            |held: &[(u32, Name)], id: u32| held.binary_search_by_key(&id, |e| e.0).is_err();
+        for &(slot, _) in new
+            .slots
+            .iter()
+            .filter(|entry| is_new(&held.slots, entry.0))
+        {
+            for reason in Reason::ALL {
+                for monitored in [false, true] {
+                    let index = counter_index(slot as u16, reason, monitored);
+                    self.counts
+                        .set(index, zero()?, 0)
+                        .context("clear a counter")?;
+                    self.probes.set(index, 0, 0).context("clear a counter")?;
+                }
+            }
+        }
+        for &(id, _) in new
+            .rules
+            .iter()
+            .filter(|entry| is_new(&held.rules, entry.0))
+        {
+            self.hits.set(id, zero()?, 0).context("clear a counter")?;
+            self.probes
+                .set(COUNTERS + id, 0, 0)
+                .context("clear a counter")?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, step: &Step) -> Result<()> {
+        match *step {
+            Step::Slot(Change { key, new, .. }) => self
+                .slot_names
+                .set(key, new.unwrap_or(Name::FREE), 0)
+                .with_context(|| format!("write the name of slot {key}")),
+            Step::Rule(Change { key, new, .. }) => self
+                .rule_names
+                .set(key, new.unwrap_or(Name::FREE), 0)
+                .with_context(|| format!("write the name of rule {key}")),
+            Step::Allowed4(Change { key, new, .. }) => {
+                let (slot, prefix) = key;
+                write_prefix(&mut self.allowed4, &source4(slot, prefix), new)
+                    .with_context(|| format!("write prefix {prefix}"))
+            }
+            Step::Allowed6(Change { key, new, .. }) => {
+                let (slot, prefix) = key;
+                write_prefix(&mut self.allowed6, &source6(slot, prefix), new)
+                    .with_context(|| format!("write prefix {prefix}"))
+            }
+            Step::Local(Change { key, new, .. }) => match new {
+                Some(guard) => self.locals.insert(key, guard, 0),
+                None => absent_is_none(self.locals.remove(&key)).map(drop),
+            }
+            .with_context(|| format!("write the guard of a local address ({key:?})")),
+            Step::Port(Change { key, new, .. }) => self
+                .ports
+                .set(key, new.unwrap_or_default(), 0)
+                .with_context(|| format!("write the guard of port {}", key as u16)),
+            Step::Protocols { new, .. } => self
+                .protocols
+                .set(0, new, 0)
+                .context("write the guarded protocols"),
+        }
+    }
+}
+
+/// Writes one entry and reads it back: inserts into a trie have been seen to fail under memory
+/// pressure, and a batch of them to be lost (kernel 6.18).
+fn write_prefix<K: aya::Pod>(
+    trie: &mut LpmTrie<MapData, K, u32>,
+    key: &Key<K>,
+    new: Option<u32>,
+) -> Result<()> {
+    let Some(id) = new else {
+        absent_is_none(trie.remove(key))?;
+        return Ok(());
+    };
+    trie.insert(key, id, 0)?;
+    // The longest match of a prefix that is in the trie is that prefix.
+    ensure!(
+        trie.get(key, 0)? == id,
+        "the kernel does not hold what was written"
+    );
+    Ok(())
+}
+
+fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn source4(slot: u16, prefix: Ipv4Net) -> Key<Source4> {
+    let source = Source4 {
+        slot: slot_key(slot),
+        address: prefix.network().octets(),
+    };
+    Key::new(SLOT_BITS + u32::from(prefix.prefix_len()), source)
+}
+
+fn source6(slot: u16, prefix: Ipv6Net) -> Key<Source6> {
+    let source = Source6 {
+        slot: slot_key(slot),
+        address: prefix.network().octets(),
+    };
+    Key::new(SLOT_BITS + u32::from(prefix.prefix_len()), source)
+}
+
+fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, ProgramError> {
+    let program = ebpf.program_mut("filter").ok_or(ProgramError::NotLoaded)?;
+    program.try_into()
+}
+
+/// Stops filtering and removes everything that any layout of this agent pinned below `bpffs`.
+/// Returns how many interfaces were filtered.
+///
+/// # Errors
+/// An agent that runs, and would attach again.
+pub fn remove(bpffs: &Path) -> Result<usize> {
+    let base = base(bpffs)?;
+    if !base.exists() {
+        return Ok(0);
+    }
+    let lock = lock(&base)?;
+    let mut interfaces = 0;
+    for layout in entries(&base)? {
+        interfaces += pinned_interfaces(&layout)?.len();
+        for pin in entries(&layout)? {
+            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+        }
+        fs::remove_dir(&layout).with_context(|| format!("remove {}", layout.display()))?;
+    }
+    fs::remove_dir(&base).with_context(|| format!("remove {}", base.display()))?;
+    drop(lock);
+    Ok(interfaces)
+}
+
+/// Interface indexes for which a filter is pinned below `bpffs`, whether or not an agent runs.
+pub fn left_in_force(bpffs: &Path) -> Result<Vec<u32>> {
+    let pins = base(bpffs)?.join(format!("v{LAYOUT}"));
+    if !pins.exists() {
+        return Ok(Vec::new());
+    }
+    pinned_interfaces(&pins)
+}
+
+fn base(bpffs: &Path) -> Result<PathBuf> {
+    let mount = statfs(bpffs).with_context(|| format!("open {}", bpffs.display()))?;
+    ensure!(
+        mount.filesystem_type() == BPF_FS_MAGIC,
+        "{0} is no BPF file system: mount one with `mount -t bpf bpf {0}`",
+        bpffs.display()
+    );
+    Ok(bpffs.join("filter-agent"))
+}
+
+fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
+    let list = || -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(directory)?
+            .map(|entry| Ok(entry?.path()))
+            .collect()
+    };
+    list().with_context(|| format!("list {}", directory.display()))
+}
+
+fn pinned_interfaces(pins: &Path) -> Result<Vec<u32>> {
+    let index = |pin: &PathBuf| {
+        pin.file_name()?
+            .to_str()?
+            .strip_prefix("link_")?
+            .parse()
+            .ok()
+    };
+    Ok(entries(pins)?.iter().filter_map(index).collect())
+}
+
+/// Makes the directory, or refuses one that somebody else could have filled.
+fn own_directory(path: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(error).with_context(|| format!("create {}", path.display()));
+        }
+        _ => {}
+    }
+    let metadata =
+        fs::symlink_metadata(path).with_context(|| format!("examine {}", path.display()))?;
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    ensure!(
+        metadata.is_dir() && owner == nix::unistd::geteuid().as_raw() && mode & 0o077 == 0,
+        "{} is not this agent's own (owner {owner}, mode {mode:o}): find out who made it, and \
+         remove it",
+        path.display()
+    );
+    Ok(())
+}
+
+fn lock(base: &Path) -> Result<Flock<File>> {
+    let directory = File::open(base).with_context(|| format!("open {}", base.display()))?;
+    match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
+            "another filter-agent runs on {}: stop it first, or use its commands",
+            base.display()
+        ),
+        Err((_, error)) => Err(error).with_context(|| format!("lock {}", base.display())),
+    }
+}
+
+/// Checks every map that is pinned; whether any is.
+fn check_pins(pins: &Path) -> Result<bool> {
+    let mut found = false;
+    for shape in &SHAPES {
+        if pins.join(shape.name).exists() {
+            check_pin(pins, shape)?;
+            found = true;
+        }
+    }
+    Ok(found)
+}
+
+fn check_pin(pins: &Path, shape: &Shape) -> Result<MapInfo> {
+    let pin = pins.join(shape.name);
+    let info = MapInfo::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;
+    let same = info.map_type().ok() == Some(shape.map_type)
+        && info.key_size() as usize == shape.key
+        && info.value_size() as usize == shape.value
+        && shape
+            .entries
+            .is_none_or(|entries| entries == info.max_entries())
+        && info.map_flags() == shape.flags;
+    ensure!(
+        same,
+        "{} is not a map of this agent's layout {LAYOUT}: find out who pinned it, then run \
+         `filter-agent detach`",
+        pin.display()
+    );
+    Ok(info)
+}
