@@ -353,6 +353,11 @@ impl Filter {
         fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))
     }
 
+    /// Stops filtering everywhere and removes every pin, this filter's own included.
+    pub fn remove(self) -> Result<Vec<u32>> {
+        remove_pins(self.pins.parent().context("find the pins' directory")?)
+    }
+
     pub fn pinned(&self) -> Result<Vec<Pinned>> {
         let mut pinned = Vec::new();
         for interface in pinned_interfaces(&self.pins)? {
@@ -728,26 +733,29 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, ProgramError> {
 }
 
 /// Stops filtering and removes everything that any layout of this agent pinned below `bpffs`.
-/// Returns how many interfaces were filtered.
+/// Returns the indexes of the interfaces that were filtered.
 ///
 /// # Errors
 /// An agent that runs, and would attach again.
-pub fn remove(bpffs: &Path) -> Result<usize> {
+pub fn remove(bpffs: &Path) -> Result<Vec<u32>> {
     let base = base(bpffs)?;
     if !base.exists() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
-    let lock = lock(&base)?;
-    let mut interfaces = 0;
-    for layout in entries(&base)? {
-        interfaces += pinned_interfaces(&layout)?.len();
+    let _lock = lock(&base)?;
+    remove_pins(&base)
+}
+
+fn remove_pins(base: &Path) -> Result<Vec<u32>> {
+    let mut interfaces = Vec::new();
+    for layout in entries(base)? {
+        interfaces.extend(pinned_interfaces(&layout)?);
         for pin in entries(&layout)? {
             fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
         }
         fs::remove_dir(&layout).with_context(|| format!("remove {}", layout.display()))?;
     }
-    fs::remove_dir(&base).with_context(|| format!("remove {}", base.display()))?;
-    drop(lock);
+    fs::remove_dir(base).with_context(|| format!("remove {}", base.display()))?;
     Ok(interfaces)
 }
 

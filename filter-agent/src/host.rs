@@ -16,6 +16,7 @@ pub struct Interface {
     /// Whether its frames begin with an Ethernet header (ARPHRD_ETHER).
     pub ethernet: bool,
     pub up: bool,
+    pub loopback: bool,
     /// Of global scope: those by which other hosts may reach it.
     pub addresses: Vec<IpAddr>,
     pub xdp: Option<AttachedXdp>,
@@ -77,6 +78,7 @@ pub async fn interfaces() -> Result<Vec<Interface>> {
             name: String::new(),
             ethernet: message.header.link_layer_type == LinkLayerType::Ether,
             up: message.header.flags.contains(LinkFlags::Up),
+            loopback: message.header.flags.contains(LinkFlags::Loopback),
             addresses: addresses.remove(&index).unwrap_or_default(),
             xdp: None,
         };

@@ -43,6 +43,18 @@ pub enum Region {
     },
 }
 
+/// Where the prefixes come from, in a few words.
+impl fmt::Display for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Prefixes(_) => f.write_str("policy"),
+            Self::File(path) => write!(f, "file {}", path.display()),
+            Self::Dns(names) => write!(f, "dns {}", names.join(", ")),
+            Self::Url { url, .. } => write!(f, "url {url}"),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
@@ -114,13 +126,17 @@ pub struct Problem {
     pub message: String,
 }
 
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
 /// A checked policy and what its author should know of it, or everything wrong with it in the order
 /// of the file.
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
     let _ = text;
     todo!()
-}
-    text.parse().map_err(|_| "x".into())
 }
 
 /// A prefix as the policy spells it, or what is wrong with the text.

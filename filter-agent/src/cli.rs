@@ -1,0 +1,728 @@
+//! Commands and what they print.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Display,
+    io::{self, BufRead as _, IsTerminal as _, Write as _},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Args, Parser, Subcommand};
+use comfy_table::{ContentArrangement, Table, presets};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{Method, Request, body::Bytes};
+use hyper_util::rt::TokioIo;
+use jiff::{SignedDuration, Timestamp};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::net::UnixStream;
+
+use crate::{
+    daemon::{self, Loaded, Options},
+    filter, host,
+    report::{self, Explanation, Plan, Reloaded, Rule, Status},
+};
+
+/// Widest line that a command prints.
+const WIDTH: u16 = 100;
+
+/// Prefixes that a difference prints before it only counts.
+const LISTED: usize = 20;
+
+/// Drops, in the kernel, every packet to a database port that no rule allows.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct PolicyFile {
+    /// The policy file.
+    #[arg(long, default_value = "/etc/filter-agent/policy.yaml")]
+    policy: PathBuf,
+}
+
+#[derive(Args)]
+struct Socket {
+    /// The daemon's control socket.
+    #[arg(long, default_value = "/run/filter-agent/control.sock")]
+    socket: PathBuf,
+}
+
+#[derive(Args)]
+struct Bpffs {
+    /// The BPF file system below which the filter is pinned.
+    #[arg(long, default_value = "/sys/fs/bpf")]
+    bpffs: PathBuf,
+}
+
+#[derive(Args)]
+struct Output {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Enforce the policy and keep it enforced; the filter stays when this stops.
+    Run {
+        #[command(flatten)]
+        policy: PolicyFile,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        bpffs: Bpffs,
+        /// Prefixes of one address family that the kernel's maps are made for [default: 1048576].
+        /// Maps that exist keep their size.
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
+        max_prefixes: Option<u32>,
+    },
+    /// Validate a policy file and print what it would enforce. Needs no root.
+    Check {
+        /// The policy file, instead of --policy.
+        file: Option<PathBuf>,
+        #[command(flatten)]
+        policy: PolicyFile,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print the difference between a policy file and what the kernel enforces.
+    Plan {
+        /// The policy file [default: the daemon's].
+        file: Option<PathBuf>,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Enforce the policy file as it is now; if it is refused, nothing changes.
+    Reload {
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print what the kernel enforces and what it counted.
+    Status {
+        /// Run probe packets through the attached program first.
+        #[arg(long)]
+        verify: bool,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        bpffs: Bpffs,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List the rules, with the packets each of them let through.
+    Rules {
+        /// Only of this database.
+        #[arg(long)]
+        database: Option<String>,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List the regions and their prefixes.
+    Regions {
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Print the verdict on packets from a source, and the rule that gives it.
+    Explain {
+        source: IpAddr,
+        /// Only at this database.
+        #[arg(long)]
+        database: Option<String>,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Stop filtering and remove every trace: everybody can reach the databases then.
+    Detach {
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        bpffs: Bpffs,
+    },
+}
+
+/// Parses the command line and does what it says. Usage errors exit 2 in here.
+pub fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let done = runtime
+        .context("start the async runtime")
+        .and_then(|runtime| runtime.block_on(execute(command)));
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("filter-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn execute(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run {
+            policy,
+            socket,
+            bpffs,
+            max_prefixes,
+        } => {
+            let options = Options {
+                policy: policy.policy,
+                socket: socket.socket,
+                bpffs: bpffs.bpffs,
+                max_prefixes,
+            };
+            daemon::run(options).await?;
+        }
+        Command::Check {
+            file,
+            policy,
+            output,
+        } => check(&file.unwrap_or(policy.policy), &output).await?,
+        Command::Plan {
+            file,
+            socket,
+            output,
+        } => {
+            let path = match file {
+                // The daemon's working directory is not this command's.
+                Some(file) => {
+                    let file = std::path::absolute(&file);
+                    let file = file.context("find the current directory")?;
+                    format!("/plan?file={}", encode(&file.to_string_lossy()))
+                }
+                None => "/plan".into(),
+            };
+            let plan: Plan = ask(&socket, Method::GET, &path).await?;
+            output.print(&plan, print_plan)?;
+        }
+        Command::Reload { socket, output } => {
+            let reloaded: Reloaded = ask(&socket, Method::POST, "/reload").await?;
+            output.print(&reloaded, print_reloaded)?;
+            return Ok(failure_if(!reloaded.verified.errors.is_empty()));
+        }
+        Command::Status {
+            verify,
+            socket,
+            bpffs,
+            output,
+        } => {
+            let path = format!("/status?verify={verify}");
+            let status: Result<Status> = ask(&socket, Method::GET, &path).await;
+            let status = status.map_err(|error| tell_what_is_left(error, &bpffs.bpffs))?;
+            output.print(&status, print_status)?;
+            return Ok(failure_if(!status.errors.is_empty()));
+        }
+        Command::Rules {
+            database,
+            socket,
+            output,
+        } => {
+            let database = database.map(|database| format!("?database={}", encode(&database)));
+            let path = format!("/rules{}", database.unwrap_or_default());
+            let rules: Vec<Rule> = ask(&socket, Method::GET, &path).await?;
+            output.print(&rules, |rules| print_rules(rules))?;
+        }
+        Command::Regions { socket, output } => {
+            let regions: Vec<report::Region> = ask(&socket, Method::GET, "/regions").await?;
+            output.print(&regions, |regions| print_regions(regions))?;
+        }
+        Command::Explain {
+            source,
+            database,
+            socket,
+            output,
+        } => {
+            let database = database.map(|database| format!("&database={}", encode(&database)));
+            let path = format!("/explain?source={source}{}", database.unwrap_or_default());
+            let verdicts: Vec<Explanation> = ask(&socket, Method::GET, &path).await?;
+            output.print(&verdicts, |verdicts| print_explanations(verdicts))?;
+        }
+        Command::Detach { yes, socket, bpffs } => return detach(yes, &socket, &bpffs.bpffs).await,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn failure_if(failed: bool) -> ExitCode {
+    if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+impl Output {
+    fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T)) -> Result<()> {
+        if self.json {
+            let json = serde_json::to_string_pretty(value).context("write JSON")?;
+            println!("{json}");
+        } else {
+            text(value);
+        }
+        Ok(())
+    }
+}
+
+/// Percent-encodes a query's value (RFC 3986 section 2.3).
+fn encode(value: &str) -> String {
+    let mut encoded = String::new();
+    for byte in value.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+                encoded.push(byte.into());
+            }
+            _ => encoded.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    encoded
+}
+
+/// One request to the daemon.
+async fn ask<T: DeserializeOwned>(socket: &Socket, method: Method, path: &str) -> Result<T> {
+    let socket = &socket.socket;
+    let stream = UnixStream::connect(socket).await.with_context(|| {
+        format!(
+            "no agent answers on {}: start it (`systemctl start filter-agent`)",
+            socket.display()
+        )
+    })?;
+    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
+    let (mut sender, connection) = handshake.await.context("speak to the agent")?;
+    tokio::spawn(connection);
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(hyper::header::HOST, "filter-agent")
+        .body(Empty::<Bytes>::new())
+        .context("make a request")?;
+    let response = sender
+        .send_request(request)
+        .await
+        .context("ask the agent")?;
+    let status = response.status();
+    let body = response.into_body().collect().await;
+    let body = body.context("read the agent's answer")?.to_bytes();
+    if !status.is_success() {
+        match serde_json::from_slice::<report::Failure>(&body) {
+            Ok(failure) => bail!("{}", failure.error),
+            Err(_) => bail!("{}", String::from_utf8_lossy(&body)),
+        }
+    }
+    serde_json::from_slice(&body).context("understand the agent's answer")
+}
+
+/// Without an agent the filter may well be in force, which is what matters.
+fn tell_what_is_left(error: anyhow::Error, bpffs: &Path) -> anyhow::Error {
+    match filter::left_in_force(bpffs) {
+        Ok(interfaces) if interfaces.is_empty() => error.context("nothing is filtered"),
+        Ok(interfaces) => {
+            let names: Vec<String> = interfaces.into_iter().map(interface_name).collect();
+            let names = names.join(", ");
+            error.context(format!(
+                "the last policy stays in force on {names}, unattended"
+            ))
+        }
+        Err(_) => error,
+    }
+}
+
+fn interface_name(index: u32) -> String {
+    let name = nix::net::if_::if_indextoname(index);
+    let name = name.ok().and_then(|name| name.into_string().ok());
+    name.unwrap_or_else(|| format!("interface {index} (gone)"))
+}
+
+#[derive(Serialize)]
+struct Checked {
+    file: PathBuf,
+    interfaces: Vec<String>,
+    databases: Vec<CheckedDatabase>,
+    warnings: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct CheckedDatabase {
+    name: String,
+    ports: Vec<String>,
+    addresses: Vec<IpAddr>,
+    model: String,
+    monitor: bool,
+    rules: Vec<String>,
+    prefixes: usize,
+}
+
+async fn check(file: &Path, output: &Output) -> Result<()> {
+    let loaded = daemon::load(file)?;
+    let compiled = loaded.compile();
+    let mut warnings = loaded.warnings.clone();
+    warnings.extend(compiled.warnings.iter().cloned());
+    // The policy may be meant for another host: only a warning.
+    let host = host::interfaces().await?;
+    for name in &loaded.policy.interfaces {
+        if !host.iter().any(|interface| interface.name == *name) {
+            warnings.push(format!("interface {name} does not exist on this host"));
+        }
+    }
+    warnings.extend(daemon::uncovered(&host, &loaded.policy.interfaces));
+    let Loaded { file, policy, .. } = loaded;
+    let databases = policy.databases.iter().map(|database| {
+        let entries = &compiled.databases[&database.name];
+        CheckedDatabase {
+            name: database.name.clone(),
+            ports: daemon::ports(database),
+            addresses: database.addresses.clone(),
+            model: daemon::model(database).into(),
+            monitor: database.monitor,
+            rules: entries.rules.iter().map(ToString::to_string).collect(),
+            prefixes: entries.prefixes(),
+        }
+    });
+    let checked = Checked {
+        file,
+        databases: databases.collect(),
+        interfaces: policy.interfaces,
+        warnings,
+    };
+    output.print(&checked, |checked| {
+        println!("{} is valid", checked.file.display());
+        println!("interfaces: {}", checked.interfaces.join(", "));
+        let mut table = table(["DATABASE", "PORTS", "MODEL", "PREFIXES", "OPEN TO"]);
+        for database in &checked.databases {
+            table.add_row([
+                database.name.clone(),
+                with_addresses(&database.ports, &database.addresses),
+                with_monitor(&database.model, database.monitor),
+                database.prefixes.to_string(),
+                or(&database.rules.join(", "), "nobody"),
+            ]);
+        }
+        print_table(&table, checked.databases.len());
+        print_warnings(&checked.warnings);
+    })
+}
+
+/// Sober columns, wrapped where they would not fit.
+fn table<const N: usize>(header: [&str; N]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(WIDTH)
+        .set_header(header);
+    table
+}
+
+fn print_table(table: &Table, rows: usize) {
+    if rows > 0 {
+        println!();
+        for line in table.lines() {
+            println!("{}", line.trim());
+        }
+    }
+}
+
+fn or(text: &str, otherwise: &str) -> String {
+    if text.is_empty() { otherwise } else { text }.to_owned()
+}
+
+fn with_addresses(ports: &[String], addresses: &[IpAddr]) -> String {
+    let ports = ports.join(", ");
+    if addresses.is_empty() {
+        return ports;
+    }
+    let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+    format!("{ports} at {}", addresses.join(", "))
+}
+
+fn with_monitor(model: &str, monitor: bool) -> String {
+    let monitor = if monitor { ", monitor" } else { "" };
+    format!("{model}{monitor}")
+}
+
+fn print_warnings(warnings: &[String]) {
+    if !warnings.is_empty() {
+        println!();
+    }
+    for warning in warnings {
+        println!("warning: {warning}");
+    }
+}
+
+fn print_plan(plan: &Plan) {
+    let mut same = true;
+    for name in &plan.attached {
+        println!("+ interface {name}");
+        same = false;
+    }
+    for name in &plan.detached {
+        println!("- interface {name}");
+        same = false;
+    }
+    for (name, database) in &plan.difference.databases {
+        same = false;
+        println!("database {name}");
+        list("+", "protect ", &database.guarded);
+        list("-", "protect ", &database.unguarded);
+        list("+", "", &database.added);
+        list("-", "", &database.removed);
+    }
+    if same {
+        println!("no difference: the kernel enforces {}", plan.file.display());
+    }
+    print_warnings(&plan.warnings);
+}
+
+fn list<T: Display>(sign: &str, what: &str, items: &[T]) {
+    for item in items.iter().take(LISTED) {
+        println!("  {sign} {what}{item}");
+    }
+    if items.len() > LISTED {
+        println!("  {sign} and {} more", items.len() - LISTED);
+    }
+}
+
+fn print_reloaded(reloaded: &Reloaded) {
+    print_plan(&reloaded.plan);
+    println!();
+    let report::Enforced {
+        file,
+        compiled_ms,
+        enforced_ms,
+        ..
+    } = &reloaded.enforced;
+    println!(
+        "{} is enforced, {enforced_ms:.1} ms after it was read (compiled after {compiled_ms:.1} ms)",
+        file.display()
+    );
+    print_verified(&reloaded.verified);
+}
+
+fn print_verified(verified: &report::Verified) {
+    let probes = verified.probes;
+    if verified.errors.is_empty() {
+        println!("verified: the attached program judged {probes} probe packets as the policy does");
+    }
+    for error in &verified.errors {
+        println!("error: {error}");
+    }
+}
+
+fn print_status(status: &Status) {
+    let policy = &status.policy;
+    println!(
+        "filter-agent {}, pid {}, up {}",
+        status.version,
+        status.pid,
+        age(status.started)
+    );
+    println!(
+        "policy {}, accepted {} ago, compiled after {:.1} ms, enforced after {:.1} ms",
+        policy.file.display(),
+        age(policy.accepted),
+        policy.compiled_ms,
+        policy.enforced_ms
+    );
+    if let Some(expiry) = policy.next_expiry {
+        println!("next rule expires at {expiry}");
+    }
+    print_verified(&status.verified);
+    let mut interfaces = table(["INTERFACE", "MODE", "PROGRAM"]);
+    for interface in &status.interfaces {
+        let program = interface.program_id.map(|id| id.to_string());
+        interfaces.add_row([
+            interface.name.clone(),
+            or(
+                interface.mode.as_deref().unwrap_or_default(),
+                "NOT FILTERED",
+            ),
+            or(&program.unwrap_or_default(), "-"),
+        ]);
+    }
+    print_table(&interfaces, status.interfaces.len());
+    let header = [
+        "DATABASE", "PORTS", "MODEL", "RULES", "PREFIXES", "PASSED", "DROPPED",
+    ];
+    let mut databases = table(header);
+    for database in &status.databases {
+        let mut dropped = reasons(&database.dropped);
+        if !database.would_drop.is_empty() {
+            let would_drop = reasons(&database.would_drop);
+            dropped = format!("{dropped} (would drop {would_drop})");
+        }
+        databases.add_row([
+            database.name.clone(),
+            with_addresses(&database.ports, &database.addresses),
+            with_monitor(&database.model, database.monitor),
+            database.rules.to_string(),
+            database.prefixes.to_string(),
+            database.passed.to_string(),
+            dropped,
+        ]);
+    }
+    print_table(&databases, status.databases.len());
+    if !status.unattributed.is_empty() {
+        let unattributed = reasons(&status.unattributed);
+        println!("\ndropped, aimed at no database in particular: {unattributed}");
+    }
+    let used = status.regions.iter().filter(|region| region.used);
+    let mut regions = table(["REGION", "PREFIXES", "AGE", "SOURCE"]);
+    let mut rows = 0;
+    for region in used {
+        regions.add_row(region_row(region));
+        rows += 1;
+    }
+    print_table(&regions, rows);
+    print_warnings(&status.warnings);
+    for error in &status.errors {
+        println!("error: {error}");
+    }
+}
+
+/// `3 not-allowed, 1 bad-source`.
+fn reasons(counts: &BTreeMap<String, u64>) -> String {
+    let reasons = counts
+        .iter()
+        .map(|(reason, packets)| format!("{packets} {reason}"));
+    or(&reasons.collect::<Vec<_>>().join(", "), "0")
+}
+
+fn region_row(region: &report::Region) -> [String; 4] {
+    [
+        region.name.clone(),
+        if region.used {
+            region.prefixes.len().to_string()
+        } else {
+            "not used".into()
+        },
+        region.resolved.map(age).unwrap_or_else(|| "-".into()),
+        region.source.clone(),
+    ]
+}
+
+fn age(since: Timestamp) -> String {
+    // Whole seconds, so that ages stay short.
+    let age = Timestamp::now().duration_since(since).as_secs().max(0);
+    format!("{:#}", SignedDuration::from_secs(age))
+}
+
+fn print_rules(rules: &[Rule]) {
+    let header = [
+        "DATABASE", "RULE", "SOURCE", "PREFIXES", "PACKETS", "EXPIRES", "LABEL",
+    ];
+    let mut table = table(header);
+    for rule in rules {
+        let expires = rule.expires.map(|expires| expires.to_string());
+        let expires = match (expires, rule.expired) {
+            (Some(expires), true) => format!("{expires} (expired)"),
+            (Some(expires), false) => expires,
+            (None, _) => "-".into(),
+        };
+        table.add_row([
+            rule.database.clone(),
+            rule.number
+                .map_or_else(|| "-".into(), |number| number.to_string()),
+            rule.source.clone(),
+            rule.prefixes.to_string(),
+            rule.hits.to_string(),
+            expires,
+            rule.label.clone().unwrap_or_default(),
+        ]);
+    }
+    if rules.is_empty() {
+        println!("no rules: nobody may reach a database");
+    }
+    print_table(&table, rules.len());
+}
+
+fn print_regions(regions: &[report::Region]) {
+    let mut table = table(["REGION", "PREFIXES", "AGE", "SOURCE"]);
+    for region in regions {
+        table.add_row(region_row(region));
+    }
+    print_table(&table, regions.len());
+    for region in regions.iter().filter(|region| !region.prefixes.is_empty()) {
+        println!("\n{}", region.name);
+        list(" ", "", &region.prefixes);
+    }
+}
+
+fn print_explanations(explanations: &[Explanation]) {
+    if explanations.is_empty() {
+        println!("no database has an address of that family");
+    }
+    for verdict in explanations {
+        let Explanation {
+            database, source, ..
+        } = verdict;
+        let action = if verdict.passes {
+            "passes"
+        } else {
+            "is dropped"
+        };
+        let label = verdict.label.as_ref().map(|label| format!(" ({label})"));
+        let label = label.unwrap_or_default();
+        let expires = verdict.expires.map(|at| format!(", until {at}"));
+        let expires = expires.unwrap_or_default();
+        let why = match &verdict.rule {
+            Some(rule) => format!("allowed by {rule}{label}{expires}"),
+            None => match verdict.reason.as_str() {
+                "bad-source" => "no host may have this address on the wire".into(),
+                _ => "no rule allows it".into(),
+            },
+        };
+        let monitor = if verdict.monitor && verdict.rule.is_none() {
+            ", but the database is only monitored"
+        } else {
+            ""
+        };
+        println!("{database}: {source} {action}: {why}{monitor}");
+    }
+}
+
+async fn detach(yes: bool, socket: &Socket, bpffs: &Path) -> Result<ExitCode> {
+    if !yes {
+        if !io::stdin().is_terminal() {
+            eprintln!("filter-agent: detach asks on a terminal; elsewhere it needs --yes");
+            return Ok(ExitCode::from(2));
+        }
+        print!("Stop filtering? Everybody can reach the databases then. [y/N] ");
+        io::stdout().flush().context("write to the terminal")?;
+        let mut answer = String::new();
+        io::stdin()
+            .lock()
+            .read_line(&mut answer)
+            .context("read the answer")?;
+        ensure!(answer.trim().eq_ignore_ascii_case("y"), "not detached");
+    }
+    let names = match UnixStream::connect(&socket.socket).await {
+        Ok(_) => ask::<Vec<String>>(socket, Method::POST, "/detach").await?,
+        Err(_) => {
+            let interfaces = filter::remove(bpffs)?;
+            interfaces.into_iter().map(interface_name).collect()
+        }
+    };
+    match names.as_slice() {
+        [] => println!("nothing was filtered"),
+        names => println!("detached from {}: it is open now", names.join(", ")),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,236 @@
+//! Packets that show what the attached program does with a policy. Pure.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use filter_common::{Protocol, is_bad_source4, is_bad_source6};
+
+use crate::compile::{Compiled, Entries};
+
+pub struct Probe {
+    pub database: String,
+    pub protocol: Protocol,
+    pub port: u16,
+    pub source: IpAddr,
+    pub destination: IpAddr,
+    /// Whether the policy allows the source.
+    pub allowed: bool,
+    pub monitor: bool,
+}
+
+/// For each database, port and address family one source that must pass and one that must not, as
+/// far as the policy has such sources.
+pub fn probes(compiled: &Compiled) -> Vec<Probe> {
+    let mut probes = Vec::new();
+    for (name, entries) in &compiled.databases {
+        let v4 = || {
+            entries.v4.iter().map(|(prefix, _)| {
+                let (first, last) = (prefix.network(), prefix.broadcast());
+                (first.to_bits().into(), last.to_bits().into())
+            })
+        };
+        let v6 = || {
+            entries.v6.iter().map(|(prefix, _)| {
+                let (first, last) = (prefix.network(), prefix.broadcast());
+                (first.to_bits(), last.to_bits())
+            })
+        };
+        let sources = [
+            (inside(v4(), source4), true),
+            (outside(v4(), 1 << 24, source4), false),
+            (inside(v6(), source6), true),
+            // Above ::/64: below it are IPv4-mapped and other special addresses.
+            (outside(v6(), 1 << 64, source6), false),
+        ];
+        for (source, allowed) in sources {
+            let Some(source) = source else { continue };
+            let Some(destination) = destination(entries, source) else {
+                continue;
+            };
+            probes.extend(entries.ports.iter().map(|&port| Probe {
+                database: name.clone(),
+                protocol: entries.protocol,
+                port,
+                source,
+                destination,
+                allowed,
+                monitor: entries.monitor,
+            }));
+        }
+    }
+    probes
+}
+
+/// An address as a source, unless no host may have it on the wire.
+fn source4(bits: u128) -> Option<IpAddr> {
+    let address = Ipv4Addr::from_bits(bits.try_into().ok()?);
+    (!is_bad_source4(address.octets())).then_some(address.into())
+}
+
+fn source6(bits: u128) -> Option<IpAddr> {
+    let address = Ipv6Addr::from_bits(bits);
+    (!is_bad_source6(address.octets())).then_some(address.into())
+}
+
+/// An address of one of the ranges.
+fn inside(
+    mut ranges: impl Iterator<Item = (u128, u128)>,
+    source: fn(u128) -> Option<IpAddr>,
+) -> Option<IpAddr> {
+    ranges.find_map(|(first, last)| {
+        let middle = (first + (last - first) / 2).saturating_add(1).min(last);
+        [first, middle, last].into_iter().find_map(source)
+    })
+}
+
+/// The first address from `next` on that is in none of the ranges, which are sorted.
+fn outside(
+    ranges: impl Iterator<Item = (u128, u128)>,
+    mut next: u128,
+    source: fn(u128) -> Option<IpAddr>,
+) -> Option<IpAddr> {
+    for (first, last) in ranges {
+        if next < first
+            && let Some(source) = source(next)
+        {
+            return Some(source);
+        }
+        next = next.max(last.checked_add(1)?);
+    }
+    // Past the last range may lie addresses that are no source, such as loopback; after those of
+    // IPv4 comes the next /8.
+    source(next).or_else(|| source(((next >> 24) + 1) << 24))
+}
+
+/// A local address that a packet from `source` may be for: of its family, and the database's.
+pub fn destination(entries: &Entries, source: IpAddr) -> Option<IpAddr> {
+    if !entries.addresses.is_empty() {
+        let same_family = |address: &&IpAddr| address.is_ipv4() == source.is_ipv4();
+        return entries.addresses.iter().find(same_family).copied();
+    }
+    // Which one does not matter; these are for documentation (RFC 5737, RFC 3849).
+    Some(match source {
+        IpAddr::V4(_) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+    })
+}
+
+/// An Ethernet frame with a minimal packet for a port: what the program reads of a real one.
+pub fn frame(protocol: Protocol, source: IpAddr, destination: IpAddr, port: u16) -> Vec<u8> {
+    // The longer of a TCP and a UDP header, empty but for the ports.
+    const TRANSPORT: u8 = 20;
+    let mut frame = vec![0; 12];
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let number = protocol.number();
+            frame.extend([
+                0x08,
+                0x00,
+                0x45,
+                0,
+                0,
+                20 + TRANSPORT,
+                0,
+                0,
+                0,
+                0,
+                64,
+                number,
+                0,
+                0,
+            ]);
+            frame.extend(source.octets());
+            frame.extend(destination.octets());
+        }
+        (source, destination) => {
+            frame.extend([
+                0x86,
+                0xdd,
+                0x60,
+                0,
+                0,
+                0,
+                0,
+                TRANSPORT,
+                protocol.number(),
+                64,
+            ]);
+            for address in [source, destination] {
+                frame.extend(match address {
+                    IpAddr::V4(address) => address.to_ipv6_mapped().octets(),
+                    IpAddr::V6(address) => address.octets(),
+                });
+            }
+        }
+    }
+    let ports = frame.len();
+    frame.resize(ports + TRANSPORT as usize, 0);
+    frame[ports + 2..ports + 4].copy_from_slice(&port.to_be_bytes());
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use ipnet::{Ipv4Net, Ipv6Net};
+
+    use super::*;
+    use crate::compile::RuleKey;
+
+    fn compiled(v4: &[&str], v6: &[&str]) -> Compiled {
+        let v4 = v4.iter().map(|text| (text.parse::<Ipv4Net>().unwrap(), 0));
+        let v6 = v6.iter().map(|text| (text.parse::<Ipv6Net>().unwrap(), 0));
+        let entries = Entries {
+            protocol: Protocol::Tcp,
+            ports: vec![5432],
+            addresses: vec![],
+            monitor: false,
+            rules: vec![RuleKey::Cluster],
+            v4: v4.collect(),
+            v6: v6.collect(),
+        };
+        Compiled {
+            databases: [("orders".into(), entries)].into(),
+            ..Compiled::default()
+        }
+    }
+
+    fn sources(v4: &[&str], v6: &[&str]) -> Vec<(String, bool)> {
+        let probes = probes(&compiled(v4, v6));
+        probes
+            .iter()
+            .map(|probe| (probe.source.to_string(), probe.allowed))
+            .collect()
+    }
+
+    #[test]
+    fn closed_database_has_only_sources_that_must_not_pass() {
+        let expected = [("1.0.0.0".into(), false), ("0:0:0:1::".into(), false)];
+        assert_eq!(sources(&[], &[]), expected);
+    }
+
+    #[test]
+    fn open_database_has_only_sources_that_must_pass() {
+        let expected = [("128.0.0.0".into(), true), ("8000::".into(), true)];
+        assert_eq!(sources(&["0.0.0.0/0"], &["::/0"]), expected);
+    }
+
+    #[test]
+    fn source_outside_is_found_between_ranges_and_past_loopback() {
+        let (inside, outside) = (true, false);
+        assert_eq!(
+            sources(
+                &["0.0.0.0/8", "1.0.0.0/8", "3.0.0.0/8"],
+                &["::/1", "8000::/2"]
+            ),
+            [
+                ("1.128.0.0".into(), inside),
+                ("2.0.0.0".into(), outside),
+                ("4000::".into(), inside),
+                ("c000::".into(), outside),
+            ]
+        );
+        assert_eq!(
+            sources(&["0.0.0.0/1"], &[])[..2],
+            [("64.0.0.0".into(), inside), ("128.0.0.0".into(), outside),]
+        );
+    }
+}

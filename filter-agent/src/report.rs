@@ -1,0 +1,133 @@
+//! What the daemon answers and the commands print.
+
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::image::Difference;
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    pub started: Timestamp,
+    pub policy: Enforced,
+    pub interfaces: Vec<Interface>,
+    pub databases: Vec<Database>,
+    /// Packets dropped that could have been aimed at any database, by reason.
+    pub unattributed: BTreeMap<String, u64>,
+    pub regions: Vec<Region>,
+    pub verified: Verified,
+    pub warnings: Vec<String>,
+    /// Where what is enforced is not what the policy says.
+    pub errors: Vec<String>,
+}
+
+/// The policy in force, and how long each step to it took, in milliseconds.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Enforced {
+    pub file: PathBuf,
+    /// When its file was read and found valid.
+    pub accepted: Timestamp,
+    /// From `accepted` on.
+    pub compiled_ms: f64,
+    pub enforced_ms: f64,
+    pub next_expiry: Option<Timestamp>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Interface {
+    pub name: String,
+    /// `native` or `generic`; `None`: not filtered.
+    pub mode: Option<String>,
+    pub program_id: Option<u32>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Database {
+    pub name: String,
+    /// `tcp/5432`.
+    pub ports: Vec<String>,
+    /// Local addresses; empty: all.
+    pub addresses: Vec<IpAddr>,
+    pub model: String,
+    pub monitor: bool,
+    pub rules: usize,
+    pub prefixes: usize,
+    pub passed: u64,
+    /// Packets dropped, by reason.
+    pub dropped: BTreeMap<String, u64>,
+    /// Packets that `monitor` let pass, by the reason to drop them.
+    pub would_drop: BTreeMap<String, u64>,
+}
+
+/// The last comparison of the attached program with the policy.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Verified {
+    pub at: Timestamp,
+    /// Packets the program was run on.
+    pub probes: usize,
+    pub errors: Vec<String>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Rule {
+    pub database: String,
+    /// Place in the policy's `rules`, from 1; `None`: given by the database's other fields.
+    pub number: Option<usize>,
+    pub source: String,
+    pub label: Option<String>,
+    pub expires: Option<Timestamp>,
+    pub expired: bool,
+    pub prefixes: usize,
+    pub hits: u64,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Region {
+    pub name: String,
+    /// Where its prefixes come from.
+    pub source: String,
+    /// Whether a rule names it; only then is it resolved.
+    pub used: bool,
+    pub prefixes: Vec<IpNet>,
+    pub resolved: Option<Timestamp>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Explanation {
+    pub database: String,
+    pub source: IpAddr,
+    /// What the program does with such a packet.
+    pub passes: bool,
+    pub monitor: bool,
+    pub reason: String,
+    pub rule: Option<String>,
+    pub label: Option<String>,
+    pub expires: Option<Timestamp>,
+}
+
+/// What a policy file would change, or changed.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Plan {
+    pub file: PathBuf,
+    pub difference: Difference,
+    /// Interfaces that come under the filter and that leave it.
+    pub attached: Vec<String>,
+    pub detached: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Reloaded {
+    pub plan: Plan,
+    pub enforced: Enforced,
+    pub verified: Verified,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Failure {
+    pub error: String,
+}
