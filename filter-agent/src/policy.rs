@@ -1,11 +1,20 @@
 //! YAML text to a checked `Policy`.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    path::PathBuf,
+};
 
-use filter_common::Protocol;
-use ipnet::IpNet;
+use filter_common::{MAX_DATABASES, MAX_LOCALS, MAX_NAME, MAX_RULES, Protocol};
+use ipnet::{IpNet, Ipv4Net};
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor},
+};
+use serde_yaml::{Mapping, Value};
 
 /// A policy that holds: every name resolves, every number is in range, no two databases claim the
 /// same port of the same address. Only `parse` makes one.
@@ -116,7 +125,7 @@ impl fmt::Display for Source {
 }
 
 /// One thing wrong with, or notable in, a policy file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// Counted from 1.
     pub line: Option<usize>,
@@ -126,21 +135,861 @@ pub struct Problem {
     pub message: String,
 }
 
+/// `line 12: database orders, rule 3: host bits are set`.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
+        match (&self.database, self.rule) {
+            (Some(database), Some(rule)) => write!(f, "database {database}, rule {rule}: ")?,
+            (Some(database), None) => write!(f, "database {database}: ")?,
+            (None, _) => {}
+        }
         f.write_str(&self.message)
     }
 }
 
+/// Problems reported of one file; each costs another pass over it for its line.
+const MAX_PROBLEMS: usize = 50;
+
+/// Longest label of a rule, in characters.
+const MAX_LABEL: usize = 100;
+
+/// Longest name of a network interface, in bytes (IFNAMSIZ, less the closing zero).
+const MAX_INTERFACE: usize = 15;
+
+/// Regions that need no definition, and the names whose addresses they are.
+const BUILT_IN: [(&str, &str); 2] = [
+    ("osc-fr1", "egress.osc-fr1.scalingo.com"),
+    ("osc-secnum-fr1", "egress.osc-secnum-fr1.scalingo.com"),
+];
+
 /// A checked policy and what its author should know of it, or everything wrong with it in the order
 /// of the file.
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
-    let _ = text;
-    todo!()
+    let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
+    let mut reader = Reader {
+        text,
+        problems: Vec::new(),
+        warnings: Vec::new(),
+        unlisted: 0,
+    };
+    let policy = reader.policy(file);
+    reader.problems.sort_by_key(|problem| problem.line);
+    reader.warnings.sort_by_key(|warning| warning.line);
+    if reader.problems.is_empty() {
+        return Ok((policy, reader.warnings));
+    }
+    if reader.unlisted > 0 {
+        reader.problems.push(Problem {
+            line: None,
+            database: None,
+            rule: None,
+            message: format!("and {} more problems", reader.unlisted),
+        });
+    }
+    Err(reader.problems)
+}
+
+/// What serde_yaml says of a file that is no YAML, or not of this shape.
+fn structural(error: &serde_yaml::Error) -> Problem {
+    let line = error.location().map(|location| location.line());
+    let mut message = error.to_string();
+    // Its own "at line 3 column 5" stands at the end, or in front of what more it says.
+    if let Some(place) = message.find(" at line ") {
+        message.truncate(place);
+    }
+    if message == "EOF while parsing a value" || message.starts_with("invalid type: unit value") {
+        message = "the file is empty: a policy needs at least `interfaces`".into();
+    }
+    Problem {
+        line,
+        database: None,
+        rule: None,
+        message,
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFile {
+    interfaces: Vec<String>,
+    #[serde(default)]
+    mode: Mode,
+    // A mapping, and not a map of Rust's: that would take a name's last definition in silence.
+    regions: Option<Mapping>,
+    regional_network: Option<Vec<String>>,
+    databases: Option<Vec<Value>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRegion {
+    dns: Option<Vec<String>>,
+    url: Option<String>,
+    select: Option<BTreeMap<String, String>>,
+    file: Option<PathBuf>,
+    prefixes: Option<Vec<String>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawProtocol {
+    Tcp,
+    Udp,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawModel {
+    Dedicated,
+    Shared,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDatabase {
+    name: String,
+    port: Option<i64>,
+    ports: Option<Vec<i64>>,
+    protocol: Option<RawProtocol>,
+    addresses: Option<Vec<String>>,
+    engine: Option<Engine>,
+    model: RawModel,
+    force_tls: Option<bool>,
+    monitor: Option<bool>,
+    cluster: Option<Vec<String>>,
+    rules: Option<Vec<Value>>,
+    internet: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRule {
+    cidr: Option<String>,
+    region: Option<String>,
+    label: Option<String>,
+    expires: Option<String>,
+}
+
+/// One step on the way to a node of the file.
+#[derive(Clone, Debug, PartialEq)]
+enum Step {
+    Key(String),
+    Index(usize),
+}
+
+/// A node of the file, and whose it is.
+#[derive(Clone, Debug)]
+struct At {
+    path: Vec<Step>,
+    database: Option<String>,
+    rule: Option<usize>,
+}
+
+impl At {
+    fn top(key: &str) -> Self {
+        Self {
+            path: vec![Step::Key(key.into())],
+            database: None,
+            rule: None,
+        }
+    }
+
+    fn key(&self, key: &str) -> Self {
+        let mut at = self.clone();
+        at.path.push(Step::Key(key.into()));
+        at
+    }
+
+    fn index(&self, index: usize) -> Self {
+        let mut at = self.clone();
+        at.path.push(Step::Index(index));
+        at
+    }
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    problems: Vec<Problem>,
+    warnings: Vec<Problem>,
+    /// Problems past `MAX_PROBLEMS`.
+    unlisted: usize,
+}
+
+impl Reader<'_> {
+    fn problem(&mut self, at: &At, message: impl Into<String>) {
+        if self.problems.len() < MAX_PROBLEMS {
+            let line = locate(self.text, &at.path, false);
+            self.problems.push(describe(line, at, message.into()));
+        } else {
+            self.unlisted += 1;
+        }
+    }
+
+    fn warn(&mut self, at: &At, message: impl Into<String>) {
+        let line = locate(self.text, &at.path, false);
+        self.warnings.push(describe(line, at, message.into()));
+    }
+
+    /// Reads a part of the file into its shape.
+    fn shape<T: DeserializeOwned>(&mut self, at: &At, value: Value) -> Option<T> {
+        let error = match serde_path_to_error::deserialize(value) {
+            Ok(shape) => return Some(shape),
+            Err(error) => error,
+        };
+        let mut path = at.path.clone();
+        for segment in error.path() {
+            match segment {
+                serde_path_to_error::Segment::Map { key } => path.push(Step::Key(key.clone())),
+                serde_path_to_error::Segment::Seq { index } => path.push(Step::Index(*index)),
+                _ => {}
+            }
+        }
+        let field = match path.last() {
+            Some(Step::Key(key)) if path.len() > at.path.len() => format!("{key}: "),
+            _ => String::new(),
+        };
+        let mut message = error.inner().to_string();
+        let unknown = message.strip_prefix("unknown field `");
+        let unknown = unknown.and_then(|rest| rest.split('`').next().map(str::to_owned));
+        let line = match unknown {
+            Some(unknown) => {
+                path.truncate(at.path.len());
+                path.push(Step::Key(unknown));
+                locate(self.text, &path, true)
+            }
+            None => {
+                message.insert_str(0, &field);
+                locate(self.text, &path, false)
+            }
+        };
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(describe(line, at, message));
+        } else {
+            self.unlisted += 1;
+        }
+        None
+    }
+
+    fn policy(&mut self, file: RawFile) -> Policy {
+        self.interfaces(&file.interfaces);
+        let regions = self.regions(file.regions.unwrap_or_default());
+        let regional_network = self.prefixes(
+            &At::top("regional_network"),
+            file.regional_network.as_deref(),
+        );
+        let values = file.databases.unwrap_or_default();
+        let top = At::top("databases");
+        if values.is_empty() {
+            self.warnings.push(describe(
+                None,
+                &top,
+                "no databases: nothing is protected".into(),
+            ));
+        }
+        if values.len() > MAX_DATABASES {
+            let message = format!("{} databases; at most {MAX_DATABASES}", values.len());
+            self.problem(&top, message);
+        }
+        let mut databases = Vec::new();
+        let mut names = BTreeSet::new();
+        for (index, value) in values.into_iter().enumerate() {
+            let mut at = top.index(index);
+            at.database = Some(match value.get("name").and_then(Value::as_str) {
+                Some(name) => name.into(),
+                None => format!("number {}", index + 1),
+            });
+            let Some(raw) = self.shape::<RawDatabase>(&at, value) else {
+                continue;
+            };
+            if !names.insert(raw.name.clone()) {
+                self.problem(&at.key("name"), "another database has this name");
+            }
+            if let Some(database) = self.database(&at, raw, &regions, &regional_network) {
+                databases.push((at, database));
+            }
+        }
+        self.overlaps(&databases);
+        Policy {
+            interfaces: file.interfaces,
+            mode: file.mode,
+            regions,
+            regional_network,
+            databases: databases
+                .into_iter()
+                .map(|(_, database)| database)
+                .collect(),
+        }
+    }
+
+    fn interfaces(&mut self, interfaces: &[String]) {
+        let at = At::top("interfaces");
+        if interfaces.is_empty() {
+            self.problem(
+                &at,
+                "no interfaces: name every one the databases are reachable through",
+            );
+        }
+        let mut seen = BTreeSet::new();
+        for (index, name) in interfaces.iter().enumerate() {
+            let fits = (1..=MAX_INTERFACE).contains(&name.len());
+            if !fits || name.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()) {
+                let message = format!(
+                    "{name:?} is no name of an interface: 1 to {MAX_INTERFACE} bytes, no spaces"
+                );
+                self.problem(&at.index(index), message);
+            } else if !seen.insert(name) {
+                self.problem(
+                    &at.index(index),
+                    format!("interface {name} is listed twice"),
+                );
+            }
+        }
+    }
+
+    fn regions(&mut self, raw: Mapping) -> BTreeMap<String, Region> {
+        let built_in = BUILT_IN.map(|(name, dns)| (name.into(), Region::Dns(vec![dns.into()])));
+        let mut regions = BTreeMap::from(built_in);
+        let top = At::top("regions");
+        for (key, value) in raw {
+            let Some(name) = key.as_str() else {
+                self.problem(&top, "the name of a region is not text");
+                continue;
+            };
+            let at = top.key(name);
+            if let Err(message) = check_name(name) {
+                self.problem(&at, format!("region {name:?}: {message}"));
+            }
+            let Some(raw) = self.shape::<RawRegion>(&at, value) else {
+                // Defined, if badly: rules that name it are not at fault.
+                regions.insert(name.into(), Region::Prefixes(Vec::new()));
+                continue;
+            };
+            let region = self.region(&at, name, raw);
+            regions.insert(name.into(), region);
+        }
+        regions
+    }
+
+    fn region(&mut self, at: &At, name: &str, raw: RawRegion) -> Region {
+        if raw.select.is_some() && raw.url.is_none() {
+            self.problem(
+                &at.key("select"),
+                format!("region {name}: select goes with url"),
+            );
+        }
+        match (raw.dns, raw.url, raw.file, raw.prefixes) {
+            (Some(names), None, None, None) => {
+                let list = at.key("dns");
+                if names.is_empty() {
+                    self.problem(&list, format!("region {name}: no names to look up"));
+                }
+                for (index, host) in names.iter().enumerate() {
+                    if !is_host_name(host) {
+                        let message = format!("region {name}: {host:?} is no host name");
+                        self.problem(&list.index(index), message);
+                    }
+                }
+                Region::Dns(names)
+            }
+            (None, Some(url), None, None) => {
+                if !url.starts_with("https://") && !url.starts_with("http://") {
+                    let message = format!("region {name}: {url:?} is no http or https URL");
+                    self.problem(&at.key("url"), message);
+                }
+                let select = raw.select.unwrap_or_default();
+                Region::Url { url, select }
+            }
+            (None, None, Some(file), None) => {
+                if !file.is_absolute() {
+                    let message = format!("region {name}: {} is no absolute path", file.display());
+                    self.problem(&at.key("file"), message);
+                }
+                Region::File(file)
+            }
+            (None, None, None, Some(prefixes)) => {
+                if prefixes.is_empty() {
+                    self.problem(&at.key("prefixes"), format!("region {name}: no prefixes"));
+                }
+                Region::Prefixes(self.prefixes(&at.key("prefixes"), Some(&prefixes)))
+            }
+            _ => {
+                let message =
+                    format!("region {name}: exactly one of dns, url, file and prefixes is needed");
+                self.problem(at, message);
+                Region::Prefixes(Vec::new())
+            }
+        }
+    }
+
+    fn prefixes(&mut self, at: &At, texts: Option<&[String]>) -> Vec<IpNet> {
+        let mut prefixes = Vec::new();
+        for (index, text) in texts.unwrap_or_default().iter().enumerate() {
+            match parse_cidr(text) {
+                Ok(prefix) => prefixes.push(prefix),
+                Err(message) => self.problem(&at.index(index), message),
+            }
+        }
+        prefixes
+    }
+
+    fn database(
+        &mut self,
+        at: &At,
+        raw: RawDatabase,
+        regions: &BTreeMap<String, Region>,
+        regional_network: &[IpNet],
+    ) -> Option<Database> {
+        if let Err(message) = check_name(&raw.name) {
+            self.problem(&at.key("name"), message);
+        }
+        let ports = self.ports(at, raw.port, raw.ports);
+        let protocol = match raw.protocol {
+            None | Some(RawProtocol::Tcp) => Protocol::Tcp,
+            Some(RawProtocol::Udp) => Protocol::Udp,
+        };
+        let addresses = self.addresses(at, raw.addresses.unwrap_or_default());
+        let cluster = self.prefixes(&at.key("cluster"), raw.cluster.as_deref());
+        let tcp = protocol == Protocol::Tcp;
+        let by_default = tcp && matches!(raw.model, RawModel::Dedicated);
+        let force_tls = raw.force_tls.unwrap_or(by_default);
+        if force_tls && !tcp {
+            self.problem(&at.key("force_tls"), "TLS cannot be forced on udp");
+        } else if force_tls {
+            if raw.engine.is_none() {
+                let message = "force_tls needs `engine`: how TLS begins depends on it";
+                self.problem(at, message);
+            }
+            self.refuse_force_tls(at, raw.force_tls);
+        }
+        let model = match raw.model {
+            RawModel::Dedicated => {
+                if raw.internet.is_some() {
+                    let message = "internet is for shared databases: a dedicated one is opened by \
+                                   rules";
+                    self.problem(&at.key("internet"), message);
+                }
+                let rules = self.rules(at, raw.rules.unwrap_or_default(), regions);
+                if rules.is_empty() && cluster.is_empty() {
+                    self.warn(at, "no rules: nobody may reach it");
+                } else if rules.is_empty() {
+                    self.warn(at, "no rules: only its cluster may reach it");
+                }
+                Model::Dedicated { rules }
+            }
+            RawModel::Shared => {
+                if raw.rules.is_some() {
+                    let message = "rules are for dedicated databases: a shared one has no source \
+                                   filtering";
+                    self.problem(&at.key("rules"), message);
+                }
+                let internet = raw.internet.unwrap_or_default();
+                if internet && !force_tls {
+                    let message = "internet: true needs force_tls: true";
+                    self.problem(&at.key("internet"), message);
+                }
+                if !internet && regional_network.is_empty() {
+                    self.warn(at, "`regional_network` is not set: nobody may reach it");
+                }
+                Model::Shared { internet }
+            }
+        };
+        Some(Database {
+            name: raw.name,
+            protocol,
+            ports: ports?,
+            addresses,
+            engine: raw.engine.unwrap_or(Engine::Other),
+            model,
+            force_tls,
+            monitor: raw.monitor.unwrap_or_default(),
+            cluster,
+        })
+    }
+
+    /// Until the packet path can enforce TLS: a policy that asks for it must not be accepted.
+    fn refuse_force_tls(&mut self, at: &At, written: Option<bool>) {
+        if written.is_some() {
+            let message = "this version cannot force TLS yet: write `force_tls: false`";
+            self.problem(&at.key("force_tls"), message);
+        } else {
+            let message = "force_tls is on by default for a dedicated database, and this version \
+                           cannot force TLS yet: write `force_tls: false`";
+            self.problem(at, message);
+        }
+    }
+
+    /// Until regions are resolved by the agent itself.
+    fn refuse_unresolvable(&mut self, at: &At, name: &str, region: &Region) {
+        let how = match region {
+            Region::Dns(_) => "by DNS",
+            Region::Url { .. } => "from a URL",
+            Region::File(_) | Region::Prefixes(_) => return,
+        };
+        let message = format!(
+            "region {name} is resolved {how}, which this version cannot do yet: define it in \
+             `regions` with `file:` or `prefixes:`"
+        );
+        self.problem(&at.key("region"), message);
+    }
+
+    fn ports(&mut self, at: &At, port: Option<i64>, ports: Option<Vec<i64>>) -> Option<Vec<u16>> {
+        let (numbers, at) = match (port, ports) {
+            (Some(port), None) => (vec![port], at.key("port")),
+            (None, Some(ports)) if !ports.is_empty() => (ports, at.key("ports")),
+            _ => {
+                self.problem(at, "exactly one of port and ports is needed");
+                return None;
+            }
+        };
+        let mut ports = BTreeSet::new();
+        for number in numbers {
+            match u16::try_from(number) {
+                Ok(0) | Err(_) => {
+                    self.problem(&at, format!("port {number} is not between 1 and 65535"));
+                }
+                Ok(port) if !ports.insert(port) => {
+                    self.problem(&at, format!("port {port} is listed twice"));
+                }
+                Ok(_) => {}
+            }
+        }
+        Some(ports.into_iter().collect())
+    }
+
+    fn addresses(&mut self, at: &At, texts: Vec<String>) -> Vec<IpAddr> {
+        let list = at.key("addresses");
+        let mut addresses = Vec::new();
+        for (index, text) in texts.iter().enumerate() {
+            let at = list.index(index);
+            let Ok(address) = text.parse::<IpAddr>() else {
+                let message = format!("{text:?} is no IP address (without a prefix length)");
+                self.problem(&at, message);
+                continue;
+            };
+            let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+            if address.is_unspecified() || address.is_multicast() || broadcast {
+                self.problem(&at, format!("{address} is no address a database can have"));
+            } else if address.to_canonical() != address {
+                let v4 = address.to_canonical();
+                self.problem(&at, format!("{address} is IPv4: write {v4}"));
+            } else if addresses.contains(&address) {
+                self.problem(&at, format!("{address} is listed twice"));
+            } else {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+
+    fn rules(
+        &mut self,
+        at: &At,
+        values: Vec<Value>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Vec<Rule> {
+        let list = at.key("rules");
+        if values.len() > MAX_RULES {
+            let message = format!("{} rules; at most {MAX_RULES}", values.len());
+            self.problem(&list, message);
+        }
+        let mut sources: BTreeMap<Source, usize> = BTreeMap::new();
+        let mut rules = Vec::new();
+        for (index, value) in values.into_iter().enumerate() {
+            let mut at = list.index(index);
+            let number = index + 1;
+            at.rule = Some(number);
+            let Some(raw) = self.shape::<RawRule>(&at, value) else {
+                continue;
+            };
+            let label = raw.label.as_deref().unwrap_or_default();
+            if label.chars().count() > MAX_LABEL || label.contains(char::is_control) {
+                let message =
+                    format!("a label has at most {MAX_LABEL} characters, none a control character");
+                self.problem(&at.key("label"), message);
+            }
+            let mut expires = None;
+            if let Some(text) = &raw.expires {
+                expires = text.parse::<Timestamp>().ok();
+                if expires.is_none() {
+                    let message =
+                        format!("expires: {text:?} is no instant, such as 2026-12-31T18:00:00Z");
+                    self.problem(&at.key("expires"), message);
+                }
+            }
+            let Some(source) = self.source(&at, raw.cidr, raw.region, regions) else {
+                continue;
+            };
+            if let Some(first) = sources.get(&source) {
+                let message = format!("{source} is allowed by rule {first} already");
+                self.problem(&at, message);
+            }
+            sources.entry(source.clone()).or_insert(number);
+            rules.push(Rule {
+                source,
+                label: raw.label,
+                expires,
+            });
+        }
+        rules
+    }
+
+    fn source(
+        &mut self,
+        at: &At,
+        cidr: Option<String>,
+        region: Option<String>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Option<Source> {
+        match (cidr, region) {
+            (Some(text), None) => match parse_cidr(&text) {
+                Ok(prefix) => Some(Source::Cidr(prefix)),
+                Err(message) => {
+                    self.problem(&at.key("cidr"), message);
+                    None
+                }
+            },
+            (None, Some(name)) => {
+                let Some(region) = regions.get(&name) else {
+                    let known: Vec<&str> = regions.keys().map(String::as_str).collect();
+                    let known = known.join(", ");
+                    let message = format!("no region {name:?} is defined; there are {known}");
+                    self.problem(&at.key("region"), message);
+                    return None;
+                };
+                self.refuse_unresolvable(at, &name, region);
+                Some(Source::Region(name))
+            }
+            _ => {
+                self.problem(at, "exactly one of cidr and region is needed");
+                None
+            }
+        }
+    }
+
+    /// Refuses databases that claim the same port of the same address.
+    fn overlaps(&mut self, databases: &[(At, Database)]) {
+        let mut claims: BTreeMap<(Protocol, u16), Vec<&Database>> = BTreeMap::new();
+        let mut locals = 0;
+        for (at, database) in databases {
+            locals += database.ports.len() * database.addresses.len();
+            for &port in &database.ports {
+                let others = claims.entry((database.protocol, port)).or_default();
+                for other in others.iter() {
+                    let shared = |address: &&IpAddr| other.addresses.contains(address);
+                    let shared = database.addresses.iter().find(shared);
+                    let whose = match shared {
+                        Some(address) => format!("at {address}"),
+                        None if database.addresses.is_empty() || other.addresses.is_empty() => {
+                            "at every address: give both `addresses`".into()
+                        }
+                        None => continue,
+                    };
+                    let protocol = database.protocol.name();
+                    let message = format!(
+                        "{protocol} port {port} is claimed by {} too, {whose}",
+                        other.name
+                    );
+                    self.problem(at, message);
+                }
+                others.push(database);
+            }
+        }
+        if locals > MAX_LOCALS as usize {
+            let message = format!("{locals} ports of addresses; at most {MAX_LOCALS}");
+            self.problem(&At::top("databases"), message);
+        }
+    }
+}
+
+fn describe(line: Option<usize>, at: &At, message: String) -> Problem {
+    Problem {
+        line,
+        database: at.database.clone(),
+        rule: at.rule,
+        message,
+    }
+}
+
+/// Names stand in paths, metrics and output: lower case, digits and hyphens.
+fn check_name(name: &str) -> Result<(), String> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty()
+        || name.len() > MAX_NAME
+        || name.starts_with('-')
+        || !name.chars().all(allowed)
+    {
+        return Err(format!(
+            "a name has 1 to {MAX_NAME} characters of a to z, 0 to 9 and hyphen, and begins with no \
+             hyphen"
+        ));
+    }
+    Ok(())
+}
+
+/// RFC 1123 section 2.1.
+fn is_host_name(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let label = |label: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        (1..=63).contains(&label.len())
+            && label.chars().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
 }
 
 /// A prefix as the policy spells it, or what is wrong with the text.
 pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
-    text.parse()
-        .map_err(|_| format!("{text} is not a prefix, such as 192.0.2.0/24"))
+    let malformed = || format!("{text:?} is no prefix, such as 192.0.2.0/24 or 2001:db8::/32");
+    let Some((address, length)) = text.split_once('/') else {
+        let address: IpAddr = text.parse().map_err(|_| malformed())?;
+        let one = IpNet::from(address);
+        return Err(format!(
+            "{text} has no prefix length: for this one address write {one}"
+        ));
+    };
+    let address: IpAddr = address.parse().map_err(|_| malformed())?;
+    // Digits only: Rust's own parser takes a sign and leading zeros.
+    let canonical = length.parse::<u8>().ok();
+    let canonical = canonical.filter(|number| number.to_string() == length);
+    let length = canonical.ok_or_else(malformed)?;
+    let prefix = IpNet::new(address, length).map_err(|_| {
+        let longest = IpNet::from(address).max_prefix_len();
+        format!("{text} has a prefix length past {longest}")
+    })?;
+    if let IpAddr::V6(v6) = address
+        && let Some(v4) = v6.to_ipv4_mapped()
+        && let Some(Ok(v4)) = length
+            .checked_sub(96)
+            .map(|length| Ipv4Net::new(v4, length))
+    {
+        return Err(format!(
+            "{text} is IPv4, which arrives as such: write {}",
+            v4.trunc()
+        ));
+    }
+    if prefix.trunc() != prefix {
+        return Err(format!(
+            "{text} has host bits set: the network is {}",
+            prefix.trunc()
+        ));
+    }
+    if is_never_a_source(&prefix) {
+        return Err(format!(
+            "{text} is no source: packets from there are always dropped"
+        ));
+    }
+    Ok(prefix)
+}
+
+/// Whether the filter drops every packet from the prefix, so that a rule could never match.
+fn is_never_a_source(prefix: &IpNet) -> bool {
+    match prefix {
+        IpNet::V4(prefix) => {
+            let first = prefix.network();
+            let within = first.octets()[0] == 0 || first.is_loopback() || first.is_multicast();
+            // The ranges are of /8 and /4; a shorter prefix holds other addresses too.
+            let length = if first.is_multicast() { 4 } else { 8 };
+            first.is_broadcast() || within && prefix.prefix_len() >= length
+        }
+        IpNet::V6(prefix) => {
+            let first = prefix.network();
+            let single = first.is_unspecified() || first.is_loopback();
+            (single && prefix.prefix_len() >= 127)
+                || (first.is_multicast() && prefix.prefix_len() >= 8)
+        }
+    }
+}
+
+/// The line of a node in the file, or of the key that leads to it.
+///
+/// serde_yaml tells lines in errors only: a deserializer that walks to the node and fails there on
+/// purpose gets one.
+fn locate(text: &str, path: &[Step], of_key: bool) -> Option<usize> {
+    let walk = Walk { path, of_key };
+    let found = walk.deserialize(serde_yaml::Deserializer::from_str(text));
+    found.err()?.location().map(|location| location.line())
+}
+
+#[derive(Clone, Copy)]
+struct Walk<'a> {
+    path: &'a [Step],
+    of_key: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for Walk<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Walk<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the node to locate")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        if let Some((Step::Key(wanted), path)) = self.path.split_first() {
+            let key = Key {
+                wanted,
+                fail: self.of_key && path.is_empty(),
+            };
+            while let Some(found) = map.next_key_seed(key)? {
+                if found {
+                    return map.next_value_seed(Walk { path, ..self });
+                }
+                map.next_value::<de::IgnoredAny>()?;
+            }
+        }
+        Err(de::Error::custom("here"))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        if let Some((Step::Index(wanted), path)) = self.path.split_first() {
+            for _ in 0..*wanted {
+                seq.next_element::<de::IgnoredAny>()?;
+            }
+            seq.next_element_seed(Walk { path, ..self })?;
+        }
+        Err(de::Error::custom("here"))
+    }
+}
+
+/// A key of a mapping; fails at the wanted one where it is the one to locate.
+#[derive(Clone, Copy)]
+struct Key<'a> {
+    wanted: &'a str,
+    fail: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    /// Whether it is the wanted one.
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: de::Error>(self, key: &str) -> Result<bool, E> {
+        if key == self.wanted && self.fail {
+            return Err(E::custom("here"));
+        }
+        Ok(key == self.wanted)
+    }
 }
