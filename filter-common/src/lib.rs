@@ -177,7 +177,7 @@ pub enum Reason {
     BadHeader = 4,
     /// More than `MAX_VLAN_TAGS` tags.
     VlanTags = 5,
-    /// More than `MAX_EXTENSION_HEADERS` extension headers.
+    /// More than `MAX_EXTENSION_HEADERS` extension headers, or a packet inside a routing header.
     ExtensionHeaders = 6,
     /// The port belongs to different databases by address, and which address the packet ends at
     /// cannot be told: source-routed, multicast or broadcast.

@@ -11,6 +11,8 @@ const ETHERTYPE_SERVICE_VLAN: u16 = 0x88a8;
 const TCP: u8 = Protocol::Tcp.number();
 const UDP: u8 = Protocol::Udp.number();
 const HOP_BY_HOP: u8 = 0;
+const IPV4: u8 = 4;
+const IPV6: u8 = 41;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
@@ -231,12 +233,23 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
     )
 }
 
+/// A place in the packet, within what the IP header says is the packet.
 struct Cursor {
     offset: usize,
-    /// Where the IP header says the packet ends: what follows is padding.
+    /// What follows is padding, which Linux cuts off: a header that begins or goes on there is none.
     end: usize,
     /// Kind of header at `offset` (IANA protocol numbers).
     next: u8,
+}
+
+impl Cursor {
+    #[inline(always)]
+    fn read<const N: usize>(&self, ctx: &XdpContext) -> Option<[u8; N]> {
+        if self.offset + N > self.end {
+            return None;
+        }
+        read(ctx, self.offset)
+    }
 }
 
 /// Walks extension headers to the ports. IPv4 has only one of them, the authentication header.
@@ -248,12 +261,13 @@ fn transport(
     mut source_routed: bool,
     v6: bool,
 ) -> Packet {
+    let mut routing_header = false;
     for _ in 0..=MAX_EXTENSION_HEADERS {
         let protocol = match at.next {
             TCP => Protocol::Tcp,
             UDP => Protocol::Udp,
             AUTHENTICATION => {
-                let Some([next, length]) = read(ctx, at.offset) else {
+                let Some([next, length]) = at.read(ctx) else {
                     return unclear(Reason::Truncated);
                 };
                 // RFC 4302 section 2.2: in 4-byte units, minus 2; every other header in 8-byte units.
@@ -262,16 +276,17 @@ fn transport(
                 continue;
             }
             HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS if v6 => {
-                let Some([next, length, _, segments_left]) = read(ctx, at.offset) else {
+                let Some([next, length, _, segments_left]) = at.read(ctx) else {
                     return unclear(Reason::Truncated);
                 };
+                routing_header |= at.next == ROUTING;
                 source_routed |= at.next == ROUTING && segments_left != 0;
                 at.offset += (length as usize + 1) * 8;
                 at.next = next;
                 continue;
             }
             FRAGMENT if v6 => {
-                let Some([next, _, high, low]) = read(ctx, at.offset) else {
+                let Some([next, _, high, low]) = at.read(ctx) else {
                     return unclear(Reason::Truncated);
                 };
                 if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
@@ -281,22 +296,23 @@ fn transport(
                 at.next = next;
                 continue;
             }
+            // Linux unwraps the packet inside on this same interface, past native XDP, where segment
+            // routing is on (seg6_enabled, rpl_seg_enabled).
+            IPV4 | IPV6 if routing_header => return unclear(Reason::ExtensionHeaders),
             _ => return Packet::Other,
         };
-        if at.offset + 4 <= at.end
-            && let Some([_, _, high, low]) = read(ctx, at.offset)
-        {
-            return Packet::Segment(Segment {
-                addresses,
-                protocol,
-                port: u16::from_be_bytes([high, low]),
-                source_routed,
-            });
-        }
-        return Packet::Unclear {
-            reason: Reason::Truncated,
-            protocols: protocol.bit(),
+        let Some([_, _, high, low]) = at.read(ctx) else {
+            return Packet::Unclear {
+                reason: Reason::Truncated,
+                protocols: protocol.bit(),
+            };
         };
+        return Packet::Segment(Segment {
+            addresses,
+            protocol,
+            port: u16::from_be_bytes([high, low]),
+            source_routed,
+        });
     }
     unclear(Reason::ExtensionHeaders)
 }
