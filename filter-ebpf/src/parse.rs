@@ -1,6 +1,10 @@
 //! Packet bytes to addresses and ports, or a reason why they cannot be told. The only pointer code.
 
-use aya_ebpf::{EbpfContext as _, helpers::generated::bpf_xdp_get_buff_len, programs::XdpContext};
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
+    programs::XdpContext,
+};
 use filter_common::{MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS, Protocol, Reason};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -73,6 +77,25 @@ fn read<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
     }
     // SAFETY: start..start + N was compared with data_end just above; bytes need no alignment.
     Some(unsafe { *(start as *const [u8; N]) })
+}
+
+/// The bytes at an offset that the packet itself gives, in whichever buffer; `None` past its end.
+///
+/// Slower than `read`, and only for what few packets have: the verifier follows a packet pointer
+/// through every way to such an offset, which for chains of headers is past what it accepts.
+#[inline(always)]
+fn load<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    // SAFETY: the helper (kernel 5.18) writes N bytes to a buffer of N bytes, or fails.
+    let failed = unsafe {
+        bpf_xdp_load_bytes(
+            ctx.as_ptr().cast(),
+            offset as u32,
+            bytes.as_mut_ptr().cast(),
+            N as u32,
+        )
+    };
+    (failed == 0).then_some(bytes)
 }
 
 /// Whether the packet holds `length` bytes, in all its buffers.
@@ -168,31 +191,36 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
         source: [s0, s1, s2, s3],
         destination: [d0, d1, d2, d3],
     };
-    let mut source_routed = false;
-    if header_length > 20 {
+    let at = Cursor {
+        offset: start + header_length,
+        end: start + length,
+        next: protocol,
+    };
+    if header_length == 20 && protocol != AUTHENTICATION {
+        return ports(read(ctx, start + 20), at, addresses, false);
+    }
+    let mut routes = 0;
+    for i in 0..10 {
+        let offset = start + 20 + i * 4;
+        if offset >= at.offset {
+            break;
+        }
+        let Some(options) = load::<4>(ctx, offset) else {
+            return unclear(Reason::Truncated);
+        };
         // Loose and strict source route (RFC 791), wherever such a byte stands in the options: an
         // option's content that looks like one is taken for one.
-        for i in 0..40 {
-            if 20 + i >= header_length {
-                break;
-            }
-            let Some([byte]) = read(ctx, start + 20 + i) else {
-                return unclear(Reason::Truncated);
-            };
-            source_routed |= byte == 131 || byte == 137;
-        }
+        routes |= has_byte(options, 131) | has_byte(options, 137);
     }
-    transport(
-        ctx,
-        Cursor {
-            offset: start + header_length,
-            end: start + length,
-            next: protocol,
-        },
-        addresses,
-        source_routed,
-        false,
-    )
+    walk(ctx, at, addresses, routes != 0, false)
+}
+
+/// Not zero where one of the bytes is `byte`. Without branches, of which the verifier would follow
+/// both sides for every byte.
+#[inline(always)]
+fn has_byte(bytes: [u8; 4], byte: u8) -> u32 {
+    let zero_where_equal = u32::from_ne_bytes(bytes) ^ u32::from_ne_bytes([byte; 4]);
+    zero_where_equal.wrapping_sub(0x0101_0101) & !zero_where_equal & 0x8080_8080
 }
 
 /// RFC 8200 section 3.
@@ -217,20 +245,19 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
     let mut destination = [0; 16];
     source.copy_from_slice(&header[8..24]);
     destination.copy_from_slice(&header[24..40]);
-    transport(
-        ctx,
-        Cursor {
-            offset: start + 40,
-            end,
-            next,
-        },
-        Addresses::V6 {
-            source,
-            destination,
-        },
-        false,
-        true,
-    )
+    let at = Cursor {
+        offset: start + 40,
+        end,
+        next,
+    };
+    let addresses = Addresses::V6 {
+        source,
+        destination,
+    };
+    if next == TCP || next == UDP {
+        return ports(read(ctx, start + 40), at, addresses, false);
+    }
+    walk(ctx, at, addresses, false, true)
 }
 
 /// A place in the packet, within what the IP header says is the packet.
@@ -243,18 +270,41 @@ struct Cursor {
 }
 
 impl Cursor {
+    /// The first bytes of the header here.
     #[inline(always)]
-    fn read<const N: usize>(&self, ctx: &XdpContext) -> Option<[u8; N]> {
+    fn load<const N: usize>(&self, ctx: &XdpContext) -> Option<[u8; N]> {
         if self.offset + N > self.end {
             return None;
         }
-        read(ctx, self.offset)
+        load(ctx, self.offset)
     }
 }
 
-/// Walks extension headers to the ports. IPv4 has only one of them, the authentication header.
+/// The segment whose transport header, of TCP or UDP, begins with `bytes`.
 #[inline(always)]
-fn transport(
+fn ports(bytes: Option<[u8; 4]>, at: Cursor, addresses: Addresses, source_routed: bool) -> Packet {
+    let protocol = if at.next == TCP {
+        Protocol::Tcp
+    } else {
+        Protocol::Udp
+    };
+    match bytes {
+        Some([_, _, high, low]) if at.offset + 4 <= at.end => Packet::Segment(Segment {
+            addresses,
+            protocol,
+            port: u16::from_be_bytes([high, low]),
+            source_routed,
+        }),
+        _ => Packet::Unclear {
+            reason: Reason::Truncated,
+            protocols: protocol.bit(),
+        },
+    }
+}
+
+/// Follows extension headers to the ports. IPv4 has only one of them, the authentication header.
+#[inline(always)]
+fn walk(
     ctx: &XdpContext,
     mut at: Cursor,
     addresses: Addresses,
@@ -263,30 +313,27 @@ fn transport(
 ) -> Packet {
     let mut routing_header = false;
     for _ in 0..=MAX_EXTENSION_HEADERS {
-        let protocol = match at.next {
-            TCP => Protocol::Tcp,
-            UDP => Protocol::Udp,
+        match at.next {
+            TCP | UDP => return ports(at.load(ctx), at, addresses, source_routed),
             AUTHENTICATION => {
-                let Some([next, length]) = at.read(ctx) else {
+                let Some([next, length]) = at.load(ctx) else {
                     return unclear(Reason::Truncated);
                 };
                 // RFC 4302 section 2.2: in 4-byte units, minus 2; every other header in 8-byte units.
                 at.offset += (length as usize + 2) * 4;
                 at.next = next;
-                continue;
             }
             HOP_BY_HOP | ROUTING | DESTINATION_OPTIONS if v6 => {
-                let Some([next, length, _, segments_left]) = at.read(ctx) else {
+                let Some([next, length, _, segments_left]) = at.load(ctx) else {
                     return unclear(Reason::Truncated);
                 };
                 routing_header |= at.next == ROUTING;
                 source_routed |= at.next == ROUTING && segments_left != 0;
                 at.offset += (length as usize + 1) * 8;
                 at.next = next;
-                continue;
             }
             FRAGMENT if v6 => {
-                let Some([next, _, high, low]) = at.read(ctx) else {
+                let Some([next, _, high, low]) = at.load(ctx) else {
                     return unclear(Reason::Truncated);
                 };
                 if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
@@ -294,25 +341,12 @@ fn transport(
                 }
                 at.offset += 8;
                 at.next = next;
-                continue;
             }
             // Linux unwraps the packet inside on this same interface, past native XDP, where segment
             // routing is on (seg6_enabled, rpl_seg_enabled).
             IPV4 | IPV6 if routing_header => return unclear(Reason::ExtensionHeaders),
             _ => return Packet::Other,
-        };
-        let Some([_, _, high, low]) = at.read(ctx) else {
-            return Packet::Unclear {
-                reason: Reason::Truncated,
-                protocols: protocol.bit(),
-            };
-        };
-        return Packet::Segment(Segment {
-            addresses,
-            protocol,
-            port: u16::from_be_bytes([high, low]),
-            source_routed,
-        });
+        }
     }
     unclear(Reason::ExtensionHeaders)
 }
