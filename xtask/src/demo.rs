@@ -53,7 +53,9 @@ pub fn show(agent: &Path) -> Result<()> {
     let id = demo.id.clone();
     let directory = demo.directory.clone();
     let shown = demo.play();
+    let interrupted = demo.stop_if_interrupted();
     if shown.is_err()
+        && interrupted.is_ok()
         && let Ok(log) = fs::read_to_string(demo.agent_log())
     {
         eprintln!("the agent's log:\n{log}");
@@ -62,6 +64,7 @@ pub fn show(agent: &Path) -> Result<()> {
     // Stops everything and removes it, whatever happened.
     drop(demo);
     let left = what_is_left(&id, &directory)?;
+    interrupted?;
     shown?;
 
     heading("What is left of it");
@@ -81,8 +84,8 @@ struct Demo {
     directory: PathBuf,
     agent: PathBuf,
     postgresql: PathBuf,
-    /// Running, with the signal that stops each.
-    children: Vec<(Child, Signal)>,
+    /// The servers, in the order in which they were started.
+    children: Vec<Child>,
     interrupted: Arc<AtomicBool>,
     failures: u32,
 }
@@ -155,7 +158,7 @@ impl Demo {
         self.check_counts()?;
 
         heading("The agent is killed (kill -9): port 5432");
-        let (mut agent, _) = self.children.remove(agent);
+        let agent = &mut self.children[agent];
         agent.kill().context("kill the agent")?;
         agent.wait().context("wait for the agent")?;
         self.try_everybody(PROTECTED, |client| client == OFFICE.name)?;
@@ -255,7 +258,7 @@ impl Demo {
             .args(["-p", &port.to_string(), "-c", "listen_addresses=*"])
             .args(["-c", "unix_socket_directories=", "-c", "fsync=off"]);
         let ready = "database system is ready to accept connections";
-        self.start(server, Signal::SIGINT, &log, ready)?;
+        self.start(server, &log, ready)?;
         Ok(())
     }
 
@@ -269,7 +272,7 @@ impl Demo {
         let log = self.agent_log();
         let mut agent = self.agent_command("run");
         agent.arg("--policy").arg(policy).arg("--bpffs").arg(bpffs);
-        let started = self.start(agent, Signal::SIGTERM, &log, "enforcing ")?;
+        let started = self.start(agent, &log, "enforcing ")?;
         for line in fs::read_to_string(&log)
             .context("read the agent's log")?
             .lines()
@@ -302,13 +305,7 @@ impl Demo {
     }
 
     /// Starts a server and waits for the line that says it is ready.
-    fn start(
-        &mut self,
-        mut command: Command,
-        stop: Signal,
-        log: &Path,
-        ready: &str,
-    ) -> Result<usize> {
+    fn start(&mut self, mut command: Command, log: &Path, ready: &str) -> Result<usize> {
         let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
         let child = command
             .stdin(Stdio::null())
@@ -317,13 +314,12 @@ impl Demo {
             .spawn()
             .with_context(|| format!("start `{}`", crate::command_line(&command)))?;
         let index = self.children.len();
-        self.children.push((child, stop));
+        self.children.push(child);
 
         let begin = Instant::now();
         loop {
             self.stop_if_interrupted()?;
             let ended = self.children[index]
-                .0
                 .try_wait()
                 .context("look after a server")?;
             let text = fs::read_to_string(log).context("read a server's log")?;
@@ -411,22 +407,12 @@ impl Demo {
 
 impl Drop for Demo {
     fn drop(&mut self) {
-        // In order, so that PostgreSQL gives back its shared memory.
-        for (child, signal) in &mut self.children {
-            if let Ok(None) = child.try_wait() {
-                let _ = kill(Pid::from_raw(child.id().cast_signed()), *signal);
-            }
-        }
-        let begin = Instant::now();
-        for (child, _) in &mut self.children {
-            while let Ok(None) = child.try_wait()
-                && begin.elapsed() < Duration::from_secs(10)
-            {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        }
         if let Err(error) = remove(&self.id, &self.directory) {
             eprintln!("clean up: {error:#}");
+        }
+        for child in &mut self.children {
+            // Its end was seen to already; this is only for the kernel's process table.
+            let _ = child.try_wait();
         }
     }
 }
@@ -467,11 +453,7 @@ fn remove_remains_of_the_dead() -> Result<()> {
 /// Removes a demo's processes, namespaces, mount and files.
 fn remove(id: &str, directory: &Path) -> Result<()> {
     for namespace in namespaces(&format!("{id}-"))? {
-        for pid in output(Command::new("ip").args(["netns", "pids", &namespace]))?.lines() {
-            let pid = pid.parse().context("read a process id")?;
-            // It may have ended meanwhile.
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
+        end_processes(&namespace)?;
         run(Command::new("ip").args(["netns", "delete", &namespace]))?;
     }
     for mount in mounts(directory)? {
@@ -481,6 +463,30 @@ fn remove(id: &str, directory: &Path) -> Result<()> {
         fs::remove_dir_all(directory).with_context(|| format!("remove {}", directory.display()))?;
     }
     Ok(())
+}
+
+fn end_processes(namespace: &str) -> Result<()> {
+    // Killed outright, PostgreSQL would leave its shared memory behind.
+    for signal in [Signal::SIGINT, Signal::SIGKILL] {
+        for pid in processes(namespace)? {
+            // It may have ended meanwhile.
+            let _ = kill(pid, signal);
+        }
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(5) {
+            if processes(namespace)?.is_empty() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    bail!("processes in {namespace} do not end")
+}
+
+fn processes(namespace: &str) -> Result<Vec<Pid>> {
+    let list = output(Command::new("ip").args(["netns", "pids", namespace]))?;
+    let pids = list.lines().map(|pid| pid.parse().map(Pid::from_raw));
+    pids.collect::<Result<_, _>>().context("read a process id")
 }
 
 fn what_is_left(id: &str, directory: &Path) -> Result<Vec<String>> {

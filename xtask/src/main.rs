@@ -108,9 +108,8 @@ fn target_directory() -> Result<PathBuf> {
         .to_owned())
 }
 
-/// The cargo that runs this task, so that the toolchain is the same.
 fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    Command::new("cargo")
 }
 
 /// Runs a command on our own terminal and fails with the command line when it fails.
