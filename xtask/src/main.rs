@@ -1,1 +1,149 @@
-fn main() {}
+//! The project's own tasks: `cargo xtask setup | build | check | test | demo`.
+
+mod demo;
+mod setup;
+mod steps;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+
+use setup::Needs;
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Set up, build, check, test and show filter-agent"
+)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what building and testing need and is missing
+    Setup,
+    /// Build the agent, with the XDP program inside
+    Build {
+        #[arg(long)]
+        release: bool,
+    },
+    /// Format, clippy on both sides and the tests that need no root
+    Check,
+    /// Everything `check` does, then the tests that need root
+    Test,
+    /// Run the agent in front of a PostgreSQL server in throw-away network namespaces
+    Demo,
+}
+
+fn main() -> ExitCode {
+    match perform(Arguments::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("find the workspace")?;
+    std::env::set_current_dir(root).with_context(|| format!("enter {}", root.display()))?;
+    match task {
+        Task::Setup => setup::install(Needs::Run)?,
+        Task::Build { release } => {
+            setup::install(Needs::Build)?;
+            let profile: &[&str] = if release { &["--release"] } else { &[] };
+            build(profile)?;
+        }
+        Task::Check => {
+            setup::install(Needs::Build)?;
+            steps::check()?;
+        }
+        Task::Test => {
+            require_root("test")?;
+            setup::install(Needs::Run)?;
+            steps::test()?;
+        }
+        Task::Demo => {
+            require_root("demo")?;
+            setup::install(Needs::Run)?;
+            build(&["--release"])?;
+            demo::show(&target_directory()?.join("release/filter-agent"))?;
+        }
+    }
+    Ok(())
+}
+
+fn build(profile: &[&str]) -> Result<()> {
+    run(cargo()
+        .args(["build", "--package", "filter-agent"])
+        .args(profile))
+}
+
+fn require_root(task: &str) -> Result<()> {
+    ensure!(
+        is_root(),
+        "`cargo xtask {task}` needs root, to load XDP programs and to make network namespaces; \
+         `cargo xtask check` runs what does not"
+    );
+    Ok(())
+}
+
+fn is_root() -> bool {
+    nix::unistd::geteuid().is_root()
+}
+
+/// The directory cargo builds into, whatever configured it: this program was built there.
+fn target_directory() -> Result<PathBuf> {
+    let program = std::env::current_exe().context("find this program")?;
+    let directory = program.ancestors().nth(2);
+    Ok(directory
+        .context("find cargo's target directory")?
+        .to_owned())
+}
+
+fn cargo() -> Command {
+    Command::new("cargo")
+}
+
+/// Runs a command on our own terminal and fails with the command line when it fails.
+fn run(command: &mut Command) -> Result<()> {
+    let status = command
+        .status()
+        .with_context(|| format!("start `{}`", command_line(command)))?;
+    if !status.success() {
+        bail!("`{}` failed: {status}", command_line(command));
+    }
+    Ok(())
+}
+
+/// Runs a command and gives what it printed on standard output.
+fn output(command: &mut Command) -> Result<String> {
+    let output = command
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .with_context(|| format!("start `{}`", command_line(command)))?;
+    if !output.status.success() {
+        bail!("`{}` failed: {}", command_line(command), output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// The command as one would type it.
+fn command_line(command: &Command) -> String {
+    let variables = command
+        .get_envs()
+        .filter_map(|(name, value)| Some((name, value?)))
+        .map(|(name, value)| format!("{}={}", name.to_string_lossy(), value.to_string_lossy()));
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    variables
+        .chain(words.map(|word| word.to_string_lossy().into_owned()))
+        .collect::<Vec<_>>()
+        .join(" ")
+}

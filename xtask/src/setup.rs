@@ -1,0 +1,266 @@
+//! Installs what building and testing need and is missing.
+//!
+//! Everything is looked up first. Where something cannot be installed from here, the
+//! commands that would do it are printed instead, and nothing is changed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{cargo, command_line, is_root, output, run};
+
+#[derive(Clone, Copy, PartialEq, PartialOrd)]
+pub enum Needs {
+    /// To compile and to run what needs no root.
+    Build,
+    /// To run the demo and the tests as root as well.
+    Run,
+}
+
+/// Besides what rustup installs by default; `rust-toolchain.toml` names them too, but rustup
+/// heeds that only when it installs the toolchain.
+const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
+
+const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
+const RUN_PACKAGES: [&str; 3] = ["iproute2", "nftables", "postgresql"];
+
+const BPF_LINKER: &str = "0.13.0";
+
+/// Debian's postgresql package makes and starts a server unless this says no. The file stands
+/// only while we install.
+const NO_CLUSTER: &str = "/etc/postgresql-common/createcluster.d/filter-agent.conf";
+
+pub fn install(needs: Needs) -> Result<()> {
+    let components = missing_components()?;
+    let linker = (!has_bpf_linker()).then(Linker::choose).transpose()?;
+    let mut packages: Vec<String> = BUILD_PACKAGES.map(str::to_owned).to_vec();
+    if needs >= Needs::Run {
+        packages.extend(RUN_PACKAGES.map(str::to_owned));
+    }
+    if let Some(Linker::Source { llvm }) = linker {
+        packages.push(format!("llvm-{llvm}-dev"));
+    }
+    let packages = missing_packages(packages);
+
+    if !packages.is_empty() && (!is_root() || !is_installed("apt-get")) {
+        return Err(refusal(&components, &packages, linker.as_ref()));
+    }
+    if !components.is_empty() {
+        println!("==> install {}", components.join(", "));
+        run(&mut add_components(&components))?;
+    }
+    if !packages.is_empty() {
+        println!("==> install {}", packages.join(", "));
+        install_packages(&packages)?;
+    }
+    if let Some(linker) = linker {
+        println!("==> install bpf-linker {BPF_LINKER}");
+        run(&mut linker.command())?;
+        if !has_bpf_linker() {
+            bail!(
+                "bpf-linker {BPF_LINKER} was installed but is not what runs as `bpf-linker`: \
+                 put cargo's bin directory first in PATH"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What to do by hand, in order.
+fn refusal(components: &[&str], packages: &[String], linker: Option<&Linker>) -> anyhow::Error {
+    let mut commands = Vec::new();
+    if !components.is_empty() {
+        commands.push(command_line(&add_components(components)));
+    }
+    commands.push(command_line(&apt_update()));
+    commands.push(command_line(&apt_install(packages)));
+    commands.extend(linker.map(|linker| command_line(&linker.command())));
+    let why = if is_installed("apt-get") {
+        "installing Debian packages needs root; run these, the apt-get ones as root"
+    } else {
+        "there is no apt-get here; install what these would on Debian"
+    };
+    anyhow::anyhow!("{why}:\n  {}", commands.join("\n  "))
+}
+
+fn missing_components() -> Result<Vec<&'static str>> {
+    let mut list = Command::new("rustup");
+    let installed = output(list.args(["component", "list", "--installed"]))
+        .context("the toolchain comes from rustup: see https://rustup.rs")?;
+    let is_missing = |component: &&str| !installed.lines().any(|line| line.starts_with(*component));
+    Ok(COMPONENTS.into_iter().filter(is_missing).collect())
+}
+
+fn add_components(components: &[&str]) -> Command {
+    let mut command = Command::new("rustup");
+    command.args(["component", "add"]).args(components);
+    command
+}
+
+fn missing_packages(wanted: Vec<String>) -> Vec<String> {
+    // It fails when it does not know one of the packages, and still lists the others.
+    let installed = Command::new("dpkg-query")
+        .args(["--show", "--showformat", "${Package} ${db:Status-Status}\n"])
+        .args(&wanted)
+        .output()
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default();
+    let is_missing = |package: &String| {
+        let line = format!("{package} installed");
+        !installed.lines().any(|found| found == line)
+    };
+    wanted.into_iter().filter(is_missing).collect()
+}
+
+fn install_packages(packages: &[String]) -> Result<()> {
+    // A source of the host's that does not answer is no reason to stop: apt-get install says
+    // whether what it needs is there.
+    if run(&mut apt_update()).is_err() {
+        println!("apt-get update failed; going on with the package lists of before");
+    }
+    for package in packages {
+        let known = output(Command::new("apt-cache").args(["madison", package]))?;
+        if known.is_empty() {
+            bail!("{}", unavailable(package));
+        }
+    }
+    let cluster = NoCluster::declare()?;
+    let installed = run(&mut apt_install(packages));
+    cluster.undo()?;
+    installed
+}
+
+fn unavailable(package: &str) -> String {
+    if package.starts_with("llvm-") {
+        format!(
+            "{package} is in none of this system's apt sources: on Debian 12 add the security \
+             suite (`deb http://deb.debian.org/debian-security bookworm-security main`), elsewhere \
+             https://apt.llvm.org, or install cargo-binstall, whose bpf-linker needs no LLVM"
+        )
+    } else {
+        format!("{package} is in none of this system's apt sources: add Debian's main suite")
+    }
+}
+
+fn apt_update() -> Command {
+    let mut command = Command::new("apt-get");
+    command.args(["update", "--quiet"]);
+    command
+}
+
+fn apt_install(packages: &[String]) -> Command {
+    let mut command = Command::new("apt-get");
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .args(["install", "--yes", "--quiet", "--no-install-recommends"])
+        .args(packages);
+    command
+}
+
+/// Keeps Debian's postgresql package from making a server of its own.
+struct NoCluster {
+    /// What to remove again: the file, and the directories made for it.
+    created: Vec<PathBuf>,
+}
+
+impl NoCluster {
+    fn declare() -> Result<NoCluster> {
+        let file = Path::new(NO_CLUSTER);
+        let mut created = vec![file.to_owned()];
+        let directories = file.ancestors().skip(1);
+        created.extend(
+            directories
+                .take_while(|path| !path.exists())
+                .map(Path::to_owned),
+        );
+        fs::create_dir_all(file.parent().context("find the directory of the file")?)
+            .and_then(|()| fs::write(file, "create_main_cluster = false\n"))
+            .with_context(|| format!("write {NO_CLUSTER}"))?;
+        Ok(NoCluster { created })
+    }
+
+    fn undo(self) -> Result<()> {
+        fs::remove_file(NO_CLUSTER).with_context(|| format!("remove {NO_CLUSTER}"))?;
+        for directory in &self.created[1..] {
+            // The package may have put files of its own there by now.
+            if fs::remove_dir(directory).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn has_bpf_linker() -> bool {
+    let version = Command::new("bpf-linker").arg("--version").output();
+    version.is_ok_and(|output| {
+        output.status.success()
+            && String::from_utf8_lossy(&output.stdout).trim() == format!("bpf-linker {BPF_LINKER}")
+    })
+}
+
+/// Where bpf-linker comes from.
+enum Linker {
+    /// Its authors' binary.
+    Binary,
+    /// Compiled here, against the LLVM that rustc's own is: another cannot read its output.
+    Source { llvm: u32 },
+}
+
+impl Linker {
+    fn choose() -> Result<Linker> {
+        if is_installed("cargo-binstall") {
+            return Ok(Linker::Binary);
+        }
+        let version = output(Command::new("rustc").arg("-vV"))?;
+        let llvm = version
+            .lines()
+            .find_map(|line| line.strip_prefix("LLVM version: ")?.split('.').next())
+            .and_then(|major| major.parse().ok())
+            .context("find the LLVM version in what `rustc -vV` prints")?;
+        Ok(Linker::Source { llvm })
+    }
+
+    fn command(&self) -> Command {
+        // Forced, because cargo would not replace one that is there but does not start.
+        let mut command = cargo();
+        match self {
+            Linker::Binary => command
+                .args([
+                    "binstall",
+                    "--no-confirm",
+                    "--force",
+                    "--disable-strategies",
+                    "compile",
+                ])
+                .arg(format!("bpf-linker@{BPF_LINKER}")),
+            Linker::Source { llvm } => command
+                .env("LLVM_PREFIX", format!("/usr/lib/llvm-{llvm}"))
+                .args([
+                    "install",
+                    "bpf-linker",
+                    "--version",
+                    BPF_LINKER,
+                    "--locked",
+                    "--force",
+                ])
+                .args([
+                    "--no-default-features",
+                    "--features",
+                    &format!("llvm-{llvm}"),
+                ]),
+        };
+        command
+    }
+}
+
+fn is_installed(program: &str) -> bool {
+    Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok()
+}

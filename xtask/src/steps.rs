@@ -1,0 +1,107 @@
+//! The steps of `check` and `test`, timed.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::{cargo, run, target_directory};
+
+/// What needs no root.
+pub fn check() -> Result<()> {
+    let mut report = Report::default();
+    let result = check_steps(&mut report);
+    report.print();
+    result
+}
+
+/// Everything.
+pub fn test() -> Result<()> {
+    let mut report = Report::default();
+    let result = check_steps(&mut report).and_then(|()| privileged_steps(&mut report));
+    report.print();
+    result
+}
+
+fn check_steps(report: &mut Report) -> Result<()> {
+    report.step("format", cargo().args(["fmt", "--all", "--check"]))?;
+    report.step(
+        "clippy, host",
+        cargo()
+            .args(["clippy", "--workspace", "--exclude", "filter-ebpf"])
+            .args(["--all-targets", "--", "-D", "warnings"]),
+    )?;
+    report.step("clippy, BPF", &mut clippy_bpf()?)?;
+    report.step(
+        "unit tests",
+        cargo().args(["test", "--workspace"]).args([
+            "--exclude",
+            "filter-ebpf",
+            "--exclude",
+            "filter-tests",
+        ]),
+    )
+}
+
+fn privileged_steps(report: &mut Report) -> Result<()> {
+    // The tests run the agent's binary, which cargo does not build for another package's tests.
+    report.step(
+        "build the agent",
+        cargo().args(["build", "--package", "filter-agent"]),
+    )?;
+    // Each of these tests runs an agent, servers and clients of its own: more than two at once
+    // compete for the processor until time-outs expire.
+    report.step(
+        "tests as root",
+        cargo()
+            .args(["test", "--package", "filter-tests"])
+            .args(["--", "--test-threads", "2"]),
+    )
+}
+
+/// Clippy for the BPF target, with the flags that aya-build compiles it with.
+fn clippy_bpf() -> Result<Command> {
+    let target = if cfg!(target_endian = "big") {
+        "bpfeb-unknown-none"
+    } else {
+        "bpfel-unknown-none"
+    };
+    let mut clippy = cargo();
+    clippy
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
+        )
+        .args(["clippy", "--package", "filter-ebpf", "--bins"])
+        .args(["--target", target, "-Z", "build-std=core"])
+        // Build scripts look at RUSTC_BOOTSTRAP: in a shared directory each side would
+        // rebuild the other's dependencies.
+        .arg("--target-dir")
+        .arg(target_directory()?.join("bpf"))
+        .args(["--", "-D", "warnings"]);
+    Ok(clippy)
+}
+
+#[derive(Default)]
+struct Report {
+    steps: Vec<(&'static str, Duration, bool)>,
+}
+
+impl Report {
+    fn step(&mut self, name: &'static str, command: &mut Command) -> Result<()> {
+        println!("\n==> {name}");
+        let begin = Instant::now();
+        let result = run(command);
+        self.steps.push((name, begin.elapsed(), result.is_ok()));
+        result
+    }
+
+    fn print(&self) {
+        println!("\n{:<20} {:>8}", "step", "seconds");
+        for (name, time, passed) in &self.steps {
+            let verdict = if *passed { "ok" } else { "FAILED" };
+            println!("{name:<20} {:>8.1}  {verdict}", time.as_secs_f64());
+        }
+    }
+}
