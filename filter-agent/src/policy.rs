@@ -200,15 +200,24 @@ fn structural(error: &serde_yaml::Error) -> Problem {
     if let Some(place) = message.find(" at line ") {
         message.truncate(place);
     }
-    if message == "EOF while parsing a value" || message.starts_with("invalid type: unit value") {
-        message = "the file is empty: a policy needs at least `interfaces`".into();
-    }
     Problem {
         line,
         database: None,
         rule: None,
-        message,
+        message: plain(&message),
     }
+}
+
+/// What serde says of a shape, without its names for our types.
+fn plain(message: &str) -> String {
+    let shapes = ["File", "Region", "Database", "Rule"].map(|name| format!("struct Raw{name}"));
+    let mut message = message
+        .replace("a sequence", "a list")
+        .replace("i64", "a number");
+    for shape in shapes {
+        message = message.replace(&shape, "a mapping");
+    }
+    message
 }
 
 #[derive(Deserialize)]
@@ -333,8 +342,8 @@ impl Reader<'_> {
         self.warnings.push(describe(line, at, message.into()));
     }
 
-    /// Reads a part of the file into its shape.
-    fn shape<T: DeserializeOwned>(&mut self, at: &At, value: Value) -> Option<T> {
+    /// Reads a part of the file into its shape; `whose` begins what is said of it.
+    fn shape<T: DeserializeOwned>(&mut self, at: &At, whose: &str, value: Value) -> Option<T> {
         let error = match serde_path_to_error::deserialize(value) {
             Ok(shape) => return Some(shape),
             Err(error) => error,
@@ -351,7 +360,7 @@ impl Reader<'_> {
             Some(Step::Key(key)) if path.len() > at.path.len() => format!("{key}: "),
             _ => String::new(),
         };
-        let mut message = error.inner().to_string();
+        let mut message = plain(&error.inner().to_string());
         let unknown = message.strip_prefix("unknown field `");
         let unknown = unknown.and_then(|rest| rest.split('`').next().map(str::to_owned));
         let line = match unknown {
@@ -366,7 +375,8 @@ impl Reader<'_> {
             }
         };
         if self.problems.len() < MAX_PROBLEMS {
-            self.problems.push(describe(line, at, message));
+            self.problems
+                .push(describe(line, at, format!("{whose}{message}")));
         } else {
             self.unlisted += 1;
         }
@@ -401,7 +411,7 @@ impl Reader<'_> {
                 Some(name) => name.into(),
                 None => format!("number {}", index + 1),
             });
-            let Some(raw) = self.shape::<RawDatabase>(&at, value) else {
+            let Some(raw) = self.shape::<RawDatabase>(&at, "", value) else {
                 continue;
             };
             if !names.insert(raw.name.clone()) {
@@ -462,7 +472,7 @@ impl Reader<'_> {
             if let Err(message) = check_name(name) {
                 self.problem(&at, format!("region {name:?}: {message}"));
             }
-            let Some(raw) = self.shape::<RawRegion>(&at, value) else {
+            let Some(raw) = self.shape::<RawRegion>(&at, &format!("region {name}: "), value) else {
                 // Defined, if badly: rules that name it are not at fault.
                 regions.insert(name.into(), Region::Prefixes(Vec::new()));
                 continue;
@@ -701,7 +711,7 @@ impl Reader<'_> {
             let mut at = list.index(index);
             let number = index + 1;
             at.rule = Some(number);
-            let Some(raw) = self.shape::<RawRule>(&at, value) else {
+            let Some(raw) = self.shape::<RawRule>(&at, "", value) else {
                 continue;
             };
             let label = raw.label.as_deref().unwrap_or_default();

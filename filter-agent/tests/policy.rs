@@ -1,0 +1,132 @@
+//! Policy files against what `policy::parse` says of them. Each file ends in the lines it expects,
+//! as comments: problems for the bad ones, warnings for the good ones.
+
+use std::{fs, path::PathBuf};
+
+use filter_agent::policy::{self, Problem};
+
+fn files(folder: &str) -> Vec<(PathBuf, String)> {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/policies")
+        .join(folder);
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.clone(), fs::read_to_string(path).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+fn expected(text: &str) -> Vec<&str> {
+    text.lines()
+        .filter_map(|line| line.strip_prefix("# expect: "))
+        .collect()
+}
+
+fn lines(problems: &[Problem]) -> Vec<String> {
+    problems.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn every_bad_file_gets_exactly_the_lines_it_expects() {
+    let files = files("bad");
+    assert!(files.len() >= 60, "{} files", files.len());
+    let mut wrong = Vec::new();
+    for (path, text) in files {
+        let problems = match policy::parse(&text) {
+            Ok(_) => vec!["is accepted".to_owned()],
+            Err(problems) => lines(&problems),
+        };
+        if expected(&text).is_empty() || problems != expected(&text) {
+            wrong.push(format!("{}\n  {}", path.display(), problems.join("\n  ")));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_good_file_is_accepted_with_exactly_the_warnings_it_expects() {
+    let files = files("good");
+    assert!(files.len() >= 5, "{} files", files.len());
+    for (path, text) in files {
+        let (_, warnings) = policy::parse(&text)
+            .unwrap_or_else(|problems| panic!("{}: {:?}", path.display(), lines(&problems)));
+        assert_eq!(lines(&warnings), expected(&text), "{}", path.display());
+    }
+}
+
+#[test]
+fn problems_past_fifty_are_counted_only() {
+    let mut text = "interfaces: [eth0]\nregional_network:\n".to_owned();
+    for _ in 0..60 {
+        text.push_str("- 10.0.0.1/8\n");
+    }
+    let problems = lines(&policy::parse(&text).unwrap_err());
+    assert_eq!(problems.len(), 51);
+    assert_eq!(problems[0].split(':').next(), Some("line 3"));
+    assert_eq!(problems[50], "and 10 more problems");
+}
+
+#[test]
+fn a_hundred_thousand_prefixes_are_read() {
+    let mut text = "interfaces: [eth0]\nregions:\n  big:\n    prefixes:\n".to_owned();
+    for i in 0..100_000 {
+        text.push_str(&format!(
+            "    - 10.{}.{}.{}/32\n",
+            i >> 16,
+            i >> 8 & 255,
+            i & 255
+        ));
+    }
+    let (policy, _) = policy::parse(&text).unwrap();
+    let policy::Region::Prefixes(prefixes) = &policy.regions["big"] else {
+        panic!("{:?}", policy.regions["big"]);
+    };
+    assert_eq!(prefixes.len(), 100_000);
+}
+
+#[test]
+fn nesting_and_aliases_without_end_are_refused() {
+    let deep = format!("interfaces: {}{}", "[".repeat(10_000), "]".repeat(10_000));
+    assert!(policy::parse(&deep).is_err());
+    let mut laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for i in 1..20 {
+        let alias = format!("*a{}", i - 1);
+        laughs.push_str(&format!(
+            "a{i}: &a{i} [{}]\n",
+            [alias.as_str(); 9].join(", ")
+        ));
+    }
+    laughs.push_str("interfaces: [eth0]\nregions: {bomb: {prefixes: *a19}}\n");
+    assert!(policy::parse(&laughs).is_err());
+}
+
+#[test]
+fn no_mutation_of_a_policy_makes_the_parser_panic() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as usize
+    };
+    let files = files("good");
+    for _ in 0..3_000 {
+        let mut bytes = files[random() % files.len()].1.clone().into_bytes();
+        for _ in 0..1 + random() % 4 {
+            let place = random() % bytes.len();
+            match random() % 4 {
+                0 => bytes[place] = (random() % 128) as u8,
+                1 => bytes.truncate(place.max(1)),
+                2 => bytes.insert(place, b":-[]{}&*!|>'\"%@ \n\t0"[random() % 19]),
+                _ => {
+                    bytes.remove(place);
+                    bytes.push(b'\n');
+                }
+            }
+        }
+        let text = String::from_utf8_lossy(&bytes);
+        let _ = policy::parse(&text);
+    }
+}
