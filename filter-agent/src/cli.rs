@@ -579,9 +579,17 @@ fn print_status(status: &Status) {
         ]);
     }
     print_table(&databases, status.databases.len());
-    if !status.unattributed.is_empty() {
-        let unattributed = reasons(&status.unattributed);
-        println!("\ndropped, aimed at no database in particular: {unattributed}");
+    let unattributed = [
+        ("dropped", &status.unattributed),
+        ("would be dropped", &status.unattributed_would_drop),
+    ];
+    for (what, counts) in unattributed {
+        if !counts.is_empty() {
+            println!(
+                "\n{what}, aimed at no database in particular: {}",
+                reasons(counts)
+            );
+        }
     }
     let used = status.regions.iter().filter(|region| region.used);
     let mut regions = table(["REGION", "PREFIXES", "AGE", "SOURCE"]);

@@ -368,6 +368,7 @@ impl Agent {
             interfaces: interfaces.collect(),
             databases: databases.collect(),
             unattributed: dropped(&None, false),
+            unattributed_would_drop: dropped(&None, true),
             regions: self.regions(),
             verified: self.verified.clone(),
             warnings,

@@ -26,7 +26,7 @@ pub struct Image {
     pub locals: Vec<(LocalKey, Guard)>,
     /// By `port_index`.
     pub ports: Vec<(u32, Guard)>,
-    /// Set of `Protocol::bit`.
+    /// Sets of `Protocol::bit` and `Protocol::monitored_bit`.
     pub protocols: u32,
 }
 
@@ -89,6 +89,7 @@ impl Image {
             .filter_map(|(id, name)| Some(((name.slot, name.text()?), *id)))
             .collect();
         let mut free_ids = held.free_ids();
+        let mut ports: BTreeMap<u32, Guard> = BTreeMap::new();
         for (database, entries) in &compiled.databases {
             let slot = match slots.get(database.as_str()) {
                 Some(&slot) => slot,
@@ -123,15 +124,22 @@ impl Image {
             let v6 = entries.v6.iter();
             let v6 = v6.map(|&(prefix, rule)| ((slot, prefix), rules[rule as usize]));
             image.allowed6.extend(v6);
-            image.protocols |= entries.protocol.bit();
+            image.protocols |= if entries.monitor {
+                entries.protocol.monitored_bit()
+            } else {
+                entries.protocol.bit()
+            };
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
                 let guard = Guard::new(slot, entries.monitor);
                 if entries.addresses.is_empty() {
-                    image.ports.push((port, guard));
-                } else {
-                    image.ports.push((port, guard.by_address()));
+                    ports.insert(port, guard);
+                    continue;
                 }
+                ports
+                    .entry(port)
+                    .and_modify(|other| *other = other.shared_with(guard))
+                    .or_insert(guard.by_address());
                 image
                     .locals
                     .extend(entries.addresses.iter().map(|&address| {
@@ -140,15 +148,13 @@ impl Image {
                     }));
             }
         }
+        image.ports.extend(ports);
         image.slots.sort_unstable_by_key(|&(slot, _)| slot);
         image.rules.sort_unstable_by_key(|&(id, _)| id);
         // Stable sorts: nearly sorted already, one run for each database.
         image.allowed4.sort_by_key(|&(key, _)| key);
         image.allowed6.sort_by_key(|&(key, _)| key);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
-        // Where several databases share a port, the first stands for what is of none of them.
-        image.ports.sort_by_key(|&(port, _)| port);
-        image.ports.dedup_by_key(|&mut (port, _)| port);
         Ok(image)
     }
 

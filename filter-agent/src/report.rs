@@ -18,6 +18,8 @@ pub struct Status {
     pub databases: Vec<Database>,
     /// Packets dropped that could have been aimed at any database, by reason.
     pub unattributed: BTreeMap<String, u64>,
+    /// The same where all it could have been aimed at is only monitored: passed.
+    pub unattributed_would_drop: BTreeMap<String, u64>,
     pub regions: Vec<Region>,
     pub verified: Verified,
     pub warnings: Vec<String>,

@@ -39,6 +39,10 @@ pub const DEFAULT_MAX_PREFIXES: u32 = 1 << 20;
 /// Entries of the map of local addresses.
 pub const MAX_LOCALS: u32 = 16384;
 
+/// Where the set of protocols with monitored ports begins, in the word that also holds the set of
+/// those with enforced ones.
+pub const MONITORED_SHIFT: u32 = 16;
+
 /// A transport protocol that a database can listen on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
@@ -53,6 +57,11 @@ impl Protocol {
     /// This protocol's bit in a set of protocols.
     pub const fn bit(self) -> u32 {
         1 << self as u32
+    }
+
+    /// The same for a protocol with a port that is monitored only, beside those in one word.
+    pub const fn monitored_bit(self) -> u32 {
+        self.bit() << MONITORED_SHIFT
     }
 
     /// The name in the policy and in output.
@@ -97,6 +106,13 @@ impl Guard {
     /// The same guard for a port whose database depends on the local address.
     pub const fn by_address(self) -> Self {
         Self(self.0 | Self::BY_ADDRESS)
+    }
+
+    /// The guard of a port that this one's database shares, by local address, with another's: what
+    /// cannot be told apart counts on neither, and is let pass only where both are monitored.
+    pub const fn shared_with(self, other: Self) -> Self {
+        let monitor = self.is_monitor() && other.is_monitor();
+        Self::new(ANY_SLOT, monitor).by_address()
     }
 
     pub const fn is_none(self) -> bool {

@@ -6,9 +6,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use filter_common::{
-    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, Guard, LocalKey, MAX_LOCALS, Name, PORTS, RULE_IDS,
-    Reason, SLOT_BITS, SLOTS, Source4, Source6, counter_index, is_bad_source4, is_bad_source6,
-    mapped, port_index, slot_key,
+    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT, Name,
+    PORTS, RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6, counter_index, is_bad_source4,
+    is_bad_source6, mapped, port_index, slot_key,
 };
 
 use crate::parse::{Addresses, Packet, Segment};
@@ -24,7 +24,8 @@ static LOCAL_GUARDS: HashMap<
     { MAX_LOCALS as usize },
     { BPF_F_NO_PREALLOC as usize },
 > = HashMap::new();
-/// Protocols with a guarded port, as a set of `Protocol::bit`.
+/// Protocols with an enforced port and those with a monitored one: sets of `Protocol::bit` and
+/// `Protocol::monitored_bit`.
 #[btf_map]
 static PROTOCOLS: Array<u32, 1> = Array::new();
 /// Allowed prefixes to the id of the rule that allows.
@@ -74,15 +75,20 @@ pub fn judge(packet: &Packet) -> Outcome {
 /// Where no port of these protocols is guarded, the packet cannot reach one.
 #[inline(always)]
 fn unclear(reason: Reason, protocols: u32) -> Outcome {
-    let refused = |reason| Outcome::Refused {
+    let refused = |reason, monitor| Outcome::Refused {
         slot: ANY_SLOT,
         reason,
-        monitor: false,
+        monitor,
     };
-    match PROTOCOLS.get(0) {
-        None => refused(Reason::NoPolicy),
-        Some(guarded) if guarded & protocols == 0 => Outcome::NotConcerned,
-        Some(_) => refused(reason),
+    let Some(guarded) = PROTOCOLS.get(0) else {
+        return refused(Reason::NoPolicy, false);
+    };
+    if guarded & protocols != 0 {
+        refused(reason, false)
+    } else if guarded & (protocols << MONITORED_SHIFT) != 0 {
+        refused(reason, true)
+    } else {
+        Outcome::NotConcerned
     }
 }
 
