@@ -5,29 +5,41 @@ use std::{
     env,
     fmt::Write as _,
     fs::{self, File},
-    io::{self, BufRead as _, BufReader, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
-    os::unix::process::CommandExt as _,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{
-        OnceLock,
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use filter_common::Protocol;
 use ipnet::IpNet;
 use nix::{
+    errno::Errno,
+    ifaddrs::getifaddrs,
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns},
-    sys::signal::{Signal, kill},
-    unistd::{Pid, geteuid},
+    sys::{
+        signal::{Signal, kill},
+        socket::{
+            AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt,
+            socket, sockopt,
+        },
+    },
+    unistd::{Pid, geteuid, write},
 };
 use serde_json::Value;
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 /// The database host's addresses.
 pub const DB4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
@@ -55,11 +67,14 @@ pub const NEIGHBOURS: [IpAddr; 4] = [
 pub const DB_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
+/// Packet type of frames that this host sent (packet(7)).
+const PACKET_OUTGOING: u8 = 4;
+
 /// How long anything may take that normally takes no time: never what a test measures.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-/// How long a connection attempt lasts that nothing answers. A refusal or an answer takes less
-/// than a millisecond.
-const SILENCE: Duration = Duration::from_millis(400);
+/// How long a connection attempt waits for an answer: past Linux's first repetition of a SYN, so
+/// that one lost on a busy machine decides nothing.
+const SILENCE: Duration = Duration::from_millis(1500);
 
 /// A network namespace, deleted when dropped.
 pub struct Namespace {
@@ -81,12 +96,11 @@ impl Namespace {
     /// Runs a closure in a thread inside the namespace. Sockets and child processes that it makes
     /// stay there.
     pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
-        let file = File::open(Path::new("/run/netns").join(&self.name)).unwrap();
-        let enter = || {
-            setns(file, CloneFlags::CLONE_NEWNET).unwrap();
+        let inside = || {
+            enter(&self.name);
             inside()
         };
-        match thread::scope(|scope| scope.spawn(enter).join()) {
+        match thread::scope(|scope| scope.spawn(inside).join()) {
             Ok(value) => value,
             Err(panic) => std::panic::resume_unwind(panic),
         }
@@ -101,6 +115,16 @@ impl Namespace {
 
     pub fn output(&self, command: &mut Command) -> Output {
         self.run(|| command.output().unwrap())
+    }
+
+    /// SYNs that were sent again since nothing answered the first one.
+    pub fn repeated_syns(&self) -> u64 {
+        let text = self.run(|| fs::read_to_string("/proc/thread-self/net/netstat").unwrap());
+        let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+        let names = lines.next().unwrap().split_whitespace();
+        let mut values = lines.next().unwrap().split_whitespace();
+        let place = names.into_iter().position(|name| name == "TCPSynRetrans");
+        values.nth(place.unwrap()).unwrap().parse().unwrap()
     }
 
     /// Sets kernel parameters below `net/`.
@@ -241,7 +265,7 @@ impl Net {
              address add {DB4}/24 dev eth0
              address add {OTHER_DB4}/24 dev eth0
              address add {DB6}/64 dev eth0 nodad
-             address add {OTHER_DB6}/64 dev eth0 nodad
+             address add {OTHER_DB6}/64 dev eth0 nodad preferred_lft 0
              route add default via {CLIENT4} dev eth0
              route add default via {CLIENT6} dev eth0"
         ));
@@ -380,6 +404,15 @@ impl Net {
     /// Starts an agent that must not come up, and returns the one line it says.
     pub fn refusal(&self, arguments: &[&str]) -> String {
         let mut command = self.agent_command(&[&["run"], arguments].concat());
+        self.refused(&mut command)
+    }
+
+    /// The same with another bpffs and socket, as if it were another host's.
+    pub fn refusal_elsewhere(&self, bpffs: &Path, socket: &Path) -> String {
+        let mut command = Command::new(agent_binary());
+        command.arg("run").arg("--policy").arg(self.policy_path());
+        command.arg("--bpffs").arg(bpffs);
+        command.arg("--socket").arg(socket);
         self.refused(&mut command)
     }
 
@@ -569,10 +602,268 @@ impl Net {
             .run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).unwrap())
     }
 
+    /// A server in the database host's namespace that answers every byte with itself.
+    pub fn echo(&self, port: u16) -> Echo {
+        Echo::start(self.listen(port))
+    }
+
+    pub fn echo_at(&self, address: IpAddr, port: u16) -> Echo {
+        Echo::start(self.listen_at(address, port))
+    }
+
+    /// The same for datagrams.
+    pub fn echo_datagrams(&self, port: u16) -> EchoDatagrams {
+        EchoDatagrams::start(self.receive(port))
+    }
+
+    /// Whether a datagram from a source address of the client's is answered.
+    pub fn exchange(&self, source: IpAddr, destination: SocketAddr) -> bool {
+        self.client.run(|| {
+            let socket = UdpSocket::bind((source, 0)).unwrap();
+            socket.connect(destination).unwrap();
+            let wait = Some(Duration::from_millis(300));
+            socket.set_read_timeout(wait).unwrap();
+            // One may get lost.
+            (0..3).any(|_| {
+                let mut answer = [0; 4];
+                socket.send(b"ping").unwrap();
+                matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
+            })
+        })
+    }
+
     /// Tries to connect from a source address of the client's.
     pub fn connect(&self, source: IpAddr, destination: SocketAddr) -> Connection {
         self.client.run(|| connect(source, destination))
     }
+
+    /// The same for several at once.
+    pub fn connect_all(&self, attempts: &[(IpAddr, SocketAddr)]) -> Vec<Connection> {
+        thread::scope(|scope| {
+            let threads: Vec<_> = attempts
+                .iter()
+                .map(|&(source, destination)| {
+                    let client = &self.client;
+                    scope.spawn(move || client.run(|| connect(source, destination)))
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        })
+    }
+
+    /// The client's end of the link, for frames made by hand.
+    pub fn wire(&self) -> Wire {
+        self.client.run(|| Wire::open("eth0"))
+    }
+}
+
+/// A TCP server that answers every byte with itself, until dropped.
+pub struct Echo {
+    listener: TcpListener,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    fn start(listener: TcpListener) -> Self {
+        let accepting = listener.try_clone().unwrap();
+        let thread = thread::spawn(move || {
+            while let Ok((stream, _)) = accepting.accept() {
+                thread::spawn(move || io::copy(&mut &stream, &mut &stream));
+            }
+        });
+        Self {
+            listener,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        // Wakes the thread up from `accept`.
+        let _ = SockRef::from(&self.listener).shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A UDP server that answers every datagram with itself, until dropped.
+pub struct EchoDatagrams {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EchoDatagrams {
+    fn start(socket: UdpSocket) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let interval = Some(Duration::from_millis(50));
+        socket.set_read_timeout(interval).unwrap();
+        let thread = thread::spawn(move || {
+            let mut datagram = [0; 2048];
+            while !stopped.load(Ordering::Relaxed) {
+                if let Ok((length, source)) = socket.recv_from(&mut datagram) {
+                    let _ = socket.send_to(&datagram[..length], source);
+                }
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for EchoDatagrams {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A packet socket: frames as they are on the wire, both ways.
+pub struct Wire {
+    socket: OwnedFd,
+}
+
+impl Wire {
+    fn open(interface: &str) -> Self {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let protocol = SockProtocol::EthAll;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, protocol).unwrap();
+        // The one safe way to a link-layer address that names the interface.
+        let address = getifaddrs()
+            .unwrap()
+            .filter(|found| found.interface_name == interface)
+            .find_map(|found| found.address?.as_link_addr().copied())
+            .expect("the interface has a link-layer address");
+        bind(socket.as_raw_fd(), &address).unwrap();
+        setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20)).unwrap();
+        Self { socket }
+    }
+
+    pub fn send(&self, frame: &[u8]) {
+        // Refused while the device's queue is full.
+        let sent = wait_until(|| match write(&self.socket, frame) {
+            Ok(_) => true,
+            Err(Errno::ENOBUFS | Errno::EAGAIN) => false,
+            Err(error) => panic!("send a frame of {} bytes: {error}", frame.len()),
+        });
+        assert!(sent, "the wire takes no frame");
+    }
+
+    /// The next frame that arrived, if one did.
+    pub fn receive(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 1 << 16];
+        loop {
+            match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame) {
+                Ok((length, address)) => {
+                    // The socket sees its own frames too.
+                    if address.is_some_and(|from| from.pkttype() != PACKET_OUTGOING) {
+                        frame.truncate(length);
+                        return Some(frame);
+                    }
+                }
+                Err(Errno::EAGAIN) => return None,
+                Err(error) => panic!("receive a frame: {error}"),
+            }
+        }
+    }
+}
+
+/// Clients that connect without a pause until they are stopped.
+pub struct Hammer {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<u64>>,
+}
+
+impl Hammer {
+    /// Connects from each source again and again, each time with a question and an answer.
+    ///
+    /// # Panics
+    /// When stopped, if a connection failed.
+    pub fn allowed(client: &Namespace, attempts: &[(IpAddr, SocketAddr)]) -> Self {
+        Self::start(client, attempts, |source, destination| {
+            let socket = bound(source);
+            let patience = Duration::from_secs(10);
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+            socket.set_read_timeout(Some(patience)).unwrap();
+            let connected = socket.connect_timeout(&destination.into(), patience);
+            connected.unwrap_or_else(|e| panic!("connect from {source} to {destination}: {e}"));
+            let mut stream = TcpStream::from(socket);
+            stream.write_all(b"ping").unwrap();
+            let mut answer = [0; 4];
+            stream.read_exact(&mut answer).unwrap();
+        })
+    }
+
+    /// Tries to connect from each source again and again.
+    ///
+    /// # Panics
+    /// When stopped, if any attempt was answered.
+    pub fn denied(client: &Namespace, attempts: &[(IpAddr, SocketAddr)]) -> Self {
+        Self::start(client, attempts, |source, destination| {
+            let brief = Duration::from_millis(3);
+            let error = bound(source).connect_timeout(&destination.into(), brief);
+            let error = error.expect_err("a source that is not allowed connected");
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        })
+    }
+
+    fn start(
+        client: &Namespace,
+        attempts: &[(IpAddr, SocketAddr)],
+        attempt: impl Fn(IpAddr, SocketAddr) + Copy + Send + 'static,
+    ) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = attempts.iter().map(|&(source, destination)| {
+            let stop = stop.clone();
+            let name = client.name.clone();
+            thread::spawn(move || {
+                enter(&name);
+                let mut attempts = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    attempt(source, destination);
+                    attempts += 1;
+                }
+                attempts
+            })
+        });
+        Self {
+            threads: threads.collect(),
+            stop,
+        }
+    }
+
+    /// The number of attempts, of all sources together.
+    pub fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let attempts = self.threads.into_iter().map(|thread| thread.join());
+        attempts
+            .map(|attempts| attempts.expect("a client failed"))
+            .sum()
+    }
+}
+
+fn bound(source: IpAddr) -> Socket {
+    let domain = if source.is_ipv4() {
+        Domain::IPV4
+    } else {
+        Domain::IPV6
+    };
+    let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
+    socket
+}
+
+/// Moves the calling thread into a namespace.
+fn enter(name: &str) {
+    let file = File::open(Path::new("/run/netns").join(name)).unwrap();
+    setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
 
 /// What came of a connection attempt. It is closed at once (with a reset, to leave no trace).
@@ -587,9 +878,7 @@ pub enum Connection {
 
 /// Connects from a source address, in the namespace of the calling thread.
 pub fn connect(source: IpAddr, destination: SocketAddr) -> Connection {
-    let socket = Socket::new(Domain::for_address(destination), Type::STREAM, None).unwrap();
-    socket.set_reuse_address(true).unwrap();
-    socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
+    let socket = bound(source);
     socket.set_linger(Some(Duration::ZERO)).unwrap();
     match socket.connect_timeout(&destination.into(), SILENCE) {
         Ok(()) => Connection::Accepted,
@@ -625,6 +914,28 @@ impl Drop for Net {
             self.log.join("\n")
         );
     }
+}
+
+/// A policy for the interfaces named, with these databases (as `dedicated` and `shared` write them).
+pub fn policy(interfaces: &str, mode: &str, databases: &[String]) -> String {
+    let databases: String = databases.iter().map(|d| format!("  - {d}\n")).collect();
+    format!(
+        "interfaces: [{interfaces}]
+mode: {mode}
+regional_network: [10.1.0.0/16, 'fd01::/16']
+databases:
+{databases}"
+    )
+}
+
+/// A dedicated database that these prefixes may reach. `more`: other fields of it.
+pub fn dedicated(name: &str, port: u16, allowed: &[&str], more: &str) -> String {
+    let rules: Vec<String> = allowed.iter().map(|p| format!("{{cidr: '{p}'}}")).collect();
+    format!(
+        "{{name: {name}, port: {port}, engine: postgresql, model: dedicated, force_tls: false, \
+         rules: [{}], {more}}}",
+        rules.join(", ")
+    )
 }
 
 /// Removes a test's directory and what is mounted in it.
