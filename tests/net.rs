@@ -1,0 +1,1013 @@
+//! The harness of every network test: throw-away namespaces, the real agent in one of them, and a
+//! tripwire that counts what should never have arrived.
+
+use std::{
+    env,
+    fmt::Write as _,
+    fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use filter_common::Protocol;
+use ipnet::IpNet;
+use nix::{
+    errno::Errno,
+    ifaddrs::getifaddrs,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, setns},
+    sys::{
+        signal::{Signal, kill},
+        socket::{
+            AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, setsockopt,
+            socket, sockopt,
+        },
+    },
+    unistd::{Pid, geteuid, write},
+};
+use serde_json::Value;
+use socket2::{Domain, SockRef, Socket, Type};
+
+/// The database host's addresses.
+pub const DB4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+pub const DB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+/// More local addresses of the database host, for databases with `addresses:`.
+pub const OTHER_DB4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 3);
+pub const OTHER_DB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 3);
+/// The client's addresses on the link.
+pub const CLIENT4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
+
+/// The client's addresses that policies allow, or do not.
+pub const ALLOWED4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+pub const ALLOWED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x10);
+pub const DENIED4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+pub const DENIED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xdead, 0, 0, 0, 0, 7);
+/// Next to the allowed ones, on both sides.
+pub const NEIGHBOURS: [IpAddr; 4] = [
+    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 9)),
+    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 11)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0xf)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x11)),
+];
+
+pub const DB_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+
+/// Packet type of frames that this host sent (packet(7)).
+const PACKET_OUTGOING: u8 = 4;
+
+/// How long anything may take that normally takes no time: never what a test measures.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a connection attempt waits for an answer: past Linux's first repetition of a SYN, so
+/// that one lost on a busy machine decides nothing.
+const SILENCE: Duration = Duration::from_millis(1500);
+
+/// A network namespace, deleted when dropped.
+pub struct Namespace {
+    pub name: String,
+}
+
+impl Namespace {
+    fn new(name: String) -> Self {
+        // Left by a run that was killed.
+        if Path::new("/run/netns").join(&name).exists() {
+            succeed(Command::new("ip").args(["netns", "delete", &name]));
+        }
+        succeed(Command::new("ip").args(["netns", "add", &name]));
+        let namespace = Self { name };
+        namespace.ip("link set lo up");
+        namespace
+    }
+
+    /// Runs a closure in a thread inside the namespace. Sockets and child processes that it makes
+    /// stay there.
+    pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
+        let inside = || {
+            enter(&self.name);
+            inside()
+        };
+        match thread::scope(|scope| scope.spawn(inside).join()) {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    /// Commands of `ip`, a line each.
+    pub fn ip(&self, batch: &str) {
+        let mut command = Command::new("ip");
+        command.args(["-n", &self.name, "-batch", "-"]);
+        feed(&mut command, batch);
+    }
+
+    pub fn output(&self, command: &mut Command) -> Output {
+        self.run(|| command.output().unwrap())
+    }
+
+    /// SYNs that were sent again since nothing answered the first one.
+    pub fn repeated_syns(&self) -> u64 {
+        let text = self.run(|| fs::read_to_string("/proc/thread-self/net/netstat").unwrap());
+        let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+        let names = lines.next().unwrap().split_whitespace();
+        let mut values = lines.next().unwrap().split_whitespace();
+        let place = names.into_iter().position(|name| name == "TCPSynRetrans");
+        values.nth(place.unwrap()).unwrap().parse().unwrap()
+    }
+
+    /// Sets kernel parameters below `net/`.
+    pub fn sysctl(&self, settings: &[(&str, u32)]) {
+        self.run(|| {
+            for (name, value) in settings {
+                let path = Path::new("/proc/sys/net").join(name);
+                let written = fs::write(&path, value.to_string());
+                written.unwrap_or_else(|error| panic!("set {name} to {value}: {error}"));
+            }
+        });
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let delete = Command::new("ip")
+            .args(["netns", "delete", &self.name])
+            .status();
+        if !delete.is_ok_and(|status| status.success()) {
+            eprintln!("cannot delete the namespace {}", self.name);
+        }
+    }
+}
+
+/// What the tripwire watches: packets to these ports from any source that is not allowed.
+#[derive(Clone)]
+pub struct Protected {
+    pub protocol: Protocol,
+    pub port: u16,
+    /// Local addresses; empty: all.
+    pub addresses: Vec<IpAddr>,
+    pub allowed: Vec<IpNet>,
+}
+
+impl Protected {
+    pub fn new(protocol: Protocol, port: u16, allowed: &[&str]) -> Self {
+        let allowed = allowed.iter().map(|prefix| prefix.parse().unwrap());
+        Self {
+            protocol,
+            port,
+            addresses: Vec::new(),
+            allowed: allowed.collect(),
+        }
+    }
+
+    pub fn tcp(port: u16, allowed: &[&str]) -> Self {
+        Self::new(Protocol::Tcp, port, allowed)
+    }
+
+    pub fn udp(port: u16, allowed: &[&str]) -> Self {
+        Self::new(Protocol::Udp, port, allowed)
+    }
+
+    #[must_use]
+    pub fn at(mut self, addresses: &[IpAddr]) -> Self {
+        self.addresses = addresses.to_vec();
+        self
+    }
+}
+
+/// The running agent.
+struct Agent {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+/// A database host and a client, joined by a veth pair: `eth0` in both namespaces.
+pub struct Net {
+    name: String,
+    agent: Option<Agent>,
+    /// What the agent wrote to stderr, as far as it was read.
+    pub log: Vec<String>,
+    pub db: Namespace,
+    pub client: Namespace,
+    /// At the far ends of `eth1` and so on.
+    pub more_clients: Vec<Namespace>,
+    dir: PathBuf,
+}
+
+impl Net {
+    /// `name` is the test's, and must be no other's.
+    pub fn new(name: &str) -> Self {
+        assert!(
+            geteuid().is_root(),
+            "network tests need root: they make network namespaces and load BPF programs"
+        );
+        let dir = env::temp_dir().join(format!("filter-tests-{name}"));
+        clean(&dir);
+        let bpffs = dir.join("bpffs");
+        fs::create_dir_all(&bpffs).unwrap();
+        let none = None::<&str>;
+        mount(Some("bpf"), &bpffs, Some("bpf"), MsFlags::empty(), none).unwrap();
+        let net = Self {
+            name: name.into(),
+            agent: None,
+            log: Vec::new(),
+            db: Namespace::new(format!("{name}-db")),
+            client: Namespace::new(format!("{name}-client")),
+            more_clients: Vec::new(),
+            dir,
+        };
+        // Sources of every kind must reach the filter and get their answers: that is what is tested.
+        let lenient = [
+            ("ipv4/conf/all/rp_filter", 0),
+            ("ipv4/conf/default/rp_filter", 0),
+        ];
+        net.db.sysctl(&lenient);
+        net.client.sysctl(&lenient);
+        net.make_pair();
+        net.watch(&[]);
+        net
+    }
+
+    /// Makes `eth0`, which a test may have deleted.
+    pub fn make_pair(&self) {
+        self.db.ip(&format!(
+            "link add eth0 address {} type veth peer name eth0 address {} netns {}",
+            mac(DB_MAC),
+            mac(CLIENT_MAC),
+            self.client.name
+        ));
+        let mut batch = String::from("link set eth0 up\n");
+        for address in [CLIENT4, ALLOWED4, DENIED4].map(IpAddr::from) {
+            let length = if address == CLIENT4 { 24 } else { 32 };
+            writeln!(batch, "address add {address}/{length} dev eth0").unwrap();
+        }
+        for address in [CLIENT6, ALLOWED6, DENIED6].map(IpAddr::from) {
+            let length = if address == CLIENT6 { 64 } else { 128 };
+            writeln!(batch, "address add {address}/{length} dev eth0 nodad").unwrap();
+        }
+        for address in NEIGHBOURS {
+            writeln!(batch, "address add {address} dev eth0 nodad").unwrap();
+        }
+        self.client.ip(&batch);
+        self.db.ip(&format!(
+            "link set eth0 up
+             address add {DB4}/24 dev eth0
+             address add {OTHER_DB4}/24 dev eth0
+             address add {DB6}/64 dev eth0 nodad
+             address add {OTHER_DB6}/64 dev eth0 nodad preferred_lft 0
+             route add default via {CLIENT4} dev eth0
+             route add default via {CLIENT6} dev eth0"
+        ));
+    }
+
+    /// Another interface of the database host (`eth1` and so on), with the client `10.0.<n>.2`.
+    pub fn add_client(&mut self) -> &Namespace {
+        let n = self.more_clients.len() + 1;
+        let client = Namespace::new(format!("{}-client{n}", self.name));
+        self.db.ip(&format!(
+            "link add eth{n} type veth peer name eth0 netns {}
+             link set eth{n} up
+             address add 10.0.{n}.1/24 dev eth{n}",
+            client.name
+        ));
+        client.ip(&format!(
+            "link set eth0 up
+             address add 10.0.{n}.2/24 dev eth0
+             route add default via 10.0.{n}.1 dev eth0"
+        ));
+        self.more_clients.push(client);
+        &self.more_clients[n - 1]
+    }
+
+    /// Makes the neighbour entries of the link permanent, for frames that must not wait for any.
+    pub fn fix_neighbours(&self) {
+        let client = mac(CLIENT_MAC);
+        let db = mac(DB_MAC);
+        self.db.ip(&format!(
+            "neighbour replace {CLIENT4} lladdr {client} dev eth0 nud permanent
+             neighbour replace {CLIENT6} lladdr {client} dev eth0 nud permanent"
+        ));
+        for address in [IpAddr::from(DB4), DB6.into(), OTHER_DB4.into()] {
+            self.client.ip(&format!(
+                "neighbour replace {address} lladdr {db} dev eth0 nud permanent"
+            ));
+        }
+    }
+
+    /// Gives the client one more address to connect from.
+    pub fn add_source(&self, source: IpAddr) {
+        let length = if source.is_ipv4() { 32 } else { 128 };
+        self.client
+            .ip(&format!("address add {source}/{length} dev eth0 nodad"));
+    }
+
+    pub fn policy_path(&self) -> PathBuf {
+        self.dir.join("policy.yaml")
+    }
+
+    pub fn bpffs(&self) -> PathBuf {
+        self.dir.join("bpffs")
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("control.sock")
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The policy file's text. A new file takes the old one's place whole, as editors and
+    /// configuration tools do it.
+    pub fn write_policy(&self, text: &str) {
+        let next = self.dir.join("policy.yaml.next");
+        fs::write(&next, text).unwrap();
+        fs::rename(next, self.policy_path()).unwrap();
+    }
+
+    fn agent_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(agent_binary());
+        command.args(arguments).current_dir(&self.dir);
+        match arguments[0] {
+            "run" => command.arg("--policy").arg(self.policy_path()),
+            "check" => return command,
+            _ => &mut command,
+        }
+        .arg("--socket")
+        .arg(self.socket());
+        if let "run" | "status" | "detach" = arguments[0] {
+            command.arg("--bpffs").arg(self.bpffs());
+        }
+        command
+    }
+
+    /// Starts the agent and waits until it enforces the policy.
+    pub fn start(&mut self) {
+        self.start_with(&[]);
+    }
+
+    pub fn start_with(&mut self, arguments: &[&str]) {
+        self.spawn(arguments);
+        self.wait_for_line("enforcing ");
+    }
+
+    /// Starts the agent and does not wait.
+    pub fn spawn(&mut self, arguments: &[&str]) {
+        assert!(self.agent.is_none(), "the agent runs already");
+        let mut command = self.agent_command(&[&["run"], arguments].concat());
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = self.db.run(|| command.spawn().unwrap());
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        self.agent = Some(Agent { child, lines });
+    }
+
+    /// Waits for the agent to log a line that begins so, and returns it.
+    pub fn wait_for_line(&mut self, beginning: &str) -> String {
+        let agent = self.agent.as_ref().expect("the agent runs");
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match agent.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.log.push(line.clone());
+                    if line.starts_with(beginning) {
+                        return line;
+                    }
+                }
+                Err(error) => {
+                    let log = self.log.join("\n");
+                    panic!("no line `{beginning}...` of the agent ({error}), which wrote:\n{log}");
+                }
+            }
+        }
+    }
+
+    /// Starts an agent that must not come up, and returns the one line it says.
+    pub fn refusal(&self, arguments: &[&str]) -> String {
+        let mut command = self.agent_command(&[&["run"], arguments].concat());
+        self.refused(&mut command)
+    }
+
+    /// The same with another bpffs and socket, as if it were another host's.
+    pub fn refusal_elsewhere(&self, bpffs: &Path, socket: &Path) -> String {
+        let mut command = Command::new(agent_binary());
+        command.arg("run").arg("--policy").arg(self.policy_path());
+        command.arg("--bpffs").arg(bpffs);
+        command.arg("--socket").arg(socket);
+        self.refused(&mut command)
+    }
+
+    /// The same without root.
+    pub fn refusal_without_root(&self) -> String {
+        let mut command = self.agent_command(&["run"]);
+        command.uid(65534).gid(65534);
+        self.refused(&mut command)
+    }
+
+    fn refused(&self, command: &mut Command) -> String {
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = self.db.run(|| command.spawn().unwrap());
+        let Some(status) = wait(&mut child) else {
+            child.kill().unwrap();
+            panic!("the agent started although it should have refused");
+        };
+        let stderr = io::read_to_string(child.stderr.unwrap()).unwrap();
+        assert_eq!(status.code(), Some(1), "{stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        stderr.trim_end().into()
+    }
+
+    fn signal(&self, signal: Signal) {
+        let agent = self.agent.as_ref().expect("the agent runs");
+        let pid = i32::try_from(agent.child.id()).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        let mut agent = self.agent.take().expect("the agent runs");
+        agent.child.kill().unwrap();
+        agent.child.wait().unwrap();
+    }
+
+    /// SIGTERM, and waits until the agent is gone.
+    pub fn terminate(&mut self) {
+        self.signal(Signal::SIGTERM);
+        let status = self.wait_for_exit();
+        assert!(status.success(), "{status}: {}", self.log.join("\n"));
+    }
+
+    pub fn wait_for_exit(&mut self) -> ExitStatus {
+        let mut agent = self.agent.take().expect("the agent runs");
+        let status = wait(&mut agent.child).expect("the agent stops");
+        self.log.extend(agent.lines.iter());
+        status
+    }
+
+    /// SIGHUP, which makes the agent read the policy file again.
+    pub fn hang_up(&self) {
+        self.signal(Signal::SIGHUP);
+    }
+
+    /// Runs a command of the agent's.
+    pub fn agent(&self, arguments: &[&str]) -> Output {
+        self.db.output(&mut self.agent_command(arguments))
+    }
+
+    /// Standard output of a command that must succeed.
+    pub fn agent_text(&self, arguments: &[&str]) -> String {
+        let output = self.agent(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {stderr}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a command prints as JSON, whether or not it succeeds.
+    pub fn agent_json(&self, arguments: &[&str]) -> Value {
+        let output = self.agent(&[arguments, &["--json"]].concat());
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            panic!("{arguments:?} prints no JSON: {error}: {stderr}")
+        })
+    }
+
+    /// The one line of a command that must fail.
+    pub fn agent_error(&self, arguments: &[&str]) -> String {
+        let output = self.agent(arguments);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        assert_eq!(stderr.trim_end().lines().count(), 1, "{stderr}");
+        stderr.trim_end().into()
+    }
+
+    /// Makes the agent enforce another policy.
+    pub fn reload(&self, policy: &str) {
+        self.write_policy(policy);
+        self.agent_text(&["reload"]);
+    }
+
+    /// Packets of the tripwire: a rule on the input hook counts whatever arrives at a protected
+    /// port from a source that is not allowed. Must be 0 when a test ends, or the test fails.
+    ///
+    /// A packet that arrives in fragments counts with its first one, as far as that holds the ports:
+    /// on IPv6 the hook comes before reassembly. Where a header chain is cut before the ports
+    /// nothing counts here, and only the receiving socket tells.
+    pub fn tripwire(&self) -> u64 {
+        let mut command = Command::new("nft");
+        command.args(["-j", "list", "counter", "inet", "tripwire", "foreign"]);
+        let output = self.db.output(&mut command);
+        assert!(output.status.success(), "the tripwire was removed");
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        json["nftables"][1]["counter"]["packets"].as_u64().unwrap()
+    }
+
+    /// Counts from 0 again, for a test that means to set the tripwire off.
+    pub fn reset_tripwire(&self) {
+        let mut command = Command::new("nft");
+        command.args(["reset", "counter", "inet", "tripwire", "foreign"]);
+        assert!(self.db.output(&mut command).status.success());
+    }
+
+    /// Says what the tripwire watches from now on. What it counted stays.
+    ///
+    /// Call it after the agent enforces a narrower policy, and before it enforces a wider one.
+    pub fn watch(&self, protected: &[Protected]) {
+        let mut ruleset = String::from(
+            "table inet tripwire {
+                counter foreign {}
+                chain input { type filter hook input priority -300; }
+            }
+            flush chain inet tripwire input\n",
+        );
+        for Protected {
+            protocol,
+            port,
+            addresses,
+            allowed,
+        } in protected
+        {
+            for (family, is_v4) in [("ip", true), ("ip6", false)] {
+                let of_family = |list: Vec<String>| format!("{{ {} }}", list.join(", "));
+                let addresses: Vec<String> = addresses
+                    .iter()
+                    .filter(|address| address.is_ipv4() == is_v4)
+                    .map(ToString::to_string)
+                    .collect();
+                let allowed: Vec<String> = IpNet::aggregate(allowed)
+                    .iter()
+                    .filter(|prefix| prefix.addr().is_ipv4() == is_v4)
+                    .map(ToString::to_string)
+                    .collect();
+                let local = match (addresses.is_empty(), is_v4) {
+                    (true, true) => "meta nfproto ipv4".into(),
+                    (true, false) => "meta nfproto ipv6".into(),
+                    (false, _) => format!("{family} daddr {}", of_family(addresses)),
+                };
+                let foreign = if allowed.is_empty() {
+                    String::new()
+                } else {
+                    format!("{family} saddr != {}", of_family(allowed))
+                };
+                let protocol = protocol.name();
+                writeln!(
+                    ruleset,
+                    "add rule inet tripwire input {local} {foreign} {protocol} dport {port} \
+                     counter name foreign"
+                )
+                .unwrap();
+            }
+        }
+        self.db
+            .run(|| feed(Command::new("nft").args(["-f", "-"]), &ruleset));
+    }
+
+    /// Listens in the database host's namespace, on every local address.
+    pub fn listen(&self, port: u16) -> TcpListener {
+        self.listen_at(Ipv6Addr::UNSPECIFIED.into(), port)
+    }
+
+    pub fn listen_at(&self, address: IpAddr, port: u16) -> TcpListener {
+        self.db.run(|| {
+            let address = SocketAddr::new(address, port);
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+            socket.set_reuse_address(true).unwrap();
+            socket.bind(&address.into()).unwrap();
+            socket.listen(4096).unwrap();
+            socket.into()
+        })
+    }
+
+    /// A datagram socket of the database host, on every local address.
+    pub fn receive(&self, port: u16) -> UdpSocket {
+        self.db
+            .run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).unwrap())
+    }
+
+    /// A server in the database host's namespace that answers every byte with itself.
+    pub fn echo(&self, port: u16) -> Echo {
+        Echo::start(self.listen(port))
+    }
+
+    pub fn echo_at(&self, address: IpAddr, port: u16) -> Echo {
+        Echo::start(self.listen_at(address, port))
+    }
+
+    /// The same for datagrams.
+    pub fn echo_datagrams(&self, port: u16) -> EchoDatagrams {
+        EchoDatagrams::start(self.receive(port))
+    }
+
+    /// Whether a datagram from a source address of the client's is answered.
+    pub fn exchange(&self, source: IpAddr, destination: SocketAddr) -> bool {
+        self.client.run(|| {
+            let socket = UdpSocket::bind((source, 0)).unwrap();
+            socket.connect(destination).unwrap();
+            let wait = Some(Duration::from_millis(300));
+            socket.set_read_timeout(wait).unwrap();
+            // One may get lost.
+            (0..3).any(|_| {
+                let mut answer = [0; 4];
+                socket.send(b"ping").unwrap();
+                matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
+            })
+        })
+    }
+
+    /// Tries to connect from a source address of the client's.
+    pub fn connect(&self, source: IpAddr, destination: SocketAddr) -> Connection {
+        self.client.run(|| connect(source, destination))
+    }
+
+    /// The same for several at once.
+    pub fn connect_all(&self, attempts: &[(IpAddr, SocketAddr)]) -> Vec<Connection> {
+        thread::scope(|scope| {
+            let threads: Vec<_> = attempts
+                .iter()
+                .map(|&(source, destination)| {
+                    let client = &self.client;
+                    scope.spawn(move || client.run(|| connect(source, destination)))
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        })
+    }
+
+    /// The client's end of the link, for frames made by hand.
+    pub fn wire(&self) -> Wire {
+        self.client.run(|| Wire::open("eth0"))
+    }
+}
+
+/// A TCP server that answers every byte with itself, until dropped.
+pub struct Echo {
+    listener: TcpListener,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Echo {
+    fn start(listener: TcpListener) -> Self {
+        let accepting = listener.try_clone().unwrap();
+        let thread = thread::spawn(move || {
+            while let Ok((stream, _)) = accepting.accept() {
+                thread::spawn(move || io::copy(&mut &stream, &mut &stream));
+            }
+        });
+        Self {
+            listener,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        // Wakes the thread up from `accept`.
+        let _ = SockRef::from(&self.listener).shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A UDP server that answers every datagram with itself, until dropped.
+pub struct EchoDatagrams {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EchoDatagrams {
+    fn start(socket: UdpSocket) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let interval = Some(Duration::from_millis(50));
+        socket.set_read_timeout(interval).unwrap();
+        let thread = thread::spawn(move || {
+            let mut datagram = [0; 2048];
+            while !stopped.load(Ordering::Relaxed) {
+                if let Ok((length, source)) = socket.recv_from(&mut datagram) {
+                    let _ = socket.send_to(&datagram[..length], source);
+                }
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for EchoDatagrams {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A packet socket: frames as they are on the wire, both ways.
+pub struct Wire {
+    socket: OwnedFd,
+}
+
+impl Wire {
+    fn open(interface: &str) -> Self {
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let protocol = SockProtocol::EthAll;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, flags, protocol).unwrap();
+        // The one safe way to a link-layer address that names the interface.
+        let address = getifaddrs()
+            .unwrap()
+            .filter(|found| found.interface_name == interface)
+            .find_map(|found| found.address?.as_link_addr().copied())
+            .expect("the interface has a link-layer address");
+        bind(socket.as_raw_fd(), &address).unwrap();
+        setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20)).unwrap();
+        Self { socket }
+    }
+
+    pub fn send(&self, frame: &[u8]) {
+        // Refused while the device's queue is full.
+        let sent = wait_until(|| match write(&self.socket, frame) {
+            Ok(_) => true,
+            Err(Errno::ENOBUFS | Errno::EAGAIN) => false,
+            Err(error) => panic!("send a frame of {} bytes: {error}", frame.len()),
+        });
+        assert!(sent, "the wire takes no frame");
+    }
+
+    /// The next frame that arrived, if one did.
+    pub fn receive(&self) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 1 << 16];
+        loop {
+            match recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame) {
+                Ok((length, address)) => {
+                    // The socket sees its own frames too.
+                    if address.is_some_and(|from| from.pkttype() != PACKET_OUTGOING) {
+                        frame.truncate(length);
+                        return Some(frame);
+                    }
+                }
+                Err(Errno::EAGAIN) => return None,
+                Err(error) => panic!("receive a frame: {error}"),
+            }
+        }
+    }
+}
+
+/// Clients that connect without a pause until they are stopped.
+pub struct Hammer {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<u64>>,
+}
+
+impl Hammer {
+    /// Connects from each source again and again, each time with a question and an answer.
+    ///
+    /// # Panics
+    /// When stopped, if a connection failed.
+    pub fn allowed(client: &Namespace, attempts: &[(IpAddr, SocketAddr)]) -> Self {
+        Self::start(client, attempts, |source, destination| {
+            let socket = bound(source);
+            let patience = Duration::from_secs(10);
+            socket.set_linger(Some(Duration::ZERO)).unwrap();
+            socket.set_read_timeout(Some(patience)).unwrap();
+            let connected = socket.connect_timeout(&destination.into(), patience);
+            connected.unwrap_or_else(|e| panic!("connect from {source} to {destination}: {e}"));
+            let mut stream = TcpStream::from(socket);
+            stream.write_all(b"ping").unwrap();
+            let mut answer = [0; 4];
+            stream.read_exact(&mut answer).unwrap();
+        })
+    }
+
+    /// Tries to connect from each source again and again.
+    ///
+    /// # Panics
+    /// When stopped, if any attempt was answered.
+    pub fn denied(client: &Namespace, attempts: &[(IpAddr, SocketAddr)]) -> Self {
+        Self::start(client, attempts, |source, destination| {
+            let brief = Duration::from_millis(3);
+            let error = bound(source).connect_timeout(&destination.into(), brief);
+            let error = error.expect_err("a source that is not allowed connected");
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        })
+    }
+
+    fn start(
+        client: &Namespace,
+        attempts: &[(IpAddr, SocketAddr)],
+        attempt: impl Fn(IpAddr, SocketAddr) + Copy + Send + 'static,
+    ) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = attempts.iter().map(|&(source, destination)| {
+            let stop = stop.clone();
+            let name = client.name.clone();
+            thread::spawn(move || {
+                enter(&name);
+                let mut attempts = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    attempt(source, destination);
+                    attempts += 1;
+                }
+                attempts
+            })
+        });
+        Self {
+            threads: threads.collect(),
+            stop,
+        }
+    }
+
+    /// The number of attempts, of all sources together.
+    pub fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        let attempts = self.threads.into_iter().map(|thread| thread.join());
+        attempts
+            .map(|attempts| attempts.expect("a client failed"))
+            .sum()
+    }
+}
+
+fn bound(source: IpAddr) -> Socket {
+    let domain = if source.is_ipv4() {
+        Domain::IPV4
+    } else {
+        Domain::IPV6
+    };
+    let socket = Socket::new(domain, Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
+    socket
+}
+
+/// Moves the calling thread into a namespace.
+fn enter(name: &str) {
+    let file = File::open(Path::new("/run/netns").join(name)).unwrap();
+    setns(file, CloneFlags::CLONE_NEWNET).unwrap();
+}
+
+/// What came of a connection attempt. It is closed at once (with a reset, to leave no trace).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Connection {
+    Accepted,
+    /// A reset came back.
+    Refused,
+    /// No SYN-ACK and no reset: what a dropped SYN looks like.
+    Silence,
+}
+
+/// Connects from a source address, in the namespace of the calling thread.
+pub fn connect(source: IpAddr, destination: SocketAddr) -> Connection {
+    let socket = bound(source);
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    match socket.connect_timeout(&destination.into(), SILENCE) {
+        Ok(()) => Connection::Accepted,
+        Err(error) => match error.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
+                Connection::Refused
+            }
+            io::ErrorKind::TimedOut => Connection::Silence,
+            _ => panic!("connect from {source} to {destination}: {error}"),
+        },
+    }
+}
+
+impl Drop for Net {
+    fn drop(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            let _ = agent.child.kill();
+            let _ = agent.child.wait();
+            self.log.extend(agent.lines.iter());
+        }
+        if thread::panicking() {
+            eprintln!("the agent wrote:\n{}", self.log.join("\n"));
+            clean(&self.dir);
+            return;
+        }
+        let arrived = self.tripwire();
+        clean(&self.dir);
+        assert_eq!(
+            arrived,
+            0,
+            "tripwire: packets of sources that are not allowed arrived at a protected port; \
+             the agent wrote:\n{}",
+            self.log.join("\n")
+        );
+    }
+}
+
+/// A policy for the interfaces named, with these databases (as `dedicated` and `shared` write them).
+pub fn policy(interfaces: &str, mode: &str, databases: &[String]) -> String {
+    let databases: String = databases.iter().map(|d| format!("  - {d}\n")).collect();
+    format!(
+        "interfaces: [{interfaces}]
+mode: {mode}
+regional_network: [10.1.0.0/16, 'fd01::/16']
+databases:
+{databases}"
+    )
+}
+
+/// A dedicated database that these prefixes may reach. `more`: other fields of it.
+pub fn dedicated(name: &str, port: u16, allowed: &[&str], more: &str) -> String {
+    let rules: Vec<String> = allowed.iter().map(|p| format!("{{cidr: '{p}'}}")).collect();
+    format!(
+        "{{name: {name}, port: {port}, engine: postgresql, model: dedicated, force_tls: false, \
+         rules: [{}], {more}}}",
+        rules.join(", ")
+    )
+}
+
+/// Removes a test's directory and what is mounted in it.
+fn clean(dir: &Path) {
+    let _ = umount2(&dir.join("bpffs"), MntFlags::MNT_DETACH);
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            eprintln!("cannot remove {}: {error}", dir.display());
+        }
+        _ => {}
+    }
+}
+
+fn mac(address: [u8; 6]) -> String {
+    address.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+pub fn succeed(command: &mut Command) {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {stderr}");
+}
+
+fn feed(command: &mut Command, input: &str) {
+    command.stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
+    drop(stdin);
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {stderr}\n{input}");
+}
+
+/// Waits for a process to end, for a bounded time.
+pub fn wait(child: &mut Child) -> Option<ExitStatus> {
+    let mut status = None;
+    wait_until(|| {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status
+}
+
+/// Whether a condition comes true within `PATIENCE`.
+pub fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    while Instant::now() < deadline {
+        if condition() {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    condition()
+}
+
+/// The agent's binary, of the same profile as this test, built once.
+fn agent_binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let test = env::current_exe().unwrap();
+        // <target>/<profile>/deps/<test>
+        let profile = test.ancestors().nth(2).unwrap();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "filter-agent"]);
+        build.arg("--target-dir").arg(profile.parent().unwrap());
+        if profile.ends_with("release") {
+            build.arg("--release");
+        }
+        build.current_dir(env!("CARGO_MANIFEST_DIR"));
+        let status = build.status().unwrap();
+        assert!(status.success(), "cargo cannot build filter-agent");
+        profile.join("filter-agent")
+    })
+}

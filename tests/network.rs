@@ -1,0 +1,672 @@
+//! The real agent between real clients and servers: who gets in, and who does not.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::{Child, Command},
+    thread,
+    time::Duration,
+};
+
+use filter_tests::net::{
+    ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, NEIGHBOURS, Net,
+    OTHER_DB4, OTHER_DB6, Protected, dedicated, policy, succeed, wait, wait_until,
+};
+use jiff::{SignedDuration, Timestamp};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::{Pid, User},
+};
+
+const PORT: u16 = 5432;
+const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
+const DB_V6: SocketAddr = SocketAddr::new(IpAddr::V6(DB6), PORT);
+const ALLOWED: [&str; 2] = ["203.0.113.10/32", "2001:db8::10/128"];
+
+/// A dedicated database `orders`, open to the allowed sources.
+fn orders(mode: &str) -> String {
+    policy("eth0", mode, &[dedicated("orders", PORT, &ALLOWED, "")])
+}
+
+fn v4(address: Ipv4Addr, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}
+
+#[test]
+fn tripwire_counts_what_is_not_filtered() {
+    let net = Net::new("tripwire");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    assert_eq!(net.connect(ALLOWED6.into(), DB_V6), Connection::Accepted);
+    assert_eq!(net.tripwire(), 0);
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
+    assert!(net.tripwire() > 0);
+    net.reset_tripwire();
+    assert_eq!(net.connect(DENIED6.into(), DB_V6), Connection::Accepted);
+    assert!(net.tripwire() > 0);
+    net.reset_tripwire();
+}
+
+#[test]
+fn tripwire_fails_the_test_that_sets_it_off() {
+    let outcome = std::panic::catch_unwind(|| {
+        let net = Net::new("tripwire-fails");
+        let _listener = net.listen(PORT);
+        net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+        net.connect(DENIED4.into(), DB);
+    });
+    let message = outcome.unwrap_err().downcast::<String>().unwrap();
+    assert!(message.contains("tripwire: packets"), "{message}");
+}
+
+fn allowed_sources_connect_and_others_get_no_answer(name: &str, mode: &str, mtu: u32) {
+    let mut net = Net::new(name);
+    net.db.ip(&format!("link set eth0 mtu {mtu}"));
+    net.client.ip(&format!("link set eth0 mtu {mtu}"));
+    let _listener = net.listen(PORT);
+    let _other = net.listen(5433);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders(mode));
+    net.start();
+    assert_eq!(net.agent_json(&["status"])["interfaces"][0]["mode"], mode);
+
+    let mut expected = vec![
+        (ALLOWED4.into(), DB, Connection::Accepted),
+        (ALLOWED6.into(), DB_V6, Connection::Accepted),
+        (DENIED4.into(), DB, Connection::Silence),
+        (DENIED6.into(), DB_V6, Connection::Silence),
+    ];
+    for source in NEIGHBOURS {
+        let destination = if source.is_ipv4() { DB } else { DB_V6 };
+        expected.push((source, destination, Connection::Silence));
+    }
+    for (port, other) in [(5433, Connection::Accepted), (5434, Connection::Refused)] {
+        expected.push((DENIED4.into(), v4(DB4, port), other));
+        expected.push((DENIED6.into(), SocketAddr::new(DB6.into(), port), other));
+    }
+    let attempts: Vec<_> = expected.iter().map(|&(from, to, _)| (from, to)).collect();
+    for (outcome, (from, to, expected)) in net.connect_all(&attempts).iter().zip(expected) {
+        assert_eq!(*outcome, expected, "from {from} to {to}");
+    }
+    let status = net.agent_json(&["status", "--verify"]);
+    assert_eq!(status["errors"].as_array().unwrap().len(), 0, "{status:#}");
+    let orders = &status["databases"][0];
+    assert!(orders["passed"].as_u64().unwrap() >= 2, "{orders:#}");
+    assert!(
+        orders["dropped"]["not-allowed"].as_u64().unwrap() >= 6,
+        "{orders:#}"
+    );
+}
+
+#[test]
+fn allowed_sources_connect_in_native_mode() {
+    allowed_sources_connect_and_others_get_no_answer("native", "native", 1500);
+}
+
+#[test]
+fn allowed_sources_connect_in_generic_mode() {
+    allowed_sources_connect_and_others_get_no_answer("generic", "generic", 1500);
+}
+
+#[test]
+fn allowed_sources_connect_with_jumbo_frames_in_native_mode() {
+    allowed_sources_connect_and_others_get_no_answer("jumbo", "native", 9000);
+}
+
+#[test]
+fn udp_service_answers_allowed_sources_only() {
+    let mut net = Net::new("udp");
+    let _echo = net.echo_datagrams(5300);
+    let _other = net.echo_datagrams(5301);
+    let _tcp = net.listen(5300);
+    net.watch(&[Protected::udp(5300, &ALLOWED)]);
+    let names = dedicated("names", 5300, &ALLOWED, "protocol: udp");
+    net.write_policy(&policy("eth0", "native", &[names]));
+    net.start();
+    let service6 = SocketAddr::new(DB6.into(), 5300);
+    assert!(net.exchange(ALLOWED4.into(), v4(DB4, 5300)));
+    assert!(net.exchange(ALLOWED6.into(), service6));
+    assert!(!net.exchange(DENIED4.into(), v4(DB4, 5300)));
+    assert!(!net.exchange(DENIED6.into(), service6));
+    assert!(net.exchange(DENIED4.into(), v4(DB4, 5301)));
+    assert_eq!(
+        net.connect(DENIED4.into(), v4(DB4, 5300)),
+        Connection::Accepted
+    );
+}
+
+#[test]
+fn datagrams_in_fragments_reach_other_services() {
+    let mut net = Net::new("fragments");
+    let socket = net.receive(5301);
+    net.watch(&[Protected::udp(5300, &ALLOWED)]);
+    let names = dedicated("names", 5300, &ALLOWED, "protocol: udp");
+    net.write_policy(&policy("eth0", "native", &[names]));
+    net.start();
+    for (source, destination) in [
+        (IpAddr::from(DENIED4), v4(DB4, 5301)),
+        (DENIED6.into(), SocketAddr::new(DB6.into(), 5301)),
+    ] {
+        socket
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        let sender = net
+            .client
+            .run(|| std::net::UdpSocket::bind((source, 0)).unwrap());
+        sender.send_to(&[7; 6000], destination).unwrap();
+        let mut datagram = [0; 8000];
+        assert_eq!(socket.recv(&mut datagram).unwrap(), 6000, "from {source}");
+    }
+}
+
+#[test]
+fn shared_database_is_open_to_the_regional_network() {
+    let mut net = Net::new("shared");
+    let inside: [IpAddr; 2] = ["10.1.2.3".parse().unwrap(), "fd01::3".parse().unwrap()];
+    let outside: [IpAddr; 2] = ["10.2.0.0".parse().unwrap(), "fd02::".parse().unwrap()];
+    for source in inside.into_iter().chain(outside) {
+        net.add_source(source);
+    }
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &["10.1.0.0/16", "fd01::/16"])]);
+    let shop = format!("{{name: shop, port: {PORT}, engine: mysql, model: shared}}");
+    net.write_policy(&policy("eth0", "native", &[shop]));
+    net.start();
+    let attempts = [
+        (inside[0], DB),
+        (inside[1], DB_V6),
+        (outside[0], DB),
+        (outside[1], DB_V6),
+    ];
+    use Connection::{Accepted, Silence};
+    assert_eq!(
+        net.connect_all(&attempts),
+        [Accepted, Accepted, Silence, Silence]
+    );
+}
+
+#[test]
+fn cluster_members_connect_to_a_closed_database() {
+    let mut net = Net::new("cluster");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &["203.0.113.10/32"])]);
+    let orders = dedicated("orders", PORT, &[], "cluster: [203.0.113.10/32]");
+    net.write_policy(&policy("eth0", "native", &[orders]));
+    net.start();
+    let attempts = [
+        (ALLOWED4.into(), DB),
+        (DENIED4.into(), DB),
+        (ALLOWED6.into(), DB_V6),
+    ];
+    use Connection::{Accepted, Silence};
+    assert_eq!(net.connect_all(&attempts), [Accepted, Silence, Silence]);
+}
+
+#[test]
+fn databases_share_a_port_on_different_addresses() {
+    let mut net = Net::new("addresses");
+    let third: Ipv4Addr = "10.0.0.4".parse().unwrap();
+    net.db.ip(&format!("address add {third}/24 dev eth0"));
+    let _listener = net.listen(PORT);
+    net.watch(&[
+        Protected::tcp(PORT, &["203.0.113.10/32", "2001:db8::10/128"])
+            .at(&[DB4.into(), DB6.into()]),
+        Protected::tcp(PORT, &["198.51.100.7/32", "2001:db8:dead::7/128"])
+            .at(&[OTHER_DB4.into(), OTHER_DB6.into()]),
+    ]);
+    net.write_policy(&policy(
+        "eth0",
+        "native",
+        &[
+            dedicated(
+                "orders",
+                PORT,
+                &ALLOWED,
+                &format!("addresses: [{DB4}, '{DB6}']"),
+            ),
+            dedicated(
+                "shop",
+                PORT,
+                &["198.51.100.7/32", "2001:db8:dead::7/128"],
+                &format!("addresses: [{OTHER_DB4}, '{OTHER_DB6}']"),
+            ),
+        ],
+    ));
+    net.start();
+    let other6 = SocketAddr::new(OTHER_DB6.into(), PORT);
+    use Connection::{Accepted, Silence};
+    let expected = [
+        (ALLOWED4.into(), DB, Accepted),
+        (DENIED4.into(), DB, Silence),
+        (ALLOWED6.into(), DB_V6, Accepted),
+        (DENIED6.into(), DB_V6, Silence),
+        (ALLOWED4.into(), v4(OTHER_DB4, PORT), Silence),
+        (DENIED4.into(), v4(OTHER_DB4, PORT), Accepted),
+        (ALLOWED6.into(), other6, Silence),
+        (DENIED6.into(), other6, Accepted),
+        // An address of no database.
+        (DENIED4.into(), v4(third, PORT), Accepted),
+    ];
+    let attempts: Vec<_> = expected.iter().map(|&(from, to, _)| (from, to)).collect();
+    for (outcome, (from, to, expected)) in net.connect_all(&attempts).iter().zip(expected) {
+        assert_eq!(*outcome, expected, "from {from} to {to}");
+    }
+}
+
+#[test]
+fn monitor_counts_and_lets_pass() {
+    let mut net = Net::new("monitor");
+    let _listener = net.listen(PORT);
+    let orders = dedicated("orders", PORT, &ALLOWED, "monitor: true");
+    net.write_policy(&policy("eth0", "native", &[orders]));
+    net.start();
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    let status = net.agent_json(&["status"]);
+    let orders = &status["databases"][0];
+    assert!(
+        orders["would_drop"]["not-allowed"].as_u64().unwrap() >= 1,
+        "{orders:#}"
+    );
+    assert_eq!(orders["dropped"], serde_json::json!({}));
+}
+
+/// A rule that ends in so many seconds (or ended that long ago).
+fn expiring(seconds: i64) -> String {
+    let end = Timestamp::now() + SignedDuration::from_secs(seconds);
+    let rule = format!("{{cidr: 203.0.113.10/32, expires: '{end:.0}'}}");
+    policy(
+        "eth0",
+        "native",
+        &[format!(
+            "{{name: orders, port: {PORT}, engine: postgresql, model: dedicated, force_tls: false, \
+         rules: [{rule}, {{cidr: '2001:db8::10/128'}}]}}"
+        )],
+    )
+}
+
+#[test]
+fn rule_ends_when_it_expires() {
+    let mut net = Net::new("expires");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&expiring(3));
+    net.start();
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    net.wait_for_line("rules that expired");
+    net.watch(&[Protected::tcp(PORT, &["2001:db8::10/128"])]);
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Silence);
+    assert_eq!(net.connect(ALLOWED6.into(), DB_V6), Connection::Accepted);
+}
+
+#[test]
+fn rule_that_expired_while_the_agent_was_down_ends_at_start() {
+    let mut net = Net::new("expired");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&expiring(2));
+    net.start();
+    net.kill();
+    thread::sleep(Duration::from_secs(3));
+    net.start();
+    net.watch(&[Protected::tcp(PORT, &["2001:db8::10/128"])]);
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Silence);
+    assert_eq!(net.connect(ALLOWED6.into(), DB_V6), Connection::Accepted);
+}
+
+#[test]
+fn region_file_allows_what_it_lists() {
+    let mut net = Net::new("region");
+    let _listener = net.listen(PORT);
+    let file = net.dir().join("office.txt");
+    fs::write(&file, "# the office\n203.0.113.0/28\n2001:db8::10/128\n").unwrap();
+    let database = format!(
+        "{{name: orders, port: {PORT}, engine: postgresql, model: dedicated, force_tls: false, \
+         rules: [{{region: office}}]}}"
+    );
+    let text = policy("eth0", "native", &[database]);
+    let text = format!("regions: {{office: {{file: {}}}}}\n{text}", file.display());
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["203.0.113.0/28", "2001:db8::10/128"],
+    )]);
+    net.write_policy(&text);
+    net.start();
+    use Connection::{Accepted, Silence};
+    let attempts = [
+        (ALLOWED4.into(), DB),
+        (ALLOWED6.into(), DB_V6),
+        (DENIED4.into(), DB),
+    ];
+    assert_eq!(net.connect_all(&attempts), [Accepted, Accepted, Silence]);
+
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["203.0.113.0/28", "2001:db8::10/128", "198.51.100.7/32"],
+    )]);
+    fs::write(&file, "198.51.100.7/32\n").unwrap();
+    net.reload(&text);
+    net.watch(&[Protected::tcp(PORT, &["198.51.100.7/32"])]);
+    assert_eq!(net.connect_all(&attempts), [Silence, Silence, Accepted]);
+
+    fs::write(&file, "<html>\n").unwrap();
+    let error = net.agent_error(&["reload"]);
+    assert!(
+        error.contains("office") && error.contains("line 1"),
+        "{error}"
+    );
+    assert_eq!(net.connect_all(&attempts), [Silence, Silence, Accepted]);
+}
+
+#[test]
+fn second_agent_is_refused() {
+    let mut net = Net::new("second");
+    net.write_policy(&orders("native"));
+    net.start();
+    let line = net.refusal(&[]);
+    assert!(line.contains("another"), "{line}");
+    assert_eq!(net.agent_json(&["status"])["errors"], serde_json::json!([]));
+}
+
+#[test]
+fn other_xdp_program_is_named_and_left_alone() {
+    let mut net = Net::new("foreign");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders("native"));
+    net.start();
+    let status = net.agent_json(&["status"]);
+    let program = status["interfaces"][0]["program_id"].as_u64().unwrap();
+    // The filter of another BPF file system is nobody this agent knows.
+    let stranger = Net::new("foreign-stranger");
+    let bpffs = stranger.bpffs();
+    let socket = stranger.socket();
+    let line = net.refusal_elsewhere(&bpffs, &socket);
+    assert!(
+        line.contains("another XDP program") && line.contains("eth0"),
+        "{line}"
+    );
+    assert!(line.contains(&program.to_string()), "{line}");
+    let status = net.agent_json(&["status", "--verify"]);
+    assert_eq!(status["errors"], serde_json::json!([]));
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
+}
+
+#[test]
+fn missing_interface_is_refused() {
+    let net = Net::new("missing");
+    net.write_policy(&policy(
+        "eth0, eth7",
+        "native",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    ));
+    let line = net.refusal(&[]);
+    assert!(
+        line.contains("eth7") && line.contains("not exist"),
+        "{line}"
+    );
+    assert_no_program(&net);
+}
+
+#[test]
+fn interface_without_ethernet_is_refused() {
+    let net = Net::new("tun");
+    net.db.ip("tuntap add tun0 mode tun\nlink set tun0 up");
+    net.write_policy(&policy(
+        "eth0, tun0",
+        "auto",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    ));
+    let line = net.refusal(&[]);
+    assert!(line.contains("tun0") && line.contains("Ethernet"), "{line}");
+    assert_no_program(&net);
+}
+
+#[test]
+fn run_without_root_is_refused() {
+    let net = Net::new("rootless");
+    net.write_policy(&orders("native"));
+    let line = net.refusal_without_root();
+    assert!(line.contains("root"), "{line}");
+    assert_no_program(&net);
+}
+
+fn assert_no_program(net: &Net) {
+    let output = net
+        .db
+        .output(Command::new("ip").args(["link", "show", "eth0"]));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("eth0") && !text.contains("xdp"), "{text}");
+}
+
+#[test]
+fn uncovered_interface_is_named() {
+    let mut net = Net::new("uncovered");
+    net.add_client();
+    net.write_policy(&orders("native"));
+    net.start();
+    let path = net.policy_path();
+    for command in [&["status"][..], &["check", path.to_str().unwrap()]] {
+        let warnings = net.agent_json(command)["warnings"].to_string();
+        assert!(
+            warnings.contains("eth1") && warnings.contains("10.0.1.1"),
+            "{warnings}"
+        );
+        assert!(!warnings.contains("interface eth0"), "{warnings}");
+    }
+}
+
+#[test]
+fn link_removed_behind_the_agents_back_is_an_error_and_reload_mends_it() {
+    let mut net = Net::new("unlinked");
+    let _listener = net.listen(PORT);
+    net.write_policy(&orders("native"));
+    net.start();
+    assert_eq!(
+        net.agent_json(&["status", "--verify"])["errors"],
+        serde_json::json!([])
+    );
+    let pins = fs::read_dir(net.bpffs().join("filter-agent/v1")).unwrap();
+    let pins: Vec<PathBuf> = pins.map(|pin| pin.unwrap().path()).collect();
+    let is_link = |pin: &&PathBuf| {
+        pin.file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .starts_with("link_")
+    };
+    fs::remove_file(pins.iter().find(is_link).unwrap()).unwrap();
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
+
+    let output = net.agent(&["status", "--verify", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let errors = status["errors"].to_string();
+    assert!(errors.contains("eth0 is not filtered"), "{errors}");
+    net.agent_text(&["reload"]);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert_eq!(
+        net.agent_json(&["status", "--verify"])["errors"],
+        serde_json::json!([])
+    );
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
+}
+
+#[test]
+fn reloads_under_traffic_neither_refuse_an_allowed_source_nor_accept_a_denied_one() {
+    let mut net = Net::new("reloads");
+    let _echo = net.echo(PORT);
+    net.add_client();
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["203.0.113.0/24", "2001:db8::/64", "10.3.0.0/16"],
+    )]);
+    let more: Vec<String> = (0..20).map(|n| format!("10.3.{n}.0/24")).collect();
+    let more: Vec<&str> = more.iter().map(String::as_str).chain(ALLOWED).collect();
+    let wide = ["203.0.113.0/24", "2001:db8::/64"];
+    let here = format!("addresses: [{DB4}, '{DB6}', 10.0.1.1]");
+    let policies = [
+        vec![dedicated("orders", PORT, &ALLOWED, "")],
+        vec![dedicated("orders", PORT, &more, "")],
+        vec![dedicated("orders", PORT, &wide, "cluster: [10.3.0.0/16]")],
+        vec![
+            dedicated("renamed", PORT, &ALLOWED, ""),
+            dedicated("orders", 5433, &wide, ""),
+        ],
+        vec![dedicated("orders", PORT, &ALLOWED, &here)],
+        vec![
+            dedicated("renamed", PORT, &wide, &here),
+            dedicated("shop", 5434, &[], ""),
+        ],
+    ]
+    .map(|databases| policy("eth0, eth1", "native", &databases));
+    net.write_policy(&policies[0]);
+    net.start();
+    let stranger = "10.0.1.2".parse().unwrap();
+    let denied = [
+        (stranger, DB),
+        (stranger, v4("10.0.1.1".parse().unwrap(), PORT)),
+    ];
+    let denied = Hammer::denied(&net.more_clients[0], &denied);
+    let allowed = [(ALLOWED4.into(), DB), (ALLOWED6.into(), DB_V6)];
+    let allowed = Hammer::allowed(&net.client, &allowed);
+    for policy in policies.iter().cycle().skip(1).take(204) {
+        net.reload(policy);
+    }
+    let connections = allowed.stop();
+    let attempts = denied.stop();
+    assert!(connections > 200, "only {connections} connections");
+    assert!(attempts > 200, "only {attempts} attempts");
+    assert_eq!(
+        net.client.repeated_syns(),
+        0,
+        "SYNs of an allowed source were dropped"
+    );
+}
+
+/// Debian's PostgreSQL in a temporary directory.
+struct Postgres {
+    server: Child,
+}
+
+impl Postgres {
+    fn start(net: &Net) -> Self {
+        let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
+        let newest = versions.map(|entry| entry.unwrap().path()).max();
+        let bin = newest.unwrap().join("bin");
+        let user = User::from_name("postgres")
+            .unwrap()
+            .expect("the user postgres exists");
+        let data = net.dir().join("postgresql");
+        fs::create_dir(&data).unwrap();
+        nix::unistd::chown(&data, Some(user.uid), Some(user.gid)).unwrap();
+        let as_postgres = |program: &str| {
+            use std::os::unix::process::CommandExt as _;
+            let mut command = Command::new(bin.join(program));
+            command.arg("-D").arg(&data).current_dir(&data);
+            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
+            command
+        };
+        let options = [
+            "--auth=trust",
+            "--no-sync",
+            "--username=postgres",
+            "--encoding=UTF8",
+        ];
+        succeed(as_postgres("initdb").args(options));
+        fs::write(data.join("pg_hba.conf"), "host all all all trust\n").unwrap();
+        let mut server = as_postgres("postgres");
+        for setting in [
+            "listen_addresses=*",
+            "unix_socket_directories=",
+            "fsync=off",
+            "logging_collector=on",
+        ] {
+            server.arg("-c").arg(setting);
+        }
+        let server = net.db.run(|| server.spawn().unwrap());
+        let started = || net.connect(CLIENT4.into(), DB) == Connection::Accepted;
+        assert!(wait_until(started), "PostgreSQL does not start");
+        Self { server }
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // Immediate shutdown.
+        let pid = Pid::from_raw(self.server.id().try_into().unwrap());
+        let _ = kill(pid, Signal::SIGQUIT);
+        wait(&mut self.server);
+    }
+}
+
+/// What a query answers to psql at a source address of the client's.
+fn psql(net: &Net, source: IpAddr, query: &str) -> Result<String, String> {
+    let (database, length) = match source {
+        IpAddr::V4(_) => (IpAddr::from(DB4), 32),
+        IpAddr::V6(_) => (DB6.into(), 128),
+    };
+    net.client.ip(&format!(
+        "route replace {database}/{length} dev eth0 src {source}"
+    ));
+    let mut command = Command::new("psql");
+    command.args(["--no-psqlrc", "-U", "postgres", "-At", "-c", query, "-h"]);
+    command
+        .arg(database.to_string())
+        .env("PGCONNECT_TIMEOUT", "3");
+    let output = net.client.output(&mut command);
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().trim().to_owned();
+    if output.status.success() {
+        Ok(text(output.stdout))
+    } else {
+        Err(text(output.stderr))
+    }
+}
+
+#[test]
+fn psql_reaches_postgresql_from_allowed_sources_only() {
+    let mut net = Net::new("postgresql");
+    let _server = Postgres::start(&net);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders("native"));
+    net.start();
+    let address = "select host(inet_client_addr())";
+    for source in [IpAddr::from(ALLOWED4), ALLOWED6.into()] {
+        assert_eq!(psql(&net, source, address).unwrap(), source.to_string());
+        let result = psql(&net, source, "select repeat('x', 3000000)").unwrap();
+        assert_eq!(result.len(), 3_000_000);
+    }
+    for source in [IpAddr::from(DENIED4), DENIED6.into(), NEIGHBOURS[0]] {
+        let error = psql(&net, source, address).unwrap_err();
+        assert!(error.contains("timeout expired"), "{source}: {error}");
+    }
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["203.0.113.10/32", "2001:db8::10/128", "198.51.100.7/32"],
+    )]);
+    net.reload(&policy(
+        "eth0",
+        "native",
+        &[dedicated(
+            "orders",
+            PORT,
+            &["198.51.100.7/32", "2001:db8::10/128"],
+            "",
+        )],
+    ));
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["2001:db8::10/128", "198.51.100.7/32"],
+    )]);
+    assert_eq!(
+        psql(&net, DENIED4.into(), address).unwrap(),
+        DENIED4.to_string()
+    );
+    assert!(psql(&net, ALLOWED4.into(), address).is_err());
+    assert_eq!(
+        psql(&net, ALLOWED6.into(), address).unwrap(),
+        ALLOWED6.to_string()
+    );
+}
