@@ -54,11 +54,8 @@ pub fn show(agent: &Path) -> Result<()> {
     let directory = demo.directory.clone();
     let shown = demo.play();
     let interrupted = demo.stop_if_interrupted();
-    if shown.is_err()
-        && interrupted.is_ok()
-        && let Ok(log) = fs::read_to_string(demo.agent_log())
-    {
-        eprintln!("the agent's log:\n{log}");
+    if shown.is_err() && interrupted.is_ok() {
+        demo.print_logs();
     }
     let failures = demo.failures;
     // Stops everything and removes it, whatever happened.
@@ -269,7 +266,7 @@ impl Demo {
         let policy = self.directory.join("policy.yaml");
         fs::write(&policy, POLICY).context("write the policy")?;
 
-        let log = self.agent_log();
+        let log = self.directory.join("agent.log");
         let mut agent = self.agent_command("run");
         agent.arg("--policy").arg(policy).arg("--bpffs").arg(bpffs);
         let started = self.start(agent, &log, "enforcing ")?;
@@ -282,8 +279,23 @@ impl Demo {
         Ok(started)
     }
 
-    fn agent_log(&self) -> PathBuf {
-        self.directory.join("agent.log")
+    /// The end of what each server said.
+    fn print_logs(&self) {
+        for entry in fs::read_dir(&self.directory)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "log") {
+                let log = fs::read_to_string(&path).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("\n{}:", path.display());
+                for line in &lines[lines.len().saturating_sub(20)..] {
+                    eprintln!("  {line}");
+                }
+            }
+        }
     }
 
     fn bpffs(&self) -> PathBuf {
@@ -327,8 +339,7 @@ impl Demo {
                 return Ok(index);
             }
             if ended.is_some() || begin.elapsed() > Duration::from_secs(30) {
-                let line = crate::command_line(&command);
-                bail!("`{line}` did not get ready; it says:\n{text}");
+                bail!("`{}` did not get ready", crate::command_line(&command));
             }
             std::thread::sleep(Duration::from_millis(20));
         }
