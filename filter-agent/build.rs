@@ -12,6 +12,8 @@ fn main() -> anyhow::Result<()> {
     unsafe {
         // Lets the stable compiler take `-Z build-std=core`, which the BPF target needs.
         std::env::set_var("RUSTC_BOOTSTRAP", "1");
+        // aya-build repeats each line of the inner cargo as a warning.
+        std::env::set_var("CARGO_TERM_QUIET", "true");
     }
     let package = Package {
         name: "filter-ebpf",

@@ -547,6 +547,7 @@ impl Net {
         {
             for (family, is_v4) in [("ip", true), ("ip6", false)] {
                 let of_family = |list: Vec<String>| format!("{{ {} }}", list.join(", "));
+                let everywhere = addresses.is_empty();
                 let addresses: Vec<String> = addresses
                     .iter()
                     .filter(|address| address.is_ipv4() == is_v4)
@@ -557,7 +558,10 @@ impl Net {
                     .filter(|prefix| prefix.addr().is_ipv4() == is_v4)
                     .map(ToString::to_string)
                     .collect();
-                let local = match (addresses.is_empty(), is_v4) {
+                if addresses.is_empty() && !everywhere {
+                    continue;
+                }
+                let local = match (everywhere, is_v4) {
                     (true, true) => "meta nfproto ipv4".into(),
                     (true, false) => "meta nfproto ipv6".into(),
                     (false, _) => format!("{family} daddr {}", of_family(addresses)),
@@ -618,18 +622,7 @@ impl Net {
 
     /// Whether a datagram from a source address of the client's is answered.
     pub fn exchange(&self, source: IpAddr, destination: SocketAddr) -> bool {
-        self.client.run(|| {
-            let socket = UdpSocket::bind((source, 0)).unwrap();
-            socket.connect(destination).unwrap();
-            let wait = Some(Duration::from_millis(300));
-            socket.set_read_timeout(wait).unwrap();
-            // One may get lost.
-            (0..3).any(|_| {
-                let mut answer = [0; 4];
-                socket.send(b"ping").unwrap();
-                matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
-            })
-        })
+        self.client.run(|| exchange(source, destination))
     }
 
     /// Tries to connect from a source address of the client's.
@@ -890,6 +883,20 @@ pub fn connect(source: IpAddr, destination: SocketAddr) -> Connection {
             _ => panic!("connect from {source} to {destination}: {error}"),
         },
     }
+}
+
+/// Whether a datagram is answered, in the namespace of the calling thread.
+pub fn exchange(source: IpAddr, destination: SocketAddr) -> bool {
+    let socket = UdpSocket::bind((source, 0)).unwrap();
+    socket.connect(destination).unwrap();
+    let wait = Some(Duration::from_millis(300));
+    socket.set_read_timeout(wait).unwrap();
+    // One may get lost.
+    (0..3).any(|_| {
+        let mut answer = [0; 4];
+        socket.send(b"ping").unwrap();
+        matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
+    })
 }
 
 impl Drop for Net {

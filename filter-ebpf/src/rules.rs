@@ -123,7 +123,7 @@ fn judge_segment(segment: &Segment) -> Outcome {
         };
     }
     // SAFETY: the value is a plain integer that is copied at once; an update replaces the element.
-    match unsafe { LOCAL_GUARDS.get(&LocalKey { address, port }) } {
+    match unsafe { LOCAL_GUARDS.get(LocalKey { address, port }) } {
         Some(&guard) => judge_source(segment, guard),
         None => Outcome::NotConcerned,
     }
