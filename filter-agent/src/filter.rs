@@ -184,7 +184,10 @@ impl Filter {
             loader.map_pin_path(shape.name, pins.join(shape.name));
         }
         let mut ebpf = loader.load(OBJECT).context("create the BPF maps")?;
-        program(&mut ebpf)?.load().context("load the XDP program")?;
+        program(&mut ebpf)?
+            .load()
+            .map_err(load_error)
+            .context("load the XDP program")?;
         let entries = check_pin(&pins, &SHAPES[3])?.max_entries();
         let maps = Maps::take(&mut ebpf)?;
         let held = if adopted {
@@ -253,8 +256,11 @@ impl Filter {
         let pin = self.link_pin(interface.index);
         if pin.exists() {
             if self.is_whole(interface)? {
-                self.update(&pin)
-                    .with_context(|| format!("update the program on {}", interface.name))?;
+                let ours = Some(self.program_id()?);
+                if interface.xdp.map(|xdp| xdp.program_id) != ours {
+                    self.update(&pin)
+                        .with_context(|| format!("update the program on {}", interface.name))?;
+                }
                 return Ok(Attached::Kept);
             }
             // Detached by force, or its interface is gone and the index was used again.
@@ -732,6 +738,26 @@ fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, ProgramError> {
     program.try_into()
 }
 
+/// The kernel's refusal with the end of the verifier's log, which says why; all of it is pages long.
+fn load_error(error: ProgramError) -> anyhow::Error {
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return error.into();
+    };
+    let log = verifier_log.to_string();
+    let mut lines = log
+        .lines()
+        .rev()
+        .filter(|line| !line.starts_with("processed "));
+    match lines.find(|line| !line.trim().is_empty()) {
+        Some(line) => anyhow!("{io_error}: the verifier says: {line}"),
+        None => io_error.into(),
+    }
+}
+
 /// Stops filtering and removes everything that any layout of this agent pinned below `bpffs`.
 /// Returns the indexes of the interfaces that were filtered.
 ///
@@ -832,12 +858,26 @@ fn lock(base: &Path) -> Result<Flock<File>> {
 
 /// Checks every map that is pinned; whether any is.
 fn check_pins(pins: &Path) -> Result<bool> {
+    let mut missing = None;
     let mut found = false;
     for shape in &SHAPES {
         if pins.join(shape.name).exists() {
             check_pin(pins, shape)?;
             found = true;
+        } else {
+            missing = Some(shape.name);
         }
+    }
+    // Without a link this is a first start that was cut short. With one, a new and empty map would
+    // take the place of the one that is enforced.
+    if let Some(name) = missing
+        && !pinned_interfaces(pins)?.is_empty()
+    {
+        bail!(
+            "the pin of {name} is missing from {}, where a filter is in force: run \
+             `filter-agent detach`, then start again",
+            pins.display()
+        );
     }
     Ok(found)
 }

@@ -81,7 +81,9 @@ impl Image {
     /// More databases or rules, old and new together, than the kernel has slots or ids.
     pub fn of(compiled: &Compiled, held: &Self) -> Result<Self> {
         let mut image = Self::default();
-        let slots = held.slots_by_name();
+        let mut slots = held.slots_by_name();
+        let moving = held.moving(compiled, &slots);
+        slots.retain(|_, slot| !moving.contains(slot));
         let mut free_slots = held.free_slots();
         let ids: BTreeMap<(u16, &str), u32> = held
             .rules
@@ -165,6 +167,42 @@ impl Image {
             .collect()
     }
 
+    /// Slots of databases that take a port of an address over from another, or lose one to another.
+    /// They need new slots: while a slot holds what the old and the new policy allow, a port that
+    /// changes hands would be open to what only the other port's old or new rules allow.
+    fn moving(&self, compiled: &Compiled, slots: &BTreeMap<&str, u16>) -> BTreeSet<u16> {
+        let mut moving = BTreeSet::new();
+        for (database, entries) in &compiled.databases {
+            let own = slots.get(database.as_str()).copied();
+            for &port in &entries.ports {
+                let port = port_index(entries.protocol, port);
+                let place = self.ports.binary_search_by_key(&port, |&(port, _)| port);
+                let Ok(guard) = place.map(|place| self.ports[place].1) else {
+                    continue;
+                };
+                let mut owners = vec![guard.slot()];
+                if guard.is_by_address() {
+                    let everywhere = entries.addresses.is_empty();
+                    let addresses: Vec<_> = entries
+                        .addresses
+                        .iter()
+                        .map(|&address| local_address(address))
+                        .collect();
+                    let locals = self.locals.iter().filter(|(local, _)| {
+                        local.port == port && (everywhere || addresses.contains(&local.address))
+                    });
+                    owners = locals.map(|(_, guard)| guard.slot()).collect();
+                }
+                let others = owners.into_iter().filter(|&owner| Some(owner) != own);
+                for other in others {
+                    moving.insert(other);
+                    moving.extend(own);
+                }
+            }
+        }
+        moving
+    }
+
     /// Slots that no map mentions, what a crashed agent left without a name included.
     fn free_slots(&self) -> impl Iterator<Item = u16> {
         let mut used: BTreeSet<u32> = self.slots.iter().map(|&(slot, _)| slot).collect();
@@ -210,8 +248,44 @@ impl Image {
         steps
     }
 
+    /// This image with the slots that `new` gives to the same databases.
+    fn renumbered(&self, new: &Self) -> Self {
+        let slots = new.slots_by_name();
+        let moved: BTreeMap<u16, u16> = self
+            .slots_by_name()
+            .into_iter()
+            .filter_map(|(database, old)| Some((old, *slots.get(database)?)))
+            .filter(|(old, new)| old != new)
+            .collect();
+        let mut image = self.clone();
+        if moved.is_empty() {
+            return image;
+        }
+        let slot = |old: u16| moved.get(&old).copied().unwrap_or(old);
+        let guard = |guard: &mut Guard| *guard = guard.with_slot(slot(guard.slot()));
+        image
+            .slots
+            .iter_mut()
+            .for_each(|(old, _)| *old = slot(*old as u16).into());
+        image
+            .allowed4
+            .iter_mut()
+            .for_each(|((old, _), _)| *old = slot(*old));
+        image
+            .allowed6
+            .iter_mut()
+            .for_each(|((old, _), _)| *old = slot(*old));
+        image.locals.iter_mut().for_each(|(_, old)| guard(old));
+        image.ports.iter_mut().for_each(|(_, old)| guard(old));
+        image.slots.sort_unstable_by_key(|&(slot, _)| slot);
+        image.allowed4.sort_unstable_by_key(|&(key, _)| key);
+        image.allowed6.sort_unstable_by_key(|&(key, _)| key);
+        image
+    }
+
     /// Difference from `self` to `new`, by database.
     pub fn difference(&self, new: &Self) -> Difference {
+        let old = self.renumbered(new);
         let mut databases: BTreeMap<String, DatabaseDifference> = BTreeMap::new();
         let name = |image: &Self, slot: u16| {
             let place = image
@@ -221,9 +295,8 @@ impl Image {
                 .ok()
                 .and_then(|place| image.slots[place].1.text().map(str::to_owned))
         };
-        // A slot keeps its database from one image to the next, or is in one of them only.
         let database = |slot: u16| {
-            let name = name(new, slot).or_else(|| name(self, slot));
+            let name = name(new, slot).or_else(|| name(&old, slot));
             name.unwrap_or_else(|| format!("(slot {slot})"))
         };
         let mut of_prefix = |slot, prefix: IpNet, added: bool, removed: bool| {
@@ -234,10 +307,10 @@ impl Image {
                 database.removed.push(prefix);
             }
         };
-        for Change { key, old, new } in changes(&self.allowed4, &new.allowed4) {
+        for Change { key, old, new } in changes(&old.allowed4, &new.allowed4) {
             of_prefix(key.0, key.1.into(), new.is_some(), old.is_some());
         }
-        for Change { key, old, new } in changes(&self.allowed6, &new.allowed6) {
+        for Change { key, old, new } in changes(&old.allowed6, &new.allowed6) {
             of_prefix(key.0, key.1.into(), new.is_some(), old.is_some());
         }
         let mut of_guard = |guard: Guard, text: &str, added: bool| {
@@ -250,14 +323,14 @@ impl Image {
                 database.unguarded.push(text);
             }
         };
-        for Change { key, old, new } in changes(&self.ports, &new.ports) {
+        for Change { key, old, new } in changes(&old.ports, &new.ports) {
             for (guard, added) in [(old, false), (new, true)] {
                 if let Some(guard) = guard.filter(|guard| !guard.is_by_address()) {
                     of_guard(guard, &port_text(key), added);
                 }
             }
         }
-        for Change { key, old, new } in changes(&self.locals, &new.locals) {
+        for Change { key, old, new } in changes(&old.locals, &new.locals) {
             let address = std::net::Ipv6Addr::from(key.address).to_canonical();
             let text = format!("{address} {}", port_text(key.port));
             for (guard, added) in [(old, false), (new, true)] {
@@ -341,4 +414,264 @@ fn removed<K: Copy, V: Copy>(changes: &[Change<K, V>]) -> impl Iterator<Item = C
         .iter()
         .copied()
         .filter(|change| change.new.is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::{
+        compile::{Entries, RuleKey},
+        policy::Source,
+    };
+
+    /// The maps while steps are written to them, judged as the packet path does.
+    #[derive(Clone, Debug, Default, PartialEq)]
+    struct Kernel {
+        slots: BTreeMap<u32, Name>,
+        rules: BTreeMap<u32, Name>,
+        allowed4: BTreeMap<(u16, Ipv4Net), u32>,
+        allowed6: BTreeMap<(u16, Ipv6Net), u32>,
+        locals: BTreeMap<LocalKey, Guard>,
+        ports: BTreeMap<u32, Guard>,
+        protocols: u32,
+    }
+
+    impl Kernel {
+        fn write(&mut self, step: Step) {
+            fn put<K: Ord, V: PartialEq + std::fmt::Debug>(
+                map: &mut BTreeMap<K, V>,
+                change: Change<K, V>,
+            ) {
+                assert_eq!(map.remove(&change.key), change.old);
+                if let Some(new) = change.new {
+                    map.insert(change.key, new);
+                }
+            }
+            match step {
+                Step::Slot(change) => put(&mut self.slots, change),
+                Step::Rule(change) => put(&mut self.rules, change),
+                Step::Allowed4(change) => put(&mut self.allowed4, change),
+                Step::Allowed6(change) => put(&mut self.allowed6, change),
+                Step::Local(change) => put(&mut self.locals, change),
+                Step::Port(change) => put(&mut self.ports, change),
+                Step::Protocols { old, new } => {
+                    assert_eq!(self.protocols, old);
+                    self.protocols = new;
+                }
+            }
+        }
+
+        fn image(&self) -> Image {
+            fn list<K: Copy, V: Copy>(map: &BTreeMap<K, V>) -> Vec<(K, V)> {
+                map.iter().map(|(key, value)| (*key, *value)).collect()
+            }
+            Image {
+                slots: list(&self.slots),
+                rules: list(&self.rules),
+                allowed4: list(&self.allowed4),
+                allowed6: list(&self.allowed6),
+                locals: list(&self.locals),
+                ports: list(&self.ports),
+                protocols: self.protocols,
+            }
+        }
+
+        fn passes(&self, source: Ipv4Addr, destination: Ipv4Addr, port: u16) -> bool {
+            let port = port_index(Protocol::Tcp, port);
+            let Some(&guard) = self.ports.get(&port) else {
+                return true;
+            };
+            let guard = if guard.is_by_address() {
+                let address = mapped(destination.octets());
+                match self.locals.get(&LocalKey { address, port }) {
+                    Some(&guard) => guard,
+                    None => return true,
+                }
+            } else {
+                guard
+            };
+            let mut allowed = self.allowed4.keys();
+            let allowed = allowed.any(|(slot, net)| *slot == guard.slot() && net.contains(&source));
+            allowed || guard.is_monitor()
+        }
+    }
+
+    const LOCALS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2)];
+    const PORTS: [u16; 3] = [1, 2, 3];
+
+    fn source(random: &mut fastrand::Rng) -> Ipv4Addr {
+        Ipv4Addr::new(192, 0, 2, random.u8(..16))
+    }
+
+    /// Up to three databases that share no port of an address, open to parts of 192.0.2.0/28.
+    fn compiled(random: &mut fastrand::Rng) -> Compiled {
+        let mut compiled = Compiled::default();
+        let mut free: Vec<(u16, Option<Ipv4Addr>)> = PORTS
+            .iter()
+            .flat_map(|&port| {
+                if random.bool() {
+                    vec![(port, None)]
+                } else {
+                    LOCALS.iter().map(|&local| (port, Some(local))).collect()
+                }
+            })
+            .collect();
+        random.shuffle(&mut free);
+        for name in ["a", "b", "c"] {
+            let Some((port, local)) = free.pop().filter(|_| random.u8(..4) > 0) else {
+                continue;
+            };
+            let mut v4: Vec<(Ipv4Net, u16)> = (0..random.u16(..5))
+                .map(|rule| {
+                    let net = Ipv4Net::new(source(random), random.u8(28..=32)).unwrap();
+                    (net.trunc(), rule)
+                })
+                .collect();
+            v4.sort();
+            v4.dedup_by_key(|&mut (net, _)| net);
+            let rules: Vec<RuleKey> = v4
+                .iter()
+                .map(|&(net, _)| RuleKey::Rule(Source::Cidr(net.into())))
+                .collect();
+            for (place, (_, rule)) in v4.iter_mut().enumerate() {
+                *rule = place as u16;
+            }
+            let entries = Entries {
+                protocol: Protocol::Tcp,
+                ports: vec![port],
+                addresses: local.map(IpAddr::from).into_iter().collect(),
+                monitor: random.u8(..4) == 0,
+                rules,
+                v4,
+                v6: vec![],
+            };
+            compiled.databases.insert(name.into(), entries);
+        }
+        compiled
+    }
+
+    fn packets() -> impl Iterator<Item = (Ipv4Addr, Ipv4Addr, u16)> {
+        (0..16)
+            .map(|last| Ipv4Addr::new(192, 0, 2, last))
+            .flat_map(|source| LOCALS.map(|local| (source, local)))
+            .flat_map(|(source, local)| PORTS.map(|port| (source, local, port)))
+    }
+
+    #[test]
+    fn at_every_step_what_both_policies_pass_passes_and_what_both_drop_is_dropped() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut kernel = Kernel::default();
+        for _ in 0..500 {
+            let held = kernel.image();
+            let new = Image::of(&compiled(&mut random), &held).unwrap();
+            let before = kernel.clone();
+            let mut after = kernel.clone();
+            let steps = held.steps_to(&new);
+            steps.iter().for_each(|&step| after.write(step));
+            assert_eq!(after.image(), new);
+            for (done, &step) in steps.iter().enumerate() {
+                kernel.write(step);
+                for (source, local, port) in packets() {
+                    let judged = |kernel: &Kernel| kernel.passes(source, local, port);
+                    if judged(&before) == judged(&after) {
+                        let place = format!("{source} to {local}:{port} after step {done}");
+                        assert_eq!(judged(&kernel), judged(&after), "{place} of {steps:#?}");
+                    }
+                }
+                let mut undone = kernel.clone();
+                for step in steps[..=done].iter().rev() {
+                    undone.write(step.reversed());
+                }
+                assert_eq!(undone, before);
+            }
+        }
+    }
+
+    fn one(name: &str, prefixes: &[&str]) -> (String, Entries) {
+        let rules = prefixes.iter().map(|text| text.parse().unwrap());
+        let entries = Entries {
+            protocol: Protocol::Tcp,
+            ports: vec![5432],
+            addresses: vec![],
+            monitor: false,
+            rules: rules.map(|net| RuleKey::Rule(Source::Cidr(net))).collect(),
+            v4: (0..)
+                .zip(prefixes)
+                .map(|(i, text)| (text.parse().unwrap(), i))
+                .collect(),
+            v6: vec![],
+        };
+        (name.into(), entries)
+    }
+
+    fn only(database: (String, Entries)) -> Compiled {
+        Compiled {
+            databases: [database].into(),
+            ..Compiled::default()
+        }
+    }
+
+    #[test]
+    fn slots_and_rule_ids_stay_with_their_names_and_are_not_reused_at_once() {
+        let first = Image::of(
+            &only(one("a", &["192.0.2.0/25", "198.51.100.0/24"])),
+            &Image::default(),
+        );
+        let first = first.unwrap();
+        let second = Image::of(
+            &only(one("a", &["198.51.100.0/24", "203.0.113.0/24"])),
+            &first,
+        );
+        let second = second.unwrap();
+        assert_eq!(first.slots, second.slots);
+        assert_eq!(first.rules[1], second.rules[0]);
+        assert_ne!(first.rules[0].0, second.rules[1].0);
+        let other = Image::of(&only(one("b", &["192.0.2.0/25"])), &first).unwrap();
+        assert_ne!(first.slots[0].0, other.slots[0].0);
+        assert!(first.rules.iter().all(|(id, _)| *id != other.rules[0].0));
+    }
+
+    #[test]
+    fn slot_that_only_entries_without_a_name_use_is_not_given_away() {
+        let torn = Image {
+            allowed4: vec![((1, "0.0.0.0/0".parse().unwrap()), 0)],
+            ..Image::default()
+        };
+        let image = Image::of(&only(one("a", &[])), &torn).unwrap();
+        assert_eq!(image.slots[0].0, 2);
+    }
+
+    #[test]
+    fn port_shared_by_address_is_of_no_database_and_monitored_only_if_all_are() {
+        let mut compiled = only(one("a", &[]));
+        let (_, mut entries) = one("b", &[]);
+        entries.addresses = vec![LOCALS[1].into()];
+        compiled.databases.insert("b".into(), entries);
+        let first = compiled.databases.get_mut("a").unwrap();
+        first.addresses = vec![LOCALS[0].into()];
+        first.monitor = true;
+        let port = |compiled: &Compiled| Image::of(compiled, &Image::default()).unwrap().ports[0].1;
+        assert!(port(&compiled).is_by_address() && port(&compiled).slot() == 0);
+        assert!(!port(&compiled).is_monitor());
+        compiled.databases.get_mut("b").unwrap().monitor = true;
+        assert!(port(&compiled).is_monitor());
+    }
+
+    #[test]
+    fn difference_names_prefixes_and_ports_by_database() {
+        let held = Image::of(&only(one("a", &["192.0.2.0/25"])), &Image::default()).unwrap();
+        let new = Image::of(&only(one("a", &["198.51.100.0/24"])), &held).unwrap();
+        let difference = held.difference(&new);
+        let expected = DatabaseDifference {
+            added: vec!["198.51.100.0/24".parse().unwrap()],
+            removed: vec!["192.0.2.0/25".parse().unwrap()],
+            ..DatabaseDifference::default()
+        };
+        assert_eq!(difference.databases, [("a".into(), expected)].into());
+        let gone = held.difference(&Image::default());
+        assert_eq!(gone.databases["a"].unguarded, ["tcp/5432"]);
+        assert_eq!(held.difference(&held), Difference::default());
+    }
 }

@@ -222,7 +222,7 @@ mod tests {
                 &["::/1", "8000::/2"]
             ),
             [
-                ("1.128.0.0".into(), inside),
+                ("1.0.0.0".into(), inside),
                 ("2.0.0.0".into(), outside),
                 ("4000::".into(), inside),
                 ("c000::".into(), outside),

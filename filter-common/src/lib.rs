@@ -108,6 +108,11 @@ impl Guard {
         Self(self.0 | Self::BY_ADDRESS)
     }
 
+    /// The same guard for a database in another slot.
+    pub const fn with_slot(self, slot: u16) -> Self {
+        Self(self.0 & !0xffff | slot as u32)
+    }
+
     /// The guard of a port that this one's database shares, by local address, with another's: what
     /// cannot be told apart counts on neither, and is let pass only where both are monitored.
     pub const fn shared_with(self, other: Self) -> Self {
