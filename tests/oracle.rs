@@ -1,5 +1,6 @@
-//! The delivery oracle: unfiltered Linux says which hostile frames it delivers to the port. With the
-//! filter on, none of them may arrive from a source that is not allowed, and all from one that is.
+//! The delivery oracle: unfiltered Linux says which hostile frames it delivers to the port. With
+//! the filter on, none of them may arrive from a source that is not allowed, and all from one that
+//! is.
 //! Linux is the reference, not anybody's idea of it.
 
 use std::{
@@ -358,7 +359,7 @@ fn oracle(name: &str, mode: &str, addresses: &[IpAddr]) {
         names.collect()
     };
 
-    // The control proves nothing unless Linux delivers much, not all, and more than the filter reads.
+    // This proves nothing unless Linux delivers much, not all, and more than the filter reads.
     let random = |number: &&u32| plan_of[number].name.contains("random");
     let delivered = control.iter().filter(random).count();
     let all = plan_of.keys().filter(random).count();
