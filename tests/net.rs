@@ -508,8 +508,9 @@ impl Net {
     /// Packets of the tripwire: a rule on the input hook counts whatever arrives at a protected
     /// port from a source that is not allowed. Must be 0 when a test ends, or the test fails.
     ///
-    /// A packet that arrives in fragments counts with its first one, if that holds the ports: on IPv6 the hook comes before reassembly. Where a header chain is cut before the ports
-    /// nothing counts here, and only the receiving socket tells.
+    /// A packet that arrives in fragments counts with its first one, if that holds the ports: on
+    /// IPv6 the hook comes before reassembly. Where a header chain is cut before the ports nothing
+    /// counts here, and only the receiving socket tells.
     pub fn tripwire(&self) -> u64 {
         let mut command = Command::new("nft");
         command.args(["-j", "list", "counter", "inet", "tripwire", "foreign"]);
