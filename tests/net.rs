@@ -227,7 +227,7 @@ impl Net {
             more_clients: Vec::new(),
             dir,
         };
-        // Sources of every kind must reach the filter and get their answers: that is what is tested.
+        // Sources of every kind must reach the filter and get their answers.
         let lenient = [
             ("ipv4/conf/all/rp_filter", 0),
             ("ipv4/conf/default/rp_filter", 0),
@@ -508,9 +508,9 @@ impl Net {
     /// Packets of the tripwire: a rule on the input hook counts whatever arrives at a protected
     /// port from a source that is not allowed. Must be 0 when a test ends, or the test fails.
     ///
-    /// A packet that arrives in fragments counts with its first one, as far as that holds the ports:
-    /// on IPv6 the hook comes before reassembly. Where a header chain is cut before the ports
-    /// nothing counts here, and only the receiving socket tells.
+    /// A packet that arrives in fragments counts with its first one, if that holds the ports: on
+    /// IPv6 the hook comes before reassembly. Where a header chain is cut before the ports nothing
+    /// counts here, and only the receiving socket tells.
     pub fn tripwire(&self) -> u64 {
         let mut command = Command::new("nft");
         command.args(["-j", "list", "counter", "inet", "tripwire", "foreign"]);
@@ -923,7 +923,7 @@ impl Drop for Net {
     }
 }
 
-/// A policy for the interfaces named, with these databases (as `dedicated` and `shared` write them).
+/// A policy for the interfaces named, with these databases (such as `dedicated` writes).
 pub fn policy(interfaces: &str, mode: &str, databases: &[String]) -> String {
     let databases: String = databases.iter().map(|d| format!("  - {d}\n")).collect();
     format!(

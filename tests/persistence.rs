@@ -1,0 +1,384 @@
+//! The filter without its agent: killed, stopped, started again, its interface or its pins gone.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use filter_tests::net::{
+    ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected, dedicated,
+    policy, wait_until,
+};
+use serde_json::json;
+
+use Connection::{Accepted, Silence};
+
+const PORT: u16 = 5432;
+const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
+const DB_V6: SocketAddr = SocketAddr::new(IpAddr::V6(DB6), PORT);
+const ALLOWED: [&str; 2] = ["203.0.113.10/32", "2001:db8::10/128"];
+/// The sources that `ALLOWED` does not name.
+const DENIED: [&str; 2] = ["198.51.100.7/32", "2001:db8:dead::7/128"];
+
+fn orders(allowed: &[&str]) -> String {
+    policy("eth0", "native", &[dedicated("orders", PORT, allowed, "")])
+}
+
+/// An agent that enforces `ALLOWED`.
+fn start(name: &str) -> Net {
+    let mut net = Net::new(name);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    net
+}
+
+/// Asserts that the sources of `ALLOWED` connect, and the denied ones do not, or the other way
+/// round.
+#[track_caller]
+fn assert_open_to(net: &Net, allowed: &[&str]) {
+    let attempts = [
+        (ALLOWED4.into(), DB),
+        (ALLOWED6.into(), DB_V6),
+        (DENIED4.into(), DB),
+        (DENIED6.into(), DB_V6),
+    ];
+    let expected = if allowed == ALLOWED {
+        [Accepted, Accepted, Silence, Silence]
+    } else {
+        [Silence, Silence, Accepted, Accepted]
+    };
+    assert_eq!(net.connect_all(&attempts), expected);
+}
+
+fn program_of(net: &Net) -> u64 {
+    let status = net.agent_json(&["status", "--verify"]);
+    assert_eq!(status["errors"], json!([]));
+    status["interfaces"][0]["program_id"].as_u64().unwrap()
+}
+
+/// `PATH/v<layout>`, where the maps and links are pinned.
+fn pins(net: &Net) -> PathBuf {
+    let base = net.bpffs().join("filter-agent");
+    let entries = fs::read_dir(base).unwrap();
+    let is_layout = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().starts_with('v');
+    let mut paths = entries.map(|entry| entry.unwrap().path());
+    paths.find(is_layout).expect("the maps are pinned")
+}
+
+#[test]
+fn filter_outlives_a_killed_agent_and_the_next_one_adopts_it() {
+    let mut net = start("killed");
+    let _listener = net.listen(PORT);
+    net.kill();
+    assert_open_to(&net, &ALLOWED);
+    let line = net.agent_error(&["status"]);
+    assert!(line.contains("stays in force on eth0"), "{line}");
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+    assert!(program_of(&net) > 0);
+    let difference = &net.agent_json(&["plan"])["difference"];
+    assert_no_difference(difference);
+}
+
+/// No list in a difference holds anything.
+fn assert_no_difference(difference: &serde_json::Value) {
+    fn is_empty(value: &serde_json::Value) -> bool {
+        match value {
+            serde_json::Value::Array(list) => list.is_empty(),
+            serde_json::Value::Object(fields) => fields.values().all(is_empty),
+            other => other == &json!(0) || other.is_null(),
+        }
+    }
+    assert!(is_empty(difference), "{difference:#}");
+}
+
+#[test]
+fn filter_outlives_a_stopped_agent() {
+    let mut net = start("stopped");
+    let _listener = net.listen(PORT);
+    net.terminate();
+    assert!(
+        net.log.last().unwrap().contains("stays in force on eth0"),
+        "{:?}",
+        net.log
+    );
+    assert!(!net.socket().exists());
+    assert_open_to(&net, &ALLOWED);
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn counts_and_hits_outlive_the_agent() {
+    let mut net = start("counts");
+    let _listener = net.listen(PORT);
+    assert_open_to(&net, &ALLOWED);
+    let before = net.agent_json(&["status"])["databases"][0].clone();
+    assert!(before["passed"].as_u64() > Some(0), "{before:#}");
+    net.kill();
+    net.start();
+    let after = net.agent_json(&["status"])["databases"][0].clone();
+    assert_eq!(after["passed"], before["passed"]);
+    assert_eq!(after["dropped"], before["dropped"]);
+}
+
+#[test]
+fn restart_enforces_the_file_as_it_is_then() {
+    let mut net = start("restart");
+    let _listener = net.listen(PORT);
+    net.kill();
+    net.write_policy(&orders(&DENIED));
+    assert_open_to(&net, &ALLOWED);
+    net.watch(&[Protected::tcp(PORT, &[ALLOWED, DENIED].concat())]);
+    net.start();
+    net.watch(&[Protected::tcp(PORT, &DENIED)]);
+    assert_open_to(&net, &DENIED);
+}
+
+#[test]
+fn restart_with_a_bad_file_leaves_the_filter_as_it_is() {
+    let mut net = start("bad-file");
+    let _listener = net.listen(PORT);
+    net.kill();
+    net.write_policy("interfaces: [eth0]\ndatabases: 7\n");
+    net.refusal(&[]);
+    assert_open_to(&net, &ALLOWED);
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    net.write_policy("interfaces: [eth0]\ndatabases: 7\n");
+    net.agent_error(&["reload"]);
+    net.hang_up();
+    net.wait_for_line("reload refused");
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn kills_at_random_moments_of_reloads_let_nobody_in_and_keep_nobody_out() {
+    let mut net = Net::new("kills");
+    let _echo = net.echo(PORT);
+    let wide = ["203.0.113.0/24", "2001:db8::/64", "10.3.0.0/16"];
+    net.watch(&[Protected::tcp(PORT, &wide)]);
+    net.add_client();
+    let here = format!("addresses: [{DB4}, '{DB6}', 10.0.1.1]");
+    let many: Vec<String> = (0..200).map(|n| format!("10.3.{n}.0/24")).collect();
+    let many = format!("cluster: [{}]", many.join(", "));
+    let policies = [
+        dedicated("orders", PORT, &ALLOWED, ""),
+        dedicated("orders", PORT, &wide, ""),
+        dedicated("renamed", PORT, &ALLOWED, &many),
+        dedicated("orders", PORT, &ALLOWED, &here),
+    ]
+    .map(|database| policy("eth0, eth1", "native", &[database]));
+    net.write_policy(&policies[0]);
+    net.start();
+    let stranger = "10.0.1.2".parse().unwrap();
+    let denied = [(stranger, DB), (stranger, "10.0.1.1:5432".parse().unwrap())];
+    let denied = Hammer::denied(&net.more_clients[0], &denied);
+    let allowed = [(ALLOWED4.into(), DB), (ALLOWED6.into(), DB_V6)];
+    let allowed = Hammer::allowed(&net.client, &allowed);
+    let mut rng = fastrand::Rng::with_seed(7);
+    for policy in policies.iter().cycle().skip(1).take(20) {
+        net.write_policy(policy);
+        net.hang_up();
+        thread::sleep(Duration::from_micros(rng.u64(..8_000)));
+        net.kill();
+        net.start();
+        assert_no_difference(&net.agent_json(&["plan"])["difference"]);
+    }
+    assert!(allowed.stop() > 100);
+    assert!(denied.stop() > 100);
+    assert_eq!(
+        net.client.repeated_syns(),
+        0,
+        "SYNs of an allowed source were dropped"
+    );
+    let status = net.agent_json(&["status", "--verify"]);
+    assert_eq!(status["errors"], json!([]));
+}
+
+#[test]
+fn interface_that_is_deleted_and_made_again_is_filtered_again() {
+    let mut net = start("recreated");
+    let _listener = net.listen(PORT);
+    net.db.ip("link delete eth0");
+    assert!(wait_until(|| {
+        let errors = net.agent_json(&["status"])["errors"].to_string();
+        errors.contains("eth0 is missing")
+    }));
+    // What arrives between the interface and its filter is not this test's matter.
+    net.watch(&[]);
+    net.make_pair();
+    net.wait_for_line("attached to eth0");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert_open_to(&net, &ALLOWED);
+    assert!(program_of(&net) > 0);
+}
+
+#[test]
+fn interface_that_was_made_again_while_the_agent_was_down_is_filtered_from_its_start() {
+    let mut net = start("recreated-down");
+    let _listener = net.listen(PORT);
+    net.kill();
+    net.db.ip("link delete eth0");
+    net.make_pair();
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+    assert!(program_of(&net) > 0);
+}
+
+#[test]
+fn policy_larger_than_the_maps_is_refused_and_the_old_one_stays() {
+    let mut net = Net::new("full");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders(&ALLOWED));
+    net.start_with(&["--max-prefixes", "16"]);
+    let many: Vec<String> = (0..17).map(|n| format!("10.3.{n}.0/24")).collect();
+    let many = format!("cluster: [{}]", many.join(", "));
+    net.write_policy(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &DENIED, &many)],
+    ));
+    let line = net.agent_error(&["reload"]);
+    assert!(
+        line.contains("18 IPv4 prefixes") && line.contains("16"),
+        "{line}"
+    );
+    assert_open_to(&net, &ALLOWED);
+    assert!(program_of(&net) > 0);
+    // To the brim, and on to another full policy.
+    let fits = |allowed: &[&str], from: u8| {
+        let more: Vec<String> = (0..15).map(|n| format!("10.3.{}.0/24", from + n)).collect();
+        let more = format!("cluster: [{}]", more.join(", "));
+        policy(
+            "eth0",
+            "native",
+            &[dedicated("orders", PORT, allowed, &more)],
+        )
+    };
+    net.reload(&fits(&ALLOWED, 0));
+    net.reload(&fits(&ALLOWED, 100));
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn pins_that_others_could_write_are_refused() {
+    let mut net = start("hostile-pins");
+    let _listener = net.listen(PORT);
+    net.kill();
+    let base = net.bpffs().join("filter-agent");
+    for directory in [base, pins(&net)] {
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+        let line = net.refusal(&[]);
+        assert!(line.contains(directory.to_str().unwrap()), "{line}");
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o700)).unwrap();
+        nix::unistd::chown(&directory, Some(65534.into()), None).unwrap();
+        let line = net.refusal(&[]);
+        assert!(line.contains(directory.to_str().unwrap()), "{line}");
+        nix::unistd::chown(&directory, Some(0.into()), None).unwrap();
+    }
+    assert_open_to(&net, &ALLOWED);
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn foreign_map_under_a_pins_name_is_refused() {
+    let mut net = start("foreign-map");
+    let _listener = net.listen(PORT);
+    net.kill();
+    let pins = pins(&net);
+    // One of the filter's own maps, under the name of another.
+    let counts = pins.join("COUNTS");
+    fs::rename(&counts, pins.join("aside")).unwrap();
+    fs::hard_link(pins.join("HITS"), &counts).unwrap();
+    let line = net.refusal(&[]);
+    assert!(line.contains("COUNTS"), "{line}");
+    assert_open_to(&net, &ALLOWED);
+    fs::remove_file(&counts).unwrap();
+    fs::rename(pins.join("aside"), &counts).unwrap();
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn missing_map_is_refused() {
+    let mut net = start("missing-map");
+    let _listener = net.listen(PORT);
+    net.kill();
+    let pins = pins(&net);
+    for name in [
+        "PORT_GUARDS",
+        "LOCAL_GUARDS",
+        "PROTOCOLS",
+        "ALLOWED4",
+        "SLOT_NAMES",
+    ] {
+        fs::rename(pins.join(name), pins.join("aside")).unwrap();
+        let line = net.refusal(&[]);
+        assert!(line.contains(name), "{line}");
+        assert!(!pins.join(name).exists());
+        fs::rename(pins.join("aside"), pins.join(name)).unwrap();
+    }
+    assert_open_to(&net, &ALLOWED);
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn detach_removes_every_trace() {
+    for agent_runs in [true, false] {
+        let mut net = start(&format!("detach-{agent_runs}"));
+        let _listener = net.listen(PORT);
+        if !agent_runs {
+            net.kill();
+        }
+        net.agent_text(&["detach", "--yes"]);
+        if agent_runs {
+            assert!(net.wait_for_exit().success());
+        }
+        assert!(!net.bpffs().join("filter-agent").exists());
+        let output = net
+            .db
+            .output(Command::new("ip").args(["link", "show", "eth0"]));
+        let link = String::from_utf8(output.stdout).unwrap();
+        assert!(link.contains("eth0") && !link.contains("xdp"), "{link}");
+        net.watch(&[]);
+        assert_eq!(net.connect(DENIED4.into(), DB), Accepted);
+        net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+        net.start();
+        assert_open_to(&net, &ALLOWED);
+    }
+}
+
+#[test]
+fn mode_change_is_refused_while_the_filter_is_on() {
+    let net = start("mode");
+    let _listener = net.listen(PORT);
+    let generic = policy(
+        "eth0",
+        "generic",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    );
+    net.write_policy(&generic);
+    let line = net.agent_error(&["reload"]);
+    assert!(line.contains("native") && line.contains("detach"), "{line}");
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn program_cannot_be_taken_off_with_ip_link() {
+    let net = start("taken-off");
+    let _listener = net.listen(PORT);
+    let mut command = Command::new("ip");
+    command.args(["link", "set", "dev", "eth0", "xdp", "off"]);
+    assert!(!net.db.output(&mut command).status.success());
+    assert_open_to(&net, &ALLOWED);
+}
