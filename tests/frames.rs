@@ -426,15 +426,19 @@ impl Threats<'_> {
     fn vlan(&mut self) {
         self.frame("plain", self.next().frame());
         for depth in 1..=16 {
-            let mixes: [(&str, fn(usize) -> u16); 4] = [
-                ("802.1Q", |_| VLAN),
-                ("802.1ad", |_| SERVICE_VLAN),
-                ("802.1ad over 802.1Q", |i| [SERVICE_VLAN, VLAN][i % 2]),
-                ("802.1Q over 802.1ad", |i| [VLAN, SERVICE_VLAN][i % 2]),
-            ];
-            for (mix, kind) in mixes {
+            for (mix, kinds) in [
+                ("802.1Q", [VLAN, VLAN]),
+                ("802.1ad", [SERVICE_VLAN, SERVICE_VLAN]),
+                ("802.1ad over 802.1Q", [SERVICE_VLAN, VLAN]),
+                ("802.1Q over 802.1ad", [VLAN, SERVICE_VLAN]),
+            ] {
                 let mut packet = self.next();
-                packet.tags = (0..depth).map(|i| (kind(i), 0)).collect();
+                packet.tags = kinds
+                    .iter()
+                    .cycle()
+                    .take(depth)
+                    .map(|&kind| (kind, 0))
+                    .collect();
                 self.frame(format!("{depth} VID-0 tags, {mix}"), packet.frame());
             }
         }

@@ -1,4 +1,7 @@
 //! What the tests share.
 
+pub mod bpffs;
 pub mod frames;
+pub mod loaded;
 pub mod net;
+pub mod reference;

@@ -1,0 +1,1 @@
+//! One packet, one verdict: tables for the shipped program.

@@ -1,0 +1,361 @@
+//! Random policies and random frames: the program against the reference.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use filter_tests::{
+    frames::{self, Addressing, Packet, Protocol, Rng},
+    loaded::Loaded,
+};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+const PORTS: [u16; 4] = [5432, 5433, 3306, 53];
+
+const LOCALS: [&str; 4] = ["192.0.2.10", "192.0.2.11", "2001:db8::10", "2001:db8::11"];
+
+fn pick<T: Copy>(rng: &mut Rng, list: &[T]) -> T {
+    list[rng.usize(..list.len())]
+}
+
+fn random_address(rng: &mut Rng, v4: bool) -> IpAddr {
+    if v4 {
+        Ipv4Addr::from(rng.u32(..)).into()
+    } else {
+        Ipv6Addr::from(rng.u128(..)).into()
+    }
+}
+
+/// Of every length, and often inside or around one of the others.
+fn random_prefix(rng: &mut Rng, others: &BTreeSet<IpNet>) -> IpNet {
+    let v4 = rng.u8(..3) > 0;
+    let near = rng.choice(others).filter(|_| rng.bool()).map(IpNet::addr);
+    let address = near.unwrap_or_else(|| random_address(rng, v4));
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    let length = match rng.u8(..6) {
+        0 => rng.u8(..=2),
+        1 | 2 => longest - rng.u8(..=2),
+        _ => rng.u8(..=longest),
+    };
+    match address {
+        IpAddr::V4(address) => Ipv4Net::new_assert(address, length).trunc().into(),
+        IpAddr::V6(address) => Ipv6Net::new_assert(address, length).trunc().into(),
+    }
+}
+
+/// Prefixes that a policy may have, as items of a YAML list.
+fn random_prefixes(rng: &mut Rng, count: usize) -> Vec<String> {
+    let mut prefixes = BTreeSet::new();
+    for _ in 0..count {
+        prefixes.insert(random_prefix(rng, &prefixes));
+    }
+    let texts = prefixes.iter().map(ToString::to_string);
+    // What the policy refuses, such as 127.0.0.0/9, no rule of any policy can say.
+    texts
+        .filter(|text| filter_agent::policy::parse_cidr(text).is_ok())
+        .collect()
+}
+
+/// A policy file that the parser accepts.
+fn random_policy(rng: &mut Rng) -> String {
+    let mut text = String::from("interfaces: [eth0]\nregions:\n");
+    for name in ["office", "cloud"] {
+        let prefixes = [random_prefixes(rng, 20), vec!["198.51.100.0/24".into()]].concat();
+        let prefixes: BTreeSet<_> = prefixes.into_iter().collect();
+        let prefixes: Vec<_> = prefixes.into_iter().collect();
+        writeln!(text, "  {name}: {{prefixes: [{}]}}", quoted(&prefixes)).unwrap();
+    }
+    let count = rng.usize(..4);
+    writeln!(
+        text,
+        "regional_network: [{}]",
+        quoted(&random_prefixes(rng, count))
+    )
+    .unwrap();
+    text.push_str("databases:\n");
+    let count = rng.usize(..5);
+    let mut claimed = BTreeSet::new();
+    for number in 0..count {
+        let protocol = pick(rng, &["tcp", "udp"]);
+        let mut ports = BTreeSet::new();
+        ports.insert(pick(rng, &PORTS));
+        ports.insert(pick(rng, &PORTS));
+        // A port of one address, or of all: a claim on all is a claim on each.
+        let everywhere = rng.u8(..3) > 0;
+        let addresses: Vec<&str> = match everywhere {
+            true => LOCALS.to_vec(),
+            false => LOCALS.into_iter().filter(|_| rng.bool()).collect(),
+        };
+        let claims: Vec<_> = addresses
+            .iter()
+            .flat_map(|address| ports.iter().map(move |port| (protocol, *port, *address)))
+            .collect();
+        let free = |claim| !claimed.contains(claim);
+        if addresses.is_empty() || !claims.iter().all(free) {
+            continue;
+        }
+        claimed.extend(claims);
+        let monitor = rng.u8(..3) == 0;
+        let list: Vec<_> = ports.iter().map(ToString::to_string).collect();
+        writeln!(text, "  - name: db{number}").unwrap();
+        writeln!(text, "    ports: [{}]", list.join(", ")).unwrap();
+        writeln!(text, "    protocol: {protocol}\n    monitor: {monitor}").unwrap();
+        if !everywhere {
+            let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+            writeln!(text, "    addresses: [{}]", quoted(&addresses)).unwrap();
+        }
+        let cluster = rng.usize(..3);
+        writeln!(
+            text,
+            "    cluster: [{}]",
+            quoted(&random_prefixes(rng, cluster))
+        )
+        .unwrap();
+        if rng.u8(..4) == 0 {
+            text.push_str("    model: shared\n");
+            continue;
+        }
+        text.push_str("    model: dedicated\n    force_tls: false\n    rules:\n");
+        let rules = rng.usize(..25);
+        for prefix in random_prefixes(rng, rules) {
+            let expires = pick(rng, &["", "", "", ", expires: 2026-01-01T00:00:00Z"]);
+            writeln!(text, "      - {{cidr: \"{prefix}\"{expires}}}").unwrap();
+        }
+        let region = pick(rng, &["office", "cloud"]);
+        writeln!(text, "      - {{region: {region}}}").unwrap();
+    }
+    text
+}
+
+fn quoted(texts: &[String]) -> String {
+    let texts: Vec<_> = texts.iter().map(|text| format!("\"{text}\"")).collect();
+    texts.join(", ")
+}
+
+/// Every prefix that the policy's text names.
+fn prefixes(policy: &str) -> Vec<IpNet> {
+    let words = policy.split(|c: char| !(c.is_ascii_hexdigit() || "./:".contains(c)));
+    words.filter_map(|word| word.parse().ok()).collect()
+}
+
+/// Addresses at a prefix's edges, where an error of one shows.
+fn at_edge(rng: &mut Rng, prefix: &IpNet) -> IpAddr {
+    let step = pick(rng, &[-1, 0, 1]);
+    match (prefix, rng.bool()) {
+        (IpNet::V4(prefix), first) => {
+            let edge = if first {
+                prefix.network()
+            } else {
+                prefix.broadcast()
+            };
+            Ipv4Addr::from(u32::from(edge).wrapping_add_signed(step as i32)).into()
+        }
+        (IpNet::V6(prefix), first) => {
+            let edge = if first {
+                prefix.network()
+            } else {
+                prefix.broadcast()
+            };
+            Ipv6Addr::from(u128::from(edge).wrapping_add_signed(step)).into()
+        }
+    }
+}
+
+fn random_source(rng: &mut Rng, prefixes: &[IpNet]) -> IpAddr {
+    let special = [
+        "0.0.0.0",
+        "0.1.2.3",
+        "127.0.0.1",
+        "224.0.0.1",
+        "239.1.2.3",
+        "255.255.255.255",
+        "240.0.0.1",
+        "::",
+        "::1",
+        "::2",
+        "ff02::1",
+        "::ffff:192.0.2.1",
+        "::192.0.2.1",
+        "64:ff9b::c000:201",
+        "2002:c000:201::1",
+        "fe80::1",
+    ];
+    match rng.u8(..10) {
+        0 => pick(rng, &special).parse().unwrap(),
+        1 => random_address(rng, true),
+        2 => random_address(rng, false),
+        _ => match rng.choice(prefixes) {
+            Some(prefix) => at_edge(rng, prefix),
+            None => random_address(rng, true),
+        },
+    }
+}
+
+fn random_addressing(rng: &mut Rng, prefixes: &[IpNet]) -> Addressing {
+    let source = random_source(rng, prefixes);
+    let destinations = if source.is_ipv4() {
+        [
+            "192.0.2.10",
+            "192.0.2.11",
+            "192.0.2.12",
+            "239.1.2.3",
+            "255.255.255.255",
+        ]
+    } else {
+        [
+            "2001:db8::10",
+            "2001:db8::11",
+            "2001:db8::12",
+            "ff02::1",
+            "::ffff:192.0.2.10",
+        ]
+    };
+    // Mostly the first ones.
+    let among = if rng.u8(..5) == 0 { 5 } else { 3 };
+    let port = match rng.u8(..8) {
+        0 => rng.u16(..),
+        1 => pick(rng, &PORTS).wrapping_add(pick(rng, &[1, 256, u16::MAX])),
+        _ => pick(rng, &PORTS),
+    };
+    Addressing {
+        source_mac: [2, 0, 0, 0, 0, 1],
+        destination_mac: [2, 0, 0, 0, 0, 2],
+        source,
+        destination: pick(rng, &destinations[..among]).parse().unwrap(),
+        source_port: pick(rng, &[40000, 5432, 53]),
+        destination_port: port,
+        protocol: pick(rng, &Protocol::ALL),
+    }
+}
+
+fn random_frames(rng: &mut Rng, prefixes: &[IpNet], count: usize) -> Vec<Vec<u8>> {
+    let mut frames = Vec::with_capacity(count);
+    while frames.len() < count {
+        let addressing = random_addressing(rng, prefixes);
+        let id = rng.u32(..);
+        if rng.bool() {
+            frames.push(Packet::new(&addressing, id).frame());
+        } else {
+            frames.extend(frames::hostile(rng, &addressing, id).frames);
+        }
+    }
+    frames
+}
+
+/// All frames at once, since reading the counters takes longer than judging a packet; on a mistake
+/// one by one, to tell which.
+fn compare(loaded: &mut Loaded, text: &str, frames: &[Vec<u8>], seed: u64) {
+    let mut agree = true;
+    let mut counters = std::collections::BTreeMap::new();
+    for frame in frames {
+        let expected = loaded.expected(frame);
+        agree &= loaded.filter.run_packet(frame).unwrap() == expected.pass;
+        if let Some(counter) = expected.counter() {
+            *counters.entry(counter).or_default() += 1;
+        }
+    }
+    if agree && loaded.counted() == counters {
+        return;
+    }
+    loaded.counted();
+    for frame in frames {
+        let (expected, actual) = (loaded.expected(frame), loaded.run(frame));
+        let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            actual, expected,
+            "seed {seed}: program left, reference right, of frame\n{hex}\nunder policy\n{text}"
+        );
+    }
+    panic!("seed {seed}: the program counts other than the reference, but not one by one");
+}
+
+/// From the environment to repeat a failure, else another one each time.
+fn seed() -> u64 {
+    match std::env::var("FILTER_TESTS_SEED") {
+        Ok(seed) => seed.parse().expect("FILTER_TESTS_SEED is a number"),
+        Err(_) => Rng::new().u64(..),
+    }
+}
+
+#[test]
+fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
+    const POLICIES: usize = 400;
+    const FRAMES: usize = 300;
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut text = random_policy(&mut rng);
+    let mut loaded = Loaded::new(&text);
+    for _ in 0..POLICIES {
+        let prefixes = prefixes(&text);
+        let frames = random_frames(&mut rng, &prefixes, FRAMES);
+        compare(&mut loaded, &text, &frames, seed);
+        // Some are replaced before a packet is judged by them.
+        for _ in 0..rng.usize(1..=2) {
+            text = random_policy(&mut rng);
+            loaded.apply(&text);
+        }
+    }
+}
+
+#[test]
+fn well_formed_packet_to_no_protected_port_passes() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut loaded = Loaded::new("interfaces: [eth0]\ndatabases: []\n");
+    for _ in 0..100 {
+        let text = random_policy(&mut rng);
+        loaded.apply(&text);
+        let prefixes = prefixes(&text);
+        let databases = loaded.policy.databases.clone();
+        for _ in 0..300 {
+            let mut addressing = random_addressing(&mut rng, &prefixes);
+            let protected = |addressing: &Addressing| {
+                databases.iter().any(|database| {
+                    database.protocol == addressing.protocol
+                        && database.ports.contains(&addressing.destination_port)
+                })
+            };
+            while protected(&addressing) {
+                addressing.destination_port = rng.u16(..);
+            }
+            let packet = well_formed(&mut rng, &addressing);
+            let frame = packet.frame();
+            let pass = loaded.filter.run_packet(&frame).unwrap();
+            assert!(
+                pass,
+                "seed {seed}: dropped {packet:?}\nunder policy\n{text}"
+            );
+        }
+        assert_eq!(
+            loaded.counted(),
+            Default::default(),
+            "seed {seed}: counted other traffic"
+        );
+    }
+}
+
+/// Within what the filter follows: four tags, eight extension headers.
+fn well_formed(rng: &mut Rng, addressing: &Addressing) -> Packet {
+    let mut packet = Packet::new(addressing, rng.u32(..));
+    let tag = |rng: &mut Rng| {
+        (
+            pick(rng, &[frames::VLAN, frames::SERVICE_VLAN]),
+            rng.u16(..),
+        )
+    };
+    packet.tags = (0..rng.usize(..=4)).map(|_| tag(rng)).collect();
+    if addressing.source.is_ipv4() {
+        packet.options = vec![pick(rng, &[0, 1]); rng.usize(..=40)];
+        return packet;
+    }
+    let header = |rng: &mut Rng| match rng.u8(..4) {
+        0 => frames::options(frames::HOP_BY_HOP, rng.u8(..8)),
+        1 => frames::authentication(rng.u8(..8)),
+        2 => frames::fragment(0, false, 1),
+        _ => frames::options(frames::DESTINATION_OPTIONS, rng.u8(..8)),
+    };
+    packet.inner = (0..rng.usize(..=8)).map(|_| header(rng)).collect();
+    packet
+}
