@@ -6,6 +6,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use filter_agent::{filter::Counts, policy::parse_cidr};
+use filter_common::Reason;
 use filter_tests::{
     frames::{self, Addressing, Packet, Protocol, Rng},
     loaded::Loaded,
@@ -53,9 +55,7 @@ fn random_prefixes(rng: &mut Rng, count: usize) -> Vec<String> {
     }
     let texts = prefixes.iter().map(ToString::to_string);
     // What the policy refuses, such as 127.0.0.0/9, no rule of any policy can say.
-    texts
-        .filter(|text| filter_agent::policy::parse_cidr(text).is_ok())
-        .collect()
+    texts.filter(|text| parse_cidr(text).is_ok()).collect()
 }
 
 /// A policy file that the parser accepts.
@@ -246,9 +246,9 @@ fn random_frames(rng: &mut Rng, prefixes: &[IpNet], count: usize) -> Vec<Vec<u8>
 
 /// All frames at once, since reading the counters takes longer than judging a packet; on a mistake
 /// one by one, to tell which.
-fn compare(loaded: &mut Loaded, text: &str, frames: &[Vec<u8>], seed: u64) {
+fn compare(loaded: &mut Loaded, text: &str, frames: &[Vec<u8>], seed: u64) -> Counts {
     let mut agree = true;
-    let mut counters = std::collections::BTreeMap::new();
+    let mut counters = Counts::new();
     for frame in frames {
         let expected = loaded.expected(frame);
         agree &= loaded.filter.run_packet(frame).unwrap() == expected.pass;
@@ -256,10 +256,9 @@ fn compare(loaded: &mut Loaded, text: &str, frames: &[Vec<u8>], seed: u64) {
             *counters.entry(counter).or_default() += 1;
         }
     }
-    if agree && loaded.counted() == counters {
-        return;
+    if agree & (loaded.counted() == counters) {
+        return counters;
     }
-    loaded.counted();
     for frame in frames {
         let (expected, actual) = (loaded.expected(frame), loaded.run(frame));
         let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -281,22 +280,37 @@ fn seed() -> u64 {
 
 #[test]
 fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
-    const POLICIES: usize = 400;
+    const POLICIES: usize = 600;
     const FRAMES: usize = 300;
     let seed = seed();
     let mut rng = Rng::with_seed(seed);
     let mut text = random_policy(&mut rng);
     let mut loaded = Loaded::new(&text);
+    let mut reasons = BTreeSet::new();
     for _ in 0..POLICIES {
         let prefixes = prefixes(&text);
         let frames = random_frames(&mut rng, &prefixes, FRAMES);
-        compare(&mut loaded, &text, &frames, seed);
+        let counters = compare(&mut loaded, &text, &frames, seed);
+        reasons.extend(
+            counters
+                .into_keys()
+                .map(|(_, reason, monitored)| (reason, monitored)),
+        );
         // Some are replaced before a packet is judged by them.
         for _ in 0..rng.usize(1..=2) {
             text = random_policy(&mut rng);
             loaded.apply(&text);
         }
     }
+    let all = Reason::ALL
+        .into_iter()
+        .filter(|&reason| reason != Reason::NoPolicy);
+    let all = all.flat_map(|reason| [(reason, false), (reason, true)]);
+    assert_eq!(
+        reasons,
+        all.collect(),
+        "seed {seed}: not every verdict came up"
+    );
 }
 
 #[test]
