@@ -271,6 +271,32 @@ impl Net {
         ));
     }
 
+    /// A host behind the client, which forwards to it no packet larger than `mtu`.
+    pub fn add_host_behind_client(&self, v4: Ipv4Addr, v6: Ipv6Addr, mtu: u32) -> Namespace {
+        let far = Namespace::new(format!("{}-far", self.name));
+        self.client
+            .sysctl(&[("ipv4/ip_forward", 1), ("ipv6/conf/all/forwarding", 1)]);
+        self.client.ip(&format!(
+            "link add far type veth peer name eth0 netns {}
+             link set far up
+             address add 192.168.0.1/24 dev far
+             address add fd0f::1/64 dev far nodad
+             route add {v4}/32 via 192.168.0.2 dev far mtu lock {mtu}
+             route add {v6}/128 via fd0f::2 dev far mtu lock {mtu}",
+            far.name
+        ));
+        far.ip(&format!(
+            "link set eth0 up
+             address add 192.168.0.2/24 dev eth0
+             address add fd0f::2/64 dev eth0 nodad
+             address add {v4}/32 dev eth0
+             address add {v6}/128 dev eth0 nodad
+             route add default via 192.168.0.1 dev eth0
+             route add default via fd0f::1 dev eth0"
+        ));
+        far
+    }
+
     /// Another interface of the database host (`eth1` and so on), with the client `10.0.<n>.2`.
     pub fn add_client(&mut self) -> &Namespace {
         let n = self.more_clients.len() + 1;
@@ -630,6 +656,11 @@ impl Net {
         self.client.run(|| connect(source, destination))
     }
 
+    /// Sends a megabyte from a source address of the client's to a server that echoes it.
+    pub fn transfer(&self, source: IpAddr, destination: SocketAddr) {
+        transfer(&self.client, source, destination);
+    }
+
     /// The same for several at once.
     pub fn connect_all(&self, attempts: &[(IpAddr, SocketAddr)]) -> Vec<Connection> {
         thread::scope(|scope| {
@@ -897,6 +928,24 @@ pub fn exchange(source: IpAddr, destination: SocketAddr) -> bool {
         socket.send(b"ping").unwrap();
         matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
     })
+}
+
+/// Sends a megabyte to a server that echoes it.
+pub fn transfer(client: &Namespace, source: IpAddr, destination: SocketAddr) {
+    let data: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_be_bytes).collect();
+    let socket = client.run(|| bound(source));
+    let connected = socket.connect_timeout(&destination.into(), PATIENCE);
+    connected.unwrap_or_else(|e| panic!("connect from {source} to {destination}: {e}"));
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut stream = TcpStream::from(socket);
+    let mut writing = stream.try_clone().unwrap();
+    let mut echoed = vec![0; data.len()];
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| writing.write_all(&data).unwrap());
+        stream.read_exact(&mut echoed).unwrap();
+        writer.join().unwrap();
+    });
+    assert!(echoed == data, "the echo from {destination} differs");
 }
 
 impl Drop for Net {

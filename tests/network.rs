@@ -11,7 +11,8 @@ use std::{
 
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, NEIGHBOURS, Net,
-    OTHER_DB4, OTHER_DB6, Protected, dedicated, policy, succeed, wait, wait_until,
+    OTHER_DB4, OTHER_DB6, Protected, connect, dedicated, policy, succeed, transfer, wait,
+    wait_until,
 };
 use jiff::{SignedDuration, Timestamp};
 use nix::{
@@ -65,11 +66,14 @@ fn allowed_sources_connect_and_others_get_no_answer(name: &str, mode: &str, mtu:
     let mut net = Net::new(name);
     net.db.ip(&format!("link set eth0 mtu {mtu}"));
     net.client.ip(&format!("link set eth0 mtu {mtu}"));
-    let _listener = net.listen(PORT);
+    let _echo = net.echo(PORT);
     let _other = net.listen(5433);
     net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     net.write_policy(&orders(mode));
     net.start();
+    // In frames as large as the link's offloads make them.
+    net.transfer(ALLOWED4.into(), DB);
+    net.transfer(ALLOWED6.into(), DB_V6);
     assert_eq!(net.agent_json(&["status"])["interfaces"][0]["mode"], mode);
 
     let mut expected = vec![
@@ -89,6 +93,9 @@ fn allowed_sources_connect_and_others_get_no_answer(name: &str, mode: &str, mtu:
     let attempts: Vec<_> = expected.iter().map(|&(from, to, _)| (from, to)).collect();
     for (outcome, (from, to, expected)) in net.connect_all(&attempts).iter().zip(expected) {
         assert_eq!(*outcome, expected, "from {from} to {to}");
+    }
+    for rule in net.agent_json(&["rules"]).as_array().unwrap() {
+        assert!(rule["hits"].as_u64().unwrap() >= 2, "{rule:#}");
     }
     let status = net.agent_json(&["status", "--verify"]);
     assert_eq!(status["errors"].as_array().unwrap().len(), 0, "{status:#}");
@@ -439,6 +446,110 @@ fn assert_no_program(net: &Net) {
         .output(Command::new("ip").args(["link", "show", "eth0"]));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("eth0") && !text.contains("xdp"), "{text}");
+}
+
+#[test]
+fn path_mtu_and_neighbours_are_found_through_the_filter() {
+    let mut net = Net::new("mtu");
+    let _echo = net.echo(PORT);
+    let far = net.add_host_behind_client(
+        "192.0.2.10".parse().unwrap(),
+        "2001:db8:f::10".parse().unwrap(),
+        1300,
+    );
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["192.0.2.10/32", "2001:db8:f::10/128"],
+    )]);
+    let rules = ["192.0.2.10/32", "2001:db8:f::10/128"];
+    net.write_policy(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &rules, "")],
+    ));
+    net.start();
+    // Neighbours are asked for by packets that no rule names.
+    for namespace in [&net.db, &net.client] {
+        namespace.ip("neighbour flush dev eth0");
+    }
+    // The echo leaves in packets that are too big for the link to the far host, which only the
+    // router's ICMP error says.
+    transfer(&far, "192.0.2.10".parse().unwrap(), DB);
+    transfer(&far, "2001:db8:f::10".parse().unwrap(), DB_V6);
+    for destination in ["192.0.2.10", "2001:db8:f::10"] {
+        let mut command = Command::new("ip");
+        command.args(["route", "get", destination]);
+        let route = net.db.output(&mut command);
+        let route = String::from_utf8(route.stdout).unwrap();
+        assert!(route.contains("mtu 1300"), "{route}");
+    }
+}
+
+#[test]
+fn hangup_applies_the_file_and_interfaces_come_and_go_with_it() {
+    let mut net = Net::new("hangup");
+    net.add_client();
+    let second: IpAddr = "10.0.1.2".parse().unwrap();
+    let db: SocketAddr = "10.0.1.1:5432".parse().unwrap();
+    let _listener = net.listen(PORT);
+    net.write_policy(&orders("native"));
+    net.start();
+    let connect = |net: &Net| net.more_clients[0].run(|| connect(second, db));
+    assert_eq!(connect(&net), Connection::Accepted);
+    let both = policy(
+        "eth0, eth1",
+        "native",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    );
+    net.write_policy(&both);
+    net.hang_up();
+    net.wait_for_line("enforcing ");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert_eq!(connect(&net), Connection::Silence);
+    assert_eq!(
+        net.agent_json(&["status", "--verify"])["errors"],
+        serde_json::json!([])
+    );
+    net.watch(&[]);
+    net.reload(&orders("native"));
+    assert_eq!(connect(&net), Connection::Accepted);
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
+}
+
+#[test]
+fn interface_that_goes_down_and_up_stays_filtered() {
+    let mut net = Net::new("flap");
+    let _listener = net.listen(PORT);
+    net.watch(&[Protected::tcp(PORT, &["2001:db8::10/128", "10.0.0.2/32"])]);
+    let orders = dedicated("orders", PORT, &["10.0.0.2/32"], "");
+    net.write_policy(&policy("eth0", "native", &[orders]));
+    net.start();
+    let stranger: IpAddr = "10.0.0.9".parse().unwrap();
+    net.client
+        .ip(&format!("address add {stranger}/24 dev eth0"));
+    let hammer = Hammer::denied(&net.client, &[(stranger, DB)]);
+    for _ in 0..5 {
+        net.db.ip("link set eth0 down");
+        net.db.ip("link set eth0 up");
+    }
+    hammer.stop();
+    assert_eq!(net.connect(CLIENT4.into(), DB), Connection::Accepted);
+    assert_eq!(
+        net.agent_json(&["status", "--verify"])["errors"],
+        serde_json::json!([])
+    );
+}
+
+#[test]
+fn directory_that_is_no_bpffs_is_refused() {
+    let net = Net::new("no-bpffs");
+    net.write_policy(&orders("native"));
+    let line = net.refusal_elsewhere(net.dir(), &net.socket());
+    assert!(
+        line.contains("bpf") && line.contains(net.dir().to_str().unwrap()),
+        "{line}"
+    );
+    assert_no_program(&net);
 }
 
 #[test]
