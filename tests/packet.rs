@@ -764,19 +764,16 @@ fn chain_that_ends_in_no_segment_is_other_traffic() {
 fn header_chain_that_goes_on_in_the_padding_is_cut_short() {
     let mut loaded = Loaded::new(ORDERS);
     let padding = [frames::NO_NEXT, 0, 1, 4, 0, 0, 0, 0];
+    // With how much of it has to be there to be followed.
     let kinds = [
-        frames::options(HOP_BY_HOP, 0),
-        frames::options(DESTINATION_OPTIONS, 0),
-        frames::routing(0, 0, [0; 16]),
-        frames::authentication(3),
-        frames::fragment(0, true, 1),
+        (4, frames::options(HOP_BY_HOP, 0)),
+        (4, frames::options(DESTINATION_OPTIONS, 0)),
+        (4, frames::routing(0, 0, [0; 16])),
+        (4, frames::fragment(0, true, 1)),
+        (2, frames::authentication(3)),
     ];
-    for kind in kinds {
-        for length in 0..kind.bytes.len().min(4) {
-            let needed = if kind.kind == AUTHENTICATION { 2 } else { 4 };
-            if length >= needed {
-                continue;
-            }
+    for (needed, kind) in kinds {
+        for length in 0..needed {
             let mut packet = from(FOREIGNERS[1]);
             packet.inner = vec![frames::options(DESTINATION_OPTIONS, 0), kind.clone()];
             packet.length = Some(8 + length as u16);
@@ -922,7 +919,7 @@ fn databases_that_share_a_port_are_told_apart_by_address() {
 #[test]
 fn source_route_to_a_port_that_depends_on_the_address_is_dropped() {
     let mut loaded = Loaded::new(BY_ADDRESS);
-    let options: [(&str, &[u8], bool); 9] = [
+    let options: [(&str, &[u8], bool); 10] = [
         ("loose source route", &[131, 7, 4, 192, 0, 2, 11], true),
         ("strict source route", &[137, 7, 4, 192, 0, 2, 11], true),
         (
@@ -937,6 +934,7 @@ fn source_route_to_a_port_that_depends_on_the_address_is_dropped() {
             &[&[1; 33][..], &[131, 7, 4, 192, 0, 2, 11]].concat(),
             true,
         ),
+        ("in the last byte", &[&[1; 39][..], &[137]].concat(), true),
         ("record route", &[7, 7, 4, 0, 0, 0, 0], false),
         ("router alert", &[148, 4, 0, 0], false),
         (
@@ -1249,6 +1247,22 @@ fn packet_in_more_than_one_buffer_is_judged_alike() {
                 let name = format!("{size} and 100 missing");
                 check(&mut loaded, &name, &packet.frame(), unclear(BadHeader));
             }
+        }
+        // Longer than the field can say: segments that the network stack has joined.
+        for source in sources {
+            let mut packet = from(source);
+            packet.length = Some(0);
+            packet.segment.resize(66_000, 0);
+            if source.contains(':') {
+                packet.inner = vec![frames::options(HOP_BY_HOP, 0)];
+            }
+            let name = format!("66,000 bytes from {source}");
+            check(
+                &mut loaded,
+                &name,
+                &packet.frame(),
+                judged("orders", reason),
+            );
         }
         // The ports themselves lie in the second buffer, or across.
         for units in (40..=255).chain([255; 3]) {

@@ -99,7 +99,8 @@ fn random_policy(rng: &mut Rng) -> String {
         claimed.extend(claims);
         let monitor = rng.u8(..3) == 0;
         let list: Vec<_> = ports.iter().map(ToString::to_string).collect();
-        writeln!(text, "  - name: db{number}").unwrap();
+        // A name often comes and goes, and its place in the kernel is used again.
+        writeln!(text, "  - name: db{number}-{}", rng.u8(..3)).unwrap();
         writeln!(text, "    ports: [{}]", list.join(", ")).unwrap();
         writeln!(text, "    protocol: {protocol}\n    monitor: {monitor}").unwrap();
         if !everywhere {
