@@ -87,6 +87,6 @@ fn parse(text: &str) -> (Policy, Regions) {
     let (policy, _) = policy::parse(text).unwrap_or_else(|problems| {
         panic!("refused: {problems:?}\n{text}");
     });
-    let regions = region::resolve(&policy).unwrap();
+    let regions = region::resolve(&policy, &Regions::new()).unwrap();
     (policy, regions)
 }

@@ -22,6 +22,7 @@ use tokio::net::UnixStream;
 use crate::{
     daemon::{self, Loaded, Options},
     filter, host,
+    region::Regions,
     report::{self, Explanation, Plan, Reloaded, Rule, Status},
 };
 
@@ -371,7 +372,7 @@ struct CheckedDatabase {
 }
 
 async fn check(file: &Path, output: &Output) -> Result<()> {
-    let loaded = daemon::load(file)?;
+    let loaded = daemon::load(file, &Regions::new())?;
     let compiled = loaded.compile();
     let mut warnings = loaded.warnings.clone();
     warnings.extend(compiled.warnings.iter().cloned());

@@ -131,7 +131,7 @@ fn compile_database(
                 match &rule.source {
                     Source::Cidr(prefix) => add(&mut entries, key, &[*prefix]),
                     Source::Region(name) => {
-                        let prefixes = regions.get(name).map(|region| region.prefixes.as_slice());
+                        let prefixes = regions.get(name).map(|region| &*region.prefixes);
                         add(&mut entries, key, prefixes.unwrap_or_default());
                     }
                 }
@@ -350,13 +350,10 @@ mod tests {
             ],
         })]);
         with_region.databases[0].cluster = vec!["10.1.2.3/32".parse().unwrap()];
-        let office = Resolved {
-            prefixes: vec![
-                "192.0.2.0/24".parse().unwrap(),
-                "2001:db8::/32".parse().unwrap(),
-            ],
-            at: at("2026-01-01T00:00:00Z"),
-        };
+        let office = Resolved::new(vec![
+            "192.0.2.0/24".parse().unwrap(),
+            "2001:db8::/32".parse().unwrap(),
+        ]);
         let regions = Regions::from([("office".into(), office)]);
         let compiled = compile(&with_region, &regions, at("2026-01-01T00:00:00Z"));
         let entries = &compiled.databases["orders"];

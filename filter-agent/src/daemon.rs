@@ -32,6 +32,7 @@ use crate::{
     compile::{Compiled, RuleKey, compile, is_expired},
     filter::{Attached, Filter},
     host::{self, Interface},
+    image::Difference,
     policy::{self, Model, Policy, Region, Rule},
     probe,
     region::{self, Regions},
@@ -64,11 +65,11 @@ impl Loaded {
     }
 }
 
-/// Reads a policy file and resolves the regions it uses.
+/// Reads a policy file and resolves the regions it uses. `before`: what they were when last resolved.
 ///
 /// # Errors
 /// Everything wrong with the file, a line each.
-pub fn load(file: &Path) -> Result<Loaded> {
+pub fn load(file: &Path, before: &Regions) -> Result<Loaded> {
     let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
     let accepted = Timestamp::now();
     let since = Instant::now();
@@ -77,7 +78,7 @@ pub fn load(file: &Path) -> Result<Loaded> {
         let lines: Vec<String> = problems.into_iter().map(named).collect();
         anyhow!(lines.join("\n"))
     })?;
-    let regions = region::resolve(&policy)?;
+    let regions = region::resolve(&policy, before)?;
     Ok(Loaded {
         file: file.to_owned(),
         policy,
@@ -106,7 +107,7 @@ pub async fn run(options: Options) -> Result<()> {
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
     let filter = Filter::open(&options.bpffs, options.max_prefixes)?;
-    let loaded = load(&options.policy)?;
+    let loaded = load(&options.policy, &Regions::new())?;
     let listener = listen(&options.socket).await?;
     let mut events = link_events()?;
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
@@ -243,7 +244,7 @@ impl Agent {
     }
 
     async fn try_reload(&mut self) -> Result<report::Reloaded> {
-        let loaded = load(&self.options.policy)?;
+        let loaded = load(&self.options.policy, &self.loaded.regions)?;
         let known = &self.loaded.policy.interfaces;
         let (plan, compiled, enforced) = enforce(&mut self.filter, &loaded, known).await?;
         self.loaded = loaded;
@@ -436,7 +437,7 @@ impl Agent {
                 name: name.clone(),
                 source: region.to_string(),
                 used: resolved.is_some(),
-                prefixes: resolved.map(|r| r.prefixes.clone()).unwrap_or_default(),
+                prefixes: resolved.map(|r| r.prefixes.to_vec()).unwrap_or_default(),
                 resolved: resolved.map(|r| r.at),
             }
         };
@@ -506,7 +507,7 @@ async fn enforce(
 ) -> Result<(report::Plan, Compiled, report::Enforced)> {
     let compiled = loaded.compile();
     let compiled_ms = milliseconds(loaded.since);
-    let (plan, wanted) = differ(filter, loaded, &compiled, known).await?;
+    let (mut plan, wanted) = interfaces(filter, loaded, &compiled, known).await?;
     let mode = loaded.policy.mode;
     for interface in &wanted {
         filter.check_interface(interface, mode)?;
@@ -526,11 +527,14 @@ async fn enforce(
             }
         }
     }
-    if let Err(error) = outcome.and_then(|()| filter.apply(&compiled).map(drop)) {
-        for index in attached {
-            filter.detach(index)?;
+    match outcome.and_then(|()| filter.apply(&compiled)) {
+        Ok(difference) => plan.difference = difference,
+        Err(error) => {
+            for index in attached {
+                filter.detach(index)?;
+            }
+            return Err(error);
         }
-        return Err(error);
     }
     for pinned in filter.pinned()? {
         if !wanted.iter().any(|wanted| wanted.index == pinned.interface) {
@@ -550,8 +554,8 @@ async fn enforce(
     Ok((plan, compiled, enforced))
 }
 
-/// What `loaded` would change, and the interfaces it names that exist.
-async fn differ(
+/// What `loaded` changes of the interfaces that are filtered, and those it names that exist.
+async fn interfaces(
     filter: &Filter,
     loaded: &Loaded,
     compiled: &Compiled,
@@ -587,7 +591,7 @@ async fn differ(
     });
     let plan = report::Plan {
         file: loaded.file.clone(),
-        difference: filter.plan(compiled)?,
+        difference: Difference::default(),
         attached: attached.map(|interface| interface.name.clone()).collect(),
         detached: detached.collect(),
         warnings,
@@ -815,9 +819,12 @@ async fn plan(
     Query(query): Query<PlanQuery>,
 ) -> Answer<report::Plan> {
     let agent = shared.agent().await?;
-    let loaded = load(query.file.as_ref().unwrap_or(&agent.options.policy))?;
+    let file = query.file.as_ref().unwrap_or(&agent.options.policy);
+    let loaded = load(file, &agent.loaded.regions)?;
     let known = &agent.loaded.policy.interfaces;
-    let (plan, _) = differ(&agent.filter, &loaded, &loaded.compile(), known).await?;
+    let compiled = loaded.compile();
+    let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, known).await?;
+    plan.difference = agent.filter.plan(&compiled)?;
     Ok(Json(plan))
 }
 

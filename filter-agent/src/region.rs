@@ -1,6 +1,13 @@
 //! A region to its prefixes, now.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::{self, Metadata},
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use ipnet::IpNet;
@@ -14,15 +21,57 @@ pub type Regions = BTreeMap<String, Resolved>;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resolved {
     /// Sorted, no two alike.
-    pub prefixes: Vec<IpNet>,
+    pub prefixes: Arc<[IpNet]>,
     pub at: Timestamp,
+    /// The file they are from, if it may be taken for unchanged.
+    file: Option<Stamp>,
 }
 
-/// Resolves every region that a rule names.
+/// What tells one content of a file from another without reading it.
+#[derive(Clone, Debug, PartialEq)]
+struct Stamp {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+    length: u64,
+    modified: SystemTime,
+}
+
+impl Stamp {
+    /// `None` for a file so new that another change may leave the same time: file systems keep it no
+    /// finer than the kernel's tick.
+    fn of(path: &Path, metadata: &Metadata) -> Option<Self> {
+        let modified = metadata.modified().ok()?;
+        let age = SystemTime::now().duration_since(modified).ok()?;
+        (age > Duration::from_secs(1)).then(|| Self {
+            path: path.to_owned(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            length: metadata.len(),
+            modified,
+        })
+    }
+}
+
+impl Resolved {
+    /// The prefixes as of now, sorted.
+    pub fn new(mut prefixes: Vec<IpNet>) -> Self {
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        Self {
+            prefixes: prefixes.into(),
+            at: Timestamp::now(),
+            file: None,
+        }
+    }
+}
+
+/// Resolves every region that a rule names; a file that has not changed since `before` is not read
+/// again.
 ///
 /// # Errors
 /// The first region that cannot be resolved, by name, with what is wrong with its source.
-pub fn resolve(policy: &Policy) -> Result<Regions> {
+pub fn resolve(policy: &Policy, before: &Regions) -> Result<Regions> {
     let mut regions = Regions::new();
     for database in &policy.databases {
         let Model::Dedicated { rules } = &database.model else {
@@ -36,29 +85,37 @@ pub fn resolve(policy: &Policy) -> Result<Regions> {
                     .regions
                     .get(name)
                     .with_context(|| format!("find region {name}"))?;
-                let mut prefixes =
-                    prefixes(region).with_context(|| format!("resolve region {name}"))?;
-                prefixes.sort_unstable();
-                prefixes.dedup();
-                let at = Timestamp::now();
-                regions.insert(name.clone(), Resolved { prefixes, at });
+                let resolved = match region {
+                    Region::Prefixes(prefixes) => Ok(Resolved::new(prefixes.clone())),
+                    Region::File(path) => read(path, before.get(name)),
+                    Region::Dns(_) => Err(anyhow!("this version cannot resolve DNS names yet")),
+                    Region::Url { .. } => Err(anyhow!("this version cannot fetch URLs yet")),
+                };
+                let resolved = resolved.with_context(|| format!("resolve region {name}"))?;
+                regions.insert(name.clone(), resolved);
             }
         }
     }
     Ok(regions)
 }
 
-fn prefixes(region: &Region) -> Result<Vec<IpNet>> {
-    match region {
-        Region::Prefixes(prefixes) => Ok(prefixes.clone()),
-        Region::File(path) => read(path),
-        Region::Dns(_) => bail!("this version cannot resolve DNS names yet"),
-        Region::Url { .. } => bail!("this version cannot fetch URLs yet"),
+fn read(path: &Path, before: Option<&Resolved>) -> Result<Resolved> {
+    let metadata = fs::metadata(path).with_context(|| format!("read {}", path.display()))?;
+    let stamp = Stamp::of(path, &metadata);
+    if let Some(before) = before
+        && stamp.is_some()
+        && before.file == stamp
+    {
+        return Ok(before.clone());
     }
+    let mut resolved = Resolved::new(parse(path)?);
+    // From before it was read: a change in between is seen next time.
+    resolved.file = stamp;
+    Ok(resolved)
 }
 
 /// One prefix a line; `#` begins a comment.
-fn read(path: &Path) -> Result<Vec<IpNet>> {
+fn parse(path: &Path) -> Result<Vec<IpNet>> {
     let text = fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     let mut prefixes = Vec::new();
     for (number, line) in (1..).zip(text.lines()) {
@@ -95,13 +152,13 @@ mod tests {
             "192.0.2.0/24".parse().unwrap(),
             "2001:db8::/32".parse().unwrap(),
         ];
-        assert_eq!(read(file.path()).unwrap(), expected);
+        assert_eq!(parse(file.path()).unwrap(), expected);
     }
 
     #[test]
     fn malformed_line_is_named_by_file_and_number() {
         let file = file("192.0.2.0/24\n<html>\n");
-        let error = read(file.path()).unwrap_err().to_string();
+        let error = parse(file.path()).unwrap_err().to_string();
         assert!(
             error.contains("line 2") && error.contains("<html>"),
             "{error}"
@@ -112,7 +169,7 @@ mod tests {
     fn file_without_a_prefix_is_refused() {
         let file = file("# nothing yet\n");
         assert!(
-            read(file.path())
+            parse(file.path())
                 .unwrap_err()
                 .to_string()
                 .contains("holds no prefix")
@@ -121,7 +178,24 @@ mod tests {
 
     #[test]
     fn missing_file_is_named() {
-        let error = read(Path::new("/nonexistent/office.txt")).unwrap_err();
+        let error = parse(Path::new("/nonexistent/office.txt")).unwrap_err();
         assert_eq!(error.to_string(), "read /nonexistent/office.txt");
+    }
+
+    #[test]
+    fn file_is_read_again_only_after_a_change() {
+        let file = file("192.0.2.0/24\n");
+        let old = SystemTime::now() - Duration::from_secs(60);
+        file.as_file().set_modified(old).unwrap();
+        let first = read(file.path(), None).unwrap();
+        let again = read(file.path(), Some(&first)).unwrap();
+        assert!(Arc::ptr_eq(&first.prefixes, &again.prefixes));
+        // Of the same length, and too new to be told from a change that is still to come.
+        fs::write(file.path(), "198.51.0.0/16\n").unwrap();
+        let second = read(file.path(), Some(&first)).unwrap();
+        assert_eq!(second.prefixes[0].to_string(), "198.51.0.0/16");
+        fs::write(file.path(), "203.0.0.0/16\n#").unwrap();
+        let third = read(file.path(), Some(&second)).unwrap();
+        assert_eq!(third.prefixes[0].to_string(), "203.0.0.0/16");
     }
 }
