@@ -328,6 +328,30 @@ databases:
 }
 
 #[test]
+fn hit_counts_for_the_rule_with_the_longest_prefix() {
+    let mut loaded = Loaded::new(&dedicated(&["10.0.0.0/8", "10.1.0.0/16", "fd00::/8"]));
+    for source in [
+        "10.0.0.1",
+        "10.1.0.1",
+        "10.1.255.255",
+        "10.2.0.1",
+        "10.255.0.1",
+        "192.0.2.1",
+        "fd00::1",
+        "127.0.0.1",
+    ] {
+        loaded.run(&from(source).frame());
+    }
+    let hits = |rule: &str, packets: u64| (("orders".into(), rule.into()), packets);
+    let expected = [
+        hits("10.0.0.0/8", 3),
+        hits("10.1.0.0/16", 2),
+        hits("fd00::/8", 1),
+    ];
+    assert_eq!(loaded.filter.hits().unwrap(), expected.into());
+}
+
+#[test]
 fn only_the_named_port_and_protocol_is_guarded() {
     let udp = "  - {name: metrics, port: 5433, protocol: udp, model: dedicated}\n";
     let mut loaded = Loaded::new(&format!("{ORDERS}{udp}"));
