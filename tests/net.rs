@@ -872,7 +872,8 @@ impl Hammer {
     }
 }
 
-fn bound(source: IpAddr) -> Socket {
+/// A TCP socket that connects from this address, in the namespace of the calling thread.
+pub fn bound(source: IpAddr) -> Socket {
     let domain = if source.is_ipv4() {
         Domain::IPV4
     } else {
