@@ -656,7 +656,7 @@ impl Net {
         self.client.run(|| connect(source, destination))
     }
 
-    /// Sends a megabyte from a source address of the client's to a server that echoes it.
+    /// Sends 8 MiB from a source address of the client's to a server that echoes it.
     pub fn transfer(&self, source: IpAddr, destination: SocketAddr) {
         transfer(&self.client, source, destination);
     }
@@ -678,6 +678,11 @@ impl Net {
     /// The client's end of the link, for frames made by hand.
     pub fn wire(&self) -> Wire {
         self.client.run(|| Wire::open("eth0"))
+    }
+
+    /// What the database host's network stack gets from the link, after the filter.
+    pub fn passed(&self) -> Wire {
+        self.db.run(|| Wire::open("eth0"))
     }
 }
 
@@ -779,7 +784,7 @@ impl Wire {
         assert!(sent, "the wire takes no frame");
     }
 
-    /// The next frame that arrived, if one did.
+    /// The first 64 KiB of the next frame that arrived, if one did.
     pub fn receive(&self) -> Option<Vec<u8>> {
         let mut frame = vec![0; 1 << 16];
         loop {
@@ -931,9 +936,9 @@ pub fn exchange(source: IpAddr, destination: SocketAddr) -> bool {
     })
 }
 
-/// Sends a megabyte to a server that echoes it.
+/// Sends 8 MiB to a server that echoes it.
 pub fn transfer(client: &Namespace, source: IpAddr, destination: SocketAddr) {
-    let data: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_be_bytes).collect();
+    let data: Vec<u8> = (0..1_u32 << 21).flat_map(u32::to_be_bytes).collect();
     let socket = client.run(|| bound(source));
     let connected = socket.connect_timeout(&destination.into(), PATIENCE);
     connected.unwrap_or_else(|e| panic!("connect from {source} to {destination}: {e}"));

@@ -123,6 +123,30 @@ fn allowed_sources_connect_with_jumbo_frames_in_native_mode() {
     allowed_sources_connect_and_others_get_no_answer("jumbo", "native", 9000);
 }
 
+/// Segments that were never cut, in a packet too long for IP's length field (BIG TCP).
+#[test]
+fn packets_beyond_64_kib_pass_in_generic_mode() {
+    let mut net = Net::new("big-tcp");
+    for namespace in [&net.db, &net.client] {
+        namespace.ip("link set eth0 mtu 9000 gso_max_size 150000 gro_max_size 150000");
+    }
+    let _echo = net.echo(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders("generic"));
+    net.start();
+    // One packet may then fill the whole window.
+    net.client.sysctl(&[("ipv4/tcp_tso_win_divisor", 1)]);
+    let passed = net.passed();
+    // How far the window opens is the kernel's to say.
+    let came = (0..20).any(|_| {
+        net.transfer(ALLOWED6.into(), DB_V6);
+        std::iter::from_fn(|| passed.receive()).any(|frame| frame.len() == 1 << 16)
+    });
+    assert!(came, "no such packet came");
+    let dropped = &net.agent_json(&["status"])["databases"][0]["dropped"];
+    assert_eq!(*dropped, serde_json::json!({}));
+}
+
 #[test]
 fn udp_service_answers_allowed_sources_only() {
     let mut net = Net::new("udp");
