@@ -9,7 +9,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        linux::net::SocketAddrExt as _,
+        unix::{self, net::UnixListener, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -83,8 +84,13 @@ pub struct Namespace {
 
 impl Namespace {
     fn new(name: String) -> Self {
-        // Left by a run that was killed.
+        // Left by a run that was killed, with what it had started there.
         if Path::new("/run/netns").join(&name).exists() {
+            let mut command = Command::new("ip");
+            let pids = command.args(["netns", "pids", &name]).output().unwrap();
+            for pid in String::from_utf8(pids.stdout).unwrap().split_whitespace() {
+                let _ = kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL);
+            }
             succeed(Command::new("ip").args(["netns", "delete", &name]));
         }
         succeed(Command::new("ip").args(["netns", "add", &name]));
@@ -203,6 +209,7 @@ pub struct Net {
     /// At the far ends of `eth1` and so on.
     pub more_clients: Vec<Namespace>,
     dir: PathBuf,
+    _claim: UnixListener,
 }
 
 impl Net {
@@ -212,6 +219,7 @@ impl Net {
             geteuid().is_root(),
             "network tests need root: they make network namespaces and load BPF programs"
         );
+        let claim = claim(name);
         let dir = env::temp_dir().join(format!("filter-tests-{name}"));
         clean(&dir);
         let bpffs = dir.join("bpffs");
@@ -226,6 +234,7 @@ impl Net {
             client: Namespace::new(format!("{name}-client")),
             more_clients: Vec::new(),
             dir,
+            _claim: claim,
         };
         // Sources of every kind must reach the filter and get their answers.
         let lenient = [
@@ -998,6 +1007,22 @@ pub fn dedicated(name: &str, port: u16, allowed: &[&str], more: &str) -> String 
          rules: [{}], {more}}}",
         rules.join(", ")
     )
+}
+
+/// Waits for another run of the same test to end, and keeps the next one off its names. An abstract
+/// socket goes with its process, however that ends.
+fn claim(name: &str) -> UnixListener {
+    let address = unix::net::SocketAddr::from_abstract_name(format!("filter-tests-{name}"));
+    let address = address.unwrap();
+    let mut claim = None;
+    let claimed = (0..10).any(|_| {
+        wait_until(|| {
+            claim = UnixListener::bind_addr(&address).ok();
+            claim.is_some()
+        })
+    });
+    assert!(claimed, "another run of the test {name} does not end");
+    claim.unwrap()
 }
 
 /// Removes a test's directory and what is mounted in it.
