@@ -9,7 +9,8 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::{
         fd::{AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        linux::net::SocketAddrExt as _,
+        unix::{self, net::UnixListener, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -83,8 +84,13 @@ pub struct Namespace {
 
 impl Namespace {
     fn new(name: String) -> Self {
-        // Left by a run that was killed.
+        // Left by a run that was killed, with what it had started there.
         if Path::new("/run/netns").join(&name).exists() {
+            let mut command = Command::new("ip");
+            let pids = command.args(["netns", "pids", &name]).output().unwrap();
+            for pid in String::from_utf8(pids.stdout).unwrap().split_whitespace() {
+                let _ = kill(Pid::from_raw(pid.parse().unwrap()), Signal::SIGKILL);
+            }
             succeed(Command::new("ip").args(["netns", "delete", &name]));
         }
         succeed(Command::new("ip").args(["netns", "add", &name]));
@@ -203,6 +209,7 @@ pub struct Net {
     /// At the far ends of `eth1` and so on.
     pub more_clients: Vec<Namespace>,
     dir: PathBuf,
+    _claim: UnixListener,
 }
 
 impl Net {
@@ -212,6 +219,7 @@ impl Net {
             geteuid().is_root(),
             "network tests need root: they make network namespaces and load BPF programs"
         );
+        let claim = claim(name);
         let dir = env::temp_dir().join(format!("filter-tests-{name}"));
         clean(&dir);
         let bpffs = dir.join("bpffs");
@@ -226,6 +234,7 @@ impl Net {
             client: Namespace::new(format!("{name}-client")),
             more_clients: Vec::new(),
             dir,
+            _claim: claim,
         };
         // Sources of every kind must reach the filter and get their answers.
         let lenient = [
@@ -656,7 +665,7 @@ impl Net {
         self.client.run(|| connect(source, destination))
     }
 
-    /// Sends a megabyte from a source address of the client's to a server that echoes it.
+    /// Sends 8 MiB from a source address of the client's to a server that echoes it.
     pub fn transfer(&self, source: IpAddr, destination: SocketAddr) {
         transfer(&self.client, source, destination);
     }
@@ -678,6 +687,11 @@ impl Net {
     /// The client's end of the link, for frames made by hand.
     pub fn wire(&self) -> Wire {
         self.client.run(|| Wire::open("eth0"))
+    }
+
+    /// What the database host's network stack gets from the link, after the filter.
+    pub fn passed(&self) -> Wire {
+        self.db.run(|| Wire::open("eth0"))
     }
 }
 
@@ -779,7 +793,7 @@ impl Wire {
         assert!(sent, "the wire takes no frame");
     }
 
-    /// The next frame that arrived, if one did.
+    /// The first 64 KiB of the next frame that arrived, if one did.
     pub fn receive(&self) -> Option<Vec<u8>> {
         let mut frame = vec![0; 1 << 16];
         loop {
@@ -872,7 +886,8 @@ impl Hammer {
     }
 }
 
-fn bound(source: IpAddr) -> Socket {
+/// A TCP socket that connects from this address, in the namespace of the calling thread.
+pub fn bound(source: IpAddr) -> Socket {
     let domain = if source.is_ipv4() {
         Domain::IPV4
     } else {
@@ -930,9 +945,9 @@ pub fn exchange(source: IpAddr, destination: SocketAddr) -> bool {
     })
 }
 
-/// Sends a megabyte to a server that echoes it.
+/// Sends 8 MiB to a server that echoes it.
 pub fn transfer(client: &Namespace, source: IpAddr, destination: SocketAddr) {
-    let data: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_be_bytes).collect();
+    let data: Vec<u8> = (0..1_u32 << 21).flat_map(u32::to_be_bytes).collect();
     let socket = client.run(|| bound(source));
     let connected = socket.connect_timeout(&destination.into(), PATIENCE);
     connected.unwrap_or_else(|e| panic!("connect from {source} to {destination}: {e}"));
@@ -992,6 +1007,22 @@ pub fn dedicated(name: &str, port: u16, allowed: &[&str], more: &str) -> String 
          rules: [{}], {more}}}",
         rules.join(", ")
     )
+}
+
+/// Waits for another run of the same test to end, and keeps the next one off its names. An abstract
+/// socket goes with its process, however that ends.
+fn claim(name: &str) -> UnixListener {
+    let address = unix::net::SocketAddr::from_abstract_name(format!("filter-tests-{name}"));
+    let address = address.unwrap();
+    let mut claim = None;
+    let claimed = (0..10).any(|_| {
+        wait_until(|| {
+            claim = UnixListener::bind_addr(&address).ok();
+            claim.is_some()
+        })
+    });
+    assert!(claimed, "another run of the test {name} does not end");
+    claim.unwrap()
 }
 
 /// Removes a test's directory and what is mounted in it.

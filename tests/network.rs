@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::PathBuf,
     process::{Child, Command},
     thread,
@@ -11,8 +12,8 @@ use std::{
 
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, NEIGHBOURS, Net,
-    OTHER_DB4, OTHER_DB6, Protected, connect, dedicated, policy, succeed, transfer, wait,
-    wait_until,
+    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, bound, connect, dedicated, policy, succeed,
+    transfer, wait, wait_until,
 };
 use jiff::{SignedDuration, Timestamp};
 use nix::{
@@ -120,6 +121,30 @@ fn allowed_sources_connect_in_generic_mode() {
 #[test]
 fn allowed_sources_connect_with_jumbo_frames_in_native_mode() {
     allowed_sources_connect_and_others_get_no_answer("jumbo", "native", 9000);
+}
+
+/// Segments that were never cut, in a packet too long for IP's length field (BIG TCP).
+#[test]
+fn packets_beyond_64_kib_pass_in_generic_mode() {
+    let mut net = Net::new("big-tcp");
+    for namespace in [&net.db, &net.client] {
+        namespace.ip("link set eth0 mtu 9000 gso_max_size 150000 gro_max_size 150000");
+    }
+    let _echo = net.echo(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders("generic"));
+    net.start();
+    // One packet may then fill the whole window.
+    net.client.sysctl(&[("ipv4/tcp_tso_win_divisor", 1)]);
+    let passed = net.passed();
+    // How far the window opens is the kernel's to say.
+    let came = (0..20).any(|_| {
+        net.transfer(ALLOWED6.into(), DB_V6);
+        std::iter::from_fn(|| passed.receive()).any(|frame| frame.len() == 1 << 16)
+    });
+    assert!(came, "no such packet came");
+    let dropped = &net.agent_json(&["status"])["databases"][0]["dropped"];
+    assert_eq!(*dropped, serde_json::json!({}));
 }
 
 #[test]
@@ -569,6 +594,44 @@ fn uncovered_interface_is_named() {
     }
 }
 
+/// What a tunnel delivers arrives on the tunnel's own interface, after the filter of the one below.
+#[test]
+fn tunnel_is_named_as_uncovered_and_filtered_where_it_is_listed() {
+    let mut net = Net::new("tunnel");
+    for (namespace, local, remote, inside) in [
+        (&net.db, DB4, CLIENT4, "10.9.0.1"),
+        (&net.client, CLIENT4, DB4, "10.9.0.2"),
+    ] {
+        namespace.ip(&format!(
+            "link add vx0 type vxlan id 1 dstport 4789 dev eth0 local {local} remote {remote}
+             link set vx0 up
+             address add {inside}/24 dev vx0"
+        ));
+    }
+    let _listener = net.listen(PORT);
+    net.write_policy(&orders("auto"));
+    net.start();
+    let stranger: IpAddr = "10.9.0.2".parse().unwrap();
+    let inside = v4("10.9.0.1".parse().unwrap(), PORT);
+    assert_eq!(net.connect(stranger, inside), Connection::Accepted);
+    let warnings = net.agent_json(&["status"])["warnings"].to_string();
+    assert!(
+        warnings.contains("vx0") && warnings.contains("10.9.0.1"),
+        "{warnings}"
+    );
+
+    let orders = dedicated("orders", PORT, &ALLOWED, "");
+    net.reload(&policy("eth0, vx0", "auto", &[orders]));
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    let attempts = [(stranger, inside), (ALLOWED4.into(), inside)];
+    use Connection::{Accepted, Silence};
+    assert_eq!(net.connect_all(&attempts), [Silence, Accepted]);
+    let status = net.agent_json(&["status", "--verify"]);
+    assert_eq!(status["errors"], serde_json::json!([]));
+    assert_eq!(status["interfaces"][0]["mode"], "native");
+    assert_eq!(status["interfaces"][1]["mode"], "generic");
+}
+
 #[test]
 fn link_removed_behind_the_agents_back_is_an_error_and_reload_mends_it() {
     let mut net = Net::new("unlinked");
@@ -655,6 +718,37 @@ fn reloads_under_traffic_neither_refuse_an_allowed_source_nor_accept_a_denied_on
         0,
         "SYNs of an allowed source were dropped"
     );
+}
+
+#[test]
+fn removed_rule_silences_open_sessions_and_no_others() {
+    let mut net = Net::new("sessions");
+    let _echo = net.echo(PORT);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders("native"));
+    net.start();
+    let open = |source: IpAddr, destination| {
+        let socket = net.client.run(|| bound(source));
+        socket.connect_timeout(&destination, PATIENCE).unwrap();
+        TcpStream::from(socket)
+    };
+    let mut removed = open(ALLOWED4.into(), DB.into());
+    let mut kept = open(ALLOWED6.into(), DB_V6.into());
+    let ping = |stream: &mut TcpStream, patience: Duration| {
+        stream.set_read_timeout(Some(patience)).unwrap();
+        stream.write_all(b"ping").unwrap();
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).is_ok()
+    };
+    assert!(ping(&mut removed, PATIENCE) && ping(&mut kept, PATIENCE));
+    net.reload(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &ALLOWED[1..], "")],
+    ));
+    net.watch(&[Protected::tcp(PORT, &ALLOWED[1..])]);
+    assert!(!ping(&mut removed, Duration::from_secs(1)));
+    assert!(ping(&mut kept, PATIENCE));
 }
 
 /// Debian's PostgreSQL in a temporary directory.

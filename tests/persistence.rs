@@ -203,6 +203,27 @@ fn kills_at_random_moments_of_reloads_let_nobody_in_and_keep_nobody_out() {
 }
 
 #[test]
+fn agent_that_was_killed_while_it_started_leaves_nothing_that_stops_the_next() {
+    let mut net = Net::new("half-started");
+    let _listener = net.listen(PORT);
+    net.write_policy(&orders(&ALLOWED));
+    let mut rng = fastrand::Rng::with_seed(7);
+    for _ in 0..12 {
+        net.spawn(&[]);
+        thread::sleep(Duration::from_micros(rng.u64(..60_000)));
+        net.kill();
+        net.start();
+        assert_eq!(net.connect(ALLOWED4.into(), DB), Accepted);
+        assert!(program_of(&net) > 0);
+        net.agent_text(&["detach", "--yes"]);
+        assert!(net.wait_for_exit().success());
+    }
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.start();
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
 fn interface_that_is_deleted_and_made_again_is_filtered_again() {
     let mut net = start("recreated");
     let _listener = net.listen(PORT);
