@@ -1080,7 +1080,7 @@ pub fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
 }
 
 /// The agent's binary, of the same profile as this test, built once.
-fn agent_binary() -> &'static Path {
+pub fn agent_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let test = env::current_exe().unwrap();

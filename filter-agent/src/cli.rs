@@ -302,7 +302,7 @@ async fn ask<T: DeserializeOwned>(socket: &Socket, method: Method, path: &str) -
     let socket = &socket.socket;
     let stream = UnixStream::connect(socket).await.with_context(|| {
         format!(
-            "no agent answers on {}: start it (`systemctl start filter-agent`)",
+            "no agent answers on {}: start it with `filter-agent run`",
             socket.display()
         )
     })?;
@@ -416,6 +416,7 @@ async fn check(file: &Path, output: &Output) -> Result<()> {
                 or(&database.rules.join(", "), "nobody"),
             ]);
         }
+        println!();
         print_table(&table, checked.databases.len());
         print_warnings(&checked.warnings);
     })
@@ -434,7 +435,6 @@ fn table<const N: usize>(header: [&str; N]) -> Table {
 
 fn print_table(table: &Table, rows: usize) {
     if rows > 0 {
-        println!();
         for line in table.lines() {
             println!("{}", line.trim());
         }
@@ -558,6 +558,7 @@ fn print_status(status: &Status) {
             or(&program.unwrap_or_default(), "-"),
         ]);
     }
+    println!();
     print_table(&interfaces, status.interfaces.len());
     let header = [
         "DATABASE", "PORTS", "MODEL", "RULES", "PREFIXES", "PASSED", "DROPPED",
@@ -579,6 +580,7 @@ fn print_status(status: &Status) {
             dropped,
         ]);
     }
+    println!();
     print_table(&databases, status.databases.len());
     let unattributed = [
         ("dropped", &status.unattributed),
@@ -598,6 +600,9 @@ fn print_status(status: &Status) {
     for region in used {
         regions.add_row(region_row(region));
         rows += 1;
+    }
+    if rows > 0 {
+        println!();
     }
     print_table(&regions, rows);
     print_warnings(&status.warnings);

@@ -201,6 +201,10 @@ async fn listen(socket: &Path) -> Result<UnixListener> {
     listener.with_context(|| format!("listen on {}", socket.display()))
 }
 
+fn counted(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
 fn milliseconds(since: Instant) -> f64 {
     since.elapsed().as_secs_f64() * 1000.0
 }
@@ -225,9 +229,10 @@ impl Agent {
     fn summary(&self) -> String {
         let prefixes: usize = self.compiled.databases.values().map(|e| e.prefixes()).sum();
         format!(
-            "enforcing {}: {} databases, {prefixes} prefixes on {}, in {:.1} ms",
+            "enforcing {}: {} and {} on {}, in {:.1} ms",
             self.loaded.file.display(),
-            self.compiled.databases.len(),
+            counted(self.compiled.databases.len(), "database", "databases"),
+            counted(prefixes, "prefix", "prefixes"),
             self.loaded.policy.interfaces.join(", "),
             self.enforced.enforced_ms,
         )
