@@ -820,7 +820,7 @@ fn psql(net: &Net, source: IpAddr, query: &str) -> Result<String, String> {
     command.args(["--no-psqlrc", "-U", "postgres", "-At", "-c", query, "-h"]);
     command
         .arg(database.to_string())
-        .env("PGCONNECT_TIMEOUT", "3");
+        .env("PGCONNECT_TIMEOUT", "2");
     let output = net.client.output(&mut command);
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().trim().to_owned();
     if output.status.success() {
