@@ -65,10 +65,10 @@ fn every_command_shown_has_the_options_it_is_shown_with() {
         for language in ["sh", "console"] {
             for block in blocks(document, language) {
                 for line in block.lines() {
-                    let line = line.strip_prefix("$ ").unwrap_or(line);
-                    let Some(command) = line.strip_prefix("filter-agent ") else {
-                        continue;
-                    };
+                    let prompt = if language == "sh" { "" } else { "$ " };
+                    let command = line.strip_prefix(prompt);
+                    let command = command.and_then(|line| line.strip_prefix("filter-agent "));
+                    let Some(command) = command else { continue };
                     let mut words = command.split_whitespace();
                     let help = help(&[words.next().unwrap(), "--help"]);
                     shown += 1;

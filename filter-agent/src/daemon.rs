@@ -700,16 +700,23 @@ pub fn model(database: &policy::Database) -> &'static str {
     }
 }
 
-/// Warnings of interfaces by which other hosts may reach a database past the filter.
+/// Warnings of interfaces by which other hosts may reach a database past the filter. One without an
+/// address of its own counts too: Linux takes packets for any local address on every interface.
 pub fn uncovered(host: &[Interface], listed: &[String]) -> Vec<String> {
     host.iter()
         .filter(|interface| interface.up && !interface.loopback)
-        .filter(|interface| !interface.addresses.is_empty() && !listed.contains(&interface.name))
+        // The ports of a bridge deliver through the bridge.
+        .filter(|interface| !interface.has_master || !interface.addresses.is_empty())
+        .filter(|interface| !listed.contains(&interface.name))
         .map(|interface| {
+            let addresses = match interface.addresses.as_slice() {
+                [] => String::new(),
+                addresses => format!(" ({})", list(addresses.iter())),
+            };
+            let name = &interface.name;
             format!(
-                "interface {} ({}) is not in `interfaces`: databases may be reachable through it",
-                interface.name,
-                list(interface.addresses.iter()),
+                "interface {name}{addresses} is not in `interfaces`: databases may be reachable \
+                 through it"
             )
         })
         .collect()

@@ -17,6 +17,8 @@ pub struct Interface {
     pub ethernet: bool,
     pub up: bool,
     pub loopback: bool,
+    /// Whether it belongs to a bridge, a bond or the like.
+    pub has_master: bool,
     /// Of global scope: those by which other hosts may reach it.
     pub addresses: Vec<IpAddr>,
     pub xdp: Option<AttachedXdp>,
@@ -79,12 +81,14 @@ pub async fn interfaces() -> Result<Vec<Interface>> {
             ethernet: message.header.link_layer_type == LinkLayerType::Ether,
             up: message.header.flags.contains(LinkFlags::Up),
             loopback: message.header.flags.contains(LinkFlags::Loopback),
+            has_master: false,
             addresses: addresses.remove(&index).unwrap_or_default(),
             xdp: None,
         };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => interface.name = name,
+                LinkAttribute::Controller(index) => interface.has_master = index != 0,
                 LinkAttribute::Xdp(attributes) => interface.xdp = attached(&attributes),
                 _ => {}
             }
