@@ -9,7 +9,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use clap::{Args, Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
 use http_body_util::{BodyExt as _, Empty};
@@ -300,11 +300,13 @@ fn encode(value: &str) -> String {
 /// One request to the daemon.
 async fn ask<T: DeserializeOwned>(socket: &Socket, method: Method, path: &str) -> Result<T> {
     let socket = &socket.socket;
-    let stream = UnixStream::connect(socket).await.with_context(|| {
-        format!(
-            "no agent answers on {}: start it with `filter-agent run`",
-            socket.display()
-        )
+    let stream = UnixStream::connect(socket).await.map_err(|error| {
+        let socket = socket.display();
+        let what = match error.kind() {
+            io::ErrorKind::PermissionDenied => format!("only root may use {socket}"),
+            _ => format!("no agent answers on {socket}: start it with `filter-agent run`"),
+        };
+        anyhow!(error).context(what)
     })?;
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
     let (mut sender, connection) = handshake.await.context("speak to the agent")?;

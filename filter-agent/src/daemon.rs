@@ -243,15 +243,17 @@ impl Agent {
         let reloaded = self.try_reload().await;
         match &reloaded {
             Ok(_) => log(&self.summary()),
-            Err(error) => log(&format!("reload refused: {error:#}")),
+            Err(error) => log(&format!("{error:#}")),
         }
         reloaded
     }
 
     async fn try_reload(&mut self) -> Result<report::Reloaded> {
-        let loaded = load(&self.options.policy, &self.loaded.regions)?;
+        const REFUSED: &str = "reload refused, nothing is changed";
+        let loaded = load(&self.options.policy, &self.loaded.regions).context(REFUSED)?;
         let known = &self.loaded.policy.interfaces;
-        let (plan, compiled, enforced) = enforce(&mut self.filter, &loaded, known).await?;
+        let enforced = enforce(&mut self.filter, &loaded, known).await;
+        let (plan, compiled, enforced) = enforced.context(REFUSED)?;
         self.loaded = loaded;
         self.compiled = compiled;
         self.enforced = enforced;
@@ -542,8 +544,12 @@ async fn enforce(
         }
     }
     for pinned in filter.pinned()? {
-        if !wanted.iter().any(|wanted| wanted.index == pinned.interface) {
-            filter.detach(pinned.interface)?;
+        if wanted.iter().any(|wanted| wanted.index == pinned.interface) {
+            continue;
+        }
+        // The new policy is enforced by now.
+        if let Err(error) = filter.detach(pinned.interface) {
+            log(&format!("error: {error:#}"));
         }
     }
     let enforced = report::Enforced {
