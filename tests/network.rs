@@ -5,7 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::PathBuf,
-    process::{Child, Command},
+    process::{Child, Command, Stdio},
     thread,
     time::Duration,
 };
@@ -791,6 +791,8 @@ impl Postgres {
         ] {
             server.arg("-c").arg(setting);
         }
+        // It logs into its directory.
+        server.stderr(Stdio::null());
         let server = net.db.run(|| server.spawn().unwrap());
         let started = || net.connect(CLIENT4.into(), DB) == Connection::Accepted;
         assert!(wait_until(started), "PostgreSQL does not start");
