@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, DirBuilder, File},
     io,
+    net::{IpAddr, Ipv6Addr},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
 };
@@ -188,7 +189,10 @@ impl Filter {
             .load()
             .map_err(load_error)
             .context("load the XDP program")?;
-        let entries = check_pin(&pins, &SHAPES[3])?.max_entries();
+        let mut made_for = u32::MAX;
+        for shape in SHAPES.iter().filter(|shape| shape.entries.is_none()) {
+            made_for = made_for.min(check_pin(&pins, shape)?.max_entries());
+        }
         let maps = Maps::take(&mut ebpf)?;
         let held = if adopted {
             maps.read()?
@@ -200,7 +204,7 @@ impl Filter {
             ebpf,
             maps,
             held,
-            max_prefixes: entries as usize / 2,
+            max_prefixes: made_for as usize / 2,
             _lock: lock,
         })
     }
@@ -427,25 +431,25 @@ impl Filter {
     }
 
     /// What the maps say of a source at a guarded port, without the program.
-    pub fn judge(&self, database: &str, source: std::net::IpAddr, monitor: bool) -> Result<Judged> {
+    pub fn judge(&self, database: &str, source: IpAddr, monitor: bool) -> Result<Judged> {
         let slots = self.held.slots_by_name();
         let slot = *slots
             .get(database)
             .with_context(|| format!("find database {database} in the kernel"))?;
         let found = match source {
-            std::net::IpAddr::V4(source) => {
+            IpAddr::V4(source) => {
                 let key = source4(slot, Ipv4Net::from(source));
                 self.maps.allowed4.get(&key, 0)
             }
-            std::net::IpAddr::V6(source) => {
+            IpAddr::V6(source) => {
                 let key = source6(slot, Ipv6Net::from(source));
                 self.maps.allowed6.get(&key, 0)
             }
         };
         let rule = absent_is_none(found).context("look the source up in the kernel")?;
         let bad = match source {
-            std::net::IpAddr::V4(source) => filter_common::is_bad_source4(source.octets()),
-            std::net::IpAddr::V6(source) => filter_common::is_bad_source6(source.octets()),
+            IpAddr::V4(source) => filter_common::is_bad_source4(source.octets()),
+            IpAddr::V6(source) => filter_common::is_bad_source6(source.octets()),
         };
         let (reason, rule) = match rule {
             _ if bad => (Reason::BadSource, None),
@@ -673,7 +677,13 @@ impl Maps {
                 Some(guard) => self.locals.insert(key, guard, 0),
                 None => absent_is_none(self.locals.remove(&key)).map(drop),
             }
-            .with_context(|| format!("write the guard of a local address ({key:?})")),
+            .with_context(|| {
+                let address = Ipv6Addr::from(key.address).to_canonical();
+                format!(
+                    "guard {address}: there is room for {MAX_LOCALS} local addresses times ports, \
+                     those of the old and the new policy together; reload in two steps"
+                )
+            }),
             Step::Port(Change { key, new, .. }) => self
                 .ports
                 .set(key, new.unwrap_or_default(), 0)

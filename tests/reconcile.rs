@@ -1,0 +1,121 @@
+//! What the kernel holds after an apply that succeeds, and after one that is refused half way.
+
+use filter_agent::{
+    compile::{Compiled, compile},
+    filter::Filter,
+    image::Difference,
+    policy,
+    probe::{frame, probes},
+    region::Regions,
+};
+use filter_common::Protocol;
+use filter_tests::bpffs::Bpffs;
+use jiff::Timestamp;
+
+fn compiled(databases: &str) -> Compiled {
+    let text = format!("interfaces: [eth0]\ndatabases:\n{databases}");
+    let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
+    compile(&policy, &Regions::new(), Timestamp::now())
+}
+
+/// A database on as many ports of as many local addresses as the map has room for.
+fn wide(name: &str, network: u8, rule: &str) -> Compiled {
+    let addresses: Vec<String> = (1..=128)
+        .map(|host| format!("10.0.{network}.{host}"))
+        .collect();
+    let ports: Vec<String> = (1..=128).map(|port: u16| port.to_string()).collect();
+    compiled(&format!(
+        "  - {{name: {name}, model: dedicated, force_tls: false, ports: [{}], addresses: [{}], \
+         rules: [{{cidr: {rule}}}]}}\n",
+        ports.join(", "),
+        addresses.join(", ")
+    ))
+}
+
+fn passes(filter: &Filter, source: &str, destination: &str) -> bool {
+    let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
+    filter
+        .run_packet(&frame(Protocol::Tcp, source, destination, 1))
+        .unwrap()
+}
+
+#[test]
+fn apply_that_the_kernel_refuses_half_way_is_undone() {
+    let bpffs = Bpffs::mount();
+    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
+    let old = wide("old", 1, "192.0.2.0/24");
+    filter.apply(&old).unwrap();
+    let error = filter
+        .apply(&wide("new", 2, "198.51.100.0/24"))
+        .unwrap_err();
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("nothing is changed") && error.contains("16384"),
+        "{error}"
+    );
+
+    let unchanged = |filter: &Filter| {
+        assert!(passes(filter, "192.0.2.7", "10.0.1.1"));
+        assert!(!passes(filter, "198.51.100.7", "10.0.1.1"));
+        assert!(!passes(filter, "203.0.113.7", "10.0.1.128"));
+        assert!(passes(filter, "203.0.113.7", "10.0.2.1"));
+        assert_eq!(filter.plan(&old).unwrap(), Difference::default());
+    };
+    unchanged(&filter);
+    drop(filter);
+    // What a new agent reads from the kernel is the old policy, and nothing of the new one.
+    unchanged(&Filter::open(bpffs.path(), None).unwrap());
+}
+
+#[test]
+fn what_was_applied_is_what_the_next_agent_finds() {
+    let bpffs = Bpffs::mount();
+    let policies = [
+        "  - {name: a, port: 1, model: dedicated, force_tls: false, cluster: [10.0.0.0/8],
+             rules: [{cidr: 192.0.2.0/24}, {cidr: '2001:db8::/32'}, {cidr: '::/0'}]}
+  - {name: b, port: 1, protocol: udp, model: dedicated, monitor: true, rules: [{cidr: 0.0.0.0/0}]}\n",
+        "  - {name: b, port: 1, model: dedicated, force_tls: false, addresses: [10.0.0.1, 'fd00::1'],
+             rules: [{cidr: 192.0.2.0/25}]}
+  - {name: c, port: 1, addresses: [10.0.0.2], model: dedicated, force_tls: false, rules: []}\n",
+    ];
+    for databases in policies {
+        let compiled = compiled(databases);
+        let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
+        assert_ne!(filter.plan(&compiled).unwrap(), Difference::default());
+        filter.apply(&compiled).unwrap();
+        drop(filter);
+        let filter = Filter::open(bpffs.path(), Some(100)).unwrap();
+        assert_eq!(filter.plan(&compiled).unwrap(), Difference::default());
+        for probe in probes(&compiled) {
+            let frame = frame(probe.protocol, probe.source, probe.destination, probe.port);
+            let expected = probe.allowed || probe.monitor;
+            assert_eq!(
+                filter.run_packet(&frame).unwrap(),
+                expected,
+                "{}",
+                probe.source
+            );
+        }
+    }
+}
+
+#[test]
+fn policy_with_more_prefixes_than_the_maps_are_made_for_is_refused_before_anything_is_written() {
+    let bpffs = Bpffs::mount();
+    let mut filter = Filter::open(bpffs.path(), Some(2)).unwrap();
+    let rules = |count: u8| {
+        let rules = (0..count).map(|i| format!("{{cidr: 192.0.{i}.0/24}}"));
+        let rules = rules.collect::<Vec<_>>().join(", ");
+        compiled(&format!(
+            "  - {{name: a, port: 1, model: dedicated, force_tls: false, rules: [{rules}]}}\n"
+        ))
+    };
+    filter.apply(&rules(2)).unwrap();
+    let error = format!("{:#}", filter.apply(&rules(3)).unwrap_err());
+    assert!(
+        error.contains("3 IPv4 prefixes") && error.contains("--max-prefixes"),
+        "{error}"
+    );
+    assert!(passes(&filter, "192.0.1.7", "10.0.0.1"));
+    assert!(!passes(&filter, "192.0.2.7", "10.0.0.1"));
+}
