@@ -39,6 +39,9 @@ use crate::{
     report,
 };
 
+/// How long to wait before taking out expired rules is tried again.
+const RETRY: Duration = Duration::from_secs(10);
+
 /// Where the daemon finds and keeps things.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -125,6 +128,7 @@ pub async fn run(options: Options) -> Result<()> {
         .with_graceful_shutdown(async move { stopped.notified().await });
     let server = tokio::spawn(server.into_future());
 
+    // Where there is no agent any more, it was detached, and the loop is about to end.
     loop {
         let expiry = match shared.agent().await {
             Ok(agent) => agent.compiled.next_expiry,
@@ -132,14 +136,22 @@ pub async fn run(options: Options) -> Result<()> {
         };
         tokio::select! {
             _ = hangup.recv() => {
-                // What was wrong is logged by then.
-                let _ = shared.agent().await?.reload().await;
+                if let Ok(mut agent) = shared.agent().await {
+                    // What was wrong is logged by then.
+                    let _ = agent.reload().await;
+                }
             }
             Some(()) = events.next() => {
                 while let Some(Some(())) = events.next().now_or_never() {}
-                shared.agent().await?.heal().await;
+                if let Ok(mut agent) = shared.agent().await {
+                    agent.heal().await;
+                }
             }
-            () = tokio::time::sleep(until(expiry)) => shared.agent().await?.expire(),
+            () = tokio::time::sleep(until(expiry)) => {
+                if let Ok(mut agent) = shared.agent().await {
+                    agent.expire();
+                }
+            }
             () = shared.detached.notified() => break,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -305,7 +317,11 @@ impl Agent {
                     "rules that expired at {expiry} no longer allow anybody"
                 ));
             }
-            Err(error) => log(&format!("take out expired rules: {error:#}")),
+            Err(error) => {
+                log(&format!("error: take out expired rules: {error:#}"));
+                // Tried again, but not at once and for ever.
+                self.compiled.next_expiry = Some(Timestamp::now() + RETRY);
+            }
         }
     }
 
