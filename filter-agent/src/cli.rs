@@ -178,6 +178,7 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Every command but `run`, `check` and a `detach` without an agent is a question to the daemon.
 async fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Run {
@@ -263,6 +264,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Exit status 1 where something was printed that is an error all the same.
 fn failure_if(failed: bool) -> ExitCode {
     if failed {
         ExitCode::FAILURE
@@ -373,6 +375,7 @@ struct CheckedDatabase {
     prefixes: usize,
 }
 
+/// Asks nobody: the file may be meant for another host, and the agent need not run.
 async fn check(file: &Path, output: &Output) -> Result<()> {
     let loaded = daemon::load(file, &Regions::new())?;
     let compiled = loaded.compile();
@@ -494,6 +497,7 @@ fn print_plan(plan: &Plan) {
     print_warnings(&plan.warnings);
 }
 
+/// The first `LISTED` items: a region may have a hundred thousand.
 fn list<T: Display>(sign: &str, what: &str, items: &[T]) {
     for item in items.iter().take(LISTED) {
         println!("  {sign} {what}{item}");
@@ -714,6 +718,8 @@ fn print_explanations(explanations: &[Explanation]) {
     }
 }
 
+/// A running agent detaches itself, since it would attach again; without one the pins are removed
+/// here.
 async fn detach(yes: bool, socket: &Socket, bpffs: &Path) -> Result<ExitCode> {
     if !yes {
         if !io::stdin().is_terminal() {

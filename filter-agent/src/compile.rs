@@ -67,6 +67,7 @@ impl std::fmt::Display for RuleKey {
 }
 
 impl Entries {
+    /// Of both address families.
     pub fn prefixes(&self) -> usize {
         self.v4.len() + self.v6.len()
     }
@@ -93,6 +94,7 @@ pub fn compile(policy: &Policy, regions: &Regions, now: Timestamp) -> Compiled {
     compiled
 }
 
+/// One database; its expired rules become warnings, the next expiry is noted in `compiled`.
 fn compile_database(
     policy: &Policy,
     database: &Database,
@@ -164,6 +166,7 @@ pub fn is_expired(rule: &Rule, now: Timestamp) -> bool {
     rule.expires.is_some_and(|expires| expires <= now)
 }
 
+/// Appends a rule and what it allows; sorting and duplicates come last.
 fn add(entries: &mut Entries, key: RuleKey, prefixes: &[IpNet]) {
     let rule = entries.rules.len() as u16;
     entries.rules.push(key);

@@ -142,6 +142,7 @@ pub async fn run(options: Options) -> Result<()> {
                 }
             }
             Some(()) = events.next() => {
+                // One look at the interfaces answers all that was announced by now.
                 while let Some(Some(())) = events.next().now_or_never() {}
                 if let Ok(mut agent) = shared.agent().await {
                     agent.heal().await;
@@ -195,6 +196,7 @@ fn link_events() -> Result<Events> {
     Ok(messages.map(|_| ()).boxed())
 }
 
+/// The control socket, for root only.
 async fn listen(socket: &Path) -> Result<UnixListener> {
     if UnixStream::connect(socket).await.is_ok() {
         bail!("another filter-agent answers on {}", socket.display());
@@ -238,6 +240,7 @@ impl Agent {
         Ok(agent)
     }
 
+    /// What is enforced, in one line: what whoever starts the agent waits for.
     fn summary(&self) -> String {
         let prefixes: usize = self.compiled.databases.values().map(|e| e.prefixes()).sum();
         format!(
@@ -325,6 +328,7 @@ impl Agent {
         }
     }
 
+    /// Read back from the kernel, every time: netlink, the links and the counters.
     async fn status(&mut self, reverify: bool) -> Result<report::Status> {
         if reverify {
             self.verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
@@ -400,6 +404,7 @@ impl Agent {
         })
     }
 
+    /// Rules that have expired are listed too: they are in the file.
     fn rules(&self, database: Option<&str>) -> Result<Vec<report::Rule>> {
         self.known(database)?;
         let hits = self.filter.hits()?;
@@ -443,6 +448,8 @@ impl Agent {
         Ok(rules)
     }
 
+    /// # Errors
+    /// A database that the policy does not have, with those it has.
     fn known(&self, database: Option<&str>) -> Result<()> {
         let Some(name) = database else { return Ok(()) };
         ensure!(
@@ -467,6 +474,8 @@ impl Agent {
         self.loaded.policy.regions.iter().map(region).collect()
     }
 
+    /// The verdict comes from the attached program, the rule from the kernel's map; that the two agree
+    /// is checked.
     fn explain(
         &mut self,
         source: IpAddr,
@@ -691,6 +700,7 @@ fn link_errors(filter: &Filter, policy: &Policy, host: &[Interface]) -> Result<V
     Ok(policy.interfaces.iter().filter_map(error).collect())
 }
 
+/// What the journal says of an attachment: a fall-back to generic mode must not go unnoticed.
 fn attachment(interface: &Interface, how: &Attached) -> String {
     let name = &interface.name;
     match how {

@@ -215,6 +215,8 @@ impl Filter {
         Ok(self.held.difference(&image))
     }
 
+    /// What the maps would hold. Refused up front where it would not fit: a map that turns out full
+    /// half way is undone, but the undoing itself is better never needed.
     fn image(&self, compiled: &Compiled) -> Result<Image> {
         let image = Image::of(compiled, &self.held)?;
         for (family, prefixes) in [
@@ -307,6 +309,8 @@ impl Filter {
         Ok(())
     }
 
+    /// Replaces the program on a pinned link atomically (BPF_LINK_UPDATE, kernel 5.9): no packet meets
+    /// an interface without one.
     fn update(&mut self, pin: &Path) -> Result<()> {
         let link = FdLink::from(PinnedLink::from_pin(pin)?);
         let program = program(&mut self.ebpf)?;
@@ -368,6 +372,7 @@ impl Filter {
         remove_pins(self.pins.parent().context("find the pins' directory")?)
     }
 
+    /// The links that are pinned, with the programs the kernel says they run.
     pub fn pinned(&self) -> Result<Vec<Pinned>> {
         let mut pinned = Vec::new();
         for interface in pinned_interfaces(&self.pins)? {
@@ -388,6 +393,7 @@ impl Filter {
         self.pins.join(format!("link_{interface}"))
     }
 
+    /// The kernel's id of the program this agent loaded: what netlink must tell of each interface.
     pub fn program_id(&self) -> Result<u32> {
         let program = self.program()?;
         Ok(program.info().context("read the XDP program")?.id())
@@ -506,6 +512,7 @@ impl Filter {
         Ok(hits)
     }
 
+    /// One counter, summed over the CPUs. `probes`: its place in the map of probes.
     fn count(&self, map: &PerCpuArray<MapData, u64>, index: u32, probes: u32) -> Result<u64> {
         let packets: u64 = map.get(&index, 0).context("read a counter")?.iter().sum();
         if packets == 0 {
@@ -562,6 +569,7 @@ impl Maps {
         })
     }
 
+    /// What an earlier agent left. Arrays are read whole: the kernel has no list of what is set in one.
     fn read(&self) -> Result<Image> {
         self.try_read().context("read what the kernel holds")
     }
@@ -716,6 +724,7 @@ fn write_prefix<K: aya::Pod>(
     Ok(())
 }
 
+/// aya names a missing key in three ways, by map type and call.
 fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
     match result {
         Ok(value) => Ok(Some(value)),
@@ -804,6 +813,7 @@ pub fn left_in_force(bpffs: &Path) -> Result<Vec<u32>> {
     pinned_interfaces(&pins)
 }
 
+/// The directory that the agent owns on a BPF file system.
 fn base(bpffs: &Path) -> Result<PathBuf> {
     let mount = statfs(bpffs).with_context(|| format!("open {}", bpffs.display()))?;
     ensure!(
@@ -854,6 +864,7 @@ fn own_directory(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Held as long as the agent lives, and let go by the kernel however it ends.
 fn lock(base: &Path) -> Result<Flock<File>> {
     let directory = File::open(base).with_context(|| format!("open {}", base.display()))?;
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
@@ -892,6 +903,8 @@ fn check_pins(pins: &Path) -> Result<bool> {
     Ok(found)
 }
 
+/// # Errors
+/// A map of another type, size or flags than this layout has: made by somebody else.
 fn check_pin(pins: &Path, shape: &Shape) -> Result<MapInfo> {
     let pin = pins.join(shape.name);
     let info = MapInfo::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;

@@ -160,6 +160,7 @@ impl Image {
         Ok(image)
     }
 
+    /// Where each database is in the kernel.
     pub fn slots_by_name(&self) -> BTreeMap<&str, u16> {
         self.slots
             .iter()
@@ -215,6 +216,7 @@ impl Image {
             .map(|slot| slot as u16)
     }
 
+    /// A rule's id is free once its name is gone, which is removed last.
     fn free_ids(&self) -> impl Iterator<Item = u32> {
         let used: BTreeSet<u32> = self.rules.iter().map(|&(id, _)| id).collect();
         (0..RULE_IDS).filter(move |id| !used.contains(id))
@@ -402,6 +404,7 @@ fn changes<K: Ord + Copy, V: PartialEq + Copy>(
     }
 }
 
+/// Changes that add an entry or give it another value.
 fn set<K: Copy, V: Copy>(changes: &[Change<K, V>]) -> impl Iterator<Item = Change<K, V>> {
     changes
         .iter()
@@ -409,6 +412,7 @@ fn set<K: Copy, V: Copy>(changes: &[Change<K, V>]) -> impl Iterator<Item = Chang
         .filter(|change| change.new.is_some())
 }
 
+/// Changes that take an entry away.
 fn removed<K: Copy, V: Copy>(changes: &[Change<K, V>]) -> impl Iterator<Item = Change<K, V>> {
     changes
         .iter()
