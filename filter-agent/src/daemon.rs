@@ -150,7 +150,7 @@ pub async fn run(options: Options) -> Result<()> {
             }
             () = tokio::time::sleep(until(expiry)) => {
                 if let Ok(mut agent) = shared.agent().await {
-                    agent.expire();
+                    agent.expire().await;
                 }
             }
             () = shared.detached.notified() => break,
@@ -272,12 +272,17 @@ impl Agent {
         self.loaded = loaded;
         self.compiled = compiled;
         self.enforced = enforced;
-        self.verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
+        self.verify().await?;
         Ok(report::Reloaded {
             plan,
             enforced: self.enforced.clone(),
             verified: self.verified.clone(),
         })
+    }
+
+    async fn verify(&mut self) -> Result<()> {
+        self.verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
+        Ok(())
     }
 
     /// Attaches again wherever a listed interface came back or lost its link.
@@ -286,6 +291,7 @@ impl Agent {
             Ok(host) => host,
             Err(error) => return log(&format!("{error:#}")),
         };
+        let mut attached = false;
         for name in &self.loaded.policy.interfaces {
             let Some(interface) = host.iter().find(|interface| interface.name == *name) else {
                 continue;
@@ -297,14 +303,20 @@ impl Agent {
             };
             match healed {
                 Ok(Attached::Kept) => {}
-                Ok(how) => log(&attachment(interface, &how)),
+                Ok(how) => {
+                    log(&attachment(interface, &how));
+                    attached = true;
+                }
                 Err(error) => log(&format!("{name} is not filtered: {error:#}")),
             }
+        }
+        if attached && let Err(error) = self.verify().await {
+            log(&format!("error: {error:#}"));
         }
     }
 
     /// Takes out what has expired.
-    fn expire(&mut self) {
+    async fn expire(&mut self) {
         let Some(expiry) = self.compiled.next_expiry else {
             return;
         };
@@ -319,6 +331,9 @@ impl Agent {
                 log(&format!(
                     "rules that expired at {expiry} no longer allow anybody"
                 ));
+                if let Err(error) = self.verify().await {
+                    log(&format!("error: {error:#}"));
+                }
             }
             Err(error) => {
                 log(&format!("error: take out expired rules: {error:#}"));
@@ -331,7 +346,7 @@ impl Agent {
     /// Read back from the kernel, every time: netlink, the links and the counters.
     async fn status(&mut self, reverify: bool) -> Result<report::Status> {
         if reverify {
-            self.verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
+            self.verify().await?;
         }
         let host = host::interfaces().await?;
         let mut warnings = self.loaded.warnings.clone();
