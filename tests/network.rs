@@ -594,6 +594,23 @@ fn uncovered_interface_is_named() {
     }
 }
 
+#[test]
+fn uncovered_interface_without_an_address_is_named_and_one_of_a_bridge_is_not() {
+    let mut net = Net::new("uncovered-bare");
+    net.db.ip("link add bare type veth peer name other
+               link set bare up
+               link add br0 type bridge
+               link add port type veth peer name far
+               link set port master br0
+               link set port up");
+    net.write_policy(&orders("native"));
+    net.start();
+    let warnings = net.agent_json(&["status"])["warnings"].to_string();
+    assert!(warnings.contains("interface bare is not in"), "{warnings}");
+    assert!(!warnings.contains("interface port"), "{warnings}");
+    assert!(!warnings.contains("interface other"), "{warnings}");
+}
+
 /// What a tunnel delivers arrives on the tunnel's own interface, after the filter of the one below.
 #[test]
 fn tunnel_is_named_as_uncovered_and_filtered_where_it_is_listed() {
