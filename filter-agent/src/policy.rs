@@ -857,7 +857,9 @@ pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
     let malformed = || format!("{text:?} is no prefix, such as 192.0.2.0/24 or 2001:db8::/32");
     let Some((address, length)) = text.split_once('/') else {
         let address: IpAddr = text.parse().map_err(|_| malformed())?;
-        let one = IpNet::from(address);
+        let one = IpNet::from(address.to_canonical());
+        // What is suggested must be accepted: an address no rule can name gets its own refusal.
+        parse_cidr(&one.to_string())?;
         return Err(format!(
             "{text} has no prefix length: for this one address write {one}"
         ));

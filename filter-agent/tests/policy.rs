@@ -3,7 +3,8 @@
 
 use std::{fs, path::PathBuf};
 
-use filter_agent::policy::{self, Problem};
+use filter_agent::policy::{self, Engine, Mode, Model, Problem, Region, Source};
+use filter_common::Protocol;
 
 fn files(folder: &str) -> Vec<(PathBuf, String)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -54,6 +55,59 @@ fn every_good_file_is_accepted_with_exactly_the_warnings_it_expects() {
             .unwrap_or_else(|problems| panic!("{}: {:?}", path.display(), lines(&problems)));
         assert_eq!(lines(&warnings), expected(&text), "{}", path.display());
     }
+}
+
+#[test]
+fn every_field_of_a_policy_arrives() {
+    let files = files("good");
+    let (_, text) = files
+        .iter()
+        .find(|(path, _)| path.ends_with("everything.yaml"))
+        .unwrap();
+    let (policy, _) = policy::parse(text).unwrap();
+    assert_eq!(policy.interfaces, ["eth0", "eth0.100"]);
+    assert_eq!(policy.mode, Mode::Generic);
+    assert_eq!(policy.regional_network, ["10.0.0.0/8".parse().unwrap()]);
+    assert!(matches!(&policy.regions["osc-fr1"], Region::Prefixes(_)));
+    assert!(matches!(&policy.regions["osc-secnum-fr1"], Region::Dns(_)));
+    assert!(
+        matches!(&policy.regions["aws-paris"], Region::Url { select, .. } if select.len() == 3)
+    );
+    let [orders, others, shop, metrics] = policy.databases.as_slice() else {
+        panic!("{:?}", policy.databases);
+    };
+    assert_eq!(
+        (orders.name.as_str(), orders.ports.as_slice()),
+        ("orders", &[5432][..])
+    );
+    assert_eq!(orders.engine, Engine::Postgresql);
+    assert_eq!(orders.cluster, ["10.1.2.3/32".parse().unwrap()]);
+    assert_eq!(orders.addresses.len(), 2);
+    assert!(!orders.force_tls && !orders.monitor && others.monitor);
+    let Model::Dedicated { rules } = &orders.model else {
+        panic!("{:?}", orders.model);
+    };
+    assert_eq!(rules.len(), 6);
+    assert_eq!(rules[0].label.as_deref(), Some("office gateway"));
+    assert_eq!(
+        rules[1].expires,
+        Some("2026-12-31T17:00:00Z".parse().unwrap())
+    );
+    assert_eq!(rules[2].source, Source::Region("osc-fr1".into()));
+    assert_eq!(shop.ports, [3306, 33060]);
+    assert!(!shop.force_tls && shop.model == Model::Shared { internet: false });
+    assert_eq!(
+        (metrics.protocol, metrics.engine),
+        (Protocol::Udp, Engine::Other)
+    );
+}
+
+#[test]
+fn suggested_spelling_of_a_bare_address_is_itself_accepted() {
+    let refused = |text| policy::parse_cidr(text).unwrap_err();
+    assert!(refused("203.0.113.10").ends_with("write 203.0.113.10/32"));
+    assert!(refused("::ffff:192.0.2.1").ends_with("write 192.0.2.1/32"));
+    assert!(refused("127.0.0.1").contains("is no source"));
 }
 
 #[test]
