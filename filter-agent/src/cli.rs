@@ -379,16 +379,14 @@ struct CheckedDatabase {
 async fn check(file: &Path, output: &Output) -> Result<()> {
     let loaded = daemon::load(file, &Regions::new())?;
     let compiled = loaded.compile();
-    let mut warnings = loaded.warnings.clone();
-    warnings.extend(compiled.warnings.iter().cloned());
-    // The policy may be meant for another host: only a warning.
     let host = host::interfaces().await?;
+    let mut warnings = daemon::warnings(&loaded, &compiled, &host);
+    // The policy may be meant for another host: only a warning.
     for name in &loaded.policy.interfaces {
         if !host.iter().any(|interface| interface.name == *name) {
             warnings.push(format!("interface {name} does not exist on this host"));
         }
     }
-    warnings.extend(daemon::uncovered(&host, &loaded.policy.interfaces));
     let Loaded { file, policy, .. } = loaded;
     let databases = policy.databases.iter().map(|database| {
         let entries = &compiled.databases[&database.name];

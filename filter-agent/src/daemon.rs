@@ -349,9 +349,7 @@ impl Agent {
             self.verify().await?;
         }
         let host = host::interfaces().await?;
-        let mut warnings = self.loaded.warnings.clone();
-        warnings.extend(self.compiled.warnings.iter().cloned());
-        warnings.extend(uncovered(&host, &self.loaded.policy.interfaces));
+        let warnings = warnings(&self.loaded, &self.compiled, &host);
         let mut errors = link_errors(&self.filter, &self.loaded.policy, &host)?;
         for error in &self.verified.errors {
             if !errors.contains(error) {
@@ -613,9 +611,7 @@ async fn interfaces(
     known: &[String],
 ) -> Result<(report::Plan, Vec<Interface>)> {
     let host = host::interfaces().await?;
-    let mut warnings = loaded.warnings.clone();
-    warnings.extend(compiled.warnings.iter().cloned());
-    warnings.extend(uncovered(&host, &loaded.policy.interfaces));
+    let mut warnings = warnings(loaded, compiled, &host);
     let mut wanted = Vec::new();
     for name in &loaded.policy.interfaces {
         match host.iter().find(|interface| interface.name == *name) {
@@ -747,9 +743,17 @@ pub fn model(database: &policy::Database) -> &'static str {
     }
 }
 
+/// All there is to know of a policy on this host that is no error.
+pub fn warnings(loaded: &Loaded, compiled: &Compiled, host: &[Interface]) -> Vec<String> {
+    let mut warnings = loaded.warnings.clone();
+    warnings.extend(compiled.warnings.iter().cloned());
+    warnings.extend(uncovered(host, &loaded.policy.interfaces));
+    warnings
+}
+
 /// Warnings of interfaces by which other hosts may reach a database past the filter. One without an
 /// address of its own counts too: Linux takes packets for any local address on every interface.
-pub fn uncovered(host: &[Interface], listed: &[String]) -> Vec<String> {
+fn uncovered(host: &[Interface], listed: &[String]) -> Vec<String> {
     host.iter()
         .filter(|interface| interface.up && !interface.loopback)
         // The ports of a bridge deliver through the bridge.

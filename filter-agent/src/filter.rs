@@ -322,12 +322,18 @@ impl Filter {
 
     /// Whether the link pinned for an interface is the one whose program runs there.
     fn is_whole(&self, interface: &Interface) -> Result<bool> {
-        let link = PinnedLink::from_pin(self.link_pin(interface.index))
-            .with_context(|| format!("open the link pinned for {}", interface.name))?;
-        let info = FdLink::from(link).info().context("read the link")?;
+        let program_id = self.linked_program(interface.index)?;
         Ok(interface
             .xdp
-            .is_some_and(|xdp| xdp.program_id == info.program_id()))
+            .is_some_and(|xdp| xdp.program_id == program_id))
+    }
+
+    /// The kernel's id of the program on the link that is pinned for an interface.
+    fn linked_program(&self, interface: u32) -> Result<u32> {
+        let link = PinnedLink::from_pin(self.link_pin(interface))
+            .with_context(|| format!("open the link pinned for interface {interface}"))?;
+        let info = FdLink::from(link).info().context("read the link")?;
+        Ok(info.program_id())
     }
 
     /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
@@ -376,13 +382,9 @@ impl Filter {
     pub fn pinned(&self) -> Result<Vec<Pinned>> {
         let mut pinned = Vec::new();
         for interface in pinned_interfaces(&self.pins)? {
-            let link = PinnedLink::from_pin(self.link_pin(interface))
-                .with_context(|| format!("open the link pinned for interface {interface}"))?;
-            let info = FdLink::from(link).info().context("read the link")?;
-            let program_id = info.program_id();
             pinned.push(Pinned {
                 interface,
-                program_id,
+                program_id: self.linked_program(interface)?,
             });
         }
         Ok(pinned)
@@ -438,9 +440,9 @@ impl Filter {
 
     /// What the maps say of a source at a guarded port, without the program.
     pub fn judge(&self, database: &str, source: IpAddr, monitor: bool) -> Result<Judged> {
-        let slots = self.held.slots_by_name();
-        let slot = *slots
-            .get(database)
+        let slot = self
+            .held
+            .slot(database)
             .with_context(|| format!("find database {database} in the kernel"))?;
         let found = match source {
             IpAddr::V4(source) => {

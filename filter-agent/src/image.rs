@@ -1,6 +1,7 @@
 //! What the maps hold, as it is and as it should be, and the steps from one to the other. Pure.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
 };
@@ -168,6 +169,12 @@ impl Image {
             .collect()
     }
 
+    /// Where one database is in the kernel.
+    pub fn slot(&self, database: &str) -> Option<u16> {
+        let named = |(_, name): &&(u32, Name)| name.text() == Some(database);
+        self.slots.iter().find(named).map(|&(slot, _)| slot as u16)
+    }
+
     /// Slots of databases that take a port of an address over from another, or lose one to another.
     /// They need new slots: while a slot holds what the old and the new policy allow, a port that
     /// changes hands would be open to what only the other port's old or new rules allow.
@@ -206,14 +213,15 @@ impl Image {
 
     /// Slots that no map mentions, what a crashed agent left without a name included.
     fn free_slots(&self) -> impl Iterator<Item = u16> {
-        let mut used: BTreeSet<u32> = self.slots.iter().map(|&(slot, _)| slot).collect();
-        used.extend(self.allowed4.iter().map(|&((slot, _), _)| u32::from(slot)));
-        used.extend(self.allowed6.iter().map(|&((slot, _), _)| u32::from(slot)));
-        used.extend(self.ports.iter().map(|(_, guard)| u32::from(guard.slot())));
-        used.extend(self.locals.iter().map(|(_, guard)| u32::from(guard.slot())));
-        (1..SLOTS)
-            .filter(move |slot| !used.contains(slot))
-            .map(|slot| slot as u16)
+        let slots = self.slots.iter().map(|&(slot, _)| slot as u16);
+        let slots = slots.chain(self.allowed4.iter().map(|&((slot, _), _)| slot));
+        let slots = slots.chain(self.allowed6.iter().map(|&((slot, _), _)| slot));
+        let slots = slots.chain(self.ports.iter().map(|(_, guard)| guard.slot()));
+        let slots = slots.chain(self.locals.iter().map(|(_, guard)| guard.slot()));
+        // A table, not a set: there may be a million prefixes, and this runs at every reload.
+        let mut used = [false; u16::MAX as usize + 1];
+        slots.for_each(|slot| used[usize::from(slot)] = true);
+        (1..SLOTS as u16).filter(move |&slot| !used[usize::from(slot)])
     }
 
     /// A rule's id is free once its name is gone, which is removed last.
@@ -251,7 +259,7 @@ impl Image {
     }
 
     /// This image with the slots that `new` gives to the same databases.
-    fn renumbered(&self, new: &Self) -> Self {
+    fn renumbered(&self, new: &Self) -> Cow<'_, Self> {
         let slots = new.slots_by_name();
         let moved: BTreeMap<u16, u16> = self
             .slots_by_name()
@@ -259,10 +267,10 @@ impl Image {
             .filter_map(|(database, old)| Some((old, *slots.get(database)?)))
             .filter(|(old, new)| old != new)
             .collect();
-        let mut image = self.clone();
         if moved.is_empty() {
-            return image;
+            return Cow::Borrowed(self);
         }
+        let mut image = self.clone();
         let slot = |old: u16| moved.get(&old).copied().unwrap_or(old);
         let guard = |guard: &mut Guard| *guard = guard.with_slot(slot(guard.slot()));
         image
@@ -282,7 +290,7 @@ impl Image {
         image.slots.sort_unstable_by_key(|&(slot, _)| slot);
         image.allowed4.sort_unstable_by_key(|&(key, _)| key);
         image.allowed6.sort_unstable_by_key(|&(key, _)| key);
-        image
+        Cow::Owned(image)
     }
 
     /// Difference from `self` to `new`, by database.

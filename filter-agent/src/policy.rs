@@ -329,9 +329,14 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn problem(&mut self, at: &At, message: impl Into<String>) {
+        self.problem_at(&at.path, false, at, message.into());
+    }
+
+    /// A problem at a node, or at the key that leads to it, of what `whose` says.
+    fn problem_at(&mut self, path: &[Step], of_key: bool, whose: &At, message: String) {
         if self.problems.len() < MAX_PROBLEMS {
-            let line = locate(self.text, &at.path, false);
-            self.problems.push(describe(line, at, message.into()));
+            let line = locate(self.text, path, of_key);
+            self.problems.push(describe(line, whose, message));
         } else {
             self.unlisted += 1;
         }
@@ -363,23 +368,15 @@ impl Reader<'_> {
         let mut message = plain(&error.inner().to_string());
         let unknown = message.strip_prefix("unknown field `");
         let unknown = unknown.and_then(|rest| rest.split('`').next().map(str::to_owned));
-        let line = match unknown {
+        let of_key = unknown.is_some();
+        match unknown {
             Some(unknown) => {
                 path.truncate(at.path.len());
                 path.push(Step::Key(unknown));
-                locate(self.text, &path, true)
             }
-            None => {
-                message.insert_str(0, &field);
-                locate(self.text, &path, false)
-            }
-        };
-        if self.problems.len() < MAX_PROBLEMS {
-            self.problems
-                .push(describe(line, at, format!("{whose}{message}")));
-        } else {
-            self.unlisted += 1;
+            None => message.insert_str(0, &field),
         }
+        self.problem_at(&path, of_key, at, format!("{whose}{message}"));
         None
     }
 
