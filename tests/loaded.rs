@@ -1,10 +1,12 @@
 //! The shipped program, loaded by the shipped code, with a policy in its maps.
 
+use std::collections::BTreeMap;
+
 use filter_agent::{
-    compile::compile,
+    compile::{Regions, compile},
     filter::{Counts, Filter},
     policy::{self, Policy},
-    region::{self, Regions},
+    region,
 };
 use jiff::Timestamp;
 
@@ -87,6 +89,7 @@ fn parse(text: &str) -> (Policy, Regions) {
     let (policy, _) = policy::parse(text).unwrap_or_else(|problems| {
         panic!("refused: {problems:?}\n{text}");
     });
-    let regions = region::resolve(&policy, &Regions::new()).unwrap();
-    (policy, regions)
+    let known = region::Regions::new();
+    let regions = region::next(&policy, &known, BTreeMap::new(), Timestamp::now()).unwrap();
+    (policy, region::prefixes(&regions))
 }

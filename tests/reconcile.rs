@@ -1,12 +1,11 @@
 //! What the kernel holds after an apply that succeeds, and after one that is refused half way.
 
 use filter_agent::{
-    compile::{Compiled, compile},
+    compile::{Compiled, Regions, compile},
     filter::Filter,
     image::Difference,
     policy,
     probe::{frame, probes},
-    region::Regions,
 };
 use filter_common::Protocol;
 use filter_tests::bpffs::Bpffs;

@@ -3,10 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use filter_agent::{
-    policy::{Database, Model, Policy, Source},
-    region::Regions,
-};
+use filter_agent::policy::{Database, Model, Policy, Source};
 use filter_common::{Protocol, Reason};
 use ipnet::IpNet;
 use jiff::Timestamp;
@@ -162,7 +159,7 @@ fn is_allowed(
             rule.expires.is_none_or(|expires| now < expires)
                 && match &rule.source {
                     Source::Cidr(prefix) => holds(&[*prefix]),
-                    Source::Region(name) => holds(&regions[name].prefixes),
+                    Source::Region(name) => holds(&regions[name]),
                 }
         }),
     };

@@ -15,6 +15,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Method, Request, body::Bytes};
 use hyper_util::rt::TokioIo;
+use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
@@ -22,8 +23,9 @@ use tokio::net::UnixStream;
 use crate::{
     daemon::{self, Loaded, Options},
     filter, host,
-    region::Regions,
-    report::{self, Explanation, Plan, Reloaded, Rule, Status},
+    policy::RegionSource,
+    region::{self, Regions},
+    report::{self, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
 };
 
 /// Widest line that a command prints.
@@ -78,6 +80,9 @@ enum Command {
         socket: Socket,
         #[command(flatten)]
         bpffs: Bpffs,
+        /// Where the last good addresses of regions are kept.
+        #[arg(long, default_value = "/var/lib/filter-agent")]
+        state_dir: PathBuf,
         /// Prefixes of one address family that the kernel's maps are made for [default: 1048576].
         /// Maps that exist keep their size.
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
@@ -87,6 +92,9 @@ enum Command {
     Check {
         /// The policy file, instead of --policy.
         file: Option<PathBuf>,
+        /// Look up the regions that it uses, which needs the network.
+        #[arg(long)]
+        resolve: bool,
         #[command(flatten)]
         policy: PolicyFile,
         #[command(flatten)]
@@ -132,6 +140,18 @@ enum Command {
     },
     /// List the regions and their prefixes.
     Regions {
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Look up regions now and print what changed; if one fails, its last good set stays.
+    Refresh {
+        /// Only this region.
+        region: Option<String>,
+        /// Believe an answer that lost most of its prefixes, or that is older than the last.
+        #[arg(long, requires = "region")]
+        accept: bool,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -185,21 +205,24 @@ async fn execute(command: Command) -> Result<ExitCode> {
             policy,
             socket,
             bpffs,
+            state_dir,
             max_prefixes,
         } => {
             let options = Options {
                 policy: policy.policy,
                 socket: socket.socket,
                 bpffs: bpffs.bpffs,
+                state_dir,
                 max_prefixes,
             };
             daemon::run(options).await?;
         }
         Command::Check {
             file,
+            resolve,
             policy,
             output,
-        } => check(&file.unwrap_or(policy.policy), &output).await?,
+        } => check(&file.unwrap_or(policy.policy), resolve, &output).await?,
         Command::Plan {
             file,
             socket,
@@ -247,6 +270,19 @@ async fn execute(command: Command) -> Result<ExitCode> {
         Command::Regions { socket, output } => {
             let regions: Vec<report::Region> = ask(&socket, Method::GET, "/regions").await?;
             output.print(&regions, |regions| print_regions(regions))?;
+        }
+        Command::Refresh {
+            region,
+            accept,
+            socket,
+            output,
+        } => {
+            let region = region.map(|region| format!("&region={}", encode(&region)));
+            let path = format!("/refresh?accept={accept}{}", region.unwrap_or_default());
+            let refreshed: Vec<Refreshed> = ask(&socket, Method::POST, &path).await?;
+            output.print(&refreshed, |refreshed| print_refreshed(refreshed))?;
+            let failed = refreshed.iter().any(|region| region.error.is_some());
+            return Ok(failure_if(failed));
         }
         Command::Explain {
             source,
@@ -375,12 +411,26 @@ struct CheckedDatabase {
     prefixes: usize,
 }
 
-/// Asks nobody: the file may be meant for another host, and the agent need not run.
-async fn check(file: &Path, output: &Output) -> Result<()> {
-    let loaded = daemon::load(file, &Regions::new())?;
-    let compiled = loaded.compile();
+/// Asks no agent: the file may be meant for another host. Nor the network, unless it is told to.
+async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
+    let loaded = daemon::load(file)?;
+    let known = Regions::new();
+    let mut ask = region::to_ask(&loaded.policy, &known);
+    let is_file = |name: &str| {
+        let region = &loaded.policy.regions[name];
+        matches!(region.source, RegionSource::File(_))
+    };
+    ask.retain(|name, _| resolve || is_file(name));
+    let answers = daemon::look_up(&loaded.policy, ask, None).await;
+    let regions = region::next(&loaded.policy, &known, answers, Timestamp::now())?;
+    let compiled = loaded.compile(&regions);
     let host = host::interfaces().await?;
     let mut warnings = daemon::warnings(&loaded, &compiled, &host);
+    let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
+    warnings.extend(unknown.map(|(name, state)| {
+        let source = &state.region.source;
+        format!("region {name} ({source}) is not looked up here, unless with --resolve")
+    }));
     // The policy may be meant for another host: only a warning.
     for name in &loaded.policy.interfaces {
         if !host.iter().any(|interface| interface.name == *name) {
@@ -598,17 +648,11 @@ fn print_status(status: &Status) {
             );
         }
     }
-    let used = status.regions.iter().filter(|region| region.used);
-    let mut regions = table(["REGION", "PREFIXES", "AGE", "SOURCE"]);
-    let mut rows = 0;
-    for region in used {
-        regions.add_row(region_row(region));
-        rows += 1;
-    }
-    if rows > 0 {
+    let used: Vec<&report::Region> = status.regions.iter().filter(|r| r.used).collect();
+    if !used.is_empty() {
         println!();
     }
-    print_table(&regions, rows);
+    print_region_table(&used);
     print_warnings(&status.warnings);
     for error in &status.errors {
         println!("error: {error}");
@@ -623,23 +667,50 @@ fn reasons(counts: &BTreeMap<String, u64>) -> String {
     or(&reasons.collect::<Vec<_>>().join(", "), "0")
 }
 
-fn region_row(region: &report::Region) -> [String; 4] {
-    [
-        region.name.clone(),
-        if region.used {
-            region.prefixes.len().to_string()
-        } else {
-            "not used".into()
-        },
-        region.resolved.map(age).unwrap_or_else(|| "-".into()),
-        region.source.clone(),
-    ]
+fn print_region_table(regions: &[&report::Region]) {
+    let header = [
+        "REGION",
+        "PREFIXES",
+        "AGE",
+        "NEXT",
+        "LAST LOOK-UP",
+        "SOURCE",
+    ];
+    let mut table = table(header);
+    for region in regions {
+        let (next, last) = match (region.used, region.failing, &region.confirmed) {
+            (false, _, _) => ("-".into(), "not used"),
+            (true, true, _) => (until(region.next), "FAILED"),
+            (true, false, None) => (until(region.next), "under way"),
+            (true, false, Some(_)) => (until(region.next), "good"),
+        };
+        table.add_row([
+            region.name.clone(),
+            region.prefixes.len().to_string(),
+            region.confirmed.map(age).unwrap_or_else(|| "-".into()),
+            next,
+            last.into(),
+            region.source.clone(),
+        ]);
+    }
+    print_table(&table, regions.len());
+}
+
+/// How long until then.
+fn until(then: Option<Timestamp>) -> String {
+    match then {
+        Some(then) => duration(then.duration_since(Timestamp::now())),
+        None => "-".into(),
+    }
 }
 
 fn age(since: Timestamp) -> String {
-    // Whole seconds, so that ages stay short.
-    let age = Timestamp::now().duration_since(since).as_secs().max(0);
-    format!("{:#}", SignedDuration::from_secs(age))
+    duration(Timestamp::now().duration_since(since))
+}
+
+/// Whole seconds, to be short.
+fn duration(duration: SignedDuration) -> String {
+    format!("{:#}", SignedDuration::from_secs(duration.as_secs().max(0)))
 }
 
 fn print_rules(rules: &[Rule]) {
@@ -672,14 +743,46 @@ fn print_rules(rules: &[Rule]) {
 }
 
 fn print_regions(regions: &[report::Region]) {
-    let mut table = table(["REGION", "PREFIXES", "AGE", "SOURCE"]);
-    for region in regions {
-        table.add_row(region_row(region));
-    }
-    print_table(&table, regions.len());
-    for region in regions.iter().filter(|region| !region.prefixes.is_empty()) {
+    print_region_table(&regions.iter().collect::<Vec<_>>());
+    for region in regions.iter().filter(|region| region.used) {
         println!("\n{}", region.name);
         list(" ", "", &region.prefixes);
+        for retiring in region.retiring.iter().take(LISTED) {
+            let left = until(Some(retiring.until));
+            println!("    {} has left and retires in {left}", retiring.prefix);
+        }
+        if let Some(change) = &region.change {
+            let at = change.at.map(age).unwrap_or_else(|| "-".into());
+            println!("  last change {at} ago");
+            print_change(&change.added, &change.left, &change.removed);
+        }
+        if let Some(error) = &region.error {
+            let over = if region.failing { "" } else { ", over by now" };
+            println!("  last error {} ago{over}: {}", age(error.at), error.text);
+        }
+    }
+}
+
+fn print_change(added: &[IpNet], left: &[IpNet], removed: &[IpNet]) {
+    list("+", "", added);
+    list("~", "left, still allowed for a time: ", left);
+    list("-", "", removed);
+}
+
+fn print_refreshed(refreshed: &[Refreshed]) {
+    if refreshed.is_empty() {
+        println!("no rule names a region");
+    }
+    for region in refreshed {
+        let name = &region.region;
+        let prefixes = region.prefixes;
+        let changes = region.added.len() + region.left.len() + region.removed.len();
+        match &region.error {
+            Some(error) => println!("{name}: error: {error}; {prefixes} prefixes stay in force"),
+            None if changes == 0 => println!("{name}: no change, {prefixes} prefixes"),
+            None => println!("{name}: changed, {prefixes} prefixes"),
+        }
+        print_change(&region.added, &region.left, &region.removed);
     }
 }
 

@@ -1,15 +1,15 @@
 //! A `Policy` and its regions to what the kernel must hold. Pure: no I/O, no clock.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use filter_common::Protocol;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use jiff::Timestamp;
 
-use crate::{
-    policy::{Database, Model, Policy, Rule, Source},
-    region::Regions,
-};
+use crate::policy::{Database, Model, Policy, Rule, Source};
+
+/// What each region allows, by name; one that is missing allows nobody.
+pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
 
 /// Everything to enforce, by database name.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -133,7 +133,7 @@ fn compile_database(
                 match &rule.source {
                     Source::Cidr(prefix) => add(&mut entries, key, &[*prefix]),
                     Source::Region(name) => {
-                        let prefixes = regions.get(name).map(|region| &*region.prefixes);
+                        let prefixes = regions.get(name).map(|prefixes| &**prefixes);
                         add(&mut entries, key, prefixes.unwrap_or_default());
                     }
                 }
@@ -234,10 +234,7 @@ mod tests {
     use filter_common::MAX_NAME;
 
     use super::*;
-    use crate::{
-        policy::{Engine, Mode},
-        region::Resolved,
-    };
+    use crate::policy::{Engine, Mode};
 
     fn database(model: Model) -> Database {
         Database {
@@ -353,11 +350,11 @@ mod tests {
             ],
         })]);
         with_region.databases[0].cluster = vec!["10.1.2.3/32".parse().unwrap()];
-        let office = Resolved::new(vec![
+        let office: [IpNet; 2] = [
             "192.0.2.0/24".parse().unwrap(),
             "2001:db8::/32".parse().unwrap(),
-        ]);
-        let regions = Regions::from([("office".into(), office)]);
+        ];
+        let regions = Regions::from([("office".into(), office.into())]);
         let compiled = compile(&with_region, &regions, at("2026-01-01T00:00:00Z"));
         let entries = &compiled.databases["orders"];
         assert_eq!(entries.rules[0], RuleKey::Cluster);

@@ -1,4 +1,4 @@
-//! When things happen: start, signals, expiry, netlink events, requests on the control socket.
+//! When things happen: start, signals, expiry, look-ups, changed files, netlink events, requests.
 
 use std::{
     collections::BTreeMap,
@@ -11,31 +11,31 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use axum::{
-    Json, Router,
-    extract::{Query, State},
-    http::StatusCode,
-    response::{IntoResponse, Response},
-    routing::{get, post},
-};
 use filter_common::Reason;
-use futures_util::{FutureExt as _, StreamExt as _};
-use jiff::Timestamp;
-use serde::Deserialize;
+use futures_util::{FutureExt as _, Stream, StreamExt as _, future::join_all};
+use inotify::{Inotify, Watches};
+use ipnet::IpNet;
+use jiff::{SignedDuration, Timestamp, Unit};
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
-    sync::{MappedMutexGuard, Mutex, MutexGuard, Notify},
+    sync::{
+        MappedMutexGuard, Mutex, MutexGuard, Notify,
+        mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    },
 };
 
 use crate::{
     compile::{Compiled, RuleKey, compile, is_expired},
+    control,
     filter::{Attached, Filter},
     host::{self, Interface},
     image::Difference,
-    policy::{self, Model, Policy, Region, Rule},
+    kept,
+    lookup::{self, Answer, Version},
+    policy::{self, Guards, Model, Policy, Region, RegionSource, Rule},
     probe,
-    region::{self, Regions},
+    region::{self, Change, Regions},
     report,
 };
 
@@ -48,6 +48,8 @@ pub struct Options {
     pub policy: PathBuf,
     pub socket: PathBuf,
     pub bpffs: PathBuf,
+    /// Where what outlasts a restart of the host is kept.
+    pub state_dir: PathBuf,
     /// Prefixes of one address family that a policy may have; `None`: the default.
     pub max_prefixes: Option<u32>,
 }
@@ -56,23 +58,22 @@ pub struct Options {
 pub struct Loaded {
     pub file: PathBuf,
     pub policy: Policy,
-    pub regions: Regions,
     pub warnings: Vec<String>,
     accepted: Timestamp,
     since: Instant,
 }
 
 impl Loaded {
-    pub fn compile(&self) -> Compiled {
-        compile(&self.policy, &self.regions, Timestamp::now())
+    pub fn compile(&self, regions: &Regions) -> Compiled {
+        compile(&self.policy, &region::prefixes(regions), Timestamp::now())
     }
 }
 
-/// Reads a policy file and resolves the regions it uses. `before`: what they were when last resolved.
+/// Reads a policy file.
 ///
 /// # Errors
 /// Everything wrong with the file, a line each.
-pub fn load(file: &Path, before: &Regions) -> Result<Loaded> {
+pub fn load(file: &Path) -> Result<Loaded> {
     let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
     let accepted = Timestamp::now();
     let since = Instant::now();
@@ -81,23 +82,130 @@ pub fn load(file: &Path, before: &Regions) -> Result<Loaded> {
         let lines: Vec<String> = problems.into_iter().map(named).collect();
         anyhow!(lines.join("\n"))
     })?;
-    let regions = region::resolve(&policy, before)?;
     Ok(Loaded {
         file: file.to_owned(),
         policy,
-        regions,
         warnings: problems.into_iter().map(named).collect(),
         accepted,
         since,
     })
 }
 
+/// Asks what must be known of a policy's regions before it can be in force.
+pub async fn look_up(
+    policy: &Policy,
+    ask: BTreeMap<&str, Option<Version>>,
+    watches: Option<&Watches>,
+) -> BTreeMap<String, Result<Answer>> {
+    let answers = ask.into_iter().map(|(name, version)| async move {
+        let Region { source, guards } = &policy.regions[name];
+        let answer = lookup::ask(source, guards, version.as_ref(), watches).await;
+        (name.to_owned(), answer)
+    });
+    join_all(answers).await.into_iter().collect()
+}
+
+/// The time by which regions are kept: it starts right and then only runs, whatever is done to the
+/// host's clock.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    started: Instant,
+    at: Timestamp,
+}
+
+impl Clock {
+    pub fn start() -> Self {
+        Self {
+            started: Instant::now(),
+            at: Timestamp::now(),
+        }
+    }
+
+    pub fn now(&self) -> Timestamp {
+        self.at + self.started.elapsed()
+    }
+
+    /// What the host's clock says now of an instant of this one.
+    fn on_host(&self, instant: Timestamp) -> Timestamp {
+        let set: SignedDuration = Timestamp::now().duration_since(self.now());
+        instant.checked_add(set).unwrap_or(instant)
+    }
+}
+
+/// How often a set that stays the same is written to disk, for the time it was confirmed.
+const WRITE_AGAIN: Duration = Duration::from_mins(10);
+
+/// Members that a line of the log names before it only counts.
+const NAMED: usize = 5;
+
+/// One look-up of a region, to be made without the agent.
+pub struct Question {
+    pub region: String,
+    /// Answers to an earlier question do not count any more.
+    number: u64,
+    source: RegionSource,
+    guards: Guards,
+    version: Option<Version>,
+    watches: Option<Watches>,
+}
+
+/// What came of a question.
+pub struct Outcome {
+    pub region: String,
+    number: u64,
+    answer: Result<Answer>,
+}
+
+impl Question {
+    pub async fn ask(self) -> Outcome {
+        let Self {
+            region,
+            number,
+            source,
+            guards,
+            version,
+            watches,
+        } = self;
+        let asked = tokio::spawn(async move {
+            lookup::ask(&source, &guards, version.as_ref(), watches.as_ref()).await
+        });
+        // A library that panics over an answer is one more failed look-up.
+        let answer = asked.await.context("look up").flatten();
+        Outcome {
+            region,
+            number,
+            answer,
+        }
+    }
+}
+
+/// What tasks in the background tell the main loop.
+enum Event {
+    Answered(Outcome),
+    /// A set was written to disk, or was not.
+    Written {
+        region: String,
+        outcome: Result<()>,
+    },
+}
+
 /// The running agent: a filter and the policy it enforces.
-struct Agent {
-    options: Options,
+pub struct Agent {
+    pub options: Options,
     filter: Filter,
-    loaded: Loaded,
+    pub loaded: Loaded,
+    pub regions: Regions,
     compiled: Compiled,
+    clock: Clock,
+    pub watches: Option<Watches>,
+    /// The question under way about each region.
+    asked: BTreeMap<String, u64>,
+    questions: u64,
+    /// When each region's set was last given to `writer`.
+    written: BTreeMap<String, Timestamp>,
+    /// Regions whose set could not be written, and why.
+    unwritten: BTreeMap<String, String>,
+    writer: UnboundedSender<(String, Vec<u8>)>,
     enforced: report::Enforced,
     verified: report::Verified,
     started: Timestamp,
@@ -110,42 +218,66 @@ pub async fn run(options: Options) -> Result<()> {
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
     let filter = Filter::open(&options.bpffs, options.max_prefixes)?;
-    let loaded = load(&options.policy, &Regions::new())?;
+    let loaded = load(&options.policy)?;
     let listener = listen(&options.socket).await?;
-    let mut events = link_events()?;
+    let mut links = link_events()?;
+    let (watches, mut files) = file_events();
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let (events, mut happened) = unbounded_channel();
+    let (writer, writing) = unbounded_channel();
+    let directory = regions_directory(&options.state_dir);
+    let writes = tokio::spawn(write(directory, writing, events.clone()));
 
-    let agent = Agent::start(options.clone(), filter, loaded).await?;
+    let agent = Agent::start(options.clone(), filter, loaded, watches, writer).await?;
     let shared = Shared {
         agent: Arc::new(Mutex::new(Some(agent))),
+        reloading: Arc::default(),
         detached: Arc::default(),
+        changed: Arc::default(),
     };
     let stop = Arc::new(Notify::new());
     let stopped = stop.clone();
-    let server = axum::serve(listener, router(shared.clone()))
+    let server = axum::serve(listener, control::router(shared.clone()))
         .with_graceful_shutdown(async move { stopped.notified().await });
     let server = tokio::spawn(server.into_future());
 
     // Where there is no agent any more, it was detached, and the loop is about to end.
     loop {
-        let expiry = match shared.agent().await {
-            Ok(agent) => agent.compiled.next_expiry,
-            Err(_) => None,
+        let (expiry, refresh) = match shared.agent().await {
+            Ok(mut agent) => {
+                for question in agent.questions_due() {
+                    let events = events.clone();
+                    tokio::spawn(async move {
+                        let _ = events.send(Event::Answered(question.ask().await));
+                    });
+                }
+                (agent.compiled.next_expiry, agent.until_refresh())
+            }
+            Err(_) => (None, Duration::MAX),
         };
         tokio::select! {
             _ = hangup.recv() => {
-                if let Ok(mut agent) = shared.agent().await {
-                    // What was wrong is logged by then.
-                    let _ = agent.reload().await;
-                }
+                // Its look-ups may take a while; what is wrong is logged.
+                tokio::spawn(shared.clone().reload());
             }
-            Some(()) = events.next() => {
+            Some(()) = links.next() => {
                 // One look at the interfaces answers all that was announced by now.
-                while let Some(Some(())) = events.next().now_or_never() {}
+                while let Some(Some(())) = links.next().now_or_never() {}
                 if let Ok(mut agent) = shared.agent().await {
                     agent.heal().await;
+                }
+            }
+            Some(()) = files.next() => {
+                while let Some(Some(())) = files.next().now_or_never() {}
+                if let Ok(mut agent) = shared.agent().await {
+                    agent.files_changed();
+                }
+            }
+            Some(event) = happened.recv() => {
+                if let Ok(mut agent) = shared.agent().await {
+                    agent.happened(event).await;
                 }
             }
             () = tokio::time::sleep(until(expiry)) => {
@@ -153,6 +285,12 @@ pub async fn run(options: Options) -> Result<()> {
                     agent.expire().await;
                 }
             }
+            () = tokio::time::sleep(refresh) => {
+                if let Ok(mut agent) = shared.agent().await {
+                    agent.tick().await;
+                }
+            }
+            () = shared.changed.notified() => {}
             () = shared.detached.notified() => break,
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
@@ -160,7 +298,7 @@ pub async fn run(options: Options) -> Result<()> {
     }
     // Requests under way get their answers, in bounded time.
     stop.notify_one();
-    let _ = tokio::time::timeout(Duration::from_secs(1), server).await;
+    let _ = tokio::time::timeout(LAST_WORDS, server).await;
     match shared.agent.lock().await.take() {
         Some(agent) => {
             let names = agent.loaded.policy.interfaces.join(", ");
@@ -168,7 +306,48 @@ pub async fn run(options: Options) -> Result<()> {
         }
         None => log("detached; nothing is filtered any more"),
     }
+    // The agent held the writer's other end.
+    let _ = tokio::time::timeout(LAST_WORDS, writes).await;
     fs::remove_file(&options.socket).with_context(|| format!("remove {}", options.socket.display()))
+}
+
+/// How long a directory is left alone after a change: programs that replace files make several.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// How long what is under way at the end may take.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+fn regions_directory(state_dir: &Path) -> PathBuf {
+    state_dir.join("regions")
+}
+
+/// Writes sets to disk, one after the other; a disk that is slow delays nothing else.
+async fn write(
+    directory: PathBuf,
+    mut sets: UnboundedReceiver<(String, Vec<u8>)>,
+    events: UnboundedSender<Event>,
+) {
+    while let Some((region, text)) = sets.recv().await {
+        let (directory, name) = (directory.clone(), region.clone());
+        let written = tokio::task::spawn_blocking(move || kept::write(&directory, &name, &text));
+        let outcome = written.await.context("write to disk").flatten();
+        let _ = events.send(Event::Written { region, outcome });
+    }
+}
+
+/// A stream that yields when a watched directory changes, and what to have watched with it. Where the
+/// kernel grants none, files are read again now and then.
+fn file_events() -> (Option<Watches>, impl Stream<Item = ()> + Unpin) {
+    let stream = Inotify::init().and_then(|inotify| inotify.into_event_stream([0; 4096]));
+    match stream {
+        Ok(stream) => (Some(stream.watches()), stream.map(|_| ()).left_stream()),
+        Err(error) => {
+            log(&format!(
+                "warning: files are not watched, only read again: {error}"
+            ));
+            (None, futures_util::stream::pending().right_stream())
+        }
+    }
 }
 
 /// One line for the journal.
@@ -224,18 +403,35 @@ fn milliseconds(since: Instant) -> f64 {
 }
 
 impl Agent {
-    async fn start(options: Options, mut filter: Filter, loaded: Loaded) -> Result<Self> {
-        let (_, compiled, enforced) = enforce(&mut filter, &loaded, &[]).await?;
+    async fn start(
+        options: Options,
+        mut filter: Filter,
+        loaded: Loaded,
+        watches: Option<Watches>,
+        writer: UnboundedSender<(String, Vec<u8>)>,
+    ) -> Result<Self> {
+        let clock = Clock::start();
+        let regions = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await?;
+        let (_, compiled, enforced) = enforce(&mut filter, &loaded, &regions, &[]).await?;
         let verified = verify(&mut filter, &loaded.policy, &compiled).await?;
         let agent = Self {
             options,
             filter,
             loaded,
+            regions,
             compiled,
+            clock,
+            watches,
+            asked: BTreeMap::new(),
+            questions: 0,
+            written: BTreeMap::new(),
+            unwritten: BTreeMap::new(),
+            writer,
             enforced,
             verified,
             started: Timestamp::now(),
         };
+        agent.forget_unused();
         log(&agent.summary());
         Ok(agent)
     }
@@ -253,31 +449,243 @@ impl Agent {
         )
     }
 
-    /// Enforces the policy file as it is now, or leaves all as it is.
-    async fn reload(&mut self) -> Result<report::Reloaded> {
-        let reloaded = self.try_reload().await;
-        match &reloaded {
-            Ok(_) => log(&self.summary()),
-            Err(error) => log(&format!("{error:#}")),
-        }
-        reloaded
-    }
-
-    async fn try_reload(&mut self) -> Result<report::Reloaded> {
-        const REFUSED: &str = "reload refused, nothing is changed";
-        let loaded = load(&self.options.policy, &self.loaded.regions).context(REFUSED)?;
+    /// Enforces a policy, with what was answered about its regions, or leaves all as it is.
+    async fn enforce(
+        &mut self,
+        loaded: Loaded,
+        answers: BTreeMap<String, Result<Answer>>,
+    ) -> Result<report::Reloaded> {
+        let asked: Vec<String> = answers.keys().cloned().collect();
+        let regions = region::next(&loaded.policy, &self.regions, answers, self.clock.now())?;
         let known = &self.loaded.policy.interfaces;
-        let enforced = enforce(&mut self.filter, &loaded, known).await;
-        let (plan, compiled, enforced) = enforced.context(REFUSED)?;
+        let (plan, compiled, enforced) =
+            enforce(&mut self.filter, &loaded, &regions, known).await?;
         self.loaded = loaded;
+        self.regions = regions;
         self.compiled = compiled;
         self.enforced = enforced;
+        for name in asked {
+            // What was asked about it before is overtaken.
+            self.asked.remove(&name);
+            self.keep(&name, true);
+        }
+        self.forget_unused();
         self.verify().await?;
         Ok(report::Reloaded {
             plan,
             enforced: self.enforced.clone(),
             verified: self.verified.clone(),
         })
+    }
+
+    /// Of regions that no rule names any more nothing is kept: it would be out of date when one does.
+    fn forget_unused(&self) {
+        let directory = regions_directory(&self.options.state_dir);
+        if let Err(error) = kept::keep_only(&directory, |name| self.regions.contains_key(name)) {
+            log(&format!("warning: {error:#}"));
+        }
+    }
+
+    /// Notes that a region is being asked about.
+    pub fn question(&mut self, name: &str) -> Result<Question> {
+        let state = self.regions.get(name).with_context(|| {
+            format!(
+                "no rule names region {name}; there are rules with {}",
+                list(self.regions.keys())
+            )
+        })?;
+        self.questions += 1;
+        self.asked.insert(name.into(), self.questions);
+        Ok(Question {
+            region: name.into(),
+            number: self.questions,
+            source: state.region.source.clone(),
+            guards: state.region.guards.clone(),
+            version: state.version().cloned(),
+            watches: self.watches.clone(),
+        })
+    }
+
+    /// About the regions whose time has come.
+    fn questions_due(&mut self) -> Vec<Question> {
+        let now = self.clock.now();
+        let due = |(name, state): (&String, &region::State)| {
+            let due = state.next.is_some_and(|next| next <= now);
+            (due && !self.asked.contains_key(name)).then(|| name.clone())
+        };
+        let names: Vec<String> = self.regions.iter().filter_map(due).collect();
+        names
+            .iter()
+            .filter_map(|name| self.question(name).ok())
+            .collect()
+    }
+
+    /// How long until a region has to be asked about, or changes by itself.
+    fn until_refresh(&self) -> Duration {
+        let next = self.regions.iter().flat_map(|(name, state)| {
+            let next = state.next.filter(|_| !self.asked.contains_key(name));
+            [next, state.next_tick()]
+        });
+        let Some(next) = next.flatten().min() else {
+            return Duration::MAX;
+        };
+        Duration::try_from(next.duration_since(self.clock.now())).unwrap_or_default()
+    }
+
+    fn files_changed(&mut self) {
+        let soon = self.clock.now() + SETTLE;
+        for state in self.regions.values_mut() {
+            if let RegionSource::File(_) = state.region.source {
+                state.next = Some(soon);
+            }
+        }
+    }
+
+    async fn happened(&mut self, event: Event) {
+        match event {
+            Event::Answered(outcome) => {
+                self.answered(outcome, false).await;
+            }
+            Event::Written { region, outcome } => match outcome {
+                Ok(()) => {
+                    if self.unwritten.remove(&region).is_some() {
+                        log(&format!("region {region}: its set is kept on disk again"));
+                    }
+                }
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    if self.unwritten.get(&region) != Some(&error) {
+                        log(&format!("warning: region {region}: {error}"));
+                    }
+                    self.unwritten.insert(region, error);
+                }
+            },
+        }
+    }
+
+    /// Takes what came of a question, and enforces it. Returns what changed; `None`: nobody asks any
+    /// more.
+    pub async fn answered(&mut self, outcome: Outcome, accept: bool) -> Option<Change> {
+        let Outcome {
+            region,
+            number,
+            answer,
+        } = outcome;
+        if self.asked.get(&region) != Some(&number) {
+            return None;
+        }
+        self.asked.remove(&region);
+        let now = self.clock.now();
+        let state = self.regions.get_mut(&region)?;
+        let before = state.clone();
+        let change = state.take(answer, accept, now);
+        Some(self.settle(&region, before, change).await)
+    }
+
+    /// What time changes of the regions.
+    async fn tick(&mut self) {
+        let now = self.clock.now();
+        let names: Vec<String> = self.regions.keys().cloned().collect();
+        for name in names {
+            if let Some(state) = self.regions.get_mut(&name)
+                && state.next_tick().is_some_and(|next| next <= now)
+            {
+                let before = state.clone();
+                let change = state.tick(now);
+                self.settle(&name, before, change).await;
+            }
+        }
+    }
+
+    /// Enforces what changed of a region, logs it and keeps it; if the kernel refuses it, the region
+    /// stays what it was before.
+    async fn settle(&mut self, name: &str, before: region::State, change: Change) -> Change {
+        let was_failing = before.failing.then(|| before.error.clone()).flatten();
+        let mut done = change;
+        if !done.is_empty() {
+            let compiled = self.loaded.compile(&self.regions);
+            match self.filter.apply(&compiled) {
+                Ok(_) => {
+                    self.compiled = compiled;
+                    log(&describe(name, &done));
+                    if let Err(error) = self.verify().await {
+                        log(&format!("error: {error:#}"));
+                    }
+                }
+                Err(error) => {
+                    done = Change::default();
+                    if let Some(state) = self.regions.get_mut(name) {
+                        *state = before;
+                        state.fail(format!("{error:#}"), self.clock.now());
+                    }
+                }
+            }
+        }
+        if let Some(state) = self.regions.get(name) {
+            match (&was_failing, &state.error) {
+                (_, Some(error)) if state.failing => {
+                    // Once, however often it is tried again.
+                    if was_failing.is_none_or(|was| was.text != error.text) {
+                        let consequence = self.consequence(state);
+                        log(&format!(
+                            "warning: region {name}: {}; {consequence}",
+                            error.text
+                        ));
+                    }
+                }
+                (Some(_), _) => log(&format!("region {name}: answers again")),
+                (None, _) => {}
+            }
+        }
+        self.keep(name, !done.is_empty());
+        done
+    }
+
+    /// What a region that fails means for who gets in.
+    fn consequence(&self, state: &region::State) -> String {
+        match &state.set {
+            Some(set) => format!(
+                "the last good set stays in force ({}, confirmed {})",
+                counted(set.prefixes.len(), "prefix", "prefixes"),
+                self.clock
+                    .on_host(set.confirmed)
+                    .round(Unit::Second)
+                    .unwrap_or(set.confirmed)
+            ),
+            None => "it has no addresses and allows nobody".into(),
+        }
+    }
+
+    /// Has a region's set written to disk, if it changed or its time there is old.
+    fn keep(&mut self, name: &str, changed: bool) {
+        let now = self.clock.now();
+        let old = self
+            .written
+            .get(name)
+            .is_none_or(|&written| written + WRITE_AGAIN <= now);
+        let Some(state) = self.regions.get(name) else {
+            return;
+        };
+        let (true, Some(set)) = (changed || old, &state.set) else {
+            return;
+        };
+        let source = &state.region.source;
+        if let RegionSource::Prefixes(_) = source {
+            return;
+        }
+        let mut set = set.clone();
+        set.confirmed = self.clock.on_host(set.confirmed);
+        for (_, until) in &mut set.retiring {
+            *until = self.clock.on_host(*until);
+        }
+        match kept::encode(name, source, &set) {
+            Ok(text) => {
+                // The writer lives as long as the agent.
+                let _ = self.writer.send((name.into(), text));
+                self.written.insert(name.into(), now);
+            }
+            Err(error) => log(&format!("warning: region {name}: {error:#}")),
+        }
     }
 
     async fn verify(&mut self) -> Result<()> {
@@ -323,7 +731,7 @@ impl Agent {
         if expiry > Timestamp::now() {
             return;
         }
-        let compiled = self.loaded.compile();
+        let compiled = self.loaded.compile(&self.regions);
         match self.filter.apply(&compiled) {
             Ok(_) => {
                 self.enforced.next_expiry = compiled.next_expiry;
@@ -344,13 +752,15 @@ impl Agent {
     }
 
     /// Read back from the kernel, every time: netlink, the links and the counters.
-    async fn status(&mut self, reverify: bool) -> Result<report::Status> {
+    pub async fn status(&mut self, reverify: bool) -> Result<report::Status> {
         if reverify {
             self.verify().await?;
         }
         let host = host::interfaces().await?;
-        let warnings = warnings(&self.loaded, &self.compiled, &host);
-        let mut errors = link_errors(&self.filter, &self.loaded.policy, &host)?;
+        let mut warnings = warnings(&self.loaded, &self.compiled, &host);
+        warnings.extend(self.region_warnings());
+        let mut errors = self.region_errors();
+        errors.extend(link_errors(&self.filter, &self.loaded.policy, &host)?);
         for error in &self.verified.errors {
             if !errors.contains(error) {
                 errors.push(format!("at {}: {error}", self.verified.at));
@@ -418,7 +828,7 @@ impl Agent {
     }
 
     /// Rules that have expired are listed too: they are in the file.
-    fn rules(&self, database: Option<&str>) -> Result<Vec<report::Rule>> {
+    pub fn rules(&self, database: Option<&str>) -> Result<Vec<report::Rule>> {
         self.known(database)?;
         let hits = self.filter.hits()?;
         let mut rules = Vec::new();
@@ -473,23 +883,76 @@ impl Agent {
         Ok(())
     }
 
-    fn regions(&self) -> Vec<report::Region> {
+    pub fn regions(&self) -> Vec<report::Region> {
         let region = |(name, region): (&String, &Region)| {
-            let resolved = self.loaded.regions.get(name);
+            let state = self.regions.get(name);
+            let set = state.and_then(|state| state.set.as_ref());
+            let on_host = |at: Timestamp| self.clock.on_host(at);
+            let retiring = set.map(|set| set.retiring.as_slice()).unwrap_or_default();
             report::Region {
                 name: name.clone(),
-                source: region.to_string(),
-                used: resolved.is_some(),
-                prefixes: resolved.map(|r| r.prefixes.to_vec()).unwrap_or_default(),
-                resolved: resolved.map(|r| r.at),
+                source: region.source.to_string(),
+                used: state.is_some(),
+                prefixes: set.map(|set| set.prefixes.to_vec()).unwrap_or_default(),
+                retiring: retiring
+                    .iter()
+                    .map(|&(prefix, until)| report::Retiring {
+                        prefix,
+                        until: on_host(until),
+                    })
+                    .collect(),
+                confirmed: set.map(|set| on_host(set.confirmed)),
+                next: state.and_then(|state| state.next).map(on_host),
+                failing: state.is_some_and(|state| state.failing),
+                error: state
+                    .and_then(|state| state.error.as_ref())
+                    .map(|error| report::Error {
+                        at: on_host(error.at),
+                        text: error.text.clone(),
+                    }),
+                change: state.and_then(|state| state.change.as_ref()).map(|change| {
+                    report::Change {
+                        at: change.at.map(on_host),
+                        added: change.added.clone(),
+                        left: change.left.clone(),
+                        removed: change.removed.clone(),
+                    }
+                }),
             }
         };
         self.loaded.policy.regions.iter().map(region).collect()
     }
 
+    /// Regions in use that allow nobody.
+    fn region_errors(&self) -> Vec<String> {
+        let without = self.regions.iter().filter(|(_, state)| state.set.is_none());
+        let error = without.map(|(name, state)| {
+            let why = match &state.error {
+                Some(error) => &error.text,
+                None => "not looked up yet",
+            };
+            format!("region {name} has no addresses and allows nobody: {why}")
+        });
+        error.collect()
+    }
+
+    /// Regions whose last look-up failed, and those that a restart would not find on disk.
+    fn region_warnings(&self) -> Vec<String> {
+        let failing = self.regions.iter().filter_map(|(name, state)| {
+            let (true, Some(_), Some(error)) = (state.failing, &state.set, &state.error) else {
+                return None;
+            };
+            let consequence = self.consequence(state);
+            Some(format!("region {name}: {}; {consequence}", error.text))
+        });
+        let unwritten = self.unwritten.iter();
+        let unwritten = unwritten.map(|(name, error)| format!("region {name}: {error}"));
+        failing.chain(unwritten).collect()
+    }
+
     /// The verdict comes from the attached program, the rule from the kernel's map; that the two agree
     /// is checked.
-    fn explain(
+    pub fn explain(
         &mut self,
         source: IpAddr,
         database: Option<&str>,
@@ -543,14 +1006,68 @@ impl Agent {
     }
 }
 
+/// The regions at a start: as they were kept, and files as they are now. The network may not be there
+/// yet: what needs it comes later.
+async fn first_regions(
+    options: &Options,
+    policy: &Policy,
+    watches: Option<&Watches>,
+    clock: Clock,
+) -> Result<Regions> {
+    let now = clock.now();
+    let mut regions = region::next(policy, &Regions::new(), BTreeMap::new(), now)?;
+    let directory = regions_directory(&options.state_dir);
+    for (name, state) in &mut regions {
+        let Region { source, guards } = state.region.clone();
+        if let RegionSource::Prefixes(_) = source {
+            continue;
+        }
+        let restored = kept::read(&directory, name, &source).and_then(|set| {
+            let Some(set) = set else { return Ok(()) };
+            let restored = state.restore(set, now);
+            restored.context("the set that was kept on disk is ignored")
+        });
+        if let Err(error) = restored {
+            log(&format!("warning: region {name}: {error:#}"));
+        }
+        if let RegionSource::File(_) = source {
+            let answer = lookup::ask(&source, &guards, state.version(), watches).await;
+            state.take(answer, false, now);
+            if let (true, Some(error)) = (state.failing, &state.error) {
+                log(&format!("warning: region {name}: {}", error.text));
+            }
+        }
+    }
+    Ok(regions)
+}
+
+/// What changed of a region, in one line.
+fn describe(name: &str, change: &Change) -> String {
+    let part = |what: &str, prefixes: &[IpNet]| {
+        let named = list(prefixes.iter().take(NAMED));
+        match prefixes.len() {
+            0 => None,
+            count @ ..=NAMED => Some(format!("{count} {what} ({named})")),
+            count => Some(format!("{count} {what} ({named} and more)")),
+        }
+    };
+    let parts = [
+        part("added", &change.added),
+        part("left, still allowed for a time", &change.left),
+        part("removed", &change.removed),
+    ];
+    format!("region {name}: {}", list(parts.into_iter().flatten()))
+}
+
 /// Makes the kernel enforce `loaded`. An interface among `known` may be missing: it was there and is
 /// gone, which must not keep the others from their rules.
 async fn enforce(
     filter: &mut Filter,
     loaded: &Loaded,
+    regions: &Regions,
     known: &[String],
 ) -> Result<(report::Plan, Compiled, report::Enforced)> {
-    let compiled = loaded.compile();
+    let compiled = loaded.compile(regions);
     let compiled_ms = milliseconds(loaded.since);
     let (mut plan, wanted) = interfaces(filter, loaded, &compiled, known).await?;
     let mode = loaded.policy.mode;
@@ -780,127 +1297,120 @@ fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
         .join(", ")
 }
 
+/// The agent as the main loop and the control socket share it.
 #[derive(Clone)]
-struct Shared {
+pub struct Shared {
     /// `None` once the filter was detached.
     agent: Arc<Mutex<Option<Agent>>>,
+    /// Held for the length of a reload, which looks things up without the agent.
+    reloading: Arc<Mutex<()>>,
     detached: Arc<Notify>,
+    /// Something may be due sooner than the main loop knows.
+    changed: Arc<Notify>,
 }
 
 impl Shared {
-    async fn agent(&self) -> Result<MappedMutexGuard<'_, Agent>> {
+    pub async fn agent(&self) -> Result<MappedMutexGuard<'_, Agent>> {
         let guard = self.agent.lock().await;
         MutexGuard::try_map(guard, Option::as_mut).map_err(|_| anyhow!("the filter was detached"))
     }
-}
 
-/// An error as the control socket tells it.
-struct Failed(anyhow::Error);
-
-impl IntoResponse for Failed {
-    fn into_response(self) -> Response {
-        let error = format!("{:#}", self.0);
-        (StatusCode::CONFLICT, Json(report::Failure { error })).into_response()
+    /// Enforces the policy file as it is now, or leaves all as it is.
+    pub async fn reload(self) -> Result<report::Reloaded> {
+        let _one = self.reloading.lock().await;
+        let reloaded = self.try_reload().await;
+        let reloaded = reloaded.context("reload refused, nothing is changed");
+        match &reloaded {
+            Ok(_) => log(&self.agent().await?.summary()),
+            Err(error) => log(&format!("{error:#}")),
+        }
+        self.changed.notify_one();
+        reloaded
     }
-}
 
-impl From<anyhow::Error> for Failed {
-    fn from(error: anyhow::Error) -> Self {
-        Self(error)
+    async fn try_reload(&self) -> Result<report::Reloaded> {
+        let file = self.agent().await?.options.policy.clone();
+        let (loaded, answers) = self.prepare(&file).await?;
+        self.agent().await?.enforce(loaded, answers).await
     }
-}
 
-type Answer<T> = Result<Json<T>, Failed>;
+    /// A policy file and what must be asked about its regions, without the agent meanwhile.
+    async fn prepare(&self, file: &Path) -> Result<(Loaded, BTreeMap<String, Result<Answer>>)> {
+        let loaded = load(file)?;
+        let (ask, watches) = {
+            let agent = self.agent().await?;
+            (
+                region::to_ask(&loaded.policy, &agent.regions),
+                agent.watches.clone(),
+            )
+        };
+        let answers = look_up(&loaded.policy, ask, watches.as_ref()).await;
+        Ok((loaded, answers))
+    }
 
-fn router(shared: Shared) -> Router {
-    Router::new()
-        .route("/status", get(status))
-        .route("/rules", get(rules))
-        .route("/regions", get(regions))
-        .route("/explain", get(explain))
-        .route("/plan", get(plan))
-        .route("/reload", post(reload))
-        .route("/detach", post(detach))
-        .with_state(shared)
-}
+    /// What a policy file would change. `None`: the one that is enforced, as it is now.
+    pub async fn plan(&self, file: Option<PathBuf>) -> Result<report::Plan> {
+        let file = match file {
+            Some(file) => file,
+            None => self.agent().await?.options.policy.clone(),
+        };
+        let (loaded, answers) = self.prepare(&file).await?;
+        let agent = self.agent().await?;
+        let now = agent.clock.now();
+        let regions = region::next(&loaded.policy, &agent.regions, answers, now)?;
+        let compiled = loaded.compile(&regions);
+        let known = &agent.loaded.policy.interfaces;
+        let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, known).await?;
+        plan.difference = agent.filter.plan(&compiled)?;
+        Ok(plan)
+    }
 
-#[derive(Deserialize)]
-struct StatusQuery {
-    #[serde(default)]
-    verify: bool,
-}
+    /// Looks up a region, or all, now.
+    pub async fn refresh(
+        self,
+        region: Option<String>,
+        accept: bool,
+    ) -> Result<Vec<report::Refreshed>> {
+        let questions: Result<Vec<Question>> = {
+            let mut agent = self.agent().await?;
+            let names = match region {
+                Some(name) => vec![name],
+                None => agent.regions.keys().cloned().collect(),
+            };
+            names.iter().map(|name| agent.question(name)).collect()
+        };
+        let outcomes = join_all(questions?.into_iter().map(Question::ask)).await;
+        let mut agent = self.agent().await?;
+        let mut refreshed = Vec::new();
+        for outcome in outcomes {
+            let name = outcome.region.clone();
+            let change = agent.answered(outcome, accept).await.unwrap_or_default();
+            let state = agent.regions.get(&name);
+            let error = state
+                .filter(|state| state.failing)
+                .and_then(|state| state.error.as_ref());
+            refreshed.push(report::Refreshed {
+                error: error.map(|error| error.text.clone()),
+                prefixes: state
+                    .and_then(|state| state.set.as_ref())
+                    .map_or(0, |s| s.prefixes.len()),
+                region: name,
+                added: change.added,
+                left: change.left,
+                removed: change.removed,
+            });
+        }
+        self.changed.notify_one();
+        Ok(refreshed)
+    }
 
-async fn status(
-    State(shared): State<Shared>,
-    Query(query): Query<StatusQuery>,
-) -> Answer<report::Status> {
-    Ok(Json(shared.agent().await?.status(query.verify).await?))
-}
-
-#[derive(Deserialize)]
-struct RulesQuery {
-    database: Option<String>,
-}
-
-async fn rules(
-    State(shared): State<Shared>,
-    Query(query): Query<RulesQuery>,
-) -> Answer<Vec<report::Rule>> {
-    Ok(Json(
-        shared.agent().await?.rules(query.database.as_deref())?,
-    ))
-}
-
-async fn regions(State(shared): State<Shared>) -> Answer<Vec<report::Region>> {
-    Ok(Json(shared.agent().await?.regions()))
-}
-
-#[derive(Deserialize)]
-struct ExplainQuery {
-    source: IpAddr,
-    database: Option<String>,
-}
-
-async fn explain(
-    State(shared): State<Shared>,
-    Query(query): Query<ExplainQuery>,
-) -> Answer<Vec<report::Explanation>> {
-    let mut agent = shared.agent().await?;
-    Ok(Json(
-        agent.explain(query.source, query.database.as_deref())?,
-    ))
-}
-
-#[derive(Deserialize)]
-struct PlanQuery {
-    /// `None`: the policy file of the daemon.
-    file: Option<PathBuf>,
-}
-
-async fn plan(
-    State(shared): State<Shared>,
-    Query(query): Query<PlanQuery>,
-) -> Answer<report::Plan> {
-    let agent = shared.agent().await?;
-    let file = query.file.as_ref().unwrap_or(&agent.options.policy);
-    let loaded = load(file, &agent.loaded.regions)?;
-    let known = &agent.loaded.policy.interfaces;
-    let compiled = loaded.compile();
-    let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, known).await?;
-    plan.difference = agent.filter.plan(&compiled)?;
-    Ok(Json(plan))
-}
-
-async fn reload(State(shared): State<Shared>) -> Answer<report::Reloaded> {
-    Ok(Json(shared.agent().await?.reload().await?))
-}
-
-/// Answers with the names of the interfaces that are no longer filtered.
-async fn detach(State(shared): State<Shared>) -> Answer<Vec<String>> {
-    let agent = shared.agent.lock().await.take();
-    let agent = agent.context("the filter was detached")?;
-    let interfaces = agent.loaded.policy.interfaces.clone();
-    agent.filter.remove()?;
-    shared.detached.notify_one();
-    Ok(Json(interfaces))
+    /// Stops filtering. Returns the names of the interfaces that are no longer filtered.
+    pub async fn detach(&self) -> Result<Vec<String>> {
+        let agent = self.agent.lock().await.take();
+        let agent = agent.context("the filter was detached")?;
+        let interfaces = agent.loaded.policy.interfaces.clone();
+        agent.filter.remove()?;
+        self.detached.notify_one();
+        Ok(interfaces)
+    }
 }

@@ -2,10 +2,14 @@
 
 pub mod cli;
 pub mod compile;
+mod control;
 pub mod daemon;
 pub mod filter;
+pub mod format;
 pub mod host;
 pub mod image;
+pub mod kept;
+pub mod lookup;
 pub mod policy;
 pub mod probe;
 pub mod region;

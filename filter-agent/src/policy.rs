@@ -3,17 +3,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
+    time::Duration,
 };
 
 use filter_common::{MAX_DATABASES, MAX_LOCALS, MAX_NAME, MAX_RULES, Protocol};
 use ipnet::{IpNet, Ipv4Net};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use serde::{
     Deserialize, Deserializer, Serialize,
     de::{self, DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor},
 };
+use serde_json_path::JsonPath;
 use serde_yaml::{Mapping, Value};
 
 /// A policy that holds: every name resolves, every number is in range, no two databases claim the
@@ -39,27 +41,175 @@ pub enum Mode {
     Generic,
 }
 
-/// Where a region's prefixes come from.
+/// A set of prefixes that changes by itself.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Region {
+pub struct Region {
+    pub source: RegionSource,
+    pub guards: Guards,
+}
+
+/// Where a region's prefixes come from.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RegionSource {
     Prefixes(Vec<IpNet>),
     File(PathBuf),
-    /// Names whose A and AAAA records are the region's addresses.
-    Dns(Vec<String>),
-    Url {
-        url: String,
-        select: BTreeMap<String, String>,
+    Dns(Dns),
+    Url(Url),
+}
+
+/// Names whose A and AAAA records are the region's addresses.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Dns {
+    pub names: Vec<String>,
+    /// Empty: those of `/etc/resolv.conf`.
+    pub nameservers: Vec<Nameserver>,
+    /// Whether every record must be signed, from the trust anchor on.
+    pub dnssec: bool,
+    /// DNSKEY records in presentation format; `None`: the root's.
+    pub trust_anchor: Option<PathBuf>,
+    /// Certificates (PEM) that sign the name servers'; `None`: the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Nameserver {
+    pub address: IpAddr,
+    /// `None`: the transport's own (53, 853, 443).
+    pub port: Option<u16>,
+    pub transport: Transport,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// UDP, and TCP for answers that do not fit.
+    Plain,
+    /// RFC 7858; `name` is what the certificate must be for.
+    Tls { name: String },
+    /// RFC 8484.
+    Https { name: String, path: String },
+}
+
+/// A published list.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Url {
+    pub url: String,
+    pub select: Select,
+    /// Whether plain http will do.
+    pub insecure: bool,
+    /// Certificates (PEM) that sign the server's; `None`: the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// How a list is written, and which of its prefixes are meant. Fields are named as the publisher
+/// names them; `docs/policy.md` has the addresses of their pages.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(tag = "format", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Select {
+    /// One prefix a line, `#` begins a comment.
+    Text {},
+    /// Strings selected by a JSONPath query (RFC 9535).
+    Json {
+        path: JsonPath,
+    },
+    Aws {
+        region: String,
+        service: Option<String>,
+    },
+    Gcp {
+        scope: String,
+        service: Option<String>,
+    },
+    Azure {
+        tag: String,
+    },
+    Cloudflare {},
+    Github {
+        key: String,
+    },
+    Oracle {
+        region: String,
+        tag: Option<String>,
+    },
+    /// A geofeed (RFC 8805), which DigitalOcean and others publish.
+    #[serde(alias = "geofeed")]
+    Digitalocean {
+        country: Option<String>,
+        region: Option<String>,
+        city: Option<String>,
     },
 }
 
+/// What an answer about a region must keep to, and when to ask again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Guards {
+    /// Whether private addresses (RFC 1918, 6598, 4193) may be among the prefixes.
+    pub private: bool,
+    pub max_prefixes: usize,
+    /// Members that may leave at once, in per cent.
+    pub max_shrink: u8,
+    /// For how long a set that lost more than that must be repeated to be taken.
+    pub shrink_after: Duration,
+    /// For how long a member that left stays allowed.
+    pub retire_after: Duration,
+    /// For how long a set stays in force that is not confirmed; `None`: for ever.
+    pub max_age: Option<Duration>,
+    /// Bounds of the time to the next look-up; failures are tried again from the first to the second.
+    pub min_refresh: Duration,
+    pub max_refresh: Duration,
+    /// Of a look-up as a whole.
+    pub timeout: Duration,
+}
+
+impl Guards {
+    /// A file is the operator's own: what leaves it is meant to, and at once.
+    fn default_for(source: &RegionSource) -> Self {
+        let file = matches!(source, RegionSource::File(_));
+        let url = matches!(source, RegionSource::Url(_));
+        Self {
+            private: false,
+            max_prefixes: 100_000,
+            max_shrink: if file { 100 } else { 50 },
+            shrink_after: Duration::from_mins(10),
+            retire_after: if file {
+                Duration::ZERO
+            } else {
+                Duration::from_hours(1)
+            },
+            max_age: None,
+            min_refresh: Duration::from_secs(if url { 10 } else { 1 }),
+            max_refresh: Duration::from_mins(if url { 5 } else { 1 }),
+            timeout: Duration::from_secs(if url { 30 } else { 5 }),
+        }
+    }
+}
+
+impl Region {
+    fn new(source: RegionSource) -> Self {
+        Self {
+            guards: Guards::default_for(&source),
+            source,
+        }
+    }
+
+    fn built_in(name: &str) -> Option<Self> {
+        let (_, host) = BUILT_IN.into_iter().find(|&(region, _)| region == name)?;
+        Some(Self::new(RegionSource::Dns(Dns {
+            names: vec![host.into()],
+            ..Dns::default()
+        })))
+    }
+}
+
 /// Where the prefixes come from, in a few words.
-impl fmt::Display for Region {
+impl fmt::Display for RegionSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Prefixes(_) => f.write_str("policy"),
             Self::File(path) => write!(f, "file {}", path.display()),
-            Self::Dns(names) => write!(f, "dns {}", names.join(", ")),
-            Self::Url { url, .. } => write!(f, "url {url}"),
+            Self::Dns(dns) => write!(f, "dns {}", dns.names.join(", ")),
+            Self::Url(url) => write!(f, "url {}", url.url),
         }
     }
 }
@@ -129,6 +279,7 @@ impl fmt::Display for Source {
 pub struct Problem {
     /// Counted from 1.
     pub line: Option<usize>,
+    pub region: Option<String>,
     pub database: Option<String>,
     /// Place in the database's `rules`, counted from 1.
     pub rule: Option<usize>,
@@ -140,6 +291,9 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(line) = self.line {
             write!(f, "line {line}: ")?;
+        }
+        if let Some(region) = &self.region {
+            write!(f, "region {region}: ")?;
         }
         match (&self.database, self.rule) {
             (Some(database), Some(rule)) => write!(f, "database {database}, rule {rule}: ")?,
@@ -184,6 +338,7 @@ pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
     if reader.unlisted > 0 {
         reader.problems.push(Problem {
             line: None,
+            region: None,
             database: None,
             rule: None,
             message: format!("and {} more problems", reader.unlisted),
@@ -202,6 +357,7 @@ fn structural(error: &serde_yaml::Error) -> Problem {
     }
     Problem {
         line,
+        region: None,
         database: None,
         rule: None,
         message: plain(&message),
@@ -236,10 +392,47 @@ struct RawFile {
 #[serde(deny_unknown_fields)]
 struct RawRegion {
     dns: Option<Vec<String>>,
+    nameservers: Option<Vec<String>>,
+    dnssec: Option<RawDnssec>,
+    trust_anchor: Option<PathBuf>,
     url: Option<String>,
-    select: Option<BTreeMap<String, String>>,
+    select: Option<Value>,
+    insecure: Option<bool>,
+    ca_file: Option<PathBuf>,
     file: Option<PathBuf>,
     prefixes: Option<Vec<String>>,
+    private: Option<bool>,
+    max_prefixes: Option<i64>,
+    max_shrink: Option<RawScalar>,
+    shrink_after: Option<RawScalar>,
+    retire_after: Option<RawScalar>,
+    max_age: Option<RawScalar>,
+    min_refresh: Option<RawScalar>,
+    max_refresh: Option<RawScalar>,
+    timeout: Option<RawScalar>,
+}
+
+/// Text that YAML may take for a number, such as a duration without its unit.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum RawScalar {
+    Text(String),
+    Number(i64),
+}
+
+impl fmt::Display for RawScalar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(text) => f.write_str(text),
+            Self::Number(number) => number.fmt(f),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawDnssec {
+    Require,
 }
 
 #[derive(Deserialize)]
@@ -293,6 +486,7 @@ enum Step {
 #[derive(Clone, Debug)]
 struct At {
     path: Vec<Step>,
+    region: Option<String>,
     database: Option<String>,
     rule: Option<usize>,
 }
@@ -301,6 +495,7 @@ impl At {
     fn top(key: &str) -> Self {
         Self {
             path: vec![Step::Key(key.into())],
+            region: None,
             database: None,
             rule: None,
         }
@@ -457,77 +652,311 @@ impl Reader<'_> {
     }
 
     fn regions(&mut self, raw: Mapping) -> BTreeMap<String, Region> {
-        let built_in = BUILT_IN.map(|(name, dns)| (name.into(), Region::Dns(vec![dns.into()])));
-        let mut regions = BTreeMap::from(built_in);
+        let built_in = BUILT_IN.map(|(name, _)| Some((name.into(), Region::built_in(name)?)));
+        let mut regions = BTreeMap::from_iter(built_in.into_iter().flatten());
         let top = At::top("regions");
         for (key, value) in raw {
             let Some(name) = key.as_str() else {
                 self.problem(&top, "the name of a region is not text");
                 continue;
             };
-            let at = top.key(name);
+            let mut at = top.key(name);
             if let Err(message) = check_name(name) {
                 self.problem(&at, format!("region {name:?}: {message}"));
             }
-            let Some(raw) = self.shape::<RawRegion>(&at, &format!("region {name}: "), value) else {
-                // Defined, if badly: rules that name it are not at fault.
-                regions.insert(name.into(), Region::Prefixes(Vec::new()));
-                continue;
-            };
-            let region = self.region(&at, name, raw);
+            at.region = Some(name.into());
+            let region = self.shape::<RawRegion>(&at, "", value);
+            let region = region.and_then(|raw| self.region(&at, name, raw));
+            // Defined, if badly: rules that name it are not at fault.
+            let region = region.unwrap_or_else(|| Region::new(RegionSource::Prefixes(Vec::new())));
             regions.insert(name.into(), region);
         }
         regions
     }
 
-    fn region(&mut self, at: &At, name: &str, raw: RawRegion) -> Region {
-        if raw.select.is_some() && raw.url.is_none() {
-            self.problem(
-                &at.key("select"),
-                format!("region {name}: select goes with url"),
-            );
+    fn region(&mut self, at: &At, name: &str, mut raw: RawRegion) -> Option<Region> {
+        let source = self.region_source(at, name, &mut raw)?;
+        let constant = matches!(source, RegionSource::Prefixes(_));
+        let asked = "dns, url and file";
+        // The source took what is its own.
+        let left = [
+            ("nameservers", "dns", raw.nameservers.is_some()),
+            ("dnssec", "dns", raw.dnssec.is_some()),
+            (
+                "trust_anchor",
+                "dnssec: require",
+                raw.trust_anchor.is_some(),
+            ),
+            ("select", "url", raw.select.is_some()),
+            ("insecure", "url", raw.insecure.is_some()),
+            (
+                "ca_file",
+                "url, and with nameservers over TLS or HTTPS",
+                raw.ca_file.is_some(),
+            ),
+            ("private", asked, constant && raw.private.is_some()),
+            (
+                "max_prefixes",
+                asked,
+                constant && raw.max_prefixes.is_some(),
+            ),
+            ("max_shrink", asked, constant && raw.max_shrink.is_some()),
+            (
+                "shrink_after",
+                asked,
+                constant && raw.shrink_after.is_some(),
+            ),
+            (
+                "retire_after",
+                asked,
+                constant && raw.retire_after.is_some(),
+            ),
+            ("max_age", asked, constant && raw.max_age.is_some()),
+            ("min_refresh", asked, constant && raw.min_refresh.is_some()),
+            ("max_refresh", asked, constant && raw.max_refresh.is_some()),
+            ("timeout", asked, constant && raw.timeout.is_some()),
+        ];
+        for (field, with, _) in left.into_iter().filter(|(_, _, left)| *left) {
+            self.problem(&at.key(field), format!("{field} goes with {with}"));
         }
-        match (raw.dns, raw.url, raw.file, raw.prefixes) {
-            (Some(names), None, None, None) => {
-                let list = at.key("dns");
-                if names.is_empty() {
-                    self.problem(&list, format!("region {name}: no names to look up"));
-                }
-                for (index, host) in names.iter().enumerate() {
-                    if !is_host_name(host) {
-                        let message = format!("region {name}: {host:?} is no host name");
-                        self.problem(&list.index(index), message);
-                    }
-                }
-                Region::Dns(names)
+        let mut guards = Guards::default_for(&source);
+        guards.private = raw.private.unwrap_or(guards.private);
+        if let Some(number) = raw.max_prefixes {
+            match usize::try_from(number) {
+                Ok(most @ 1..) => guards.max_prefixes = most,
+                _ => self.problem(&at.key("max_prefixes"), "max_prefixes is at least 1"),
             }
-            (None, Some(url), None, None) => {
-                if !url.starts_with("https://") && !url.starts_with("http://") {
-                    let message = format!("region {name}: {url:?} is no http or https URL");
-                    self.problem(&at.key("url"), message);
-                }
-                let select = raw.select.unwrap_or_default();
-                Region::Url { url, select }
+        }
+        if let Some(text) = raw.max_shrink.map(|raw| raw.to_string()) {
+            let percent = text
+                .strip_suffix('%')
+                .and_then(|number| number.parse().ok());
+            match percent.filter(|percent| *percent <= 100) {
+                Some(percent) => guards.max_shrink = percent,
+                None => self.problem(
+                    &at.key("max_shrink"),
+                    format!("max_shrink: {text:?} is no share, such as 50%"),
+                ),
             }
+        }
+        const DAY: Duration = Duration::from_hours(24);
+        let second = Duration::from_secs(1);
+        let month = 31 * DAY;
+        let durations = [
+            (
+                "shrink_after",
+                raw.shrink_after,
+                &mut guards.shrink_after,
+                Duration::ZERO,
+                month,
+            ),
+            (
+                "retire_after",
+                raw.retire_after,
+                &mut guards.retire_after,
+                Duration::ZERO,
+                month,
+            ),
+            (
+                "min_refresh",
+                raw.min_refresh,
+                &mut guards.min_refresh,
+                second,
+                DAY,
+            ),
+            (
+                "max_refresh",
+                raw.max_refresh,
+                &mut guards.max_refresh,
+                second,
+                DAY,
+            ),
+            (
+                "timeout",
+                raw.timeout,
+                &mut guards.timeout,
+                second,
+                Duration::from_mins(10),
+            ),
+        ];
+        for (field, text, duration, least, most) in durations {
+            if let Some(text) = text {
+                *duration = self
+                    .duration(at, field, &text, least, most)
+                    .unwrap_or(*duration);
+            }
+        }
+        if let Some(text) = raw.max_age {
+            let least = guards.max_refresh;
+            guards.max_age = self.duration(at, "max_age", &text, least, 366 * DAY);
+        }
+        if guards.min_refresh > guards.max_refresh {
+            let message = format!(
+                "min_refresh ({}) is longer than max_refresh ({})",
+                spelled(guards.min_refresh),
+                spelled(guards.max_refresh)
+            );
+            self.problem(at, message);
+        }
+        Some(Region { source, guards })
+    }
+
+    fn duration(
+        &mut self,
+        at: &At,
+        field: &str,
+        written: &RawScalar,
+        least: Duration,
+        most: Duration,
+    ) -> Option<Duration> {
+        let text = written.to_string();
+        let span = text.parse::<Span>().ok();
+        let exact = span.and_then(|s| s.to_duration(SpanRelativeTo::days_are_24_hours()).ok());
+        let duration = exact.and_then(|exact| Duration::try_from(exact).ok());
+        let fits = duration.filter(|duration| (least..=most).contains(duration));
+        if fits.is_none() {
+            let message = match duration {
+                None => format!("{field}: {text:?} is no duration, such as 90s, 10m, 1h or 2d"),
+                Some(_) => {
+                    let (least, most) = (spelled(least), spelled(most));
+                    format!("{field}: {text} is not between {least} and {most}")
+                }
+            };
+            self.problem(&at.key(field), message);
+        }
+        fits
+    }
+
+    /// Takes from `raw` what belongs to the source; `None`: it has none, which is reported.
+    fn region_source(&mut self, at: &At, name: &str, raw: &mut RawRegion) -> Option<RegionSource> {
+        let source = (
+            raw.dns.take(),
+            raw.url.take(),
+            raw.file.take(),
+            raw.prefixes.take(),
+        );
+        match source {
+            (Some(names), None, None, None) => Some(self.dns(at, names, raw)),
+            (None, None, None, None) if let Some(built_in) = Region::built_in(name) => {
+                let RegionSource::Dns(Dns { names, .. }) = built_in.source else {
+                    return None;
+                };
+                Some(self.dns(at, names, raw))
+            }
+            (None, Some(url), None, None) => self.url(at, url, raw),
             (None, None, Some(file), None) => {
-                if !file.is_absolute() {
-                    let message = format!("region {name}: {} is no absolute path", file.display());
-                    self.problem(&at.key("file"), message);
-                }
-                Region::File(file)
+                self.absolute(at, "file", &file);
+                Some(RegionSource::File(file))
             }
             (None, None, None, Some(prefixes)) => {
                 if prefixes.is_empty() {
-                    self.problem(&at.key("prefixes"), format!("region {name}: no prefixes"));
+                    self.problem(&at.key("prefixes"), "no prefixes");
                 }
-                Region::Prefixes(self.prefixes(&at.key("prefixes"), Some(&prefixes)))
+                let prefixes = self.prefixes(&at.key("prefixes"), Some(&prefixes));
+                Some(RegionSource::Prefixes(prefixes))
             }
             _ => {
-                let message =
-                    format!("region {name}: exactly one of dns, url, file and prefixes is needed");
-                self.problem(at, message);
-                Region::Prefixes(Vec::new())
+                self.problem(at, "exactly one of dns, url, file and prefixes is needed");
+                None
             }
+        }
+    }
+
+    fn dns(&mut self, at: &At, names: Vec<String>, raw: &mut RawRegion) -> RegionSource {
+        let list = at.key("dns");
+        if names.is_empty() {
+            self.problem(&list, "no names to look up");
+        }
+        for (index, host) in names.iter().enumerate() {
+            if !is_host_name(host) {
+                self.problem(&list.index(index), format!("{host:?} is no host name"));
+            }
+        }
+        let mut nameservers = Vec::new();
+        for (index, text) in raw
+            .nameservers
+            .take()
+            .unwrap_or_default()
+            .iter()
+            .enumerate()
+        {
+            match nameserver(text) {
+                Some(nameserver) => nameservers.push(nameserver),
+                None => {
+                    let message = format!(
+                        "{text:?} is no name server, such as 192.0.2.53, tls://192.0.2.53#name or \
+                         https://192.0.2.53/dns-query#name"
+                    );
+                    self.problem(&at.key("nameservers").index(index), message);
+                }
+            }
+        }
+        let dnssec = raw.dnssec.take().is_some();
+        let trust_anchor = if dnssec {
+            raw.trust_anchor.take()
+        } else {
+            None
+        };
+        let encrypted = nameservers.iter().any(|n| n.transport != Transport::Plain);
+        let ca_file = if encrypted { raw.ca_file.take() } else { None };
+        for (field, path) in [("trust_anchor", &trust_anchor), ("ca_file", &ca_file)] {
+            if let Some(path) = path {
+                self.absolute(at, field, path);
+            }
+        }
+        RegionSource::Dns(Dns {
+            names,
+            nameservers,
+            dnssec,
+            trust_anchor,
+            ca_file,
+        })
+    }
+
+    fn url(&mut self, at: &At, url: String, raw: &mut RawRegion) -> Option<RegionSource> {
+        let insecure = raw.insecure.take().unwrap_or_default();
+        let ca_file = raw.ca_file.take();
+        let parsed = url::Url::parse(&url);
+        match parsed.as_ref().map(url::Url::scheme) {
+            Ok("https") => {}
+            Ok("http") if insecure => {}
+            Ok("http") => {
+                let message = format!(
+                    "{url} is not encrypted: anybody on the way could open the database; write \
+                     https, or `insecure: true`"
+                );
+                self.problem(&at.key("url"), message);
+            }
+            _ => self.problem(&at.key("url"), format!("{url:?} is no https URL")),
+        }
+        if let Some(path) = &ca_file {
+            self.absolute(at, "ca_file", path);
+        }
+        let select = match raw.select.take() {
+            None => Select::Text {},
+            Some(value) => self.shape::<Select>(&at.key("select"), "select: ", value)?,
+        };
+        if let Select::Digitalocean {
+            country: None,
+            region: None,
+            city: None,
+        } = select
+        {
+            let message = "select: at least one of country, region and city is needed";
+            self.problem(&at.key("select"), message);
+        }
+        Some(RegionSource::Url(Url {
+            url,
+            select,
+            insecure,
+            ca_file,
+        }))
+    }
+
+    fn absolute(&mut self, at: &At, field: &str, path: &std::path::Path) {
+        if !path.is_absolute() {
+            let message = format!("{field}: {} is no absolute path", path.display());
+            self.problem(&at.key(field), message);
         }
     }
 
@@ -626,20 +1055,6 @@ impl Reader<'_> {
                            cannot force TLS yet: write `force_tls: false`";
             self.problem(at, message);
         }
-    }
-
-    /// Until regions are resolved by the agent itself.
-    fn refuse_unresolvable(&mut self, at: &At, name: &str, region: &Region) {
-        let how = match region {
-            Region::Dns(_) => "by DNS",
-            Region::Url { .. } => "from a URL",
-            Region::File(_) | Region::Prefixes(_) => return,
-        };
-        let message = format!(
-            "region {name} is resolved {how}, which this version cannot do yet: define it in \
-             `regions` with `file:` or `prefixes:`"
-        );
-        self.problem(&at.key("region"), message);
     }
 
     fn ports(&mut self, at: &At, port: Option<i64>, ports: Option<Vec<i64>>) -> Option<Vec<u16>> {
@@ -759,14 +1174,13 @@ impl Reader<'_> {
                 }
             },
             (None, Some(name)) => {
-                let Some(region) = regions.get(&name) else {
+                if !regions.contains_key(&name) {
                     let known: Vec<&str> = regions.keys().map(String::as_str).collect();
                     let known = known.join(", ");
                     let message = format!("no region {name:?} is defined; there are {known}");
                     self.problem(&at.key("region"), message);
                     return None;
-                };
-                self.refuse_unresolvable(at, &name, region);
+                }
                 Some(Source::Region(name))
             }
             _ => {
@@ -814,6 +1228,7 @@ impl Reader<'_> {
 fn describe(line: Option<usize>, at: &At, message: String) -> Problem {
     Problem {
         line,
+        region: at.region.clone(),
         database: at.database.clone(),
         rule: at.rule,
         message,
@@ -834,6 +1249,51 @@ fn check_name(name: &str) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// `192.0.2.53`, `192.0.2.53:5353`, `tls://[2001:db8::53]:853#name`,
+/// `https://192.0.2.53/dns-query#name`. Without a name the certificate must be for the address.
+fn nameserver(text: &str) -> Option<Nameserver> {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    let (rest, name) = match rest.split_once('#') {
+        Some((rest, name)) if is_host_name(name) => (rest, Some(name)),
+        Some(_) => return None,
+        None => (rest, None),
+    };
+    let (place, path) = match rest.find('/') {
+        Some(slash) => (&rest[..slash], Some(&rest[slash..])),
+        None => (rest, None),
+    };
+    let (address, port) = match place.parse::<SocketAddr>() {
+        Ok(socket) => (socket.ip(), Some(socket.port())),
+        Err(_) => {
+            let bare = place
+                .strip_prefix('[')
+                .and_then(|rest| rest.strip_suffix(']'));
+            (bare.unwrap_or(place).parse().ok()?, None)
+        }
+    };
+    let certified = name.map_or_else(|| address.to_string(), str::to_owned);
+    let transport = match (scheme, path, name) {
+        ("", None, None) => Transport::Plain,
+        ("tls", None, _) => Transport::Tls { name: certified },
+        ("https", _, _) => Transport::Https {
+            name: certified,
+            path: path.unwrap_or("/dns-query").into(),
+        },
+        _ => return None,
+    };
+    Some(Nameserver {
+        address,
+        port,
+        transport,
+    })
+}
+
+/// As the policy spells it: `1h 30m`.
+pub fn spelled(duration: Duration) -> String {
+    let signed = SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX);
+    format!("{signed:#}")
 }
 
 /// RFC 1123 section 2.1.

@@ -92,10 +92,54 @@ pub struct Region {
     pub name: String,
     /// Where its prefixes come from.
     pub source: String,
-    /// Whether a rule names it; only then is it resolved.
+    /// Whether a rule names it; only then is it looked up.
     pub used: bool,
+    /// What is allowed, those that retire included, adjacent and covered ones merged.
     pub prefixes: Vec<IpNet>,
-    pub resolved: Option<Timestamp>,
+    pub retiring: Vec<Retiring>,
+    /// When the source last gave this set.
+    pub confirmed: Option<Timestamp>,
+    /// The next look-up; `None`: when the file changes, or never.
+    pub next: Option<Timestamp>,
+    /// Whether the last look-up failed.
+    pub failing: bool,
+    /// The last error, which may be over.
+    pub error: Option<Error>,
+    pub change: Option<Change>,
+}
+
+/// A prefix that left its region's answer and is allowed for a while.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Retiring {
+    pub prefix: IpNet,
+    pub until: Timestamp,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Error {
+    pub at: Timestamp,
+    pub text: String,
+}
+
+/// The last change of a region.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Change {
+    pub at: Option<Timestamp>,
+    pub added: Vec<IpNet>,
+    /// No longer in the answer, but allowed for a while.
+    pub left: Vec<IpNet>,
+    pub removed: Vec<IpNet>,
+}
+
+/// What a look-up came to.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Refreshed {
+    pub region: String,
+    pub prefixes: usize,
+    pub added: Vec<IpNet>,
+    pub left: Vec<IpNet>,
+    pub removed: Vec<IpNet>,
+    pub error: Option<String>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]

@@ -1,9 +1,11 @@
 //! Policy files against what `policy::parse` says of them. Each file ends in the lines it expects,
 //! as comments: problems for the bad ones, warnings for the good ones.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
-use filter_agent::policy::{self, Engine, Mode, Model, Problem, Region, Source};
+use filter_agent::policy::{
+    self, Engine, Guards, Mode, Model, Problem, RegionSource, Select, Source, Transport,
+};
 use filter_common::Protocol;
 
 fn files(folder: &str) -> Vec<(PathBuf, String)> {
@@ -68,11 +70,65 @@ fn every_field_of_a_policy_arrives() {
     assert_eq!(policy.interfaces, ["eth0", "eth0.100"]);
     assert_eq!(policy.mode, Mode::Generic);
     assert_eq!(policy.regional_network, ["10.0.0.0/8".parse().unwrap()]);
-    assert!(matches!(&policy.regions["osc-fr1"], Region::Prefixes(_)));
-    assert!(matches!(&policy.regions["osc-secnum-fr1"], Region::Dns(_)));
-    assert!(
-        matches!(&policy.regions["aws-paris"], Region::Url { select, .. } if select.len() == 3)
+    let source = |name: &str| &policy.regions[name].source;
+    assert!(matches!(source("osc-fr1"), RegionSource::Prefixes(_)));
+    let RegionSource::Dns(built_in) = source("osc-secnum-fr1") else {
+        panic!("{:?}", source("osc-secnum-fr1"));
+    };
+    assert_eq!(built_in.names, ["egress.osc-secnum-fr1.scalingo.com"]);
+    assert_eq!(
+        policy.regions["osc-secnum-fr1"].guards.retire_after,
+        Duration::from_hours(2)
     );
+    let RegionSource::Url(aws) = source("aws-paris") else {
+        panic!("{:?}", source("aws-paris"));
+    };
+    let expected = Select::Aws {
+        region: "eu-west-3".into(),
+        service: Some("EC2".into()),
+    };
+    assert_eq!(aws.select, expected);
+    assert!(!aws.insecure && aws.ca_file.is_none());
+    let RegionSource::Dns(dns) = source("partner-cloud") else {
+        panic!("{:?}", source("partner-cloud"));
+    };
+    let transport = |server: &policy::Nameserver| (server.address.to_string(), server.port);
+    let servers: Vec<_> = dns.nameservers.iter().map(transport).collect();
+    let (v4, v6) = ("192.0.2.53".to_owned(), "2001:db8::53".to_owned());
+    let expected = [
+        (v4.clone(), None),
+        (v6.clone(), Some(5353)),
+        (v4, None),
+        (v6, Some(8443)),
+    ];
+    assert_eq!(servers, expected);
+    assert_eq!(
+        dns.nameservers[2].transport,
+        Transport::Tls {
+            name: "dns.example.net".into()
+        }
+    );
+    assert_eq!(
+        dns.nameservers[3].transport,
+        Transport::Https {
+            name: "2001:db8::53".into(),
+            path: "/query".into()
+        }
+    );
+    assert!(dns.dnssec && dns.trust_anchor.is_some() && dns.ca_file.is_some());
+    let guards = &policy.regions["partner-cloud"].guards;
+    let expected = Guards {
+        private: true,
+        max_prefixes: 50,
+        max_shrink: 0,
+        shrink_after: Duration::from_mins(90),
+        retire_after: Duration::ZERO,
+        max_age: Some(Duration::from_hours(48)),
+        min_refresh: Duration::from_secs(5),
+        max_refresh: Duration::from_mins(15),
+        timeout: Duration::from_secs(2),
+    };
+    assert_eq!(*guards, expected);
     let [orders, others, shop, metrics] = policy.databases.as_slice() else {
         panic!("{:?}", policy.databases);
     };
@@ -134,7 +190,7 @@ fn a_hundred_thousand_prefixes_are_read() {
         ));
     }
     let (policy, _) = policy::parse(&text).unwrap();
-    let policy::Region::Prefixes(prefixes) = &policy.regions["big"] else {
+    let RegionSource::Prefixes(prefixes) = &policy.regions["big"].source else {
         panic!("{:?}", policy.regions["big"]);
     };
     assert_eq!(prefixes.len(), 100_000);

@@ -1,0 +1,134 @@
+//! The control socket: requests in HTTP, answers in JSON.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use anyhow::Context as _;
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::StatusCode,
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use serde::Deserialize;
+
+use crate::{daemon::Shared, report};
+
+/// An error as the control socket tells it.
+struct Failed(anyhow::Error);
+
+impl IntoResponse for Failed {
+    fn into_response(self) -> Response {
+        let error = format!("{:#}", self.0);
+        (StatusCode::CONFLICT, Json(report::Failure { error })).into_response()
+    }
+}
+
+impl From<anyhow::Error> for Failed {
+    fn from(error: anyhow::Error) -> Self {
+        Self(error)
+    }
+}
+
+type Answer<T> = Result<Json<T>, Failed>;
+
+pub fn router(shared: Shared) -> Router {
+    Router::new()
+        .route("/status", get(status))
+        .route("/rules", get(rules))
+        .route("/regions", get(regions))
+        .route("/explain", get(explain))
+        .route("/plan", get(plan))
+        .route("/reload", post(reload))
+        .route("/refresh", post(refresh))
+        .route("/detach", post(detach))
+        .with_state(shared)
+}
+
+#[derive(Deserialize)]
+struct StatusQuery {
+    #[serde(default)]
+    verify: bool,
+}
+
+async fn status(
+    State(shared): State<Shared>,
+    Query(query): Query<StatusQuery>,
+) -> Answer<report::Status> {
+    Ok(Json(shared.agent().await?.status(query.verify).await?))
+}
+
+#[derive(Deserialize)]
+struct RulesQuery {
+    database: Option<String>,
+}
+
+async fn rules(
+    State(shared): State<Shared>,
+    Query(query): Query<RulesQuery>,
+) -> Answer<Vec<report::Rule>> {
+    Ok(Json(
+        shared.agent().await?.rules(query.database.as_deref())?,
+    ))
+}
+
+async fn regions(State(shared): State<Shared>) -> Answer<Vec<report::Region>> {
+    Ok(Json(shared.agent().await?.regions()))
+}
+
+#[derive(Deserialize)]
+struct ExplainQuery {
+    source: IpAddr,
+    database: Option<String>,
+}
+
+async fn explain(
+    State(shared): State<Shared>,
+    Query(query): Query<ExplainQuery>,
+) -> Answer<Vec<report::Explanation>> {
+    let mut agent = shared.agent().await?;
+    Ok(Json(
+        agent.explain(query.source, query.database.as_deref())?,
+    ))
+}
+
+#[derive(Deserialize)]
+struct PlanQuery {
+    /// `None`: the policy file of the daemon.
+    file: Option<PathBuf>,
+}
+
+async fn plan(
+    State(shared): State<Shared>,
+    Query(query): Query<PlanQuery>,
+) -> Answer<report::Plan> {
+    Ok(Json(shared.plan(query.file).await?))
+}
+
+/// A task of its own: a client that goes away must not stop it half way.
+async fn reload(State(shared): State<Shared>) -> Answer<report::Reloaded> {
+    let reloaded = tokio::spawn(shared.reload()).await;
+    Ok(Json(reloaded.context("reload").flatten()?))
+}
+
+#[derive(Deserialize)]
+struct RefreshQuery {
+    /// `None`: every region.
+    region: Option<String>,
+    #[serde(default)]
+    accept: bool,
+}
+
+/// As `reload`.
+async fn refresh(
+    State(shared): State<Shared>,
+    Query(query): Query<RefreshQuery>,
+) -> Answer<Vec<report::Refreshed>> {
+    let refreshed = tokio::spawn(shared.refresh(query.region, query.accept)).await;
+    Ok(Json(refreshed.context("refresh").flatten()?))
+}
+
+/// Answers with the names of the interfaces that are no longer filtered.
+async fn detach(State(shared): State<Shared>) -> Answer<Vec<String>> {
+    Ok(Json(shared.detach().await?))
+}
