@@ -1,0 +1,422 @@
+//! Lists as their publishers write them, and as nobody should: small samples of each format, and a
+//! bounded number of mutations of them.
+
+use std::path::Path;
+
+use filter_agent::{
+    format::{self, List},
+    kept,
+    policy::{self, RegionSource, Select},
+    region::Set,
+};
+use ipnet::IpNet;
+
+fn sample(name: &str) -> Vec<u8> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/lists");
+    std::fs::read(folder.join(name)).unwrap()
+}
+
+fn select(fields: &str) -> Select {
+    let text = format!(
+        "interfaces: [eth0]\nregions: {{x: {{url: 'https://example.net', select: {{{fields}}}}}}}"
+    );
+    let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
+    match policy.regions["x"].source.clone() {
+        RegionSource::Url(url) => url.select,
+        source => panic!("{source:?}"),
+    }
+}
+
+/// File, selection, what it selects, serial.
+const PUBLISHED: [(&str, &str, &[&str], Option<u64>); 16] = [
+    (
+        "list.txt",
+        "format: text",
+        &["198.51.100.0/24", "203.0.113.7/32", "2001:db8:1::/48"],
+        None,
+    ),
+    (
+        "aws.json",
+        "format: aws, region: eu-west-3, service: EC2",
+        &["13.36.0.0/14", "15.236.0.0/15", "2a05:d012::/36"],
+        Some(1_767_225_600),
+    ),
+    (
+        "aws.json",
+        "format: aws, region: GLOBAL",
+        &["52.46.0.0/18", "2600:9000::/28"],
+        Some(1_767_225_600),
+    ),
+    (
+        "gcp.json",
+        "format: gcp, scope: europe-west9",
+        &["34.155.0.0/16", "2600:1900:40b0::/44"],
+        Some(1_767_225_600_000),
+    ),
+    (
+        "gcp.json",
+        "format: gcp, scope: africa-south1, service: Google Cloud",
+        &["34.1.208.0/20"],
+        Some(1_767_225_600_000),
+    ),
+    (
+        "azure.json",
+        "format: azure, tag: AzureCloud.francecentral",
+        &["4.176.0.0/16", "20.19.0.0/17", "2603:1020:800::/47"],
+        Some(84),
+    ),
+    (
+        "cloudflare.json",
+        "format: cloudflare",
+        &["173.245.48.0/20", "103.21.244.0/22", "2400:cb00::/32"],
+        None,
+    ),
+    (
+        "github.json",
+        "format: github, key: hooks",
+        &["192.30.252.0/22", "185.199.108.0/22", "2a0a:a440::/29"],
+        None,
+    ),
+    (
+        "github.json",
+        "format: github, key: actions",
+        &[
+            "4.148.0.0/16",
+            "54.196.81.106/32",
+            "2a01:111:f403:c20e::/64",
+        ],
+        None,
+    ),
+    (
+        "oracle.json",
+        "format: oracle, region: eu-paris-1",
+        &["129.149.0.0/20", "134.70.224.0/22"],
+        None,
+    ),
+    (
+        "oracle.json",
+        "format: oracle, region: eu-paris-1, tag: OCI",
+        &["129.149.0.0/20"],
+        None,
+    ),
+    (
+        "digitalocean.csv",
+        "format: digitalocean, city: Frankfurt",
+        &["64.226.64.0/20", "2a03:b0c0:3::/48"],
+        None,
+    ),
+    (
+        "digitalocean.csv",
+        "format: geofeed, country: US, region: US-NY",
+        &["104.131.0.0/18"],
+        None,
+    ),
+    (
+        "aws.json",
+        "format: json, path: \"$.prefixes[?@.region=='eu-west-1'].ip_prefix\"",
+        &["3.4.12.4/32"],
+        None,
+    ),
+    (
+        "oracle.json",
+        "format: json, path: $..cidr",
+        &["129.146.0.0/21", "129.149.0.0/20", "134.70.224.0/22"],
+        None,
+    ),
+    (
+        "cloudflare.json",
+        "format: json, path: '$.result.ipv6_cidrs[*]'",
+        &["2400:cb00::/32"],
+        None,
+    ),
+];
+
+#[test]
+fn every_published_format_is_read() {
+    for (file, fields, expected, serial) in PUBLISHED {
+        let mut list = format::read(&sample(file), &select(fields))
+            .unwrap_or_else(|error| panic!("{file}, {fields}: {error:#}"));
+        let mut prefixes: Vec<IpNet> = expected.iter().map(|p| p.parse().unwrap()).collect();
+        list.prefixes.sort_unstable();
+        prefixes.sort_unstable();
+        assert_eq!(list, List { prefixes, serial }, "{file}, {fields}");
+    }
+}
+
+#[test]
+fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
+    let html = b"<!DOCTYPE html>\n<html><body>Are you human?</body></html>";
+    let long = [b"192.0.2.0/24\n".as_slice(), &[b'9'; 100_000]].concat();
+    let cases: &[(&[u8], &str, &str)] = &[
+        (
+            html,
+            "format: text",
+            "line 1: \"<!DOCTYPE html>\" is no prefix",
+        ),
+        (
+            html,
+            "format: aws, region: eu-west-3",
+            "it begins with \"<!DOCTYPE html>",
+        ),
+        (
+            html,
+            "format: geofeed, country: FR",
+            "line 1: \"<!DOCTYPE html>\" is no prefix",
+        ),
+        (b"", "format: text", "no prefix that is selected"),
+        (b"", "format: cloudflare", "read JSON"),
+        (
+            b"192.0.2.0/24\n192.0.2.1/24\n",
+            "format: text",
+            "line 2: 192.0.2.1/24 has host bits set",
+        ),
+        (
+            b"192.0.2.0/24\n\xff\xfe",
+            "format: text",
+            "line 2: \"\\xff\\xfe\" is no text",
+        ),
+        (&long, "format: text", "line 2: \"9999"),
+        (b"{}", "format: gcp, scope: x", "no prefix that is selected"),
+        (
+            b"[]",
+            "format: github, key: hooks",
+            "no prefix that is selected",
+        ),
+        (
+            b"{\"hooks\":[\"192.0.2.0/24\",7]}",
+            "format: github, key: hooks",
+            "\"7\" is selected",
+        ),
+        (
+            b"{\"hooks\":[{\"a\":1}]}",
+            "format: github, key: hooks",
+            "\"{\\\"a\\\":1}\" is selected",
+        ),
+        (
+            b"{\"hooks\":[\"::ffff:192.0.2.0/120\"]}",
+            "format: github, key: hooks",
+            "is IPv4, which arrives as such",
+        ),
+    ];
+    for (body, fields, expected) in cases {
+        let error = format::read(body, &select(fields)).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains(expected), "{fields}: {error}");
+        assert!(error.len() < 300, "{error}");
+    }
+    // A list whose selection is empty: the region's name is misspelt, or all of it is gone.
+    let nothing = format::read(
+        &sample("aws.json"),
+        &select("format: aws, region: eu-west-33"),
+    );
+    assert!(
+        nothing
+            .unwrap_err()
+            .to_string()
+            .contains("no prefix that is selected")
+    );
+}
+
+#[test]
+fn selection_cannot_be_escaped_from() {
+    for value in [
+        "x'] || @.region=='eu-west-3",
+        "x\" || @.region==\"eu-west-3",
+        "\\\" || true",
+    ] {
+        let select = Select::Aws {
+            region: value.into(),
+            service: None,
+        };
+        assert!(
+            format::read(&sample("aws.json"), &select).is_err(),
+            "{value}"
+        );
+    }
+}
+
+#[test]
+fn lists_of_windows_editors_are_read() {
+    let body = b"\xef\xbb\xbf192.0.2.0/24\r\n2001:db8::/32\r\n";
+    assert_eq!(
+        format::read(body, &select("format: text"))
+            .unwrap()
+            .prefixes
+            .len(),
+        2
+    );
+    assert_eq!(format::read_file(body).unwrap().len(), 2);
+}
+
+#[test]
+fn own_file_is_spelled_as_the_policy() {
+    let error = |body: &[u8]| format!("{:#}", format::read_file(body).unwrap_err());
+    let bare = error(b"# office\n192.0.2.0/24\n203.0.113.7\n");
+    assert!(
+        bare.contains("line 3") && bare.contains("write 203.0.113.7/32"),
+        "{bare}"
+    );
+    assert!(error(b"# nothing yet\n").contains("holds no prefix"));
+}
+
+/// Bytes that lists are made of, and some that they are not.
+const INSERTED: &[u8] = b"0123456789./:,\"'[]{}#\\\n\r\t \x00\xff\xef\xbb\xbf";
+
+fn mutate(random: &mut fastrand::Rng, samples: &[Vec<u8>]) -> Vec<u8> {
+    let mut bytes = samples[random.usize(..samples.len())].clone();
+    for _ in 0..random.usize(1..6) {
+        if bytes.is_empty() {
+            break;
+        }
+        let place = random.usize(..bytes.len());
+        let end = random.usize(place..bytes.len());
+        match random.u8(..7) {
+            0 => bytes[place] = random.u8(..),
+            1 => bytes.truncate(place),
+            2 => bytes.insert(place, INSERTED[random.usize(..INSERTED.len())]),
+            3 => drop(bytes.drain(place..end)),
+            4 => {
+                let part = bytes[place..end].to_vec();
+                bytes.splice(place..place, part);
+            }
+            5 => {
+                let other = &samples[random.usize(..samples.len())];
+                let from = random.usize(..other.len());
+                bytes.splice(place..end, other[from..].iter().copied());
+            }
+            _ => {
+                let deep = random.usize(1..400);
+                bytes.splice(place..place, vec![b"[{\""[random.usize(..3)]; deep]);
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn no_mutation_of_a_list_makes_a_reader_panic_or_gives_what_is_no_prefix() {
+    let mut random = fastrand::Rng::with_seed(7);
+    let files: Vec<Vec<u8>> = PUBLISHED.iter().map(|(file, ..)| sample(file)).collect();
+    let selections: Vec<Select> = PUBLISHED
+        .iter()
+        .map(|(_, fields, ..)| select(fields))
+        .collect();
+    let (mut read, mut refused) = (0, 0);
+    for _ in 0..20_000 {
+        let body = mutate(&mut random, &files);
+        let mut results: Vec<_> = (0..3)
+            .map(|_| &selections[random.usize(..selections.len())])
+            .map(|select| format::read(&body, select).map(|list| list.prefixes))
+            .collect();
+        results.push(format::read_file(&body));
+        for result in results {
+            match result {
+                Ok(prefixes) => {
+                    assert!(prefixes.iter().all(|prefix| prefix.trunc() == *prefix));
+                    read += 1;
+                }
+                Err(error) => {
+                    assert!(format!("{error:#}").len() < 400, "{error:#}");
+                    refused += 1;
+                }
+            }
+        }
+    }
+    assert!(
+        read > 1_000 && refused > 1_000,
+        "{read} read, {refused} refused"
+    );
+}
+
+fn kept_set() -> (RegionSource, Set) {
+    let source = RegionSource::File("/etc/office.txt".into());
+    let set = Set {
+        members: [
+            "192.0.2.0/24".parse().unwrap(),
+            "2001:db8::/32".parse().unwrap(),
+        ]
+        .into(),
+        retiring: vec![(
+            "198.51.100.7/32".parse().unwrap(),
+            "2026-01-02T03:04:05Z".parse().unwrap(),
+        )],
+        confirmed: "2026-01-01T00:00:00Z".parse().unwrap(),
+        serial: Some(84),
+        version: None,
+        prefixes: [].into(),
+    };
+    (source, set)
+}
+
+#[test]
+fn kept_set_comes_back_as_it_was() {
+    let (source, set) = kept_set();
+    let text = kept::encode("office", &source, &set).unwrap();
+    assert_eq!(kept::decode(&text, "office", &source).unwrap(), set);
+    let other = kept::decode(&text, "osc-fr1", &source)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(other, "it is of region office");
+    let elsewhere = RegionSource::File("/etc/other.txt".into());
+    let other = kept::decode(&text, "office", &elsewhere)
+        .unwrap_err()
+        .to_string();
+    assert!(other.starts_with("it is of another source"), "{other}");
+}
+
+#[test]
+fn no_mutation_of_a_kept_set_is_taken_for_another() {
+    let mut random = fastrand::Rng::with_seed(7);
+    let (source, set) = kept_set();
+    let text = kept::encode("office", &source, &set).unwrap();
+    for place in 0..text.len() {
+        for bit in 0..8 {
+            let mut flipped = text.clone();
+            flipped[place] ^= 1 << bit;
+            if let Ok(decoded) = kept::decode(&flipped, "office", &source) {
+                assert_eq!(decoded, set, "bit {bit} of byte {place}");
+            }
+        }
+        assert!(kept::decode(&text[..place], "office", &source).is_err());
+    }
+    for _ in 0..20_000 {
+        let mutated = mutate(&mut random, std::slice::from_ref(&text));
+        if let Ok(decoded) = kept::decode(&mutated, "office", &source) {
+            assert_eq!(decoded, set);
+        }
+    }
+}
+
+#[test]
+fn kept_file_of_somebody_else_or_open_to_others_is_ignored() {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    let (source, set) = kept_set();
+    assert!(kept::read(directory, "office", &source).unwrap().is_none());
+    kept::write(
+        directory,
+        "office",
+        &kept::encode("office", &source, &set).unwrap(),
+    )
+    .unwrap();
+    assert_eq!(kept::read(directory, "office", &source).unwrap(), Some(set));
+    let path = directory.join("office.json");
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o622)).unwrap();
+    let error = format!(
+        "{:#}",
+        kept::read(directory, "office", &source).unwrap_err()
+    );
+    assert!(error.contains("others could have written it"), "{error}");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    symlink(&path, directory.join("other.json")).unwrap();
+    let error = format!("{:#}", kept::read(directory, "other", &source).unwrap_err());
+    assert!(error.contains("it is no file"), "{error}");
+
+    kept::keep_only(directory, |name| name == "office").unwrap();
+    let left: Vec<_> = std::fs::read_dir(directory).unwrap().collect();
+    assert_eq!(left.len(), 1);
+}
