@@ -5,3 +5,4 @@ pub mod frames;
 pub mod loaded;
 pub mod net;
 pub mod reference;
+pub mod servers;

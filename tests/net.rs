@@ -102,14 +102,7 @@ impl Namespace {
     /// Runs a closure in a thread inside the namespace. Sockets and child processes that it makes
     /// stay there.
     pub fn run<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
-        let inside = || {
-            enter(&self.name);
-            inside()
-        };
-        match thread::scope(|scope| scope.spawn(inside).join()) {
-            Ok(value) => value,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        run_in(&self.name, inside)
     }
 
     /// Commands of `ip`, a line each.
@@ -204,6 +197,8 @@ pub struct Net {
     agent: Option<Agent>,
     /// What the agent wrote to stderr, as far as it was read.
     pub log: Vec<String>,
+    /// Whether the agent sees the namespace's own `/etc/resolv.conf` and `/etc/hosts`.
+    pub own_resolver: bool,
     pub db: Namespace,
     pub client: Namespace,
     /// At the far ends of `eth1` and so on.
@@ -230,6 +225,7 @@ impl Net {
             name: name.into(),
             agent: None,
             log: Vec::new(),
+            own_resolver: false,
             db: Namespace::new(format!("{name}-db")),
             client: Namespace::new(format!("{name}-client")),
             more_clients: Vec::new(),
@@ -351,6 +347,10 @@ impl Net {
         self.dir.join("policy.yaml")
     }
 
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
     pub fn bpffs(&self) -> PathBuf {
         self.dir.join("bpffs")
     }
@@ -372,10 +372,22 @@ impl Net {
     }
 
     fn agent_command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(agent_binary());
+        let mut command = if self.own_resolver {
+            let mut command = Command::new("ip");
+            command
+                .args(["netns", "exec", &self.db.name])
+                .arg(agent_binary());
+            command
+        } else {
+            Command::new(agent_binary())
+        };
         command.args(arguments).current_dir(&self.dir);
         match arguments[0] {
-            "run" => command.arg("--policy").arg(self.policy_path()),
+            "run" => command
+                .arg("--policy")
+                .arg(self.policy_path())
+                .arg("--state-dir")
+                .arg(self.state_dir()),
             "check" => return command,
             _ => &mut command,
         }
@@ -448,6 +460,7 @@ impl Net {
         command.arg("run").arg("--policy").arg(self.policy_path());
         command.arg("--bpffs").arg(bpffs);
         command.arg("--socket").arg(socket);
+        command.arg("--state-dir").arg(self.state_dir());
         self.refused(&mut command)
     }
 
@@ -496,6 +509,17 @@ impl Net {
         let status = wait(&mut agent.child).expect("the agent stops");
         self.log.extend(agent.lines.iter());
         status
+    }
+
+    /// Peak and present resident memory of the agent, in KiB.
+    pub fn memory(&self) -> (u64, u64) {
+        let agent = self.agent.as_ref().expect("the agent runs");
+        let status = fs::read_to_string(format!("/proc/{}/status", agent.child.id())).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        (field("VmHWM"), field("VmRSS"))
     }
 
     /// SIGHUP, which makes the agent read the policy file again.
@@ -897,6 +921,18 @@ pub fn bound(source: IpAddr) -> Socket {
     socket.set_reuse_address(true).unwrap();
     socket.bind(&SocketAddr::new(source, 0).into()).unwrap();
     socket
+}
+
+/// Runs a closure in a thread inside the namespace of this name.
+pub fn run_in<T: Send>(namespace: &str, inside: impl FnOnce() -> T + Send) -> T {
+    let inside = || {
+        enter(namespace);
+        inside()
+    };
+    match thread::scope(|scope| scope.spawn(inside).join()) {
+        Ok(value) => value,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }
 
 /// Moves the calling thread into a namespace.

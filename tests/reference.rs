@@ -3,7 +3,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use filter_agent::policy::{Database, Model, Policy, Source};
+use filter_agent::{
+    compile::Regions,
+    policy::{Database, Model, Policy, Source},
+};
 use filter_common::{Protocol, Reason};
 use ipnet::IpNet;
 use jiff::Timestamp;
