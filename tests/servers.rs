@@ -498,14 +498,17 @@ fn misbehave(listener: &TcpListener) {
             };
             let head = format!("HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n{length}\r\n");
             let mut sent = writer.write_all(head.as_bytes());
-            let pause = if request.contains("/slow") { 500 } else { 0 };
+            let endless = request.contains("/endless");
+            let lines = "203.0.113.0/24\n".repeat(if endless { 10_000 } else { 1 });
             // Until the other side has had enough.
             while sent.is_ok() {
-                sent = writer.write_all(b"203.0.113.0/24\n");
+                sent = writer.write_all(lines.as_bytes());
                 if request.contains("/cut") {
                     break;
                 }
-                thread::sleep(Duration::from_millis(pause));
+                if request.contains("/slow") {
+                    thread::sleep(Duration::from_millis(500));
+                }
             }
         });
     }

@@ -17,7 +17,7 @@ use hickory_resolver::{
     proto::{
         dnssec::{Proof, TrustAnchors},
         op::ResponseCode,
-        rr::{RData, Record, RecordType},
+        rr::{Name, RData, Record, RecordType},
     },
 };
 use inotify::{WatchMask, Watches};
@@ -41,6 +41,9 @@ const MAX_BODY: usize = 16 << 20;
 
 /// Redirects followed for one list.
 const MAX_REDIRECTS: usize = 5;
+
+/// CNAME records followed from one name.
+const MAX_ALIASES: usize = 8;
 
 /// Longest file of prefixes, in bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -200,17 +203,10 @@ fn read(path: &Path, before: Option<&Version>) -> Result<Answer> {
 
 /// The addresses of all the names together, or none of them.
 async fn resolve(dns: &Dns) -> Result<Found> {
-    let resolver = resolver(dns)?;
-    let questions = dns
-        .names
-        .iter()
-        .flat_map(|name| [(name, RecordType::A), (name, RecordType::AAAA)]);
-    let answers = questions.map(|(name, kind)| {
-        let resolver = &resolver;
-        async move {
-            let records = records(resolver, name, kind, dns.dnssec).await;
-            records.with_context(|| format!("look up {name} ({kind})"))
-        }
+    let resolver = &resolver(dns)?;
+    let answers = dns.names.iter().map(|name| async move {
+        let records = addresses(resolver, name, dns.dnssec).await;
+        records.with_context(|| format!("look up {name}"))
     });
     let records = try_join_all(answers).await?.concat();
     let mut found = Found::default();
@@ -232,49 +228,68 @@ async fn resolve(dns: &Dns) -> Result<Found> {
     Ok(found)
 }
 
-/// The answer's records, a chain of CNAMEs included. None at all of this type is an answer too.
+/// The address records of a name, and the CNAME records on the way to them.
+async fn addresses(resolver: &TokioResolver, name: &str, dnssec: bool) -> Result<Vec<Record>> {
+    // Without its end a name would be looked for below the search domains too.
+    let absolute = format!("{}.", name.trim_end_matches('.'));
+    let mut name = Name::from_utf8(absolute).context("read the name")?;
+    let mut all = Vec::new();
+    if dnssec {
+        // hickory 0.26 takes a signed alias of a name without such records for forged: the proof is
+        // of the name at the end, not of the one that was asked for.
+        while let Some(alias) = records(resolver, &name, RecordType::CNAME, true)
+            .await?
+            .pop()
+        {
+            ensure!(all.len() < MAX_ALIASES, "more than {MAX_ALIASES} aliases");
+            let RData::CNAME(target) = &alias.data else {
+                bail!("{name} is asked for its alias, and is no alias");
+            };
+            name = target.0.clone();
+            all.push(alias);
+        }
+    }
+    for kind in [RecordType::A, RecordType::AAAA] {
+        let found = records(resolver, &name, kind, dnssec).await;
+        all.extend(found.with_context(|| format!("{kind} records"))?);
+    }
+    Ok(all)
+}
+
+/// None at all of this type is an answer too.
 async fn records(
     resolver: &TokioResolver,
-    name: &str,
+    name: &Name,
     kind: RecordType,
     dnssec: bool,
 ) -> Result<Vec<Record>> {
-    // Without its end a name would be looked for below the search domains too.
-    let absolute = format!("{}.", name.trim_end_matches('.'));
-    match resolver.lookup(absolute, kind).await {
+    const UNSIGNED: &str = "the answer is not signed (`dnssec: require`)";
+    match resolver.lookup(name.clone(), kind).await {
         Ok(lookup) => {
-            let records = lookup.answers().to_vec();
-            let secure = records.iter().all(|record| record.proof == Proof::Secure);
-            ensure!(
-                secure || !dnssec,
-                "the answer is not signed (dnssec: require)"
-            );
+            let wanted = |record: &&Record| {
+                record.record_type() == kind || record.record_type() == RecordType::CNAME
+            };
+            let records: Vec<Record> = lookup.answers().iter().filter(wanted).cloned().collect();
+            let signed = records.iter().all(|record| record.proof == Proof::Secure);
+            ensure!(signed || !dnssec, UNSIGNED);
             Ok(records)
         }
         Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
-            ensure!(
-                none.response_code == ResponseCode::NoError,
-                "{}",
-                none.response_code
-            );
-            ensure!(!dnssec, "the answer is not signed (dnssec: require)");
+            let code = none.response_code;
+            ensure!(code == ResponseCode::NoError, "{code}");
+            // hickory checked that these prove it, where they are signed.
+            let proof = none.authorities.as_deref().unwrap_or_default();
+            let mut proof = proof
+                .iter()
+                .filter(|r| r.record_type() != RecordType::RRSIG)
+                .peekable();
+            let signed = proof.peek().is_some() && proof.all(|r| r.proof == Proof::Secure);
+            ensure!(signed || !dnssec, UNSIGNED);
             Ok(Vec::new())
         }
-        Err(NetError::Dns(DnsError::Nsec {
-            response, proof, ..
-        })) => {
-            ensure!(
-                response.response_code == ResponseCode::NoError,
-                "{}",
-                response.response_code
-            );
-            ensure!(
-                proof == Proof::Secure || !dnssec,
-                "the answer is not signed (dnssec: require)"
-            );
-            Ok(Vec::new())
-        }
-        Err(error) => Err(error.into()),
+        Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
+        // Its own sources say the same again.
+        Err(error) => Err(anyhow!("{error}")),
     }
 }
 

@@ -3,7 +3,8 @@
 //! Everything is looked up first. Where something cannot be installed from here, the
 //! commands that would do it are printed instead, and nothing is changed.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -24,13 +25,26 @@ pub enum Needs {
 const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
-const RUN_PACKAGES: [&str; 3] = ["iproute2", "nftables", "postgresql"];
+const RUN_PACKAGES: [&str; 6] = [
+    "iproute2",
+    "knot",
+    "nftables",
+    "nginx-light",
+    "postgresql",
+    "unbound",
+];
 
 const BPF_LINKER: &str = "0.13.0";
 
-/// Debian's postgresql package makes and starts a server unless this says no. The file stands
-/// only while we install.
-const NO_CLUSTER: &str = "/etc/postgresql-common/createcluster.d/filter-agent.conf";
+/// Debian's packages of servers start them, and postgresql's makes one first, unless these files say
+/// no. They stand only while we install.
+const NO_SERVERS: [(&str, &str); 2] = [
+    (
+        "/etc/postgresql-common/createcluster.d/filter-agent.conf",
+        "create_main_cluster = false\n",
+    ),
+    ("/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n"),
+];
 
 pub fn install(needs: Needs) -> Result<()> {
     let components = missing_components()?;
@@ -126,9 +140,15 @@ fn install_packages(packages: &[String]) -> Result<()> {
             bail!("{}", unavailable(package));
         }
     }
-    let cluster = NoCluster::declare()?;
-    let installed = run(&mut apt_install(packages));
-    cluster.undo()?;
+    let mut standing = Vec::new();
+    let declared = NO_SERVERS.into_iter().try_for_each(|(path, text)| {
+        standing.extend(Declared::make(Path::new(path), text)?);
+        Ok(())
+    });
+    let installed = declared.and_then(|()| run(&mut apt_install(packages)));
+    for file in standing {
+        file.undo()?;
+    }
     installed
 }
 
@@ -159,15 +179,18 @@ fn apt_install(packages: &[String]) -> Command {
     command
 }
 
-/// Keeps Debian's postgresql package from making a server of its own.
-struct NoCluster {
+/// A file that tells Debian's packages something while they are installed.
+struct Declared {
     /// What to remove again: the file, and the directories made for it.
     created: Vec<PathBuf>,
 }
 
-impl NoCluster {
-    fn declare() -> Result<NoCluster> {
-        let file = Path::new(NO_CLUSTER);
+impl Declared {
+    /// `None`: there is such a file, which is not ours.
+    fn make(file: &Path, text: &str) -> Result<Option<Declared>> {
+        if file.exists() && fs::read(file).ok().as_deref() != Some(text.as_bytes()) {
+            return Ok(None);
+        }
         let mut created = vec![file.to_owned()];
         let directories = file.ancestors().skip(1);
         created.extend(
@@ -176,13 +199,15 @@ impl NoCluster {
                 .map(Path::to_owned),
         );
         fs::create_dir_all(file.parent().context("find the directory of the file")?)
-            .and_then(|()| fs::write(file, "create_main_cluster = false\n"))
-            .with_context(|| format!("write {NO_CLUSTER}"))?;
-        Ok(NoCluster { created })
+            .and_then(|()| fs::write(file, text))
+            .and_then(|()| fs::set_permissions(file, Permissions::from_mode(0o755)))
+            .with_context(|| format!("write {}", file.display()))?;
+        Ok(Some(Declared { created }))
     }
 
     fn undo(self) -> Result<()> {
-        fs::remove_file(NO_CLUSTER).with_context(|| format!("remove {NO_CLUSTER}"))?;
+        let file = &self.created[0];
+        fs::remove_file(file).with_context(|| format!("remove {}", file.display()))?;
         for directory in &self.created[1..] {
             // The package may have put files of its own there by now.
             if fs::remove_dir(directory).is_err() {

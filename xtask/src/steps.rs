@@ -55,7 +55,7 @@ fn privileged_steps(report: &mut Report) -> Result<()> {
         "tests as root",
         cargo()
             .args(["test", "--package", "filter-tests"])
-            .args(["--", "--test-threads", "2"]),
+            .args(["--", "--test-threads", "4"]),
     )
 }
 
