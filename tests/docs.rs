@@ -4,7 +4,10 @@
 use std::{fs, path::PathBuf, process::Command};
 
 use filter_agent::policy;
-use filter_tests::net::{Net, Protected, agent_binary};
+use filter_tests::{
+    net::{CLIENT4, Net, Protected, agent_binary},
+    servers::{Dns, Resolv},
+};
 
 const DOCUMENTS: [&str; 4] = [
     "README.md",
@@ -127,6 +130,10 @@ fn tour_of_the_readme_prints_what_it_shows() {
         5432,
         &["203.0.113.10/32", "2001:db8::10/128", "198.51.100.0/24"],
     )]);
+    let dns = Dns::start(&net.client, net.dir(), CLIENT4.into(), "scalingo.com.");
+    dns.set("egress.osc-fr1 50 A 171.33.105.206\negress.osc-fr1 50 A 171.33.92.211\n");
+    let _resolv = Resolv::new(&net.db, CLIENT4.into(), &[]);
+    net.own_resolver = true;
     let mut text = blocks("README.md", "yaml").remove(0);
     text.push('\n');
     net.write_policy(&text);

@@ -61,7 +61,7 @@ fn kept<'a>(region: &Region, known: Option<&'a State>) -> Option<&'a State> {
 /// The regions of a policy: what is known of them, and these answers.
 ///
 /// # Errors
-/// The first region whose answer is an error or refused, with why.
+/// The regions whose answer is an error or refused, each with why.
 pub fn next(
     policy: &Policy,
     known: &Regions,
@@ -69,6 +69,7 @@ pub fn next(
     now: Timestamp,
 ) -> Result<Regions> {
     let mut regions = Regions::new();
+    let mut errors = Vec::new();
     for name in used(policy) {
         if regions.contains_key(name) {
             continue;
@@ -85,11 +86,12 @@ pub fn next(
         if let Some(answer) = answers.remove(name) {
             state.take(answer, false, now);
             if let (true, Some(error)) = (state.failing, &state.error) {
-                bail!("region {name}: {}", error.text);
+                errors.push(format!("region {name}: {}", error.text));
             }
         }
         regions.insert(name.clone(), state);
     }
+    ensure!(errors.is_empty(), "{}", errors.join("\n"));
     Ok(regions)
 }
 
