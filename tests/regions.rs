@@ -322,6 +322,28 @@ fn long_answers_and_chains_of_names_arrive_whole() {
 }
 
 #[test]
+fn silent_name_servers_leave_time_for_one_that_answers() {
+    let mut net = Net::new("dns-silent");
+    let server = Dns::start(&net.client, net.dir(), CLIENT4.into(), "test.");
+    server.set(GOOD_RECORDS);
+    let mut silent = Vec::new();
+    for address in ["10.0.0.7", "10.0.0.8", "10.0.0.9"] {
+        net.add_source(address.parse().unwrap());
+        let directory = net.dir().join(address);
+        let server = Dns::start(&net.client, &directory, address.parse().unwrap(), "test.");
+        server.pause();
+        silent.push(server);
+    }
+    let servers = format!("10.0.0.7, 10.0.0.8, 10.0.0.9, {CLIENT4}");
+    net.write_policy(&policy(&format!(
+        "  x: {{dns: [egress.test], nameservers: [{servers}]}}"
+    )));
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    assert_eq!(region(&net, "x")["error"], Value::Null);
+}
+
+#[test]
 fn name_servers_are_asked_over_tls_and_https() {
     let mut net = Net::new("dns-encrypted");
     let _listener = net.listen(PORT);

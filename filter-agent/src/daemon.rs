@@ -536,7 +536,8 @@ impl Agent {
         let soon = self.clock.now() + SETTLE;
         for state in self.regions.values_mut() {
             if let RegionSource::File(_) = state.region.source {
-                state.next = Some(soon);
+                // Not later than planned: changes may follow each other without end.
+                state.next = Some(state.next.map_or(soon, |next| next.min(soon)));
             }
         }
     }
@@ -603,10 +604,8 @@ impl Agent {
         let was_failing = before.failing.then(|| before.error.clone()).flatten();
         let mut done = change;
         if !done.is_empty() {
-            let compiled = self.loaded.compile(&self.regions);
-            match self.filter.apply(&compiled) {
-                Ok(_) => {
-                    self.compiled = compiled;
+            match self.apply() {
+                Ok(()) => {
                     log(&describe(name, &done));
                     if let Err(error) = self.verify().await {
                         log(&format!("error: {error:#}"));
@@ -723,6 +722,15 @@ impl Agent {
         }
     }
 
+    /// Has the kernel enforce the policy with its regions as they are now.
+    fn apply(&mut self) -> Result<()> {
+        let compiled = self.loaded.compile(&self.regions);
+        self.filter.apply(&compiled)?;
+        self.enforced.next_expiry = compiled.next_expiry;
+        self.compiled = compiled;
+        Ok(())
+    }
+
     /// Takes out what has expired.
     async fn expire(&mut self) {
         let Some(expiry) = self.compiled.next_expiry else {
@@ -731,11 +739,8 @@ impl Agent {
         if expiry > Timestamp::now() {
             return;
         }
-        let compiled = self.loaded.compile(&self.regions);
-        match self.filter.apply(&compiled) {
-            Ok(_) => {
-                self.enforced.next_expiry = compiled.next_expiry;
-                self.compiled = compiled;
+        match self.apply() {
+            Ok(()) => {
                 log(&format!(
                     "rules that expired at {expiry} no longer allow anybody"
                 ));

@@ -142,7 +142,7 @@ pub async fn ask(
         }
         RegionSource::Dns(dns) => {
             let _permit = bounded(&RESOLVING).await?;
-            let found = tokio::time::timeout(guards.timeout, resolve(dns)).await;
+            let found = tokio::time::timeout(guards.timeout, resolve(dns, guards.timeout)).await;
             let found = found.unwrap_or_else(|_| {
                 let (names, limit) = (dns.names.join(", "), spelled(guards.timeout));
                 Err(anyhow!("look up {names}: no answer within {limit}"))
@@ -202,8 +202,8 @@ fn read(path: &Path, before: Option<&Version>) -> Result<Answer> {
 }
 
 /// The addresses of all the names together, or none of them.
-async fn resolve(dns: &Dns) -> Result<Found> {
-    let resolver = &resolver(dns)?;
+async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
+    let resolver = &resolver(dns, timeout)?;
     let answers = dns.names.iter().map(|name| async move {
         let records = addresses(resolver, name, dns.dnssec).await;
         records.with_context(|| format!("look up {name}"))
@@ -295,7 +295,7 @@ async fn records(
 
 /// Made anew for each look-up: `/etc/resolv.conf` may have changed, and what a cache remembers is what
 /// should not be asked again.
-fn resolver(dns: &Dns) -> Result<TokioResolver> {
+fn resolver(dns: &Dns, timeout: Duration) -> Result<TokioResolver> {
     let mut builder = if dns.nameservers.is_empty() {
         TokioResolver::builder_tokio().context("read /etc/resolv.conf")?
     } else {
@@ -304,6 +304,8 @@ fn resolver(dns: &Dns) -> Result<TokioResolver> {
         TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
     };
     let options = builder.options_mut();
+    // Of one query: a server that is silent or a packet that is lost leaves time for others.
+    options.timeout = timeout / 4;
     options.cache_size = 0;
     options.use_hosts_file = ResolveHosts::Never;
     options.preserve_intermediates = true;
