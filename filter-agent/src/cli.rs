@@ -654,6 +654,9 @@ fn print_status(status: &Status) {
     }
     print_region_table(&used);
     print_warnings(&status.warnings);
+    if status.warnings.is_empty() && !status.errors.is_empty() {
+        println!();
+    }
     for error in &status.errors {
         println!("error: {error}");
     }

@@ -288,6 +288,7 @@ async fn records(
             Ok(Vec::new())
         }
         Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
+        Err(NetError::NoConnections) => bail!("none of the name servers can be reached"),
         // Its own sources say the same again.
         Err(error) => Err(anyhow!("{error}")),
     }
