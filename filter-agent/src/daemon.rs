@@ -469,6 +469,10 @@ impl Agent {
             self.asked.remove(&name);
             self.keep(&name, true);
         }
+        let used = |name: &str| self.regions.contains_key(name);
+        self.asked.retain(|name, _| used(name));
+        self.written.retain(|name, _| used(name));
+        self.unwritten.retain(|name, _| used(name));
         self.forget_unused();
         self.verify().await?;
         Ok(report::Reloaded {
@@ -488,12 +492,12 @@ impl Agent {
 
     /// Notes that a region is being asked about.
     pub fn question(&mut self, name: &str) -> Result<Question> {
-        let state = self.regions.get(name).with_context(|| {
-            format!(
-                "no rule names region {name}; there are rules with {}",
-                list(self.regions.keys())
-            )
-        })?;
+        let Some(state) = self.regions.get_mut(name) else {
+            let known = list(self.regions.keys());
+            bail!("no rule names region {name}; there are rules with {known}");
+        };
+        // The answer says when to ask again.
+        state.next = None;
         self.questions += 1;
         self.asked.insert(name.into(), self.questions);
         Ok(Question {
@@ -511,7 +515,7 @@ impl Agent {
         let now = self.clock.now();
         let due = |(name, state): (&String, &region::State)| {
             let due = state.next.is_some_and(|next| next <= now);
-            (due && !self.asked.contains_key(name)).then(|| name.clone())
+            due.then(|| name.clone())
         };
         let names: Vec<String> = self.regions.iter().filter_map(due).collect();
         names
@@ -522,10 +526,8 @@ impl Agent {
 
     /// How long until a region has to be asked about, or changes by itself.
     fn until_refresh(&self) -> Duration {
-        let next = self.regions.iter().flat_map(|(name, state)| {
-            let next = state.next.filter(|_| !self.asked.contains_key(name));
-            [next, state.next_tick()]
-        });
+        let states = self.regions.values();
+        let next = states.flat_map(|state| [state.next, state.next_tick()]);
         let Some(next) = next.flatten().min() else {
             return Duration::MAX;
         };
@@ -580,6 +582,8 @@ impl Agent {
         let state = self.regions.get_mut(&region)?;
         let before = state.clone();
         let change = state.take(answer, accept, now);
+        // A file may have changed again since it was read.
+        state.next = [state.next, before.next].into_iter().flatten().min();
         Some(self.settle(&region, before, change).await)
     }
 

@@ -52,7 +52,7 @@ const MAX_FILE: u64 = 64 << 20;
 static RESOLVING: Semaphore = Semaphore::const_new(16);
 
 /// Lists fetched at once: each takes memory for the body and what is read from it.
-static FETCHING: Semaphore = Semaphore::const_new(2);
+static FETCHING: Semaphore = Semaphore::const_new(4);
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {

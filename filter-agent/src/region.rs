@@ -169,9 +169,7 @@ impl Set {
     fn merge(&mut self) {
         let retiring = self.retiring.iter().map(|&(prefix, _)| prefix);
         let all: Vec<IpNet> = self.members.iter().copied().chain(retiring).collect();
-        let mut merged = IpNet::aggregate(&all);
-        merged.sort_unstable();
-        self.prefixes = merged.into();
+        self.prefixes = merged(&all).into();
     }
 }
 
@@ -342,7 +340,7 @@ impl State {
                 "the list's number {serial} is older than {known}, in force"
             ));
         }
-        let gone = gone(&set.members, &found.prefixes).count();
+        let gone = uncovered(&set.members, &merged(&found.prefixes)).count();
         let max_shrink = self.region.guards.max_shrink;
         let most = set.members.len() * usize::from(max_shrink) / 100;
         (gone > most).then(|| {
@@ -379,26 +377,29 @@ impl State {
     /// Puts an answer in force.
     fn replace(&mut self, found: Found, now: Timestamp) -> Change {
         let before = self.set.take();
-        let known = before.as_ref().map(|set| &*set.members).unwrap_or_default();
+        let (known, allowed, mut retiring) = match before {
+            Some(set) => (set.members, set.prefixes, set.retiring),
+            None => Default::default(),
+        };
+        let answered = merged(&found.prefixes);
+        retiring.retain(|(prefix, _)| !is_covered(prefix, &answered));
         let mut change = Change {
             at: Some(now),
+            added: uncovered(&found.prefixes, &allowed).collect(),
             ..Change::default()
         };
-        let mut retiring = before
-            .as_ref()
-            .map(|set| set.retiring.clone())
-            .unwrap_or_default();
-        retiring.retain(|(prefix, _)| found.prefixes.binary_search(prefix).is_err());
         let retire_after = self.region.guards.retire_after;
-        for &prefix in gone(known, &found.prefixes) {
-            if retire_after.is_zero() {
-                change.removed.push(prefix);
-            } else {
-                change.left.push(prefix);
-                retiring.push((prefix, now + retire_after));
-            }
+        let gone = uncovered(&known, &answered).filter(|gone| {
+            let retires = |(prefix, _): &(IpNet, Timestamp)| prefix == gone;
+            !retiring.iter().any(retires)
+        });
+        let gone: Vec<IpNet> = gone.collect();
+        if retire_after.is_zero() {
+            change.removed = gone;
+        } else {
+            retiring.extend(gone.iter().map(|&prefix| (prefix, now + retire_after)));
+            change.left = gone;
         }
-        change.added = gone(&found.prefixes, known).copied().collect();
         let mut set = Set {
             members: found.prefixes.into(),
             retiring,
@@ -407,14 +408,7 @@ impl State {
             version: found.version,
             prefixes: Arc::default(),
         };
-        match before {
-            // What is allowed is known, unless one that retired stayed or one that stayed retires.
-            Some(before) if change.is_empty() && before.retiring == set.retiring => {
-                set.members = before.members;
-                set.prefixes = before.prefixes;
-            }
-            _ => set.merge(),
-        }
+        set.merge();
         self.set = Some(set);
         change
     }
@@ -458,11 +452,23 @@ impl State {
     }
 }
 
-/// Members of `before` that are not in `after`; both are sorted.
-fn gone<'a>(before: &'a [IpNet], after: &[IpNet]) -> impl Iterator<Item = &'a IpNet> {
-    before
-        .iter()
-        .filter(|prefix| after.binary_search(prefix).is_err())
+/// Adjacent and covered prefixes merged, sorted.
+fn merged(prefixes: &[IpNet]) -> Vec<IpNet> {
+    let mut merged = IpNet::aggregate(&prefixes.to_vec());
+    merged.sort_unstable();
+    merged
+}
+
+/// Whether one of the prefixes, merged and sorted, holds this one: only the last that sorts no later
+/// can, since of the same address the shorter prefix sorts first.
+fn is_covered(prefix: &IpNet, merged: &[IpNet]) -> bool {
+    let later = merged.partition_point(|other| other <= prefix);
+    later > 0 && merged[later - 1].contains(prefix)
+}
+
+fn uncovered<'a>(prefixes: &'a [IpNet], merged: &'a [IpNet]) -> impl Iterator<Item = IpNet> + 'a {
+    let uncovered = prefixes.iter().filter(|prefix| !is_covered(prefix, merged));
+    uncovered.copied()
 }
 
 /// # Errors
@@ -842,6 +848,49 @@ mod tests {
         state.tick(seconds(20 + 3600));
         let rest = ["192.0.2.7/32", "192.0.2.128/25", "2001:db8::/32"];
         assert_eq!(allowed(&state), list(&rest));
+    }
+
+    #[test]
+    fn list_that_says_the_same_in_other_prefixes_changes_nothing() {
+        let halves = ["192.0.2.0/25", "192.0.2.128/25", "2001:db8::/32"];
+        let mut state = State::new(region(DNS), seconds(0));
+        state.take(found(&halves), false, seconds(0));
+        for same in [
+            &["192.0.2.0/24", "2001:db8::/32"][..],
+            &[
+                "192.0.2.0/24",
+                "192.0.2.0/25",
+                "2001:db8::/33",
+                "2001:db8:8000::/33",
+            ],
+            &halves,
+        ] {
+            let change = state.take(found(same), false, seconds(20));
+            assert!(change.is_empty() && !state.failing, "{same:?}: {change:?}");
+            assert_eq!(allowed(&state), list(&["192.0.2.0/24", "2001:db8::/32"]));
+            assert_eq!(state.next_tick(), None);
+        }
+    }
+
+    #[test]
+    fn covered_prefixes_are_found_as_by_looking_at_each() {
+        let mut random = fastrand::Rng::with_seed(1);
+        let mut prefix = || {
+            let address = std::net::Ipv4Addr::from([192, 0, 2, random.u8(..)]);
+            IpNet::new(address.into(), random.u8(24..=32))
+                .unwrap()
+                .trunc()
+        };
+        for _ in 0..2_000 {
+            let merged = merged(&[prefix(), prefix(), prefix(), prefix()]);
+            let wanted = prefix();
+            let expected = merged.iter().any(|other| other.contains(&wanted));
+            assert_eq!(
+                is_covered(&wanted, &merged),
+                expected,
+                "{wanted} in {merged:?}"
+            );
+        }
     }
 
     #[test]
