@@ -427,22 +427,6 @@ fn other_xdp_program_is_named_and_left_alone() {
 }
 
 #[test]
-fn missing_interface_is_refused() {
-    let net = Net::new("missing");
-    net.write_policy(&policy(
-        "eth0, eth7",
-        "native",
-        &[dedicated("orders", PORT, &ALLOWED, "")],
-    ));
-    let line = net.refusal(&[]);
-    assert!(
-        line.contains("eth7") && line.contains("not exist"),
-        "{line}"
-    );
-    assert_no_program(&net);
-}
-
-#[test]
 fn interface_without_ethernet_is_refused() {
     let net = Net::new("tun");
     net.db.ip("tuntap add tun0 mode tun\nlink set tun0 up");

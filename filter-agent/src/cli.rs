@@ -23,6 +23,7 @@ use tokio::net::UnixStream;
 use crate::{
     daemon::{self, Loaded, Options},
     filter, host,
+    interfaces::{Coverage, describe_missing},
     policy::RegionSource,
     region::{self, Regions},
     report::{self, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
@@ -432,11 +433,12 @@ async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
         format!("region {name} ({source}) is not looked up here, unless with --resolve")
     }));
     // The policy may be meant for another host: only a warning.
-    for name in &loaded.policy.interfaces {
-        if !host.iter().any(|interface| interface.name == *name) {
-            warnings.push(format!("interface {name} does not exist on this host"));
-        }
-    }
+    let missing = Coverage::of(&loaded.policy, &host).missing;
+    warnings.extend(
+        missing
+            .iter()
+            .map(|entry| format!("{} here", describe_missing(entry))),
+    );
     let Loaded { file, policy, .. } = loaded;
     let databases = policy.databases.iter().map(|database| {
         let entries = &compiled.databases[&database.name];
@@ -453,7 +455,7 @@ async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
     let checked = Checked {
         file,
         databases: databases.collect(),
-        interfaces: policy.interfaces,
+        interfaces: policy.interfaces.iter().map(ToString::to_string).collect(),
         warnings,
     };
     output.print(&checked, |checked| {
@@ -614,6 +616,13 @@ fn print_status(status: &Status) {
     }
     println!();
     print_table(&interfaces, status.interfaces.len());
+    if status.repairs > 0 {
+        let times = if status.repairs == 1 { "time" } else { "times" };
+        println!(
+            "somebody took the filter off; it was put back {} {times}",
+            status.repairs
+        );
+    }
     let header = [
         "DATABASE", "PORTS", "MODEL", "RULES", "PREFIXES", "PASSED", "DROPPED",
     ];

@@ -234,7 +234,7 @@ mod tests {
     use filter_common::MAX_NAME;
 
     use super::*;
-    use crate::policy::{Engine, Mode};
+    use crate::policy::{Engine, Listed, Mode};
 
     fn database(model: Model) -> Database {
         Database {
@@ -252,7 +252,7 @@ mod tests {
 
     fn policy(databases: Vec<Database>) -> Policy {
         Policy {
-            interfaces: vec!["eth0".into()],
+            interfaces: vec![Listed::Name("eth0".into())],
             mode: Mode::Auto,
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],

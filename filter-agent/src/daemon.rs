@@ -1,7 +1,7 @@
 //! When things happen: start, signals, expiry, look-ups, changed files, netlink events, requests.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
     os::unix::fs::DirBuilderExt as _,
@@ -23,6 +23,7 @@ use tokio::{
         MappedMutexGuard, Mutex, MutexGuard, Notify,
         mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
     },
+    time::MissedTickBehavior,
 };
 
 use crate::{
@@ -31,13 +32,21 @@ use crate::{
     filter::{Attached, Filter},
     host::{self, Interface},
     image::Difference,
+    interfaces::{self, Coverage},
     kept,
     lookup::{self, Answer, Version},
-    policy::{self, Guards, Model, Policy, Region, RegionSource, Rule},
+    policy::{self, Guards, Listed, Model, Policy, Region, RegionSource, Rule},
     probe,
     region::{self, Change, Regions},
     report,
 };
+
+/// How often the programs on the interfaces are looked at: for so long somebody who takes one off
+/// opens the database.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// How many of these checks go by until one looks at everything.
+const THOROUGH: u32 = 30;
 
 /// How long to wait before taking out expired rules is tried again.
 const RETRY: Duration = Duration::from_secs(10);
@@ -208,6 +217,10 @@ pub struct Agent {
     writer: UnboundedSender<(String, Vec<u8>)>,
     enforced: report::Enforced,
     verified: report::Verified,
+    /// Indexes of the interfaces that are filtered.
+    covered: BTreeSet<u32>,
+    /// How often the filter was put back on an interface from which somebody took it.
+    repairs: u64,
     started: Timestamp,
 }
 
@@ -220,7 +233,7 @@ pub async fn run(options: Options) -> Result<()> {
     let filter = Filter::open(&options.bpffs, options.max_prefixes)?;
     let loaded = load(&options.policy)?;
     let listener = listen(&options.socket).await?;
-    let mut links = link_events()?;
+    let mut links = host::events()?;
     let (watches, mut files) = file_events();
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
@@ -243,6 +256,9 @@ pub async fn run(options: Options) -> Result<()> {
         .with_graceful_shutdown(async move { stopped.notified().await });
     let server = tokio::spawn(server.into_future());
 
+    let mut checks = tokio::time::interval(CHECK_EVERY);
+    checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut checked = 0_u32;
     // Where there is no agent any more, it was detached, and the loop is about to end.
     loop {
         let (expiry, refresh) = match shared.agent().await {
@@ -290,6 +306,12 @@ pub async fn run(options: Options) -> Result<()> {
                     agent.tick().await;
                 }
             }
+            _ = checks.tick() => {
+                checked = (checked + 1) % THOROUGH;
+                if let Ok(mut agent) = shared.agent().await {
+                    agent.check(checked == 0).await;
+                }
+            }
             () = shared.changed.notified() => {}
             () = shared.detached.notified() => break,
             _ = terminate.recv() => break,
@@ -301,7 +323,7 @@ pub async fn run(options: Options) -> Result<()> {
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
     match shared.agent.lock().await.take() {
         Some(agent) => {
-            let names = agent.loaded.policy.interfaces.join(", ");
+            let names = list(agent.loaded.policy.interfaces.iter());
             log(&format!("stopping; the filter stays in force on {names}"));
         }
         None => log("detached; nothing is filtered any more"),
@@ -364,17 +386,6 @@ fn until(expiry: Option<Timestamp>) -> Duration {
     Duration::try_from(left).unwrap_or_default().min(LONGEST)
 }
 
-type Events = futures_util::stream::BoxStream<'static, ()>;
-
-/// A stream that yields when an interface appears, vanishes or changes.
-fn link_events() -> Result<Events> {
-    let groups = [rtnetlink::MulticastGroup::Link];
-    let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups)
-        .context("listen for interfaces that come and go")?;
-    tokio::spawn(connection);
-    Ok(messages.map(|_| ()).boxed())
-}
-
 /// The control socket, for root only.
 async fn listen(socket: &Path) -> Result<UnixListener> {
     if UnixStream::connect(socket).await.is_ok() {
@@ -412,9 +423,8 @@ impl Agent {
     ) -> Result<Self> {
         let clock = Clock::start();
         let regions = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await?;
-        let (_, compiled, enforced) = enforce(&mut filter, &loaded, &regions, &[]).await?;
-        let verified = verify(&mut filter, &loaded.policy, &compiled).await?;
-        let agent = Self {
+        let (_, compiled, enforced) = enforce(&mut filter, &loaded, &regions, None).await?;
+        let mut agent = Self {
             options,
             filter,
             loaded,
@@ -428,9 +438,16 @@ impl Agent {
             unwritten: BTreeMap::new(),
             writer,
             enforced,
-            verified,
+            verified: report::Verified {
+                at: Timestamp::now(),
+                probes: 0,
+                errors: Vec::new(),
+            },
+            covered: BTreeSet::new(),
+            repairs: 0,
             started: Timestamp::now(),
         };
+        agent.verify().await?;
         agent.forget_unused();
         log(&agent.summary());
         Ok(agent)
@@ -444,7 +461,7 @@ impl Agent {
             self.loaded.file.display(),
             counted(self.compiled.databases.len(), "database", "databases"),
             counted(prefixes, "prefix", "prefixes"),
-            self.loaded.policy.interfaces.join(", "),
+            list(self.loaded.policy.interfaces.iter()),
             self.enforced.enforced_ms,
         )
     }
@@ -459,7 +476,7 @@ impl Agent {
         let regions = region::next(&loaded.policy, &self.regions, answers, self.clock.now())?;
         let known = &self.loaded.policy.interfaces;
         let (plan, compiled, enforced) =
-            enforce(&mut self.filter, &loaded, &regions, known).await?;
+            enforce(&mut self.filter, &loaded, &regions, Some(known)).await?;
         self.loaded = loaded;
         self.regions = regions;
         self.compiled = compiled;
@@ -691,9 +708,42 @@ impl Agent {
         }
     }
 
+    /// Compares what the kernel does with what the policy says. An error is logged once.
     async fn verify(&mut self) -> Result<()> {
-        self.verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
+        let verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
+        for error in &verified.errors {
+            if !self.verified.errors.contains(error) {
+                log(&format!("error: {error}"));
+            }
+        }
+        self.verified = verified;
+        let pinned = self.filter.pinned()?;
+        self.covered = pinned.iter().map(|link| link.interface).collect();
         Ok(())
+    }
+
+    /// Whether an interface that was filtered runs another program now, or none.
+    async fn lost_an_interface(&self) -> bool {
+        let (Ok(programs), Ok(ours)) = (host::programs().await, self.filter.program_id()) else {
+            return true;
+        };
+        let runs_ours = |index| {
+            programs
+                .get(index)
+                .is_some_and(|xdp| xdp.program_id == ours)
+        };
+        !self.covered.iter().all(runs_ours)
+    }
+
+    /// Looks after the filter, which anybody with the right to can take off an interface without the
+    /// kernel telling of it.
+    async fn check(&mut self, thorough: bool) {
+        if thorough || self.lost_an_interface().await {
+            self.heal().await;
+        }
+        if thorough && let Err(error) = self.verify().await {
+            log(&format!("error: {error:#}"));
+        }
     }
 
     /// Attaches again wherever a listed interface came back or lost its link.
@@ -703,10 +753,10 @@ impl Agent {
             Err(error) => return log(&format!("{error:#}")),
         };
         let mut attached = false;
-        for name in &self.loaded.policy.interfaces {
-            let Some(interface) = host.iter().find(|interface| interface.name == *name) else {
-                continue;
-            };
+        // An index that is free may be another interface's next.
+        self.covered
+            .retain(|index| host.iter().any(|interface| interface.index == *index));
+        for interface in &Coverage::of(&self.loaded.policy, &host).present {
             let mode = self.loaded.policy.mode;
             let healed = match self.filter.check_interface(interface, mode) {
                 Ok(()) => self.filter.attach(interface, mode),
@@ -717,8 +767,9 @@ impl Agent {
                 Ok(how) => {
                     log(&attachment(interface, &how));
                     attached = true;
+                    self.repairs += u64::from(self.covered.contains(&interface.index));
                 }
-                Err(error) => log(&format!("{name} is not filtered: {error:#}")),
+                Err(error) => log(&format!("{} is not filtered: {error:#}", interface.name)),
             }
         }
         if attached && let Err(error) = self.verify().await {
@@ -769,23 +820,28 @@ impl Agent {
         let mut warnings = warnings(&self.loaded, &self.compiled, &host);
         warnings.extend(self.region_warnings());
         let mut errors = self.region_errors();
-        errors.extend(link_errors(&self.filter, &self.loaded.policy, &host)?);
+        let ours = self.filter.program_id()?;
+        let coverage = Coverage::of(&self.loaded.policy, &host);
+        errors.extend(coverage.errors(&self.filter.pinned()?, ours));
         for error in &self.verified.errors {
             if !errors.contains(error) {
                 errors.push(format!("at {}: {error}", self.verified.at));
             }
         }
-        let ours = self.filter.program_id()?;
-        let interfaces = self.loaded.policy.interfaces.iter().map(|name| {
-            let interface = host.iter().find(|interface| interface.name == *name);
-            let xdp = interface.and_then(|interface| interface.xdp);
-            let xdp = xdp.filter(|xdp| xdp.program_id == ours);
+        let present = coverage.present.iter().map(|interface| {
+            let xdp = interface.xdp.filter(|xdp| xdp.program_id == ours);
             report::Interface {
-                name: name.clone(),
+                name: interface.name.clone(),
                 mode: xdp.map(|xdp| if xdp.native { "native" } else { "generic" }.into()),
                 program_id: xdp.map(|xdp| xdp.program_id),
             }
         });
+        let missing = coverage.missing.iter().map(|entry| report::Interface {
+            name: entry.to_string(),
+            mode: None,
+            program_id: None,
+        });
+        let interfaces = present.chain(missing);
         let mut counts: BTreeMap<Option<String>, Vec<(Reason, bool, u64)>> = BTreeMap::new();
         for ((database, reason, monitored), packets) in self.filter.counts()? {
             counts
@@ -826,6 +882,7 @@ impl Agent {
             started: self.started,
             policy: self.enforced.clone(),
             interfaces: interfaces.collect(),
+            repairs: self.repairs,
             databases: databases.collect(),
             unattributed: dropped(&None, false),
             unattributed_would_drop: dropped(&None, true),
@@ -1068,30 +1125,28 @@ fn describe(name: &str, change: &Change) -> String {
     format!("region {name}: {}", list(parts.into_iter().flatten()))
 }
 
-/// Makes the kernel enforce `loaded`. An interface among `known` may be missing: it was there and is
-/// gone, which must not keep the others from their rules.
+/// Makes the kernel enforce `loaded`. `known`: the interfaces of the policy in force; `None` at a
+/// start.
 async fn enforce(
     filter: &mut Filter,
     loaded: &Loaded,
     regions: &Regions,
-    known: &[String],
+    known: Option<&[Listed]>,
 ) -> Result<(report::Plan, Compiled, report::Enforced)> {
     let compiled = loaded.compile(regions);
     let compiled_ms = milliseconds(loaded.since);
-    let (mut plan, wanted) = interfaces(filter, loaded, &compiled, known).await?;
+    let (mut plan, coverage) = interfaces(filter, loaded, &compiled, known).await?;
+    let wanted = &coverage.present;
     let mode = loaded.policy.mode;
-    for interface in &wanted {
+    for interface in wanted {
         filter.check_interface(interface, mode)?;
     }
     let mut attached = Vec::new();
     let mut outcome = Ok(());
-    for interface in &wanted {
+    for interface in wanted {
         match filter.attach(interface, mode) {
             Ok(Attached::Kept) => {}
-            Ok(how) => {
-                attached.push(interface.index);
-                log(&attachment(interface, &how));
-            }
+            Ok(how) => attached.push((interface, how)),
             Err(error) => {
                 outcome = Err(error);
                 break;
@@ -1101,19 +1156,21 @@ async fn enforce(
     match outcome.and_then(|()| filter.apply(&compiled)) {
         Ok(difference) => plan.difference = difference,
         Err(error) => {
-            for index in attached {
-                filter.detach(index)?;
+            for (interface, _) in attached {
+                filter.detach(interface.index)?;
             }
             return Err(error);
         }
     }
-    for pinned in filter.pinned()? {
-        if wanted.iter().any(|wanted| wanted.index == pinned.interface) {
-            continue;
-        }
-        // The new policy is enforced by now.
-        if let Err(error) = filter.detach(pinned.interface) {
-            log(&format!("error: {error:#}"));
+    for (interface, how) in &attached {
+        log(&attachment(interface, how));
+    }
+    if !coverage.may_be_renamed() {
+        for index in coverage.unlisted(&filter.pinned()?) {
+            // The new policy is enforced by now.
+            if let Err(error) = filter.detach(index) {
+                log(&format!("error: {error:#}"));
+            }
         }
     }
     let enforced = report::Enforced {
@@ -1129,47 +1186,54 @@ async fn enforce(
     Ok((plan, compiled, enforced))
 }
 
-/// What `loaded` changes of the interfaces that are filtered, and those it names that exist.
+/// What `loaded` changes of the interfaces that are filtered. One that is missing is filtered when it
+/// appears: at boot it may come later, and one that vanished must not keep the others from their
+/// rules. Only where a reload names one that never was there is that a mistake.
 async fn interfaces(
     filter: &Filter,
     loaded: &Loaded,
     compiled: &Compiled,
-    known: &[String],
-) -> Result<(report::Plan, Vec<Interface>)> {
+    known: Option<&[Listed]>,
+) -> Result<(report::Plan, Coverage)> {
     let host = host::interfaces().await?;
     let mut warnings = warnings(loaded, compiled, &host);
-    let mut wanted = Vec::new();
-    for name in &loaded.policy.interfaces {
-        match host.iter().find(|interface| interface.name == *name) {
-            Some(interface) => wanted.push(interface.clone()),
-            None if known.contains(name) => warnings.push(format!(
-                "interface {name} is missing; it is filtered as soon as it is back"
-            )),
-            None => bail!(
-                "interface {name} does not exist on this host, which has {}",
-                list(host.iter().map(|interface| &interface.name))
-            ),
+    let coverage = Coverage::of(&loaded.policy, &host);
+    for entry in &coverage.missing {
+        let what = interfaces::describe_missing(entry);
+        if known.is_some_and(|known| !known.contains(entry)) {
+            let names = list(host.iter().map(|interface| &interface.name));
+            bail!("{what} on this host, which has {names}");
         }
+        warnings.push(format!("{what}; it is filtered as soon as it is there"));
     }
     let pinned = filter.pinned()?;
     let is_pinned = |index| pinned.iter().any(|pinned| pinned.interface == index);
-    let attached = wanted
-        .iter()
-        .filter(|interface| !is_pinned(interface.index));
-    let is_wanted = |index| wanted.iter().any(|wanted| wanted.index == index);
-    let detached = pinned.iter().map(|pinned| pinned.interface);
-    let detached = detached.filter(|&index| !is_wanted(index)).map(|index| {
+    let attached = coverage.present.iter();
+    let attached = attached.filter(|interface| !is_pinned(interface.index));
+    let attached = attached.map(|interface| interface.name.clone()).collect();
+    let unlisted = coverage.unlisted(&pinned).into_iter().map(|index| {
         let interface = host.iter().find(|host| host.index == index);
         interface.map_or_else(|| format!("{index} (gone)"), |found| found.name.clone())
     });
+    let unlisted: Vec<String> = unlisted.collect();
+    let mut detached = Vec::new();
+    if coverage.may_be_renamed() && !unlisted.is_empty() {
+        warnings.push(format!(
+            "interface {} stays filtered although it is not listed: it may be the one that is \
+             missing, under another name",
+            unlisted.join(", ")
+        ));
+    } else {
+        detached = unlisted;
+    }
     let plan = report::Plan {
         file: loaded.file.clone(),
         difference: Difference::default(),
-        attached: attached.map(|interface| interface.name.clone()).collect(),
-        detached: detached.collect(),
+        attached,
+        detached,
         warnings,
     };
-    Ok((plan, wanted))
+    Ok((plan, coverage))
 }
 
 /// Runs the attached program on probe packets, and compares what is attached with what should be.
@@ -1178,7 +1242,8 @@ async fn verify(
     policy: &Policy,
     compiled: &Compiled,
 ) -> Result<report::Verified> {
-    let mut errors = link_errors(filter, policy, &host::interfaces().await?)?;
+    let coverage = Coverage::of(policy, &host::interfaces().await?);
+    let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
     let probes = probe::probes(compiled);
     for probe in &probes {
         let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
@@ -1200,41 +1265,11 @@ async fn verify(
             ));
         }
     }
-    for error in &errors {
-        log(&format!("error: {error}"));
-    }
     Ok(report::Verified {
         at: Timestamp::now(),
         probes: probes.len(),
         errors,
     })
-}
-
-/// Listed interfaces on which this agent's program does not run.
-fn link_errors(filter: &Filter, policy: &Policy, host: &[Interface]) -> Result<Vec<String>> {
-    let ours = filter.program_id()?;
-    let pinned = filter.pinned()?;
-    let error = |name: &String| {
-        let Some(interface) = host.iter().find(|interface| interface.name == *name) else {
-            return Some(format!("interface {name} is missing"));
-        };
-        let Some(xdp) = interface.xdp else {
-            return Some(format!(
-                "interface {name} is not filtered: no XDP program is attached"
-            ));
-        };
-        let link = pinned
-            .iter()
-            .find(|pinned| pinned.interface == interface.index);
-        let whole = xdp.program_id == ours && link.is_some_and(|link| link.program_id == ours);
-        (!whole).then(|| {
-            format!(
-                "interface {name} runs XDP program {}, not this agent's ({ours})",
-                xdp.program_id
-            )
-        })
-    };
-    Ok(policy.interfaces.iter().filter_map(error).collect())
 }
 
 /// What the journal says of an attachment: a fall-back to generic mode must not go unnoticed.
@@ -1273,30 +1308,8 @@ pub fn model(database: &policy::Database) -> &'static str {
 pub fn warnings(loaded: &Loaded, compiled: &Compiled, host: &[Interface]) -> Vec<String> {
     let mut warnings = loaded.warnings.clone();
     warnings.extend(compiled.warnings.iter().cloned());
-    warnings.extend(uncovered(host, &loaded.policy.interfaces));
+    warnings.extend(Coverage::of(&loaded.policy, host).warnings(host));
     warnings
-}
-
-/// Warnings of interfaces by which other hosts may reach a database past the filter. One without an
-/// address of its own counts too: Linux takes packets for any local address on every interface.
-fn uncovered(host: &[Interface], listed: &[String]) -> Vec<String> {
-    host.iter()
-        .filter(|interface| interface.up && !interface.loopback)
-        // The ports of a bridge deliver through the bridge.
-        .filter(|interface| !interface.has_master || !interface.addresses.is_empty())
-        .filter(|interface| !listed.contains(&interface.name))
-        .map(|interface| {
-            let addresses = match interface.addresses.as_slice() {
-                [] => String::new(),
-                addresses => format!(" ({})", list(addresses.iter())),
-            };
-            let name = &interface.name;
-            format!(
-                "interface {name}{addresses} is not in `interfaces`: databases may be reachable \
-                 through it"
-            )
-        })
-        .collect()
 }
 
 fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
@@ -1369,7 +1382,7 @@ impl Shared {
         let regions = region::next(&loaded.policy, &agent.regions, answers, now)?;
         let compiled = loaded.compile(&regions);
         let known = &agent.loaded.policy.interfaces;
-        let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, known).await?;
+        let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, Some(known)).await?;
         plan.difference = agent.filter.plan(&compiled)?;
         Ok(plan)
     }
@@ -1417,9 +1430,12 @@ impl Shared {
     pub async fn detach(&self) -> Result<Vec<String>> {
         let agent = self.agent.lock().await.take();
         let agent = agent.context("the filter was detached")?;
-        let interfaces = agent.loaded.policy.interfaces.clone();
-        agent.filter.remove()?;
+        let indexes = agent.filter.remove()?;
         self.detached.notify_one();
-        Ok(interfaces)
+        let host = host::interfaces().await?;
+        let filtered = host
+            .into_iter()
+            .filter(|interface| indexes.contains(&interface.index));
+        Ok(filtered.map(|interface| interface.name).collect())
     }
 }

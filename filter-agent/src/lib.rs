@@ -8,6 +8,7 @@ pub mod filter;
 pub mod format;
 pub mod host;
 pub mod image;
+pub mod interfaces;
 pub mod kept;
 pub mod lookup;
 pub mod policy;

@@ -9,6 +9,7 @@ use std::{
 };
 
 use filter_common::{MAX_DATABASES, MAX_LOCALS, MAX_NAME, MAX_RULES, Protocol};
+use glob::Pattern;
 use ipnet::{IpNet, Ipv4Net};
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use serde::{
@@ -22,7 +23,7 @@ use serde_yaml::{Mapping, Value};
 /// same port of the same address. Only `parse` makes one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
-    pub interfaces: Vec<String>,
+    pub interfaces: Vec<Listed>,
     pub mode: Mode,
     /// The built-in regions included.
     pub regions: BTreeMap<String, Region>,
@@ -30,6 +31,29 @@ pub struct Policy {
     pub regional_network: Vec<IpNet>,
     pub databases: Vec<Database>,
 }
+
+/// An entry of `interfaces`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Listed {
+    Name(String),
+    /// Every Ethernet interface whose name the shell pattern matches.
+    Pattern(Pattern),
+    /// Whichever carries a default route.
+    DefaultRoute,
+}
+
+/// As the policy file spells it.
+impl fmt::Display for Listed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Name(name) => f.write_str(name),
+            Self::Pattern(pattern) => pattern.fmt(f),
+            Self::DefaultRoute => f.write_str(DEFAULT_ROUTE),
+        }
+    }
+}
+
+const DEFAULT_ROUTE: &str = "default";
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -576,7 +600,7 @@ impl Reader<'_> {
     }
 
     fn policy(&mut self, file: RawFile) -> Policy {
-        self.interfaces(&file.interfaces);
+        let interfaces = self.interfaces(&file.interfaces);
         let regions = self.regions(file.regions.unwrap_or_default());
         let regional_network = self.prefixes(
             &At::top("regional_network"),
@@ -615,7 +639,7 @@ impl Reader<'_> {
         }
         self.overlaps(&databases);
         Policy {
-            interfaces: file.interfaces,
+            interfaces,
             mode: file.mode,
             regions,
             regional_network,
@@ -626,7 +650,7 @@ impl Reader<'_> {
         }
     }
 
-    fn interfaces(&mut self, interfaces: &[String]) {
+    fn interfaces(&mut self, interfaces: &[String]) -> Vec<Listed> {
         let at = At::top("interfaces");
         if interfaces.is_empty() {
             self.problem(
@@ -634,9 +658,12 @@ impl Reader<'_> {
                 "no interfaces: name every one the databases are reachable through",
             );
         }
+        let mut listed = Vec::new();
         let mut seen = BTreeSet::new();
         for (index, name) in interfaces.iter().enumerate() {
-            let fits = (1..=MAX_INTERFACE).contains(&name.len());
+            let is_pattern = name.contains(['*', '?', '[']);
+            let longest = if is_pattern { 64 } else { MAX_INTERFACE };
+            let fits = (1..=longest).contains(&name.len());
             if !fits || name.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()) {
                 let message = format!(
                     "{name:?} is no name of an interface: 1 to {MAX_INTERFACE} bytes, no spaces"
@@ -648,7 +675,18 @@ impl Reader<'_> {
                     format!("interface {name} is listed twice"),
                 );
             }
+            match Pattern::new(name) {
+                Ok(pattern) if is_pattern => listed.push(Listed::Pattern(pattern)),
+                Ok(_) if name == DEFAULT_ROUTE => listed.push(Listed::DefaultRoute),
+                Ok(_) => listed.push(Listed::Name(name.clone())),
+                Err(error) => {
+                    let message =
+                        format!("{name:?} is no pattern of interface names: {}", error.msg);
+                    self.problem(&at.index(index), message);
+                }
+            }
         }
+        listed
     }
 
     fn regions(&mut self, raw: Mapping) -> BTreeMap<String, Region> {

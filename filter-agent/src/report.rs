@@ -15,6 +15,8 @@ pub struct Status {
     pub started: Timestamp,
     pub policy: Enforced,
     pub interfaces: Vec<Interface>,
+    /// How often the filter was put back on an interface from which somebody took it.
+    pub repairs: u64,
     pub databases: Vec<Database>,
     /// Packets dropped that could have been aimed at any database, by reason.
     pub unattributed: BTreeMap<String, u64>,

@@ -4,7 +4,7 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use filter_agent::policy::{
-    self, Engine, Guards, Mode, Model, Problem, RegionSource, Select, Source, Transport,
+    self, Engine, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Transport,
 };
 use filter_common::Protocol;
 
@@ -67,7 +67,10 @@ fn every_field_of_a_policy_arrives() {
         .find(|(path, _)| path.ends_with("everything.yaml"))
         .unwrap();
     let (policy, _) = policy::parse(text).unwrap();
-    assert_eq!(policy.interfaces, ["eth0", "eth0.100"]);
+    let interfaces: Vec<String> = policy.interfaces.iter().map(ToString::to_string).collect();
+    assert_eq!(interfaces, ["eth0", "eth0.100", "ens*", "default"]);
+    assert!(matches!(policy.interfaces[2], Listed::Pattern(_)));
+    assert_eq!(policy.interfaces[3], Listed::DefaultRoute);
     assert_eq!(policy.mode, Mode::Generic);
     assert_eq!(policy.regional_network, ["10.0.0.0/8".parse().unwrap()]);
     let source = |name: &str| &policy.regions[name].source;

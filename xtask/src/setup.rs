@@ -25,7 +25,8 @@ pub enum Needs {
 const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
-const RUN_PACKAGES: [&str; 6] = [
+const RUN_PACKAGES: [&str; 7] = [
+    "bpftool",
     "iproute2",
     "knot",
     "nftables",

@@ -1,0 +1,214 @@
+//! Interfaces that appear, vanish, change and are named in other ways than by their name.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    process::Command,
+};
+
+use filter_tests::net::{
+    ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, connect, dedicated, policy,
+    succeed, wait_until,
+};
+use serde_json::{Value, json};
+
+use Connection::{Accepted, Silence};
+
+const PORT: u16 = 5432;
+const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
+const ALLOWED: [&str; 1] = ["203.0.113.10/32"];
+
+fn orders(interfaces: &str) -> String {
+    policy(
+        interfaces,
+        "auto",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    )
+}
+
+/// An agent that filters these interfaces.
+fn start(name: &str, interfaces: &str) -> Net {
+    let mut net = Net::new(name);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders(interfaces));
+    net.start();
+    net
+}
+
+#[track_caller]
+fn assert_filtered(net: &Net) {
+    let attempts = [(ALLOWED4.into(), DB), (DENIED4.into(), DB)];
+    assert_eq!(net.connect_all(&attempts), [Accepted, Silence]);
+    assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+}
+
+/// Names of the interfaces that `status` lists, and how each is filtered.
+fn interfaces(net: &Net) -> Vec<(String, String)> {
+    let status = net.agent_json(&["status"]);
+    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
+    let interfaces = status["interfaces"].as_array().unwrap().iter();
+    interfaces
+        .map(|i| (text(&i["name"]), text(&i["mode"])))
+        .collect()
+}
+
+fn said(net: &Net, beginning: &str) -> bool {
+    net.log.iter().any(|line| line.starts_with(beginning))
+}
+
+#[test]
+fn interface_that_is_not_there_yet_is_filtered_when_it_comes() {
+    let mut net = start("later", "eth0, eth7");
+    let _listener = net.listen(PORT);
+    assert!(said(
+        &net,
+        "warning: interface eth7 is missing; it is filtered as soon as"
+    ));
+    let errors = net.agent_json(&["status"])["errors"].to_string();
+    assert!(errors.contains("interface eth7 is missing"), "{errors}");
+    net.db.ip("link add eth7 type veth peer name far7");
+    net.wait_for_line("attached to eth7 in native mode");
+    assert_filtered(&net);
+}
+
+#[test]
+fn reload_that_names_an_interface_that_never_was_there_is_refused() {
+    let net = start("never", "eth0");
+    let _listener = net.listen(PORT);
+    for (entry, expected) in [
+        ("eth8", "interface eth8 is missing on this host, which has "),
+        ("'ens*'", "no interface is named as in ens* on this host"),
+    ] {
+        net.write_policy(&orders(&format!("eth0, {entry}")));
+        let error = net.agent_error(&["reload"]);
+        assert!(error.contains(expected), "{error}");
+    }
+    assert_filtered(&net);
+}
+
+#[test]
+fn pattern_covers_what_it_names_and_what_comes_later() {
+    let mut net = start("pattern", "'eth*'");
+    let _listener = net.listen(PORT);
+    assert_eq!(interfaces(&net), [("eth0".into(), "native".into())]);
+    assert_filtered(&net);
+    net.add_client();
+    let eth1 = ("eth1".to_owned(), "native".to_owned());
+    assert!(wait_until(|| interfaces(&net).contains(&eth1)));
+    let second: IpAddr = "10.0.1.2".parse().unwrap();
+    let db: SocketAddr = "10.0.1.1:5432".parse().unwrap();
+    assert_eq!(net.more_clients[0].run(|| connect(second, db)), Silence);
+    // Neither the loopback interface nor what is no Ethernet is meant by a pattern.
+    net.db.ip("tuntap add dev etun mode tun");
+    net.reload(&orders("'*'"));
+    let listed = interfaces(&net);
+    assert!(
+        listed.iter().all(|(name, _)| name.starts_with("eth")),
+        "{listed:?}"
+    );
+    assert_filtered(&net);
+}
+
+#[test]
+fn default_route_decides_where_the_policy_says_default() {
+    let mut net = start("default-route", "default");
+    let _listener = net.listen(PORT);
+    assert_eq!(interfaces(&net), [("eth0".into(), "native".into())]);
+    assert_filtered(&net);
+    net.add_client();
+    assert_eq!(interfaces(&net).len(), 1);
+    net.db
+        .ip("route add default via 10.0.1.2 dev eth1 metric 50");
+    net.wait_for_line("attached to eth1 in native mode");
+    // Whatever else happens to the route, what is filtered stays so.
+    net.db.ip(
+        "route delete default via 10.0.0.2 dev eth0\nroute delete default via fd00::2 dev eth0",
+    );
+    assert!(wait_until(
+        || interfaces(&net) == [("eth1".into(), "native".into())]
+    ));
+    assert_eq!(net.connect(DENIED4.into(), DB), Silence);
+}
+
+#[test]
+fn renamed_interface_stays_filtered_and_is_reported() {
+    let mut net = start("renamed", "eth0");
+    let _listener = net.listen(PORT);
+    net.db.ip("link set eth0 down
+         link set eth0 name lan0
+         link set lan0 up
+         route add default via 10.0.0.2 dev lan0");
+    let attempts = [(ALLOWED4.into(), DB), (DENIED4.into(), DB)];
+    assert_eq!(net.connect_all(&attempts), [Accepted, Silence]);
+    let reload = net.agent(&["reload"]);
+    let text = String::from_utf8(reload.stdout).unwrap();
+    assert!(
+        text.contains("interface lan0 stays filtered although it is not listed"),
+        "{text}"
+    );
+    assert_eq!(net.connect_all(&attempts), [Accepted, Silence]);
+    net.kill();
+    net.start();
+    assert_eq!(net.connect_all(&attempts), [Accepted, Silence]);
+    net.reload(&orders("lan0"));
+    assert_filtered(&net);
+}
+
+#[test]
+fn changes_of_an_interface_leave_the_filter_on_it() {
+    let net = start("changes", "eth0");
+    let _listener = net.listen(PORT);
+    let hammer = Hammer::denied(&net.client, &[(DENIED4.into(), DB)]);
+    for mtu in [1280, 9000, 3000, 1500] {
+        net.db.ip(&format!("link set eth0 mtu {mtu}"));
+        net.client.ip(&format!("link set eth0 mtu {mtu}"));
+        assert_eq!(net.connect(ALLOWED4.into(), DB), Accepted);
+    }
+    net.db
+        .ip("link set eth0 promisc on\nlink set eth0 multicast off");
+    hammer.stop();
+    assert_filtered(&net);
+}
+
+#[test]
+fn driver_that_refuses_native_mode_is_filtered_in_generic_mode_which_says_why() {
+    let mut net = Net::new("no-native");
+    net.db.ip("link add br0 type bridge\nlink set br0 up");
+    net.write_policy(&orders("eth0, br0"));
+    net.start();
+    assert!(said(
+        &net,
+        "attached to br0 in generic mode, since native mode was refused: "
+    ));
+    assert!(interfaces(&net).contains(&("br0".into(), "generic".into())));
+    net.agent_text(&["detach", "--yes"]);
+    net.wait_for_exit();
+    net.write_policy(&orders("eth0, br0").replace("mode: auto", "mode: native"));
+    let error = net.refusal(&[]);
+    assert!(error.contains("attach to br0 in native mode"), "{error}");
+}
+
+#[test]
+fn filter_that_is_taken_off_by_force_is_put_back_and_counted() {
+    let mut net = start("forced-off", "eth0");
+    let _listener = net.listen(PORT);
+    assert_eq!(net.agent_json(&["status"])["repairs"], 0);
+    let pins = fs::read_dir(net.bpffs().join("filter-agent/v1")).unwrap();
+    let mut pins = pins.map(|entry| entry.unwrap().path());
+    let link = pins
+        .find(|pin| pin.to_str().unwrap().contains("link_"))
+        .unwrap();
+    // Until it is put back anybody gets in.
+    net.watch(&[]);
+    succeed(
+        Command::new("bpftool")
+            .args(["link", "detach", "pinned"])
+            .arg(link),
+    );
+    net.wait_for_line("attached to eth0 in native mode");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert_filtered(&net);
+    assert_eq!(net.agent_json(&["status"])["repairs"], 1);
+    let text = net.agent_text(&["status"]);
+    assert!(text.contains("put back 1 time"), "{text}");
+}
