@@ -15,9 +15,15 @@ fn main() -> anyhow::Result<()> {
         // aya-build repeats each line of the inner cargo as a warning.
         std::env::set_var("CARGO_TERM_QUIET", "true");
     }
+    let features: &[&str] = if cfg!(feature = "next-layout") {
+        &["next-layout"]
+    } else {
+        &[]
+    };
     let package = Package {
         name: "filter-ebpf",
         root_dir: concat!(env!("CARGO_MANIFEST_DIR"), "/../filter-ebpf"),
+        features,
         ..Package::default()
     };
     aya_build::build_ebpf([package], Toolchain::Custom(TOOLCHAIN)).context("build filter-ebpf")

@@ -199,6 +199,8 @@ pub struct Net {
     pub log: Vec<String>,
     /// Whether the agent sees the namespace's own `/etc/resolv.conf` and `/etc/hosts`.
     pub own_resolver: bool,
+    /// What runs as the agent.
+    pub binary: PathBuf,
     pub db: Namespace,
     pub client: Namespace,
     /// At the far ends of `eth1` and so on.
@@ -226,6 +228,7 @@ impl Net {
             agent: None,
             log: Vec::new(),
             own_resolver: false,
+            binary: agent_binary().to_owned(),
             db: Namespace::new(format!("{name}-db")),
             client: Namespace::new(format!("{name}-client")),
             more_clients: Vec::new(),
@@ -376,10 +379,10 @@ impl Net {
             let mut command = Command::new("ip");
             command
                 .args(["netns", "exec", &self.db.name])
-                .arg(agent_binary());
+                .arg(&self.binary);
             command
         } else {
-            Command::new(agent_binary())
+            Command::new(&self.binary)
         };
         command.args(arguments).current_dir(&self.dir);
         match arguments[0] {
@@ -1118,19 +1121,31 @@ pub fn wait_until(mut condition: impl FnMut() -> bool) -> bool {
 /// The agent's binary, of the same profile as this test, built once.
 pub fn agent_binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let test = env::current_exe().unwrap();
-        // <target>/<profile>/deps/<test>
-        let profile = test.ancestors().nth(2).unwrap();
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "filter-agent"]);
-        build.arg("--target-dir").arg(profile.parent().unwrap());
-        if profile.ends_with("release") {
-            build.arg("--release");
-        }
-        build.current_dir(env!("CARGO_MANIFEST_DIR"));
-        let status = build.status().unwrap();
-        assert!(status.success(), "cargo cannot build filter-agent");
-        profile.join("filter-agent")
-    })
+    BINARY.get_or_init(|| build_agent("", &[]))
+}
+
+/// An agent whose maps have another layout, a later one.
+pub fn next_layout_binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| build_agent("next-layout", &["--features", "next-layout"]))
+}
+
+/// `below`: the folder of the target directory, which this binary must not share with the other.
+fn build_agent(below: &str, arguments: &[&str]) -> PathBuf {
+    let test = env::current_exe().unwrap();
+    // <target>/<profile>/deps/<test>
+    let profile = test.ancestors().nth(2).unwrap();
+    let target = profile.parent().unwrap().join(below);
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--package", "filter-agent"]);
+    build.args(arguments).arg("--target-dir").arg(&target);
+    if profile.ends_with("release") {
+        build.arg("--release");
+    }
+    build.current_dir(env!("CARGO_MANIFEST_DIR"));
+    let status = build.status().unwrap();
+    assert!(status.success(), "cargo cannot build filter-agent");
+    target
+        .join(profile.file_name().unwrap())
+        .join("filter-agent")
 }

@@ -29,7 +29,7 @@ use tokio::{
 use crate::{
     compile::{Compiled, RuleKey, compile, is_expired},
     control,
-    filter::{Attached, Filter},
+    filter::{Attached, Filter, TakenOver},
     host::{self, Interface},
     image::Difference,
     interfaces::{self, Coverage},
@@ -1107,6 +1107,19 @@ async fn first_regions(
     Ok(regions)
 }
 
+fn describe_takeover(taken: &TakenOver) -> String {
+    let TakenOver {
+        layout,
+        links,
+        counters,
+    } = taken;
+    let interfaces = counted(*links, "interface", "interfaces");
+    let counters = if *counters { "go on" } else { "begin at 0" };
+    format!(
+        "took over from an agent of layout {layout}: {interfaces} switched, counters {counters}"
+    )
+}
+
 /// What changed of a region, in one line.
 fn describe(name: &str, change: &Change) -> String {
     let part = |what: &str, prefixes: &[IpNet]| {
@@ -1141,6 +1154,8 @@ async fn enforce(
     for interface in wanted {
         filter.check_interface(interface, mode)?;
     }
+    // The maps first: no program runs on maps that do not hold the policy yet.
+    let applied = filter.apply(&compiled)?;
     let mut attached = Vec::new();
     let mut outcome = Ok(());
     for interface in wanted {
@@ -1153,14 +1168,16 @@ async fn enforce(
             }
         }
     }
-    match outcome.and_then(|()| filter.apply(&compiled)) {
-        Ok(difference) => plan.difference = difference,
-        Err(error) => {
-            for (interface, _) in attached {
-                filter.detach(interface.index)?;
-            }
-            return Err(error);
+    if let Err(error) = outcome {
+        for (interface, _) in attached {
+            filter.detach(interface.index)?;
         }
+        filter.undo(applied)?;
+        return Err(error);
+    }
+    plan.difference = applied.difference;
+    for taken in filter.take_over()? {
+        log(&describe_takeover(&taken));
     }
     for (interface, how) in &attached {
         log(&attachment(interface, how));

@@ -59,6 +59,15 @@ struct Shape {
     flags: u32,
 }
 
+impl Shape {
+    /// Whether a map's entries are like this one's, however many there are.
+    fn holds_the_same(&self, info: &MapInfo) -> bool {
+        info.map_type().ok() == Some(self.map_type)
+            && info.key_size() as usize == self.key
+            && info.value_size() as usize == self.value
+    }
+}
+
 const fn array(name: &'static str, value: usize, entries: u32) -> Shape {
     Shape {
         name,
@@ -154,6 +163,22 @@ pub enum Attached {
     },
 }
 
+/// A change that was made, and what it takes to undo it.
+pub struct Applied {
+    pub difference: Difference,
+    before: Image,
+}
+
+/// What was taken over from an agent of another layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TakenOver {
+    pub layout: u32,
+    /// Interfaces whose program was switched.
+    pub links: usize,
+    /// Whether counters go on where they were.
+    pub counters: bool,
+}
+
 /// Packets by database (`None`: aimed at no database in particular), reason, and whether the reason
 /// was only counted, not enforced.
 pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
@@ -237,9 +262,21 @@ impl Filter {
     ///
     /// # Errors
     /// What was refused. What had been written by then is taken back.
-    pub fn apply(&mut self, compiled: &Compiled) -> Result<Difference> {
+    pub fn apply(&mut self, compiled: &Compiled) -> Result<Applied> {
         let image = self.image(compiled)?;
         let difference = self.held.difference(&image);
+        let before = self.change(image)?;
+        Ok(Applied { difference, before })
+    }
+
+    /// Makes the kernel hold what it held before.
+    pub fn undo(&mut self, applied: Applied) -> Result<()> {
+        self.change(applied.before).context("take back a change")?;
+        Ok(())
+    }
+
+    /// Returns what the kernel held before.
+    fn change(&mut self, image: Image) -> Result<Image> {
         self.maps.clear_counters(&self.held, &image)?;
         let steps = self.held.steps_to(&image);
         for (done, step) in steps.iter().enumerate() {
@@ -252,16 +289,19 @@ impl Filter {
                 return Err(error.context("write the policy to the kernel, nothing is changed"));
             }
         }
-        self.held = image;
-        Ok(difference)
+        Ok(std::mem::replace(&mut self.held, image))
     }
 
     /// Runs the program on `interface`: over the link that is pinned for it where it is whole, else
     /// over a new one that is pinned.
     pub fn attach(&mut self, interface: &Interface, mode: Mode) -> Result<Attached> {
         let pin = self.link_pin(interface.index);
-        if pin.exists() {
+        if let Some(found) = self.find_link(interface.index)? {
             if self.is_whole(interface)? {
+                // One of another layout is switched when the maps are full, by `take_over`.
+                if found != pin {
+                    return Ok(Attached::Kept);
+                }
                 let ours = Some(self.program_id()?);
                 if interface.xdp.map(|xdp| xdp.program_id) != ours {
                     self.update(&pin)
@@ -270,7 +310,7 @@ impl Filter {
                 return Ok(Attached::Kept);
             }
             // Detached by force, or its interface is gone and the index was used again.
-            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+            fs::remove_file(&found).with_context(|| format!("remove {}", found.display()))?;
         }
         let native = match mode {
             Mode::Generic => None,
@@ -322,18 +362,68 @@ impl Filter {
 
     /// Whether the link pinned for an interface is the one whose program runs there.
     fn is_whole(&self, interface: &Interface) -> Result<bool> {
-        let program_id = self.linked_program(interface.index)?;
+        let Some(pin) = self.find_link(interface.index)? else {
+            return Ok(false);
+        };
+        let program_id = linked_program(&pin)?;
         Ok(interface
             .xdp
             .is_some_and(|xdp| xdp.program_id == program_id))
     }
 
-    /// The kernel's id of the program on the link that is pinned for an interface.
-    fn linked_program(&self, interface: u32) -> Result<u32> {
-        let link = PinnedLink::from_pin(self.link_pin(interface))
-            .with_context(|| format!("open the link pinned for interface {interface}"))?;
-        let info = FdLink::from(link).info().context("read the link")?;
-        Ok(info.program_id())
+    /// The link that is pinned for an interface, by this layout or another.
+    fn find_link(&self, interface: u32) -> Result<Option<PathBuf>> {
+        let name = link_name(interface);
+        let others = self.other_layouts()?.into_iter();
+        let mut pins = others.map(|(_, pins)| pins.join(&name));
+        let own = self.link_pin(interface);
+        Ok(if own.exists() {
+            Some(own)
+        } else {
+            pins.find(|pin| pin.exists())
+        })
+    }
+
+    /// What agents of other layouts left, by layout.
+    fn other_layouts(&self) -> Result<Vec<(u32, PathBuf)>> {
+        let base = self.pins.parent().context("find the pins' directory")?;
+        let mut others = layouts(base)?;
+        others.retain(|(layout, _)| *layout != LAYOUT);
+        Ok(others)
+    }
+
+    /// Takes over what an agent of another layout left in force: carries its counters, switches each of
+    /// its links to this program atomically, and only then removes its maps. The maps must hold the
+    /// policy by now. Whenever it is cut off, the next start goes on with what is left.
+    pub fn take_over(&mut self) -> Result<Vec<TakenOver>> {
+        let mut taken = Vec::new();
+        for (layout, pins) in self.other_layouts()? {
+            own_directory(&pins)?;
+            // What the counters of a later layout mean this agent cannot know.
+            let counters = layout < LAYOUT && self.maps.carry_counters(&pins, &self.held)?;
+            let mut links = 0;
+            for interface in pinned_interfaces(&pins)? {
+                let pin = pins.join(link_name(interface));
+                let switched = self.update(&pin);
+                let moved = switched.is_ok() && !self.link_pin(interface).exists();
+                if moved {
+                    let to = self.link_pin(interface);
+                    fs::rename(&pin, &to)
+                        .with_context(|| format!("move {} to {}", pin.display(), to.display()))?;
+                    links += 1;
+                } else {
+                    // Its interface is gone.
+                    fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+                }
+            }
+            remove_directory(&pins)?;
+            taken.push(TakenOver {
+                layout,
+                links,
+                counters,
+            });
+        }
+        Ok(taken)
     }
 
     /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
@@ -349,7 +439,7 @@ impl Filter {
         };
         let attached = if xdp.native { "native" } else { "generic" };
         ensure!(
-            self.link_pin(interface.index).exists() && self.is_whole(interface)?,
+            self.is_whole(interface)?,
             "another XDP program (id {}, {attached} mode) is attached to {name}: detach it first, \
              for example with `ip link set dev {name} xdp off`",
             xdp.program_id
@@ -384,15 +474,14 @@ impl Filter {
         for interface in pinned_interfaces(&self.pins)? {
             pinned.push(Pinned {
                 interface,
-                program_id: self.linked_program(interface)?,
+                program_id: linked_program(&self.link_pin(interface))?,
             });
         }
         Ok(pinned)
     }
 
     fn link_pin(&self, interface: u32) -> PathBuf {
-        // By index, which a rename does not change; bpffs allows no dot, as in eth0.100, in a name.
-        self.pins.join(format!("link_{interface}"))
+        self.pins.join(link_name(interface))
     }
 
     /// The kernel's id of the program this agent loaded: what netlink must tell of each interface.
@@ -629,6 +718,60 @@ impl Maps {
         Ok(image)
     }
 
+    /// Adopts the counters of another layout's maps, by the names of databases and rules; whether
+    /// they are such as this layout's.
+    fn carry_counters(&mut self, pins: &Path, held: &Image) -> Result<bool> {
+        let names = ["SLOT_NAMES", "RULE_NAMES", "COUNTS", "HITS", "PROBES"];
+        let mut sizes = BTreeMap::new();
+        for shape in SHAPES.iter().filter(|shape| names.contains(&shape.name)) {
+            let Ok(info) = MapInfo::from_pin(pins.join(shape.name)) else {
+                return Ok(false);
+            };
+            if !shape.holds_the_same(&info) {
+                return Ok(false);
+            }
+            sizes.insert(shape.name, info.max_entries());
+        }
+        let open = |name: &str| MapData::from_pin(pins.join(name));
+        let slot_names: Array<_, Name> = Map::Array(open("SLOT_NAMES")?).try_into()?;
+        let rule_names: Array<_, Name> = Map::Array(open("RULE_NAMES")?).try_into()?;
+        let counts: PerCpuArray<_, u64> = Map::PerCpuArray(open("COUNTS")?).try_into()?;
+        let hits: PerCpuArray<_, u64> = Map::PerCpuArray(open("HITS")?).try_into()?;
+        let probes: Array<_, u64> = Map::Array(open("PROBES")?).try_into()?;
+        let new_slots = held.slots_by_name();
+        let mut slots = BTreeMap::from([(u32::from(ANY_SLOT), ANY_SLOT)]);
+        for old in 1..sizes["SLOT_NAMES"] {
+            let name = slot_names.get(&old, 0)?;
+            let new = name.text().and_then(|name| new_slots.get(name));
+            slots.extend(new.map(|&new| (old, new)));
+        }
+        for (&old, &new) in &slots {
+            for reason in Reason::ALL {
+                for monitored in [false, true] {
+                    let from = counter_index(old as u16, reason, monitored);
+                    let to = counter_index(new, reason, monitored);
+                    self.counts.set(to, counts.get(&from, 0)?, 0)?;
+                    self.probes.set(to, probes.get(&from, 0)?, 0)?;
+                }
+            }
+        }
+        for old in 0..sizes["RULE_NAMES"] {
+            let name = rule_names.get(&old, 0)?;
+            let Some(&slot) = slots.get(&u32::from(name.slot)) else {
+                continue;
+            };
+            let same = |(_, new): &&(u32, Name)| new.slot == slot && new.text() == name.text();
+            if name != Name::FREE
+                && let Some(&(new, _)) = held.rules.iter().find(same)
+            {
+                self.hits.set(new, hits.get(&old, 0)?, 0)?;
+                let probed = probes.get(&(sizes["COUNTS"] + old), 0)?;
+                self.probes.set(COUNTERS + new, probed, 0)?;
+            }
+        }
+        Ok(true)
+    }
+
     /// Zeroes the counters of slots and rule ids that `new` begins to use.
     fn clear_counters(&mut self, held: &Image, new: &Image) -> Result<()> {
         let cpus = nr_cpus().map_err(|(file, error)| anyhow!(error).context(file))?;
@@ -797,22 +940,50 @@ fn remove_pins(base: &Path) -> Result<Vec<u32>> {
     let mut interfaces = Vec::new();
     for layout in entries(base)? {
         interfaces.extend(pinned_interfaces(&layout)?);
-        for pin in entries(&layout)? {
-            fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
-        }
-        fs::remove_dir(&layout).with_context(|| format!("remove {}", layout.display()))?;
+        remove_directory(&layout)?;
     }
     fs::remove_dir(base).with_context(|| format!("remove {}", base.display()))?;
     Ok(interfaces)
 }
 
+fn remove_directory(pins: &Path) -> Result<()> {
+    for pin in entries(pins)? {
+        fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+    }
+    fs::remove_dir(pins).with_context(|| format!("remove {}", pins.display()))
+}
+
 /// Interface indexes for which a filter is pinned below `bpffs`, whether or not an agent runs.
 pub fn left_in_force(bpffs: &Path) -> Result<Vec<u32>> {
-    let pins = base(bpffs)?.join(format!("v{LAYOUT}"));
-    if !pins.exists() {
-        return Ok(Vec::new());
+    let base = base(bpffs)?;
+    let mut interfaces = Vec::new();
+    if base.exists() {
+        for (_, pins) in layouts(&base)? {
+            interfaces.extend(pinned_interfaces(&pins)?);
+        }
     }
-    pinned_interfaces(&pins)
+    Ok(interfaces)
+}
+
+/// The directories of all layouts that are pinned.
+fn layouts(base: &Path) -> Result<Vec<(u32, PathBuf)>> {
+    let layout = |path: PathBuf| {
+        let number = path.file_name()?.to_str()?.strip_prefix('v')?.parse();
+        Some((number.ok()?, path))
+    };
+    Ok(entries(base)?.into_iter().filter_map(layout).collect())
+}
+
+/// By index, which a rename does not change; bpffs allows no dot, as in eth0.100, in a name.
+fn link_name(interface: u32) -> String {
+    format!("link_{interface}")
+}
+
+/// The kernel's id of the program on a link that is pinned.
+fn linked_program(pin: &Path) -> Result<u32> {
+    let link = PinnedLink::from_pin(pin).with_context(|| format!("open {}", pin.display()))?;
+    let info = FdLink::from(link).info().context("read the link")?;
+    Ok(info.program_id())
 }
 
 /// The directory that the agent owns on a BPF file system.
@@ -910,9 +1081,7 @@ fn check_pins(pins: &Path) -> Result<bool> {
 fn check_pin(pins: &Path, shape: &Shape) -> Result<MapInfo> {
     let pin = pins.join(shape.name);
     let info = MapInfo::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;
-    let same = info.map_type().ok() == Some(shape.map_type)
-        && info.key_size() as usize == shape.key
-        && info.value_size() as usize == shape.value
+    let same = shape.holds_the_same(&info)
         && shape
             .entries
             .is_none_or(|entries| entries == info.max_entries())

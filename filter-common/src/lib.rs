@@ -2,8 +2,12 @@
 #![no_std]
 
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
-/// under a directory of this number, so two layouts never meet in one map.
-pub const LAYOUT: u32 = 1;
+/// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
+/// these raises it.
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 2 } else { 1 };
+
+/// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes.
+const NEXT_LAYOUT: bool = cfg!(feature = "next-layout");
 
 /// VLAN tags the parser follows. Linux unwraps stacked priority tags (VID 0) without limit, so a
 /// frame with more is dropped, not passed.
@@ -18,7 +22,7 @@ pub const MAX_DATABASES: usize = 127;
 
 /// Database slots in the kernel, slot 0 excepted: enough for a reload that replaces every database,
 /// since a slot is not reused before its last packet was judged.
-pub const SLOTS: u32 = 256;
+pub const SLOTS: u32 = if NEXT_LAYOUT { 512 } else { 256 };
 
 /// The slot of packets that could be aimed at any database.
 pub const ANY_SLOT: u16 = 0;

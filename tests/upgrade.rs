@@ -1,0 +1,182 @@
+//! One agent after another: a binary whose maps have another layout takes over what the last one left,
+//! and back again, and at no moment does anybody get in who should not, or stay out who should get in.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
+
+use filter_tests::net::{
+    ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected,
+    agent_binary, dedicated, next_layout_binary, policy, wait_until,
+};
+use serde_json::json;
+
+use Connection::{Accepted, Silence};
+
+const PORT: u16 = 5432;
+const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
+const DB_V6: SocketAddr = SocketAddr::new(IpAddr::V6(DB6), PORT);
+const ALLOWED: [&str; 2] = ["203.0.113.10/32", "2001:db8::10/128"];
+
+fn orders(allowed: &[&str]) -> String {
+    policy("eth0", "native", &[dedicated("orders", PORT, allowed, "")])
+}
+
+fn start(name: &str) -> Net {
+    let mut net = Net::new(name);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    net
+}
+
+fn attempts() -> ([(IpAddr, SocketAddr); 2], [(IpAddr, SocketAddr); 2]) {
+    (
+        [(ALLOWED4.into(), DB), (ALLOWED6.into(), DB_V6)],
+        [(DENIED4.into(), DB), (DENIED6.into(), DB_V6)],
+    )
+}
+
+#[track_caller]
+fn assert_filtered(net: &Net) {
+    let (allowed, denied) = attempts();
+    assert_eq!(net.connect_all(&allowed), [Accepted, Accepted]);
+    assert_eq!(net.connect_all(&denied), [Silence, Silence]);
+    assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+}
+
+/// The layouts that are pinned.
+fn layouts(net: &Net) -> Vec<String> {
+    let entries = fs::read_dir(net.bpffs().join("filter-agent")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names.collect()
+}
+
+fn dropped_and_hits(net: &Net) -> (u64, u64) {
+    let status = net.agent_json(&["status"]);
+    let dropped = status["databases"][0]["dropped"]["not-allowed"]
+        .as_u64()
+        .unwrap_or(0);
+    let rules = net.agent_json(&["rules"]);
+    (dropped, rules[0]["hits"].as_u64().unwrap())
+}
+
+#[test]
+fn agent_of_another_layout_takes_over_without_a_gap_and_back() {
+    let mut net = start("layouts");
+    let _server = net.echo(PORT);
+    assert_filtered(&net);
+    let (allowed, denied) = attempts();
+    let inside = Hammer::allowed(&net.client, &allowed);
+    let outside = Hammer::denied(&net.client, &denied);
+    let mut before = (0, 0);
+    for (binary, layout, counters) in [
+        (next_layout_binary(), "v2", "counters go on"),
+        (agent_binary(), "v1", "counters begin at 0"),
+        (next_layout_binary(), "v2", "counters go on"),
+    ] {
+        before = before.max(dropped_and_hits(&net));
+        net.terminate();
+        net.binary = binary.to_owned();
+        net.log.clear();
+        net.start();
+        let said = format!("1 interface switched, {counters}");
+        assert!(
+            net.log.iter().any(|line| line.ends_with(&said)),
+            "{:#?}",
+            net.log
+        );
+        assert_eq!(layouts(&net), [layout]);
+        assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+        if counters == "counters go on" {
+            let after = dropped_and_hits(&net);
+            assert!(
+                after.0 >= before.0 && after.1 >= before.1,
+                "{before:?} {after:?}"
+            );
+        } else {
+            before = (0, 0);
+        }
+    }
+    assert!(inside.stop() > 10 && outside.stop() > 10);
+    assert_filtered(&net);
+}
+
+#[test]
+fn upgrade_that_brings_another_policy_enforces_it_at_the_switch() {
+    let mut net = start("layout-policy");
+    let _server = net.echo(PORT);
+    net.kill();
+    net.binary = next_layout_binary().to_owned();
+    net.write_policy(&orders(&["198.51.100.7/32"]));
+    net.watch(&[Protected::tcp(PORT, &["198.51.100.7/32"])]);
+    net.start();
+    let sources = [ALLOWED4, DENIED4].map(|source| net.connect(source.into(), DB));
+    assert_eq!(sources, [Silence, Accepted]);
+}
+
+#[test]
+fn upgrade_with_a_bad_policy_leaves_the_old_one_in_force() {
+    let mut net = start("layout-bad");
+    let _server = net.echo(PORT);
+    net.kill();
+    net.binary = next_layout_binary().to_owned();
+    net.write_policy("interfaces: [eth0]\ndatabases: [{name: orders}]\n");
+    net.refusal(&[]);
+    let (allowed, denied) = attempts();
+    assert_eq!(net.connect_all(&allowed), [Accepted, Accepted]);
+    assert_eq!(net.connect_all(&denied), [Silence, Silence]);
+    let left = net.agent(&["status"]);
+    let left = String::from_utf8(left.stderr).unwrap();
+    assert!(
+        left.contains("the last policy stays in force on eth0"),
+        "{left}"
+    );
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    assert_filtered(&net);
+}
+
+#[test]
+fn upgrade_that_is_killed_at_any_moment_is_finished_by_the_next_start() {
+    let mut net = start("layout-killed");
+    let _server = net.echo(PORT);
+    let (allowed, denied) = attempts();
+    let inside = Hammer::allowed(&net.client, &allowed);
+    let outside = Hammer::denied(&net.client, &denied);
+    net.kill();
+    let mut random = fastrand::Rng::with_seed(5);
+    for round in 0..30 {
+        let binaries = [next_layout_binary(), agent_binary()];
+        net.binary = binaries[round % 2].to_owned();
+        net.spawn(&[]);
+        thread::sleep(Duration::from_micros(random.u64(1_000..60_000)));
+        net.kill();
+    }
+    net.binary = next_layout_binary().to_owned();
+    net.start();
+    assert_eq!(layouts(&net), ["v2"]);
+    inside.stop();
+    outside.stop();
+    assert_filtered(&net);
+}
+
+#[test]
+fn interface_that_vanished_before_the_upgrade_leaves_nothing_behind() {
+    let mut net = start("layout-vanished");
+    let _server = net.echo(PORT);
+    net.kill();
+    net.db.ip("link delete eth0");
+    net.binary = next_layout_binary().to_owned();
+    net.start();
+    assert_eq!(layouts(&net), ["v2"]);
+    net.make_pair();
+    assert!(wait_until(|| {
+        let errors = net.agent_json(&["status"])["errors"].clone();
+        errors == json!([])
+    }));
+    assert_filtered(&net);
+}
