@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Method, Request, body::Bytes};
@@ -37,7 +37,7 @@ const LISTED: usize = 20;
 
 /// Drops, in the kernel, every packet to a database port that no rule allows.
 #[derive(Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "filter-agent", version, max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -179,6 +179,11 @@ enum Command {
         #[command(flatten)]
         bpffs: Bpffs,
     },
+}
+
+/// The commands, for what is made from them.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 /// Parses the command line and does what it says. Usage errors exit 2 in here.

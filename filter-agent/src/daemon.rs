@@ -16,6 +16,7 @@ use futures_util::{FutureExt as _, Stream, StreamExt as _, future::join_all};
 use inotify::{Inotify, Watches};
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp, Unit};
+use sd_notify::NotifyState;
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
@@ -256,6 +257,7 @@ pub async fn run(options: Options) -> Result<()> {
         .with_graceful_shutdown(async move { stopped.notified().await });
     let server = tokio::spawn(server.into_future());
 
+    let mut ready = false;
     let mut checks = tokio::time::interval(CHECK_EVERY);
     checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut checked = 0_u32;
@@ -309,7 +311,12 @@ pub async fn run(options: Options) -> Result<()> {
             _ = checks.tick() => {
                 checked = (checked + 1) % THOROUGH;
                 if let Ok(mut agent) = shared.agent().await {
-                    agent.check(checked == 0).await;
+                    agent.check(checked == 0 || !ready).await;
+                    if !ready && agent.verified.errors.is_empty() {
+                        ready = true;
+                        tell_systemd(&[NotifyState::Ready, NotifyState::Status(&agent.summary())]);
+                    }
+                    tell_systemd(&[NotifyState::Watchdog]);
                 }
             }
             () = shared.changed.notified() => {}
@@ -318,6 +325,7 @@ pub async fn run(options: Options) -> Result<()> {
             _ = interrupt.recv() => break,
         }
     }
+    tell_systemd(&[NotifyState::Stopping]);
     // Requests under way get their answers, in bounded time.
     stop.notify_one();
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
@@ -369,6 +377,13 @@ fn file_events() -> (Option<Watches>, impl Stream<Item = ()> + Unpin) {
             ));
             (None, futures_util::stream::pending().right_stream())
         }
+    }
+}
+
+/// Nothing happens where no service manager wants to know.
+fn tell_systemd(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        log(&format!("warning: notify systemd: {error}"));
     }
 }
 
@@ -822,6 +837,7 @@ impl Agent {
         let mut errors = self.region_errors();
         let ours = self.filter.program_id()?;
         let coverage = Coverage::of(&self.loaded.policy, &host);
+        errors.extend(coverage.missing.iter().map(interfaces::describe_missing));
         errors.extend(coverage.errors(&self.filter.pinned()?, ours));
         for error in &self.verified.errors {
             if !errors.contains(error) {
@@ -1360,7 +1376,11 @@ impl Shared {
         let reloaded = self.try_reload().await;
         let reloaded = reloaded.context("reload refused, nothing is changed");
         match &reloaded {
-            Ok(_) => log(&self.agent().await?.summary()),
+            Ok(_) => {
+                let summary = self.agent().await?.summary();
+                tell_systemd(&[NotifyState::Status(&summary)]);
+                log(&summary);
+            }
             Err(error) => log(&format!("{error:#}")),
         }
         self.changed.notify_one();

@@ -18,6 +18,10 @@ impl Coverage {
             present: Vec::new(),
             missing: Vec::new(),
         };
+        // Nothing to protect is no reason to touch an interface.
+        if policy.databases.is_empty() {
+            return coverage;
+        }
         for entry in &policy.interfaces {
             let mut found = host
                 .iter()
@@ -55,9 +59,8 @@ impl Coverage {
         indexes.filter(|&index| !self.is_present(index)).collect()
     }
 
-    /// Listed interfaces on which this agent's program does not run. `ours`: its id.
+    /// Interfaces that are there, and on which this agent's program does not run. `ours`: its id.
     pub fn errors(&self, pinned: &[Pinned], ours: u32) -> Vec<String> {
-        let missing = self.missing.iter().map(describe_missing);
         let errors = self.present.iter().filter_map(|interface| {
             let name = &interface.name;
             let Some(xdp) = interface.xdp else {
@@ -76,7 +79,7 @@ impl Coverage {
                 )
             })
         });
-        missing.chain(errors).collect()
+        errors.collect()
     }
 
     /// Warnings of interfaces by which other hosts may reach a database past the filter. One without
