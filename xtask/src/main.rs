@@ -1,6 +1,7 @@
-//! The project's own tasks: `cargo xtask setup | build | check | test | demo`.
+//! The project's own tasks: `cargo xtask setup | build | check | test | dist | demo`.
 
 mod demo;
+mod dist;
 mod setup;
 mod steps;
 
@@ -35,6 +36,8 @@ enum Task {
     Check,
     /// Everything `check` does, then the tests that need root
     Test,
+    /// Make the packages: a .deb and a tarball
+    Dist,
     /// Run the agent in front of a PostgreSQL server in throw-away network namespaces
     Demo,
 }
@@ -69,6 +72,10 @@ fn perform(task: Task) -> Result<()> {
             require_root("test")?;
             setup::install(Needs::Run)?;
             steps::test()?;
+        }
+        Task::Dist => {
+            setup::install(Needs::Package)?;
+            println!("{}", dist::make()?.display());
         }
         Task::Demo => {
             require_root("demo")?;

@@ -16,6 +16,8 @@ use crate::{cargo, command_line, is_root, output, run};
 pub enum Needs {
     /// To compile and to run what needs no root.
     Build,
+    /// To make packages as well.
+    Package,
     /// To run the demo and the tests as root as well.
     Run,
 }
@@ -25,6 +27,7 @@ pub enum Needs {
 const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
+const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const RUN_PACKAGES: [&str; 7] = [
     "bpftool",
     "iproute2",
@@ -36,6 +39,7 @@ const RUN_PACKAGES: [&str; 7] = [
 ];
 
 const BPF_LINKER: &str = "0.13.0";
+const CARGO_DEB: &str = "3.8.0";
 
 /// Debian's packages of servers start them, and postgresql's makes one first, unless these files say
 /// no. They stand only while we install.
@@ -51,6 +55,9 @@ pub fn install(needs: Needs) -> Result<()> {
     let components = missing_components()?;
     let linker = (!has_bpf_linker()).then(Linker::choose).transpose()?;
     let mut packages: Vec<String> = BUILD_PACKAGES.map(str::to_owned).to_vec();
+    if needs >= Needs::Package {
+        packages.extend(PACKAGE_PACKAGES.map(str::to_owned));
+    }
     if needs >= Needs::Run {
         packages.extend(RUN_PACKAGES.map(str::to_owned));
     }
@@ -69,6 +76,10 @@ pub fn install(needs: Needs) -> Result<()> {
     if !packages.is_empty() {
         println!("==> install {}", packages.join(", "));
         install_packages(&packages)?;
+    }
+    if needs >= Needs::Package && !is_installed("cargo-deb") {
+        println!("==> install cargo-deb {CARGO_DEB}");
+        run(cargo().args(["install", "cargo-deb", "--locked", "--version", CARGO_DEB]))?;
     }
     if let Some(linker) = linker {
         println!("==> install bpf-linker {BPF_LINKER}");

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Installs filter-agent on a distribution without a package of it: run as root in the unpacked folder.
+# `install.sh --remove` takes it away again, and the filter with it; the policy stays.
+set -eu
+
+if [ "$(id -u)" != 0 ]; then
+    echo "install.sh: run this as root" >&2
+    exit 1
+fi
+
+here=$(dirname "$0")
+
+if [ "${1-}" = --remove ]; then
+    /usr/sbin/filter-agent detach --yes || true
+    systemctl disable --now filter-agent.service || true
+    rm -f /usr/sbin/filter-agent /etc/systemd/system/filter-agent.service \
+        /usr/share/man/man8/filter-agent.8 /usr/share/bash-completion/completions/filter-agent
+    rm -rf /var/lib/filter-agent
+    systemctl daemon-reload || true
+    echo "removed; /etc/filter-agent/policy.yaml stays"
+    exit 0
+fi
+
+# A new file takes the old one's place whole: the agent that runs keeps its own.
+install -D -m 755 "$here/filter-agent" /usr/sbin/filter-agent.new
+mv /usr/sbin/filter-agent.new /usr/sbin/filter-agent
+install -D -m 644 "$here/filter-agent.service" /etc/systemd/system/filter-agent.service
+install -D -m 644 "$here/filter-agent.8" /usr/share/man/man8/filter-agent.8
+install -D -m 644 "$here/filter-agent.bash" /usr/share/bash-completion/completions/filter-agent
+if [ ! -e /etc/filter-agent/policy.yaml ]; then
+    install -D -m 644 "$here/policy.yaml" /etc/filter-agent/policy.yaml
+fi
+systemctl daemon-reload
+systemctl enable filter-agent.service
+systemctl restart filter-agent.service
+echo "installed; write /etc/filter-agent/policy.yaml, then: systemctl reload filter-agent"
