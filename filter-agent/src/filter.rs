@@ -912,10 +912,12 @@ fn load_error(error: ProgramError) -> anyhow::Error {
         return error.into();
     };
     let log = verifier_log.to_string();
+    // What it counted stands after what it refused.
+    let counted = ["processed ", "stack depth ", "verification time "];
     let mut lines = log
         .lines()
         .rev()
-        .filter(|line| !line.starts_with("processed "));
+        .filter(|line| !counted.iter().any(|counted| line.starts_with(counted)));
     match lines.find(|line| !line.trim().is_empty()) {
         Some(line) => anyhow!("{io_error}: the verifier says: {line}"),
         None => io_error.into(),

@@ -1,9 +1,10 @@
-//! The project's own tasks: `cargo xtask setup | build | check | test | dist | demo`.
+//! The project's own tasks: `cargo xtask setup | build | check | test | dist | vm | demo`.
 
 mod demo;
 mod dist;
 mod setup;
 mod steps;
+mod vm;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -38,6 +39,12 @@ enum Task {
     Test,
     /// Make the packages: a .deb and a tarball
     Dist,
+    /// Boot the package in a virtual machine and try to get past it at every moment
+    Vm {
+        /// Only this kernel
+        #[arg(long, value_parser = vm::KERNELS)]
+        kernel: Option<String>,
+    },
     /// Run the agent in front of a PostgreSQL server in throw-away network namespaces
     Demo,
 }
@@ -76,6 +83,14 @@ fn perform(task: Task) -> Result<()> {
         Task::Dist => {
             setup::install(Needs::Package)?;
             println!("{}", dist::make()?.display());
+        }
+        Task::Vm { kernel } => {
+            require_root("vm")?;
+            setup::install(Needs::Machine)?;
+            match kernel {
+                Some(kernel) => vm::test(&[&kernel])?,
+                None => vm::test(&vm::KERNELS)?,
+            }
         }
         Task::Demo => {
             require_root("demo")?;

@@ -20,6 +20,8 @@ pub enum Needs {
     Package,
     /// To run the demo and the tests as root as well.
     Run,
+    /// To boot a virtual machine as well.
+    Machine,
 }
 
 /// Besides what rustup installs by default; `rust-toolchain.toml` names them too, but rustup
@@ -28,6 +30,7 @@ const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
+const MACHINE_PACKAGES: [&str; 3] = ["e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const RUN_PACKAGES: [&str; 7] = [
     "bpftool",
     "iproute2",
@@ -60,6 +63,9 @@ pub fn install(needs: Needs) -> Result<()> {
     }
     if needs >= Needs::Run {
         packages.extend(RUN_PACKAGES.map(str::to_owned));
+    }
+    if needs >= Needs::Machine {
+        packages.extend(MACHINE_PACKAGES.map(str::to_owned));
     }
     if let Some(Linker::Source { llvm }) = linker {
         packages.push(format!("llvm-{llvm}-dev"));
