@@ -426,7 +426,7 @@ fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
     )?;
     write(
         "etc/systemd/system/shell.service",
-        "[Unit]\nAfter=basic.target\n[Service]\nExecStart=/bin/sh -c 'stty -echo; exec /bin/sh'\n\
+        "[Unit]\nAfter=basic.target\n[Service]\nExecStart=/bin/sh -c 'stty -echo; cat | /bin/sh 2>&1'\n\
          StandardInput=tty\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/ttyS1\n\
          Restart=always\n[Install]\nWantedBy=basic.target\n",
     )?;
