@@ -1,6 +1,8 @@
 //! The XDP program: every frame that arrives on a filtered interface, to a verdict.
 #![no_std]
 #![no_main]
+// RUSTC_BOOTSTRAP is on for `-Z build-std`; inline assembly for BPF is not stable yet.
+#![feature(asm_experimental_arch)]
 
 mod parse;
 mod rules;

@@ -1,5 +1,7 @@
 //! Packet bytes to addresses and ports, or a reason why they cannot be told. The only pointer code.
 
+use core::arch::asm;
+
 use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
@@ -98,6 +100,18 @@ fn load<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
     (failed == 0).then_some(bytes)
 }
 
+/// A number as the verifier of Linux 6.1 knows it to be below 2^16: it forgets what a byte swap leaves,
+/// and refuses to add it to a packet pointer.
+#[inline(always)]
+fn bounded(number: u16) -> usize {
+    let mut bounded = u64::from(number);
+    // SAFETY: one instruction, of a register that it names, which changes no number below 2^16.
+    unsafe {
+        asm!("{0} &= 0xffff", inout(reg) bounded, options(pure, nomem, nostack));
+    }
+    bounded as usize
+}
+
 /// Whether the packet holds `length` bytes, in all its buffers.
 #[inline(always)]
 fn holds(ctx: &XdpContext, length: usize) -> bool {
@@ -143,7 +157,7 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
         return unclear(Reason::Truncated);
     };
     let header_length = (header[0] & 0xf) as usize * 4;
-    let mut length = u16::from_be_bytes([header[2], header[3]]) as usize;
+    let mut length = bounded(u16::from_be_bytes([header[2], header[3]]));
     if length == 0 {
         // What generic mode sees of a BIG TCP packet (kernel 6.3): too long for the field.
         let whole = total(ctx) as usize;
@@ -233,7 +247,7 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
         return unclear(Reason::BadHeader);
     }
     let next = header[6];
-    let payload = u16::from_be_bytes([header[4], header[5]]) as usize;
+    let payload = bounded(u16::from_be_bytes([header[4], header[5]]));
     let mut end = start + 40 + payload;
     if payload == 0 && next == HOP_BY_HOP {
         // A jumbogram (RFC 2675), or what generic mode sees of a BIG TCP packet (kernel 5.19).
