@@ -1,9 +1,10 @@
-//! The project's own tasks: `cargo xtask setup | build | check | test | dist | vm | demo`.
+//! The project's own tasks: `cargo xtask setup | build | check | test | verify | dist | vm | demo`.
 
 mod demo;
 mod dist;
 mod setup;
 mod steps;
+mod verify;
 mod vm;
 
 use std::path::{Path, PathBuf};
@@ -37,6 +38,8 @@ enum Task {
     Check,
     /// Everything `check` does, then the tests that need root
     Test,
+    /// Load the program and print what it costs the running kernel's verifier
+    Verify,
     /// Make the packages: a .deb and a tarball
     Dist,
     /// Boot the package in a virtual machine and try to get past it at every moment
@@ -79,6 +82,11 @@ fn perform(task: Task) -> Result<()> {
             require_root("test")?;
             setup::install(Needs::Run)?;
             steps::test()?;
+        }
+        Task::Verify => {
+            require_root("verify")?;
+            setup::install(Needs::Run)?;
+            verify::verify()?;
         }
         Task::Dist => {
             setup::install(Needs::Package)?;

@@ -49,8 +49,8 @@ fn privileged_steps(report: &mut Report) -> Result<()> {
         "build the agent",
         cargo().args(["build", "--package", "filter-agent"]),
     )?;
-    // Each of these tests runs an agent, servers and clients of its own: more than two at once
-    // compete for the processor until time-outs expire.
+    // Each of these tests runs an agent, servers and clients of its own: many at once compete for the
+    // processor until time-outs expire.
     report.step(
         "tests as root",
         cargo()
