@@ -33,7 +33,10 @@ fn start(name: &str) -> Net {
     net
 }
 
-fn attempts() -> ([(IpAddr, SocketAddr); 2], [(IpAddr, SocketAddr); 2]) {
+type Attempts = [(IpAddr, SocketAddr); 2];
+
+/// Those that must succeed, and those that must not.
+fn attempts() -> (Attempts, Attempts) {
     (
         [(ALLOWED4.into(), DB), (ALLOWED6.into(), DB_V6)],
         [(DENIED4.into(), DB), (DENIED6.into(), DB_V6)],

@@ -164,6 +164,7 @@ pub enum Attached {
 }
 
 /// A change that was made, and what it takes to undo it.
+#[derive(Debug)]
 pub struct Applied {
     pub difference: Difference,
     before: Image,
