@@ -26,6 +26,8 @@ fn orders(allowed: &[&str]) -> String {
 }
 
 fn start(name: &str) -> Net {
+    // Built before there is any traffic that would compete with it.
+    next_layout_binary();
     let mut net = Net::new(name);
     net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     net.write_policy(&orders(&ALLOWED));

@@ -247,14 +247,13 @@ impl Machine {
         self.phases
             .push(("after the reboot".into(), Instant::now(), true));
         thread::sleep(Duration::from_secs(5));
-        self.phases
-            .push(("power off".into(), Instant::now(), false));
+        let end = Instant::now();
+        self.remove_the_package()?;
         self.shell
             .write_all(b"systemctl poweroff\n")
             .context("power off")?;
         let gone = wait_for(|| self.qemu.try_wait().ok().flatten());
         gone.context("wait for the machine to power off")?;
-        let end = Instant::now();
         let [allowed, denied] = &self.clients;
         println!(
             "\nLinux {kernel} (Debian 12, {} asked for); {exposure}",
@@ -296,6 +295,29 @@ impl Machine {
             unserved.is_empty(),
             "the allowed client was not served: {}",
             unserved.join(", ")
+        );
+        Ok(())
+    }
+
+    /// Removal leaves no trace in the kernel, and purging none on disk.
+    fn remove_the_package(&mut self) -> Result<()> {
+        let removed = Instant::now();
+        self.command("dpkg -r filter-agent >/dev/null 2>&1; sleep 2")?;
+        let traces =
+            self.command("ls -d /sys/fs/bpf/filter-agent; ip link show eth0 | grep xdp")?;
+        ensure!(
+            !traces.contains("prog") && traces.contains("No such file"),
+            "after its removal the package leaves: {traces}"
+        );
+        let (_, answered, _) = self.clients[1].between((removed, Instant::now()), |a| a.answered);
+        ensure!(answered > 0, "nobody gets in after the package's removal");
+        self.command("dpkg -P filter-agent >/dev/null 2>&1")?;
+        let left = self.command(
+            "find /etc/filter-agent /var/lib/filter-agent /usr/sbin/filter-agent 2>/dev/null | wc -l",
+        )?;
+        ensure!(
+            left == "0",
+            "{left} files are left after the package was purged"
         );
         Ok(())
     }
