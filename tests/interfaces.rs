@@ -7,8 +7,8 @@ use std::{
 };
 
 use filter_tests::net::{
-    ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, connect, dedicated, policy,
-    succeed, wait_until,
+    ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, agent_binary, connect, dedicated,
+    policy, succeed, wait_until,
 };
 use serde_json::{Value, json};
 
@@ -211,4 +211,66 @@ fn filter_that_is_taken_off_by_force_is_put_back_and_counted() {
     assert_eq!(net.agent_json(&["status"])["repairs"], 1);
     let text = net.agent_text(&["status"]);
     assert!(text.contains("put back 1 time"), "{text}");
+}
+
+#[test]
+fn check_of_the_host_tells_what_attaching_would_meet_and_touches_nothing() {
+    let mut net = Net::new("check-host");
+    let policy_path = net.policy_path();
+    let check = ["check", policy_path.to_str().unwrap(), "--host"];
+    net.db.ip("link add br0 type bridge
+         link set br0 mtu 9000
+         link add eth5 type veth peer name far5
+         link set eth5 mtu 9000");
+    net.write_policy(&orders("eth0, br0, eth5"));
+    let checked = net.agent_json(&check);
+    let host = |name: &str| {
+        let interfaces = checked["host"].as_array().unwrap();
+        let found = interfaces.iter().find(|i| i["interface"] == name);
+        found.unwrap().clone()
+    };
+    let eth5 = host("eth5");
+    assert_eq!(
+        [&eth5["driver"], &eth5["native"], &eth5["mtu"]],
+        [&json!("veth"), &json!(true), &json!(9000)]
+    );
+    assert_eq!(eth5["notes"], json!([]));
+    let expected = json!(["bridge has no native XDP, which leaves generic mode"]);
+    assert_eq!(host("br0")["notes"], expected);
+    let text = net.agent_text(&check);
+    assert!(text.contains("br0: bridge has no native XDP"), "{text}");
+    let links = net.db.output(Command::new("ip").args(["-details", "link"]));
+    assert!(
+        !String::from_utf8(links.stdout)
+            .unwrap()
+            .contains("prog/xdp")
+    );
+    assert!(!net.bpffs().join("filter-agent").exists());
+
+    let tried = |net: &Net, policy: &str| {
+        net.write_policy(policy);
+        let output = net.agent(&check);
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let native = orders("br0").replace("mode: auto", "mode: native");
+    let expected = "error: br0: bridge has no native XDP, and the policy says `mode: native`";
+    let text = tried(&net, &native);
+    assert!(text.contains(expected), "{text}");
+    assert!(net.refusal(&[]).contains("attach to br0 in native mode"));
+    net.db.ip("tuntap add tun0 mode tun");
+    let text = tried(&net, &orders("tun0"));
+    assert!(text.contains("error: tun0 is not an Ethernet"), "{text}");
+
+    // An agent's own program is no obstacle, another's is.
+    net.write_policy(&orders("eth0"));
+    net.start();
+    net.agent_text(&check);
+    let stranger = Net::new("check-host-stranger");
+    let mut command = Command::new(agent_binary());
+    command.args(check).arg("--bpffs").arg(stranger.bpffs());
+    let output = net.db.output(&mut command);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("error: another XDP program (id "), "{text}");
 }

@@ -39,6 +39,7 @@ use nix::{
     },
     unistd::{Pid, geteuid, write},
 };
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde_json::Value;
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -391,12 +392,12 @@ impl Net {
                 .arg(self.policy_path())
                 .arg("--state-dir")
                 .arg(self.state_dir()),
-            "check" => return command,
             _ => &mut command,
+        };
+        if arguments[0] != "check" {
+            command.arg("--socket").arg(self.socket());
         }
-        .arg("--socket")
-        .arg(self.socket());
-        if let "run" | "status" | "detach" = arguments[0] {
+        if let "run" | "check" | "status" | "detach" = arguments[0] {
             command.arg("--bpffs").arg(self.bpffs());
         }
         command
@@ -474,9 +475,30 @@ impl Net {
         self.refused(&mut command)
     }
 
+    /// The same where every call of bpf(2) fails with this error.
+    pub fn refusal_without_bpf(&self, error: Errno) -> String {
+        let filter = SeccompFilter::new(
+            [(nix::libc::SYS_bpf, Vec::new())].into(),
+            SeccompAction::Allow,
+            SeccompAction::Errno(error as u32),
+            std::env::consts::ARCH.try_into().unwrap(),
+        );
+        let filter: BpfProgram = filter.unwrap().try_into().unwrap();
+        let mut command = self.agent_command(&["run"]);
+        self.refused_after(&mut command, || seccompiler::apply_filter(&filter).unwrap())
+    }
+
     fn refused(&self, command: &mut Command) -> String {
+        self.refused_after(command, || {})
+    }
+
+    /// `prepare`: what is done to the thread that starts the agent.
+    fn refused_after(&self, command: &mut Command, prepare: impl FnOnce() + Send) -> String {
         command.stdin(Stdio::null()).stderr(Stdio::piped());
-        let mut child = self.db.run(|| command.spawn().unwrap());
+        let mut child = self.db.run(|| {
+            prepare();
+            command.spawn().unwrap()
+        });
         let Some(status) = wait(&mut child) else {
             child.kill().unwrap();
             panic!("the agent started although it should have refused");

@@ -17,6 +17,7 @@ use filter_tests::net::{
 };
 use jiff::{SignedDuration, Timestamp};
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
     unistd::{Pid, User},
 };
@@ -437,6 +438,26 @@ fn interface_without_ethernet_is_refused() {
     ));
     let line = net.refusal(&[]);
     assert!(line.contains("tun0") && line.contains("Ethernet"), "{line}");
+    assert_no_program(&net);
+}
+
+#[test]
+fn kernel_that_cannot_serve_is_refused_with_what_is_missing() {
+    let net = Net::new("no-bpf");
+    net.write_policy(&orders("auto"));
+    let without = net.refusal_without_bpf(Errno::ENOSYS);
+    assert!(without.contains("CONFIG_BPF_SYSCALL"), "{without}");
+    let forbidden = net.refusal_without_bpf(Errno::EPERM);
+    assert!(forbidden.contains("CAP_BPF"), "{forbidden}");
+    let missing = net.dir().join("no-bpffs");
+    let line = net.refusal_elsewhere(&missing, &net.socket());
+    assert!(
+        line.contains("no-bpffs") && line.contains("mount"),
+        "{line}"
+    );
+    fs::create_dir(&missing).unwrap();
+    let line = net.refusal_elsewhere(&missing, &net.socket());
+    assert!(line.contains("mount -t bpf bpf"), "{line}");
     assert_no_program(&net);
 }
 

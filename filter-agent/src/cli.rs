@@ -22,6 +22,7 @@ use tokio::net::UnixStream;
 
 use crate::{
     daemon::{self, Loaded, Options},
+    driver::{self, Driver},
     filter, host,
     interfaces::{Coverage, describe_missing},
     policy::RegionSource,
@@ -96,8 +97,13 @@ enum Command {
         /// Look up the regions that it uses, which needs the network.
         #[arg(long)]
         resolve: bool,
+        /// Examine the interfaces and the kernel of this host, and print what attaching would meet.
+        #[arg(long)]
+        host: bool,
         #[command(flatten)]
         policy: PolicyFile,
+        #[command(flatten)]
+        bpffs: Bpffs,
         #[command(flatten)]
         output: Output,
     },
@@ -226,9 +232,15 @@ async fn execute(command: Command) -> Result<ExitCode> {
         Command::Check {
             file,
             resolve,
+            host,
             policy,
+            bpffs,
             output,
-        } => check(&file.unwrap_or(policy.policy), resolve, &output).await?,
+        } => {
+            let file = file.unwrap_or(policy.policy);
+            let bpffs = host.then_some(&*bpffs.bpffs);
+            return check(&file, resolve, bpffs, &output).await;
+        }
         Command::Plan {
             file,
             socket,
@@ -403,7 +415,11 @@ struct Checked {
     file: PathBuf,
     interfaces: Vec<String>,
     databases: Vec<CheckedDatabase>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<Vec<Driver>>,
     warnings: Vec<String>,
+    /// What on this host refuses a start, as far as it was asked for.
+    errors: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -418,7 +434,13 @@ struct CheckedDatabase {
 }
 
 /// Asks no agent: the file may be meant for another host. Nor the network, unless it is told to.
-async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
+/// `bpffs`: where to look whether this host can enforce the file.
+async fn check(
+    file: &Path,
+    resolve: bool,
+    bpffs: Option<&Path>,
+    output: &Output,
+) -> Result<ExitCode> {
     let loaded = daemon::load(file)?;
     let known = Regions::new();
     let mut ask = region::to_ask(&loaded.policy, &known);
@@ -438,12 +460,21 @@ async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
         format!("region {name} ({source}) is not looked up here, unless with --resolve")
     }));
     // The policy may be meant for another host: only a warning.
-    let missing = Coverage::of(&loaded.policy, &host).missing;
+    let coverage = Coverage::of(&loaded.policy, &host);
     warnings.extend(
-        missing
+        coverage
+            .missing
             .iter()
             .map(|entry| format!("{} here", describe_missing(entry))),
     );
+    let mut errors = Vec::new();
+    let mut drivers = None;
+    if let Some(bpffs) = bpffs {
+        let found = driver::drivers(&coverage.present, loaded.policy.mode).await?;
+        errors = refusals(bpffs, &coverage);
+        errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
+        drivers = Some(found);
+    }
     let Loaded { file, policy, .. } = loaded;
     let databases = policy.databases.iter().map(|database| {
         let entries = &compiled.databases[&database.name];
@@ -461,7 +492,9 @@ async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
         file,
         databases: databases.collect(),
         interfaces: policy.interfaces.iter().map(ToString::to_string).collect(),
+        host: drivers,
         warnings,
+        errors,
     };
     output.print(&checked, |checked| {
         println!("{} is valid", checked.file.display());
@@ -478,8 +511,54 @@ async fn check(file: &Path, resolve: bool, output: &Output) -> Result<()> {
         }
         println!();
         print_table(&table, checked.databases.len());
+        print_drivers(checked.host.as_deref().unwrap_or_default());
         print_warnings(&checked.warnings);
-    })
+        for error in &checked.errors {
+            println!("error: {error}");
+        }
+    })?;
+    Ok(failure_if(!checked.errors.is_empty()))
+}
+
+/// What on this host would refuse a start.
+fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
+    let kernel = filter::check_kernel(bpffs).err();
+    let mut refusals: Vec<String> = kernel.iter().map(|error| format!("{error:#}")).collect();
+    // Only root may look.
+    let ours = filter::left_in_force(bpffs).unwrap_or_default();
+    let others = coverage.present.iter();
+    let others = others.filter(|interface| !ours.contains(&interface.index));
+    let others = others.filter_map(|interface| filter::check_free(interface).err());
+    refusals.extend(others.map(|error| format!("{error:#}")));
+    refusals
+}
+
+fn print_drivers(drivers: &[Driver]) {
+    if drivers.is_empty() {
+        return;
+    }
+    let mut table = table(["INTERFACE", "DRIVER", "NATIVE XDP", "MTU", "RX QUEUES"]);
+    for driver in drivers {
+        let native = match driver.native {
+            Some(true) => "yes",
+            Some(false) => "no",
+            None => "unknown",
+        };
+        table.add_row([
+            driver.interface.clone(),
+            driver.driver.clone(),
+            native.into(),
+            driver.mtu.to_string(),
+            driver.rx_queues.to_string(),
+        ]);
+    }
+    println!();
+    print_table(&table, drivers.len());
+    for driver in drivers {
+        for note in &driver.notes {
+            println!("{}: {note}", driver.interface);
+        }
+    }
 }
 
 /// Sober columns, wrapped where they would not fit.

@@ -17,9 +17,10 @@ use aya::{
         PerCpuValues, lpm_trie::Key,
     },
     programs::{
-        ProgramError, Xdp, XdpMode,
+        ProgramError, ProgramType, Xdp, XdpMode,
         links::{FdLink, PinnedLink},
     },
+    sys::is_program_supported,
     util::{KernelVersion, nr_cpus},
 };
 use filter_common::{
@@ -28,13 +29,14 @@ use filter_common::{
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
 use crate::{
     compile::Compiled,
-    host::Interface,
+    host::{AttachedXdp, Interface},
     image::{Change, Difference, Image, Step},
     policy::Mode,
 };
@@ -190,11 +192,7 @@ impl Filter {
     /// # Errors
     /// No bpffs there, a kernel that is too old, another agent, pins that are not ours.
     pub fn open(bpffs: &Path, max_prefixes: Option<u32>) -> Result<Self> {
-        let kernel = KernelVersion::current().context("read the kernel's version")?;
-        ensure!(
-            kernel >= OLDEST_KERNEL,
-            "this kernel is too old: the filter needs Linux 5.18 or newer"
-        );
+        check_kernel(bpffs)?;
         let base = base(bpffs)?;
         own_directory(&base)?;
         let lock = lock(&base)?;
@@ -430,21 +428,14 @@ impl Filter {
     /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
     /// program but ours, in a mode that need not change.
     pub fn check_interface(&self, interface: &Interface, mode: Mode) -> Result<()> {
-        let name = &interface.name;
-        ensure!(
-            interface.ethernet,
-            "{name} is not an Ethernet interface: the filter reads Ethernet frames only"
-        );
         let Some(xdp) = interface.xdp else {
-            return Ok(());
+            return check_free(interface);
         };
-        let attached = if xdp.native { "native" } else { "generic" };
-        ensure!(
-            self.is_whole(interface)?,
-            "another XDP program (id {}, {attached} mode) is attached to {name}: detach it first, \
-             for example with `ip link set dev {name} xdp off`",
-            xdp.program_id
-        );
+        if !self.is_whole(interface)? {
+            return check_free(interface);
+        }
+        let name = &interface.name;
+        let attached = attached(xdp);
         let keeps = match mode {
             Mode::Auto => true,
             Mode::Native => xdp.native,
@@ -925,6 +916,61 @@ fn load_error(error: ProgramError) -> anyhow::Error {
     }
 }
 
+/// Whether the kernel can do what the filter needs of it.
+///
+/// # Errors
+/// What is missing.
+pub fn check_kernel(bpffs: &Path) -> Result<()> {
+    let kernel = KernelVersion::current().context("read the kernel's version")?;
+    ensure!(
+        kernel >= OLDEST_KERNEL,
+        "this kernel is too old: the filter needs Linux 5.18 or newer"
+    );
+    base(bpffs)?;
+    match is_program_supported(ProgramType::Xdp) {
+        Ok(true) => Ok(()),
+        Ok(false) => bail!("this kernel has no XDP: it is built without CONFIG_NET"),
+        Err(ProgramError::SyscallError(error)) => {
+            let what = match error.io_error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::ENOSYS) => {
+                    "this kernel has no BPF: it is built without CONFIG_BPF_SYSCALL"
+                }
+                Some(Errno::EPERM) => {
+                    "the kernel refuses BPF here: run as root, with CAP_BPF and CAP_NET_ADMIN"
+                }
+                _ => "ask the kernel for XDP",
+            };
+            Err(error).context(what)
+        }
+        Err(error) => Err(error).context("ask the kernel for XDP"),
+    }
+}
+
+/// Whether the program may be attached where this agent's does not run.
+///
+/// # Errors
+/// An interface that is not Ethernet, or on which somebody else's program runs.
+pub fn check_free(interface: &Interface) -> Result<()> {
+    let name = &interface.name;
+    ensure!(
+        interface.ethernet,
+        "{name} is not an Ethernet interface: the filter reads Ethernet frames only"
+    );
+    if let Some(xdp) = interface.xdp {
+        bail!(
+            "another XDP program (id {}, {} mode) is attached to {name}: detach it first, for \
+             example with `ip link set dev {name} xdp off`",
+            xdp.program_id,
+            attached(xdp)
+        );
+    }
+    Ok(())
+}
+
+fn attached(xdp: AttachedXdp) -> &'static str {
+    if xdp.native { "native" } else { "generic" }
+}
+
 /// Stops filtering and removes everything that any layout of this agent pinned below `bpffs`.
 /// Returns the indexes of the interfaces that were filtered.
 ///
@@ -991,7 +1037,10 @@ fn linked_program(pin: &Path) -> Result<u32> {
 
 /// The directory that the agent owns on a BPF file system.
 fn base(bpffs: &Path) -> Result<PathBuf> {
-    let mount = statfs(bpffs).with_context(|| format!("open {}", bpffs.display()))?;
+    let mount = statfs(bpffs).with_context(|| {
+        let bpffs = bpffs.display();
+        format!("open {bpffs}, where a BPF file system has to be mounted")
+    })?;
     ensure!(
         mount.filesystem_type() == BPF_FS_MAGIC,
         "{0} is no BPF file system: mount one with `mount -t bpf bpf {0}`",
@@ -1045,7 +1094,7 @@ fn lock(base: &Path) -> Result<Flock<File>> {
     let directory = File::open(base).with_context(|| format!("open {}", base.display()))?;
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(lock),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
+        Err((_, Errno::EWOULDBLOCK)) => bail!(
             "another filter-agent runs on {}: stop it first, or use its commands",
             base.display()
         ),

@@ -13,7 +13,7 @@ use rtnetlink::{
     packet_route::{
         RouteNetlinkMessage,
         address::{AddressAttribute, AddressScope},
-        link::{LinkAttribute, LinkFlags, LinkLayerType, LinkXdp, XdpAttached},
+        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkXdp, XdpAttached},
         route::{RouteAttribute, RouteHeader, RouteMessage},
     },
 };
@@ -33,6 +33,11 @@ pub struct Interface {
     /// Of global scope: those by which other hosts may reach it.
     pub addresses: Vec<IpAddr>,
     pub xdp: Option<AttachedXdp>,
+    /// Of a virtual interface: veth, bridge, ...
+    pub kind: Option<String>,
+    /// In bytes.
+    pub mtu: u32,
+    pub rx_queues: u32,
 }
 
 /// The XDP program that runs on an interface, whoever attached it.
@@ -97,12 +102,18 @@ pub async fn interfaces() -> Result<Vec<Interface>> {
             default_route: default_routes.contains(&index),
             addresses: addresses.remove(&index).unwrap_or_default(),
             xdp: None,
+            kind: None,
+            mtu: 0,
+            rx_queues: 0,
         };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => interface.name = name,
                 LinkAttribute::Controller(index) => interface.has_master = index != 0,
                 LinkAttribute::Xdp(attributes) => interface.xdp = attached(&attributes),
+                LinkAttribute::LinkInfo(infos) => interface.kind = kind(&infos),
+                LinkAttribute::Mtu(mtu) => interface.mtu = mtu,
+                LinkAttribute::NumRxQueues(queues) => interface.rx_queues = queues,
                 _ => {}
             }
         }
@@ -186,6 +197,13 @@ pub fn events() -> Result<BoxStream<'static, ()>> {
         }
     };
     Ok(messages.filter_map(concerns).boxed())
+}
+
+fn kind(infos: &[LinkInfo]) -> Option<String> {
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind.to_string()),
+        _ => None,
+    })
 }
 
 fn attached(attributes: &[LinkXdp]) -> Option<AttachedXdp> {

@@ -4,6 +4,7 @@ pub mod cli;
 pub mod compile;
 mod control;
 pub mod daemon;
+pub mod driver;
 pub mod filter;
 pub mod format;
 pub mod host;

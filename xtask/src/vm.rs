@@ -131,6 +131,7 @@ struct Machine {
     kernel: String,
     qemu: Child,
     shell: UnixStream,
+    asked: u32,
     clients: [Client; 2],
     phases: Vec<(String, Instant, bool)>,
 }
@@ -191,6 +192,8 @@ impl Machine {
             ))
             .args(["-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no"])
             .args(["-device", VIRTIO_NET])
+            .args(["-netdev", "tap,id=merging,ifname=tap1,script=no,downscript=no"])
+            .args(["-device", MERGING_VIRTIO_NET])
             .args(["-serial", "stdio", "-serial"])
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
             .stdin(Stdio::null())
@@ -214,6 +217,7 @@ impl Machine {
             kernel: kernel.into(),
             qemu,
             shell,
+            asked: 0,
             clients,
             phases: vec![("boot".into(), started, false)],
         })
@@ -224,6 +228,16 @@ impl Machine {
         let kernel = self.command("uname -r")?;
         let native = self.command("filter-agent status | grep -c native")?;
         ensure!(native == "1", "eth0 is not filtered in native mode");
+        let refused = self.command("journalctl -b -u filter-agent | grep 'attached to eth1'")?;
+        ensure!(
+            refused.contains("in generic mode, since native mode was refused: "),
+            "eth1, whose driver refuses native mode: {refused}"
+        );
+        let checked = self.command("filter-agent check --host | grep '^eth1: '")?;
+        ensure!(
+            checked.starts_with("eth1: virtio_net refuses native XDP"),
+            "`check --host` says of eth1: {checked}"
+        );
         let cycles = self.command("journalctl -b | grep -ci 'ordering cycle'")?;
         ensure!(cycles == "0", "systemd found an ordering cycle");
         for (name, command, up) in PHASES {
@@ -248,6 +262,7 @@ impl Machine {
             .push(("after the reboot".into(), Instant::now(), true));
         thread::sleep(Duration::from_secs(5));
         let end = Instant::now();
+        let enforced_after = self.bond()?;
         self.remove_the_package()?;
         self.shell
             .write_all(b"systemctl poweroff\n")
@@ -287,6 +302,7 @@ impl Machine {
                 unserved.push(name.as_str());
             }
         }
+        println!("an interface that appears is filtered after {enforced_after} ms");
         ensure!(
             answers == 0,
             "the denied client was answered {answers} times"
@@ -297,6 +313,46 @@ impl Machine {
             unserved.join(", ")
         );
         Ok(())
+    }
+
+    /// A bond that appears is filtered natively, on the interfaces that join it. Returns how long it
+    /// took, in milliseconds.
+    fn bond(&mut self) -> Result<String> {
+        let enforced_after = self.command(
+            "start=$(date +%s%N)
+             ip link add bond0 type bond mode active-backup
+             for i in $(seq 500); do ip link show bond0 | grep -q xdp && break; done
+             echo $((($(date +%s%N) - start) / 1000000))",
+        )?;
+        self.command(
+            "ip netns add outside
+             ip link add inner type veth peer name far netns outside
+             ip link set inner master bond0
+             ip address add 10.88.0.1/24 dev bond0
+             ip link set bond0 up
+             ip -n outside address add 10.88.0.2/24 dev far
+             ip -n outside link set far up
+             sleep 2",
+        )?;
+        let status = self.command("filter-agent status --verify | grep '^bond0 '")?;
+        ensure!(
+            status.contains("native"),
+            "the bond is filtered as {status}"
+        );
+        let answer = self.connect_over_bond()?;
+        ensure!(
+            answer == "124",
+            "over the bond a denied client gets {answer}"
+        );
+        Ok(enforced_after)
+    }
+
+    /// How a connection over the bond ends: 0, or 124 where nothing answers.
+    fn connect_over_bond(&mut self) -> Result<String> {
+        self.command(&format!(
+            "ip netns exec outside timeout 5 bash -c 'exec 3<>/dev/tcp/10.88.0.1/{PORT}' 2>/dev/null
+             echo $?"
+        ))
     }
 
     /// Removal leaves no trace in the kernel, and purging none on disk.
@@ -311,6 +367,8 @@ impl Machine {
         );
         let (_, answered, _) = self.clients[1].between((removed, Instant::now()), |a| a.answered);
         ensure!(answered > 0, "nobody gets in after the package's removal");
+        let answer = self.connect_over_bond()?;
+        ensure!(answer == "0", "without the package the bond gives {answer}");
         self.command("dpkg -P filter-agent >/dev/null 2>&1")?;
         let left = self.command(
             "find /etc/filter-agent /var/lib/filter-agent /usr/sbin/filter-agent 2>/dev/null | wc -l",
@@ -368,7 +426,13 @@ impl Machine {
     }
 
     fn ask(&mut self, command: &str, patience: Duration) -> Result<Option<String>> {
-        let text = format!("\n{command}\necho END''OF''OUTPUT\n");
+        // Numbered: the answer to a question that was given up may come late.
+        self.asked += 1;
+        let (begin, end) = (
+            format!("BEGIN-{}", self.asked),
+            format!("END-{}", self.asked),
+        );
+        let text = format!("\necho {begin}\n{command}\necho {end}\n");
         self.shell
             .write_all(text.as_bytes())
             .context("write to the machine's shell")?;
@@ -382,8 +446,10 @@ impl Machine {
                 Err(_) => continue,
             }
             let text = String::from_utf8_lossy(&read);
-            if let Some(end) = text.find("ENDOFOUTPUT") {
-                return Ok(Some(text[..end].trim().to_owned()));
+            let lines: Vec<&str> = text.lines().map(str::trim).collect();
+            let place = |marker: &str| lines.iter().position(|line| *line == marker);
+            if let (Some(begin), Some(end)) = (place(&begin), place(&end)) {
+                return Ok(Some(lines[begin + 1..end].join("\n")));
             }
         }
         Ok(None)
@@ -407,6 +473,9 @@ impl Drop for Machine {
 const VIRTIO_NET: &str = "virtio-net-pci,netdev=net,guest_tso4=off,guest_tso6=off,guest_ecn=off,\
                           guest_ufo=off,guest_csum=off";
 
+/// With offloads that the guest cannot switch off: the driver refuses native mode.
+const MERGING_VIRTIO_NET: &str = "virtio-net-pci,netdev=merging,ctrl_guest_offloads=off";
+
 /// What the image gets besides Debian: the package, a policy, a network, a database that is open to
 /// everybody, and a shell on the second serial port.
 fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
@@ -428,7 +497,7 @@ fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
     write(
         "etc/filter-agent/policy.yaml",
         &format!(
-            "interfaces: [default, 'eth*']\ndatabases:\n  - name: orders\n    port: {PORT}\n    \
+            "interfaces: [default, 'eth*', 'bond*']\ndatabases:\n  - name: orders\n    port: {PORT}\n    \
              model: dedicated\n    force_tls: false\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
         ),
     )?;
@@ -480,9 +549,11 @@ fn network() -> Result<()> {
     run(Command::new("ip").args(["netns", "add", NAMESPACE]))?;
     for command in [
         "tuntap add dev tap0 mode tap".into(),
+        "tuntap add dev tap1 mode tap".into(),
         format!("address add {ALLOWED}/24 dev tap0"),
         format!("address add {DENIED}/24 dev tap0"),
         "link set tap0 up".into(),
+        "link set tap1 up".into(),
         "link set lo up".into(),
     ] {
         let words = command.split(' ');

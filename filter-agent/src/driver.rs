@@ -1,0 +1,378 @@
+//! What attaching to an interface would meet: its driver, native mode, MTU, offloads.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use ethtool::{EthtoolAttr, EthtoolFeatureAttr};
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use netlink_packet_core::{
+    DecodeError, Emitable, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NlasIterator, ParseableParametrized, parse_u32, parse_u64,
+};
+use netlink_packet_generic::{GenlFamily, GenlHeader, GenlMessage};
+use serde::Serialize;
+
+use crate::{host::Interface, policy::Mode};
+
+/// Drivers with native XDP in every kernel that the filter runs on, for kernels before 6.3, which do
+/// not tell (the drivers' own `ndo_bpf`; bcc's list of features by kernel version).
+const NATIVE: [&str; 22] = [
+    "bnxt_en",
+    "bond",
+    "dpaa2-eth",
+    "ena",
+    "hv_netvsc",
+    "i40e",
+    "ice",
+    "igb",
+    "igc",
+    "ixgbe",
+    "ixgbevf",
+    "mana",
+    "mlx4_en",
+    "mlx5_core",
+    "mvneta",
+    "nfp",
+    "qede",
+    "sfc",
+    "stmmac",
+    "tun",
+    "veth",
+    "virtio_net",
+];
+
+/// Drivers that take a program without a pause of the link. Others make their queues anew, and some
+/// negotiate the link again.
+const SEAMLESS: [&str; 4] = ["bond", "tun", "veth", "virtio_net"];
+
+/// Largest MTU, in bytes, whose frames fit a page of 4,096 beside the headroom of XDP (256), the
+/// Ethernet header (14) and `skb_shared_info` (320): what a driver without XDP frags can take.
+const PAGE_MTU: u32 = 4096 - 256 - 14 - 320;
+
+/// Bits of a virtio network device's features (virtio 1.2, section 5.1.3).
+const VIRTIO_CTRL_GUEST_OFFLOADS: usize = 2;
+const VIRTIO_GUEST_OFFLOADS: [usize; 5] = [1, 7, 8, 9, 10];
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Driver {
+    pub interface: String,
+    /// The kernel's driver, or the kind of a virtual interface.
+    pub driver: String,
+    /// Whether it runs XDP natively, where that is known.
+    pub native: Option<bool>,
+    /// In bytes.
+    pub mtu: u32,
+    pub rx_queues: u32,
+    /// What the operator should know before the filter is attached there.
+    pub notes: Vec<String>,
+    /// Why it cannot be attached as the policy wants it.
+    pub error: Option<String>,
+}
+
+/// What the kernel tells of an interface besides route netlink.
+#[derive(Clone, Copy, Default)]
+struct Features {
+    /// Of NETDEV_CMD_DEV_GET (kernel 6.3).
+    xdp: Option<u64>,
+    lro: bool,
+    /// GRO in hardware.
+    gro: bool,
+}
+
+const NETDEV_XDP_ACT_BASIC: u64 = 1;
+const NETDEV_XDP_ACT_RX_SG: u64 = 32;
+
+/// Examines interfaces without touching them.
+pub async fn drivers(interfaces: &[Interface], mode: Mode) -> Result<Vec<Driver>> {
+    // Neither family is essential: without one there is less to tell.
+    let xdp = xdp_features().await.unwrap_or_default();
+    let mut drivers = Vec::new();
+    for interface in interfaces {
+        let mut features = offloads(&interface.name).await.unwrap_or_default();
+        features.xdp = xdp.get(&interface.index).copied();
+        drivers.push(Driver::of(interface, mode, features));
+    }
+    Ok(drivers)
+}
+
+impl Driver {
+    fn of(interface: &Interface, mode: Mode, features: Features) -> Self {
+        let name = &interface.name;
+        let device = PathBuf::from("/sys/class/net").join(name).join("device");
+        let driver = fs::read_link(device.join("driver")).ok();
+        let driver = driver.and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+        let driver = driver
+            .or_else(|| interface.kind.clone())
+            .unwrap_or_else(|| "unknown".into());
+        let known = NATIVE.contains(&driver.as_str());
+        let native = match features.xdp {
+            Some(features) => Some(features & NETDEV_XDP_ACT_BASIC != 0),
+            None => known.then_some(true),
+        };
+        let frags = features.xdp.map(|xdp| xdp & NETDEV_XDP_ACT_RX_SG != 0);
+        let virtio = fs::read_to_string(device.join("features")).unwrap_or_default();
+        let refusal = if native == Some(false) {
+            Some(format!("{driver} has no native XDP"))
+        } else if interface.mtu > PAGE_MTU && frags == Some(false) {
+            Some(format!(
+                "{driver} takes no frame larger than a page with native XDP: MTU {} is more than \
+                 {PAGE_MTU}",
+                interface.mtu
+            ))
+        } else if driver == "virtio_net" && keeps_offloads(&virtio) {
+            Some(
+                "virtio_net refuses native XDP: the hypervisor merges packets, and does not let this \
+                 guest stop it"
+                    .into(),
+            )
+        } else {
+            None
+        };
+        let mut notes = Vec::new();
+        let mut error = None;
+        match (mode, refusal) {
+            (Mode::Generic, _) => {
+                if features.lro {
+                    notes.push("lro is on: the kernel switches it off for generic XDP".into());
+                }
+            }
+            (Mode::Native, Some(refusal)) => {
+                error = Some(format!(
+                    "{name}: {refusal}, and the policy says `mode: native`"
+                ));
+            }
+            (Mode::Auto, Some(refusal)) => {
+                notes.push(format!("{refusal}, which leaves generic mode"));
+            }
+            (Mode::Auto | Mode::Native, None) => {
+                if native.is_none() {
+                    notes.push(format!(
+                        "this kernel does not tell whether {driver} has native XDP (6.3 and newer \
+                         do): it shows when the filter is attached"
+                    ));
+                }
+                let offloads = [(features.lro, "lro"), (features.gro, "rx-gro-hw")];
+                for (_, offload) in offloads.iter().filter(|(on, _)| *on) {
+                    notes.push(format!(
+                        "{offload} is on, with which drivers refuse native XDP or switch it off: \
+                         `ethtool -K {name} {offload} off`"
+                    ));
+                }
+                if !SEAMLESS.contains(&driver.as_str()) {
+                    notes.push(
+                        "attaching natively makes the queues anew: the link may be down for \
+                         moments, once"
+                            .into(),
+                    );
+                }
+            }
+        }
+        Self {
+            interface: name.clone(),
+            driver,
+            native,
+            mtu: interface.mtu,
+            rx_queues: interface.rx_queues,
+            notes,
+            error,
+        }
+    }
+}
+
+/// Whether a virtio device merges packets for its guest, who cannot stop it: for want of
+/// VIRTIO_NET_F_CTRL_GUEST_OFFLOADS the driver then refuses with EOPNOTSUPP. `bits`: as in sysfs, a
+/// digit for each feature.
+fn keeps_offloads(bits: &str) -> bool {
+    let has = |bit: usize| bits.as_bytes().get(bit) == Some(&b'1');
+    !has(VIRTIO_CTRL_GUEST_OFFLOADS) && VIRTIO_GUEST_OFFLOADS.into_iter().any(has)
+}
+
+/// The active offloads that get in the way of XDP.
+async fn offloads(interface: &str) -> Result<Features> {
+    let (connection, mut handle, _) =
+        ethtool::new_connection().context("open an ethtool socket")?;
+    tokio::spawn(connection);
+    let mut feature = handle.feature();
+    let replies = feature.get(Some(interface)).execute().await;
+    let replies = replies.with_context(|| format!("ask for the offloads of {interface}"))?;
+    let replies: Vec<_> = replies.try_collect().await?;
+    let mut features = Features::default();
+    let attributes = replies.iter().flat_map(|reply| &reply.payload.nlas);
+    for attribute in attributes {
+        if let EthtoolAttr::Feature(EthtoolFeatureAttr::Active(active)) = attribute {
+            let on = |name: &str| active.iter().any(|bit| bit.name == name && bit.value);
+            features.lro = on("rx-lro");
+            features.gro = on("rx-gro-hw");
+        }
+    }
+    Ok(features)
+}
+
+/// The message of the generic netlink family `netdev` that tells what drivers can do with XDP.
+#[derive(Debug, Default)]
+struct Netdev {
+    interface: u32,
+    xdp_features: u64,
+}
+
+const NETDEV_CMD_DEV_GET: u8 = 1;
+const NETDEV_A_DEV_IFINDEX: u16 = 1;
+const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+
+impl GenlFamily for Netdev {
+    fn family_name() -> &'static str {
+        "netdev"
+    }
+
+    fn command(&self) -> u8 {
+        NETDEV_CMD_DEV_GET
+    }
+
+    fn version(&self) -> u8 {
+        1
+    }
+}
+
+/// A request for all interfaces has no attributes.
+impl Emitable for Netdev {
+    fn buffer_len(&self) -> usize {
+        0
+    }
+
+    fn emit(&self, _buffer: &mut [u8]) {}
+}
+
+impl ParseableParametrized<[u8], GenlHeader> for Netdev {
+    fn parse_with_param(bytes: &[u8], _header: GenlHeader) -> Result<Self, DecodeError> {
+        let mut netdev = Self::default();
+        for attribute in NlasIterator::new(bytes) {
+            let attribute = attribute?;
+            match attribute.kind() {
+                NETDEV_A_DEV_IFINDEX => netdev.interface = parse_u32(attribute.value())?,
+                NETDEV_A_DEV_XDP_FEATURES => netdev.xdp_features = parse_u64(attribute.value())?,
+                _ => {}
+            }
+        }
+        Ok(netdev)
+    }
+}
+
+/// What each interface's driver can do with XDP, by the interface's index.
+///
+/// # Errors
+/// A kernel before 6.3, which does not tell.
+async fn xdp_features() -> Result<BTreeMap<u32, u64>> {
+    let (connection, mut handle, _) =
+        genetlink::new_connection().context("open a generic netlink socket")?;
+    tokio::spawn(connection);
+    let mut request = NetlinkMessage::from(GenlMessage::from_payload(Netdev::default()));
+    // The kernel does not mark these replies as one of many; only an acknowledgement keeps the
+    // library from taking the first for the last.
+    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP | NLM_F_ACK;
+    let replies = handle.request(request).await;
+    let mut replies = replies.context("ask for the interfaces' XDP features")?;
+    let mut features = BTreeMap::new();
+    while let Some(reply) = replies.next().await {
+        let reply = reply.context("read the interfaces' XDP features")?;
+        if let NetlinkPayload::InnerMessage(message) = reply.payload {
+            let Netdev {
+                interface,
+                xdp_features,
+            } = message.payload;
+            features.insert(interface, xdp_features);
+        }
+    }
+    Ok(features)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nic(mtu: u32) -> Interface {
+        Interface {
+            index: 1,
+            name: "no-such-nic".into(),
+            ethernet: true,
+            up: true,
+            loopback: false,
+            has_master: false,
+            default_route: false,
+            addresses: Vec::new(),
+            xdp: None,
+            kind: Some("ena".into()),
+            mtu,
+            rx_queues: 2,
+        }
+    }
+
+    #[test]
+    fn driver_without_frags_is_told_of_at_an_mtu_beyond_a_page() {
+        let features = Features {
+            xdp: Some(NETDEV_XDP_ACT_BASIC),
+            ..Features::default()
+        };
+        let refusal = "ena takes no frame larger than a page with native XDP: MTU 9001 is more than \
+                       3506";
+        let auto = Driver::of(&nic(9001), Mode::Auto, features);
+        assert_eq!(
+            auto.notes,
+            [format!("{refusal}, which leaves generic mode")]
+        );
+        assert_eq!(auto.error, None);
+        let native = Driver::of(&nic(9001), Mode::Native, features);
+        let expected = format!("no-such-nic: {refusal}, and the policy says `mode: native`");
+        assert_eq!(native.error, Some(expected));
+        let frags = Features {
+            xdp: Some(NETDEV_XDP_ACT_BASIC | NETDEV_XDP_ACT_RX_SG),
+            ..features
+        };
+        for (mtu, mode, features) in [
+            (3506, Mode::Native, features),
+            (9001, Mode::Generic, features),
+            (9001, Mode::Native, frags),
+        ] {
+            let driver = Driver::of(&nic(mtu), mode, features);
+            assert_eq!(driver.error, None);
+            assert!(!driver.notes.join("; ").contains("MTU"));
+        }
+    }
+
+    #[test]
+    fn driver_is_known_where_the_kernel_does_not_tell() {
+        let features = Features::default();
+        let driver = Driver::of(&nic(1500), Mode::Auto, features);
+        assert_eq!(driver.native, Some(true));
+        assert!(driver.notes.join("; ").contains("makes the queues anew"));
+        let mut unknown = nic(1500);
+        unknown.kind = Some("frobnic".into());
+        let driver = Driver::of(&unknown, Mode::Auto, features);
+        assert_eq!(driver.native, None);
+        assert!(driver.notes[0].starts_with("this kernel does not tell whether frobnic"));
+    }
+
+    #[test]
+    fn offloads_that_refuse_native_mode_are_told_of() {
+        let features = Features {
+            lro: true,
+            gro: true,
+            ..Features::default()
+        };
+        let told = Driver::of(&nic(1500), Mode::Auto, features)
+            .notes
+            .join("; ");
+        assert!(told.contains("`ethtool -K no-such-nic lro off`"), "{told}");
+        assert!(
+            told.contains("`ethtool -K no-such-nic rx-gro-hw off`"),
+            "{told}"
+        );
+    }
+
+    #[test]
+    fn virtio_device_that_merges_and_cannot_be_told_not_to_is_recognised() {
+        assert!(keeps_offloads("1101"));
+        assert!(!keeps_offloads("1111"));
+        assert!(!keeps_offloads("1001"));
+        assert!(!keeps_offloads(""));
+    }
+}
