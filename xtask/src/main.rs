@@ -37,7 +37,11 @@ enum Task {
     /// Format, clippy on both sides and the tests that need no root
     Check,
     /// Everything `check` does, then the tests that need root
-    Test,
+    Test {
+        /// Boot every kernel in the virtual machine, not only the oldest
+        #[arg(long)]
+        full: bool,
+    },
     /// Load the program and print what it costs the running kernel's verifier
     Verify,
     /// Make the packages: a .deb and a tarball
@@ -78,10 +82,10 @@ fn perform(task: Task) -> Result<()> {
             setup::install(Needs::Build)?;
             steps::check()?;
         }
-        Task::Test => {
+        Task::Test { full } => {
             require_root("test")?;
-            setup::install(Needs::Run)?;
-            steps::test()?;
+            setup::install(Needs::Machine)?;
+            steps::test(full)?;
         }
         Task::Verify => {
             require_root("verify")?;

@@ -12,15 +12,15 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{cargo, command_line, is_root, output, run};
 
-#[derive(Clone, Copy, PartialEq, PartialOrd)]
+#[derive(Clone, Copy, PartialEq)]
 pub enum Needs {
     /// To compile and to run what needs no root.
     Build,
     /// To make packages as well.
     Package,
-    /// To run the demo and the tests as root as well.
+    /// To run the agent and servers as well.
     Run,
-    /// To boot a virtual machine as well.
+    /// All of it, and to boot a virtual machine.
     Machine,
 }
 
@@ -58,13 +58,14 @@ pub fn install(needs: Needs) -> Result<()> {
     let components = missing_components()?;
     let linker = (!has_bpf_linker()).then(Linker::choose).transpose()?;
     let mut packages: Vec<String> = BUILD_PACKAGES.map(str::to_owned).to_vec();
-    if needs >= Needs::Package {
+    let makes_packages = matches!(needs, Needs::Package | Needs::Machine);
+    if makes_packages {
         packages.extend(PACKAGE_PACKAGES.map(str::to_owned));
     }
-    if needs >= Needs::Run {
+    if matches!(needs, Needs::Run | Needs::Machine) {
         packages.extend(RUN_PACKAGES.map(str::to_owned));
     }
-    if needs >= Needs::Machine {
+    if needs == Needs::Machine {
         packages.extend(MACHINE_PACKAGES.map(str::to_owned));
     }
     if let Some(Linker::Source { llvm }) = linker {
@@ -83,7 +84,7 @@ pub fn install(needs: Needs) -> Result<()> {
         println!("==> install {}", packages.join(", "));
         install_packages(&packages)?;
     }
-    if needs >= Needs::Package && !is_installed("cargo-deb") {
+    if makes_packages && !is_installed("cargo-deb") {
         println!("==> install cargo-deb {CARGO_DEB}");
         run(cargo().args(["install", "cargo-deb", "--locked", "--version", CARGO_DEB]))?;
     }

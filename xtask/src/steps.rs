@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::{cargo, run, target_directory};
+use crate::{cargo, run, target_directory, verify, vm};
 
 /// What needs no root.
 pub fn check() -> Result<()> {
@@ -15,10 +15,10 @@ pub fn check() -> Result<()> {
     result
 }
 
-/// Everything.
-pub fn test() -> Result<()> {
+/// Everything. `full`: in the virtual machine every kernel, not only the oldest.
+pub fn test(full: bool) -> Result<()> {
     let mut report = Report::default();
-    let result = check_steps(&mut report).and_then(|()| privileged_steps(&mut report));
+    let result = check_steps(&mut report).and_then(|()| privileged_steps(&mut report, full));
     report.print();
     result
 }
@@ -43,11 +43,17 @@ fn check_steps(report: &mut Report) -> Result<()> {
     )
 }
 
-fn privileged_steps(report: &mut Report) -> Result<()> {
-    // The tests run the agent's binary, which cargo does not build for another package's tests.
+fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
+    // The tests run the agent's binary, which cargo does not build for another package's tests, and
+    // one of another layout. Each would build what is missing while others wait.
+    let build = ["build", "--package", "filter-agent"];
+    report.step("build the agent", cargo().args(build))?;
     report.step(
-        "build the agent",
-        cargo().args(["build", "--package", "filter-agent"]),
+        "build another layout",
+        cargo()
+            .args(build)
+            .args(["--features", "next-layout", "--target-dir"])
+            .arg(target_directory()?.join("next-layout")),
     )?;
     // Each of these tests runs an agent, servers and clients of its own: many at once compete for the
     // processor until time-outs expire.
@@ -56,7 +62,14 @@ fn privileged_steps(report: &mut Report) -> Result<()> {
         cargo()
             .args(["test", "--package", "filter-tests"])
             .args(["--", "--test-threads", "4"]),
-    )
+    )?;
+    report.time("verifier", verify::verify)?;
+    let kernels = if full {
+        &vm::KERNELS
+    } else {
+        &vm::KERNELS[..1]
+    };
+    report.time("virtual machine", || vm::test(kernels))
 }
 
 /// Clippy for the BPF target, with the flags that aya-build compiles it with.
@@ -90,9 +103,13 @@ struct Report {
 
 impl Report {
     fn step(&mut self, name: &'static str, command: &mut Command) -> Result<()> {
+        self.time(name, || run(command))
+    }
+
+    fn time(&mut self, name: &'static str, step: impl FnOnce() -> Result<()>) -> Result<()> {
         println!("\n==> {name}");
         let begin = Instant::now();
-        let result = run(command);
+        let result = step();
         self.steps.push((name, begin.elapsed(), result.is_ok()));
         result
     }

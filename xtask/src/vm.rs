@@ -32,6 +32,9 @@ const PORT: u16 = 5432;
 /// How long anything in the machine may take, whose processor is emulated.
 const PATIENCE: Duration = Duration::from_secs(240);
 
+/// At most, as `systemd-analyze security` sees the unit: 0 is the safest, 10 the least safe.
+const EXPOSURE: f32 = 2.0;
+
 const PACKAGES: &str = "linux-image-cloud-amd64,linux-image-6.12-cloud-amd64,systemd-sysv,udev,dbus,\
                         iproute2,postgresql,ca-certificates,cloud-init";
 
@@ -254,7 +257,7 @@ impl Machine {
         let version = self.command("dpkg-query -W -f '${Version}' filter-agent")?;
         ensure!(version == "0.1.0-2", "version {version} is installed");
         self.command("filter-agent status --verify")?;
-        let exposure = self.command("systemd-analyze security filter-agent | tail -1")?;
+        let exposure = self.unit()?;
         self.phases.push(("reboot".into(), Instant::now(), false));
         self.reboot()?;
         self.wait_until_up()?;
@@ -313,6 +316,27 @@ impl Machine {
             unserved.join(", ")
         );
         Ok(())
+    }
+
+    /// What systemd thinks of the unit.
+    fn unit(&mut self) -> Result<String> {
+        let complaints = self.command("systemd-analyze verify filter-agent.service")?;
+        ensure!(
+            complaints.is_empty(),
+            "systemd says of the unit: {complaints}"
+        );
+        let exposure = self.command("systemd-analyze security filter-agent | tail -1")?;
+        // "→ Overall exposure level for filter-agent.service: 2.0 OK 🙂"
+        let level = exposure
+            .split(": ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next());
+        let level: Option<f32> = level.and_then(|level| level.parse().ok());
+        ensure!(
+            level.is_some_and(|level| level <= EXPOSURE),
+            "systemd-analyze says: {exposure}"
+        );
+        Ok(exposure)
     }
 
     /// A bond that appears is filtered natively, on the interfaces that join it. Returns how long it
