@@ -521,7 +521,7 @@ fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
     write(
         "etc/filter-agent/policy.yaml",
         &format!(
-            "interfaces: [default, 'eth*', 'bond*']\ndatabases:\n  - name: orders\n    port: {PORT}\n    \
+            "interfaces: [default, '[be]*']\ndatabases:\n  - name: orders\n    port: {PORT}\n    \
              model: dedicated\n    force_tls: false\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
         ),
     )?;
