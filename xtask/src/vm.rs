@@ -409,7 +409,9 @@ impl Machine {
         let up = "systemctl is-active filter-agent && pg_isready -q -h 127.0.0.1 && echo both";
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
-            if self.command(up).is_ok_and(|text| text.ends_with("both")) {
+            // What is typed before the shell is there is lost.
+            let answer = self.brief_command(up);
+            if answer.is_some_and(|text| text.ends_with("both")) {
                 return Ok(());
             }
             thread::sleep(Duration::from_millis(500));
@@ -446,7 +448,7 @@ impl Machine {
 
     /// The same where there may be nobody to answer.
     fn brief_command(&mut self, command: &str) -> Option<String> {
-        self.ask(command, Duration::from_secs(3)).ok().flatten()
+        self.ask(command, Duration::from_secs(10)).ok().flatten()
     }
 
     fn ask(&mut self, command: &str, patience: Duration) -> Result<Option<String>> {
