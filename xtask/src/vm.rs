@@ -458,7 +458,8 @@ impl Machine {
             format!("BEGIN-{}", self.asked),
             format!("END-{}", self.asked),
         );
-        let text = format!("\necho {begin}\n{command}\necho {end}\n");
+        // What the command prints need not end in a line's end.
+        let text = format!("\necho {begin}\n{command}\necho; echo {end}\n");
         self.shell
             .write_all(text.as_bytes())
             .context("write to the machine's shell")?;
@@ -475,7 +476,7 @@ impl Machine {
             let lines: Vec<&str> = text.lines().map(str::trim).collect();
             let place = |marker: &str| lines.iter().position(|line| *line == marker);
             if let (Some(begin), Some(end)) = (place(&begin), place(&end)) {
-                return Ok(Some(lines[begin + 1..end].join("\n")));
+                return Ok(Some(lines[begin + 1..end].join("\n").trim().to_owned()));
             }
         }
         Ok(None)
