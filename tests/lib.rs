@@ -1,6 +1,7 @@
 //! What the tests share.
 
 pub mod bpffs;
+pub mod databases;
 pub mod frames;
 pub mod loaded;
 pub mod net;

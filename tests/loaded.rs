@@ -28,7 +28,7 @@ pub struct Loaded {
 impl Loaded {
     pub fn new(policy: &str) -> Self {
         let bpffs = Bpffs::mount();
-        let filter = Filter::open(bpffs.path(), Some(4096)).unwrap();
+        let filter = Filter::open(bpffs.path(), Some(4096), 4096).unwrap();
         let (parsed, regions) = parse(policy);
         let mut loaded = Self {
             filter,

@@ -5,22 +5,18 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::Command,
     thread,
     time::Duration,
 };
 
+use filter_tests::databases::{Postgres, psql};
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, NEIGHBOURS, Net,
-    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, bound, connect, dedicated, policy, succeed,
-    transfer, wait, wait_until,
+    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, bound, connect, dedicated, policy, transfer,
 };
 use jiff::{SignedDuration, Timestamp};
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::{Pid, User},
-};
+use nix::errno::Errno;
 
 const PORT: u16 = 5432;
 const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
@@ -664,7 +660,7 @@ fn link_removed_behind_the_agents_back_is_an_error_and_reload_mends_it() {
         net.agent_json(&["status", "--verify"])["errors"],
         serde_json::json!([])
     );
-    let pins = fs::read_dir(net.bpffs().join("filter-agent/v1")).unwrap();
+    let pins = fs::read_dir(net.bpffs().join("filter-agent/v2")).unwrap();
     let pins: Vec<PathBuf> = pins.map(|pin| pin.unwrap().path()).collect();
     let is_link = |pin: &&PathBuf| {
         pin.file_name()
@@ -773,91 +769,11 @@ fn removed_rule_silences_open_sessions_and_no_others() {
     assert!(ping(&mut kept, PATIENCE));
 }
 
-/// Debian's PostgreSQL in a temporary directory.
-struct Postgres {
-    server: Child,
-}
-
-impl Postgres {
-    fn start(net: &Net) -> Self {
-        let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
-        let newest = versions.map(|entry| entry.unwrap().path()).max();
-        let bin = newest.unwrap().join("bin");
-        let user = User::from_name("postgres")
-            .unwrap()
-            .expect("the user postgres exists");
-        let data = net.dir().join("postgresql");
-        fs::create_dir(&data).unwrap();
-        nix::unistd::chown(&data, Some(user.uid), Some(user.gid)).unwrap();
-        let as_postgres = |program: &str| {
-            use std::os::unix::process::CommandExt as _;
-            let mut command = Command::new(bin.join(program));
-            command.arg("-D").arg(&data).current_dir(&data);
-            command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
-            command
-        };
-        let options = [
-            "--auth=trust",
-            "--no-sync",
-            "--username=postgres",
-            "--encoding=UTF8",
-        ];
-        succeed(as_postgres("initdb").args(options));
-        fs::write(data.join("pg_hba.conf"), "host all all all trust\n").unwrap();
-        let mut server = as_postgres("postgres");
-        for setting in [
-            "listen_addresses=*",
-            "unix_socket_directories=",
-            "fsync=off",
-            "logging_collector=on",
-        ] {
-            server.arg("-c").arg(setting);
-        }
-        // It logs into its directory.
-        server.stderr(Stdio::null());
-        let server = net.db.run(|| server.spawn().unwrap());
-        let started = || net.connect(CLIENT4.into(), DB) == Connection::Accepted;
-        assert!(wait_until(started), "PostgreSQL does not start");
-        Self { server }
-    }
-}
-
-impl Drop for Postgres {
-    fn drop(&mut self) {
-        // Immediate shutdown.
-        let pid = Pid::from_raw(self.server.id().try_into().unwrap());
-        let _ = kill(pid, Signal::SIGQUIT);
-        wait(&mut self.server);
-    }
-}
-
-/// What a query answers to psql at a source address of the client's.
-fn psql(net: &Net, source: IpAddr, query: &str) -> Result<String, String> {
-    let (database, length) = match source {
-        IpAddr::V4(_) => (IpAddr::from(DB4), 32),
-        IpAddr::V6(_) => (DB6.into(), 128),
-    };
-    net.client.ip(&format!(
-        "route replace {database}/{length} dev eth0 src {source}"
-    ));
-    let mut command = Command::new("psql");
-    command.args(["--no-psqlrc", "-U", "postgres", "-At", "-c", query, "-h"]);
-    command
-        .arg(database.to_string())
-        .env("PGCONNECT_TIMEOUT", "2");
-    let output = net.client.output(&mut command);
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().trim().to_owned();
-    if output.status.success() {
-        Ok(text(output.stdout))
-    } else {
-        Err(text(output.stderr))
-    }
-}
-
 #[test]
 fn psql_reaches_postgresql_from_allowed_sources_only() {
     let mut net = Net::new("postgresql");
     let _server = Postgres::start(&net);
+    let psql = |net: &Net, source: IpAddr, query: &str| psql(net, source, "sslmode=disable", query);
     net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     net.write_policy(&orders("native"));
     net.start();

@@ -41,7 +41,7 @@ fn passes(filter: &Filter, source: &str, destination: &str) -> bool {
 #[test]
 fn apply_that_the_kernel_refuses_half_way_is_undone() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
     let old = wide("old", 1, "192.0.2.0/24");
     filter.apply(&old).unwrap();
     let error = filter
@@ -63,7 +63,7 @@ fn apply_that_the_kernel_refuses_half_way_is_undone() {
     unchanged(&filter);
     drop(filter);
     // What a new agent reads from the kernel is the old policy, and nothing of the new one.
-    unchanged(&Filter::open(bpffs.path(), None).unwrap());
+    unchanged(&Filter::open(bpffs.path(), None, 1024).unwrap());
 }
 
 #[test]
@@ -79,11 +79,11 @@ fn what_was_applied_is_what_the_next_agent_finds() {
     ];
     for databases in policies {
         let compiled = compiled(databases);
-        let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
+        let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
         assert_ne!(filter.plan(&compiled).unwrap(), Difference::default());
         filter.apply(&compiled).unwrap();
         drop(filter);
-        let filter = Filter::open(bpffs.path(), Some(100)).unwrap();
+        let filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
         assert_eq!(filter.plan(&compiled).unwrap(), Difference::default());
         for probe in probes(&compiled) {
             let frame = frame(probe.protocol, probe.source, probe.destination, probe.port);
@@ -101,7 +101,7 @@ fn what_was_applied_is_what_the_next_agent_finds() {
 #[test]
 fn policy_with_more_prefixes_than_the_maps_are_made_for_is_refused_before_anything_is_written() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(2)).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(2), 1024).unwrap();
     let rules = |count: u8| {
         let rules = (0..count).map(|i| format!("{{cidr: 192.0.{i}.0/24}}"));
         let rules = rules.collect::<Vec<_>>().join(", ");

@@ -18,17 +18,17 @@ use nix::{
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
 
-use crate::net::{Namespace, run_in, succeed, wait_until};
+use crate::net::{Namespace, run_in, succeed, wait, wait_until};
 
 /// A child process that runs until it is dropped.
-struct Server {
+pub(crate) struct Server {
     command: Command,
     namespace: String,
     child: Option<Child>,
 }
 
 impl Server {
-    fn start(namespace: &Namespace, mut command: Command, log: &Path) -> Self {
+    pub(crate) fn start(namespace: &Namespace, mut command: Command, log: &Path) -> Self {
         let log = fs::File::create(log).unwrap();
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().unwrap()).stderr(log);
@@ -46,9 +46,15 @@ impl Server {
         self.child = Some(child);
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().expect("the server runs");
         kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+    }
+
+    /// Whether it ends by itself in good time.
+    pub(crate) fn ends(&mut self) -> bool {
+        let child = self.child.as_mut().expect("the server runs");
+        wait(child).is_some()
     }
 
     fn stop(&mut self) {
@@ -262,7 +268,7 @@ impl Ca {
     }
 
     /// Paths of a certificate and its key.
-    fn certificate(&self, names: &[&str], kind: Certificate) -> (PathBuf, PathBuf) {
+    pub(crate) fn certificate(&self, names: &[&str], kind: Certificate) -> (PathBuf, PathBuf) {
         let all: Vec<String> = names.iter().map(ToString::to_string).collect();
         let mut parameters = CertificateParams::new(all).unwrap();
         let key = KeyPair::generate().unwrap();

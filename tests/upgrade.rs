@@ -79,9 +79,9 @@ fn agent_of_another_layout_takes_over_without_a_gap_and_back() {
     let outside = Hammer::denied(&net.client, &denied);
     let mut before = (0, 0);
     for (binary, layout, counters) in [
-        (next_layout_binary(), "v2", "counters go on"),
-        (agent_binary(), "v1", "counters begin at 0"),
-        (next_layout_binary(), "v2", "counters go on"),
+        (next_layout_binary(), "v3", "counters go on"),
+        (agent_binary(), "v2", "counters begin at 0"),
+        (next_layout_binary(), "v3", "counters go on"),
     ] {
         before = before.max(dropped_and_hits(&net));
         net.terminate();
@@ -163,7 +163,7 @@ fn upgrade_that_is_killed_at_any_moment_is_finished_by_the_next_start() {
     }
     net.binary = next_layout_binary().to_owned();
     net.start();
-    assert_eq!(layouts(&net), ["v2"]);
+    assert_eq!(layouts(&net), ["v3"]);
     inside.stop();
     outside.stop();
     assert_filtered(&net);
@@ -177,7 +177,7 @@ fn interface_that_vanished_before_the_upgrade_leaves_nothing_behind() {
     net.db.ip("link delete eth0");
     net.binary = next_layout_binary().to_owned();
     net.start();
-    assert_eq!(layouts(&net), ["v2"]);
+    assert_eq!(layouts(&net), ["v3"]);
     net.make_pair();
     assert!(wait_until(|| {
         let errors = net.agent_json(&["status"])["errors"].clone();

@@ -729,6 +729,21 @@ fn print_status(status: &Status) {
     }
     println!();
     print_table(&databases, status.databases.len());
+    for database in status
+        .databases
+        .iter()
+        .filter(|database| database.force_tls)
+    {
+        let mut connections = reasons(&database.connections);
+        if !database.monitored_connections.is_empty() {
+            let monitored = reasons(&database.monitored_connections);
+            connections = format!("{connections} (monitored: {monitored})");
+        }
+        println!(
+            "{}: TLS is forced; connections: {connections}",
+            database.name
+        );
+    }
     let unattributed = [
         ("dropped", &status.unattributed),
         ("would be dropped", &status.unattributed_would_drop),
@@ -911,7 +926,11 @@ fn print_explanations(explanations: &[Explanation]) {
         } else {
             ""
         };
-        println!("{database}: {source} {action}: {why}{monitor}");
+        let tls = match verdict.force_tls && verdict.rule.is_some() {
+            true => ", as long as the connection begins with TLS",
+            false => "",
+        };
+        println!("{database}: {source} {action}: {why}{tls}{monitor}");
     }
 }
 

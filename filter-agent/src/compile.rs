@@ -6,7 +6,7 @@ use filter_common::Protocol;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use jiff::Timestamp;
 
-use crate::policy::{Database, Model, Policy, Rule, Source};
+use crate::policy::{Database, Model, Policy, Rule, Source, Tls};
 
 /// What each region allows, by name; one that is missing allows nobody.
 pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
@@ -28,6 +28,7 @@ pub struct Entries {
     /// Empty: every local address.
     pub addresses: Vec<IpAddr>,
     pub monitor: bool,
+    pub tls: Option<Tls>,
     /// What allows, in the order that decides whose prefix it is when two hold the same one.
     pub rules: Vec<RuleKey>,
     /// Allowed prefixes, sorted, no two alike, with the place of their rule in `rules`.
@@ -54,6 +55,11 @@ impl RuleKey {
             Self::RegionalNetwork => "regional network".into(),
             Self::Internet => "internet".into(),
         }
+    }
+
+    /// Whether TLS is not forced on what it allows: what a cluster says to itself.
+    pub fn is_exempt(&self) -> bool {
+        *self == Self::Cluster
     }
 }
 
@@ -107,6 +113,7 @@ fn compile_database(
         ports: database.ports.clone(),
         addresses: database.addresses.clone(),
         monitor: database.monitor,
+        tls: database.tls,
         rules: Vec::new(),
         v4: Vec::new(),
         v6: Vec::new(),
@@ -234,7 +241,7 @@ mod tests {
     use filter_common::MAX_NAME;
 
     use super::*;
-    use crate::policy::{Engine, Listed, Mode};
+    use crate::policy::{Listed, Mode};
 
     fn database(model: Model) -> Database {
         Database {
@@ -242,9 +249,8 @@ mod tests {
             protocol: Protocol::Tcp,
             ports: vec![5432],
             addresses: vec![],
-            engine: Engine::Postgresql,
             model,
-            force_tls: false,
+            tls: None,
             monitor: false,
             cluster: vec![],
         }
@@ -256,6 +262,7 @@ mod tests {
             mode: Mode::Auto,
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
+            tls_connections: 1024,
             databases,
         }
     }

@@ -231,8 +231,9 @@ pub async fn run(options: Options) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
-    let filter = Filter::open(&options.bpffs, options.max_prefixes)?;
     let loaded = load(&options.policy)?;
+    let connections = loaded.policy.tls_connections;
+    let filter = Filter::open(&options.bpffs, options.max_prefixes, connections)?;
     let listener = listen(&options.socket).await?;
     let mut links = host::events()?;
     let (watches, mut files) = file_events();
@@ -872,6 +873,15 @@ impl Agent {
                 .map(|(reason, _, packets)| (reason.name().into(), *packets))
                 .collect()
         };
+        let fates = self.filter.fates()?;
+        let connections = |database: &str, monitored: bool| -> BTreeMap<String, u64> {
+            let of_database = fates
+                .iter()
+                .filter(|((name, _, counted), _)| name == database && *counted == monitored);
+            of_database
+                .map(|((_, fate, _), connections)| (fate.name().into(), *connections))
+                .collect()
+        };
         let databases = self.loaded.policy.databases.iter().map(|database| {
             let entries = &self.compiled.databases[&database.name];
             let name = Some(database.name.clone());
@@ -890,6 +900,9 @@ impl Agent {
                     .sum(),
                 dropped: dropped(&name, false),
                 would_drop: dropped(&name, true),
+                force_tls: database.tls.is_some(),
+                connections: connections(&database.name, false),
+                monitored_connections: connections(&database.name, true),
             }
         });
         Ok(report::Status {
@@ -1069,6 +1082,7 @@ impl Agent {
                 passes,
                 monitor: entries.monitor,
                 reason: judged.reason.name().into(),
+                force_tls: entries.tls.is_some() && !judged.exempt,
                 rule: rule.map(ToString::to_string),
                 label: written.and_then(|rule| rule.label.clone()),
                 expires: written.and_then(|rule| rule.expires),

@@ -291,18 +291,10 @@ mod tests {
 
     fn nic(mtu: u32) -> Interface {
         Interface {
-            index: 1,
             name: "no-such-nic".into(),
-            ethernet: true,
-            up: true,
-            loopback: false,
-            has_master: false,
-            default_route: false,
-            addresses: Vec::new(),
-            xdp: None,
             kind: Some("ena".into()),
             mtu,
-            rx_queues: 2,
+            ..Interface::default()
         }
     }
 

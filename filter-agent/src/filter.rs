@@ -7,6 +7,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -24,17 +25,20 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use filter_common::{
-    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, Guard, LAYOUT, LocalKey, MAX_LOCALS, Name, PORTS,
-    RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6, counter_index, slot_key,
+    ADOPTION_SECONDS, ANSWERS, ANY_SLOT, Answer, COUNTERS, Connection, DEFAULT_MAX_PREFIXES,
+    EXEMPT, Engine, Fate, Guard, LAYOUT, LocalKey, MAX_LOCALS, Name, PORTS, RULE_IDS, Reason,
+    SLOT_BITS, SLOTS, Source4, Source6, Stream, counter_index, counters_of, fate_index, slot_key,
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
     sys::statfs::{BPF_FS_MAGIC, statfs},
+    time::{ClockId, clock_gettime},
 };
 
 use crate::{
+    answer::answer,
     compile::Compiled,
     host::{AttachedXdp, Interface},
     image::{Change, Difference, Image, Step},
@@ -99,7 +103,7 @@ const fn per_cpu(name: &'static str, entries: u32) -> Shape {
     }
 }
 
-const SHAPES: [Shape; 10] = [
+const SHAPES: [Shape; 13] = [
     array("PORT_GUARDS", size_of::<Guard>(), PORTS),
     Shape {
         name: "LOCAL_GUARDS",
@@ -117,6 +121,16 @@ const SHAPES: [Shape; 10] = [
     array("SLOT_NAMES", size_of::<Name>(), SLOTS),
     array("RULE_NAMES", size_of::<Name>(), RULE_IDS),
     array("PROBES", 8, COUNTERS + RULE_IDS),
+    Shape {
+        name: "STREAMS",
+        map_type: MapType::LruHash,
+        key: size_of::<Connection>(),
+        value: size_of::<Stream>(),
+        entries: None,
+        flags: 0,
+    },
+    array("ADOPT_UNTIL", 8, SLOTS),
+    array("ANSWERS_BY_ENGINE", size_of::<Answer>(), ANSWERS),
 ];
 
 /// The pinned filter of one bpffs, held by one agent at a time.
@@ -144,6 +158,9 @@ struct Maps {
     slot_names: Array<MapData, Name>,
     rule_names: Array<MapData, Name>,
     probes: Array<MapData, u64>,
+    streams: HashMap<MapData, Connection, Stream>,
+    adopt_until: Array<MapData, u64>,
+    answers: Array<MapData, Answer>,
 }
 
 /// A link that is pinned.
@@ -186,12 +203,15 @@ pub struct TakenOver {
 /// was only counted, not enforced.
 pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
 
+/// Connections by database, what became of them, and whether that was only monitored.
+pub type Fates = BTreeMap<(String, Fate, bool), u64>;
+
 impl Filter {
     /// Loads the program over the maps pinned below `bpffs`, or over new ones.
     ///
     /// # Errors
     /// No bpffs there, a kernel that is too old, another agent, pins that are not ours.
-    pub fn open(bpffs: &Path, max_prefixes: Option<u32>) -> Result<Self> {
+    pub fn open(bpffs: &Path, max_prefixes: Option<u32>, tls_connections: u32) -> Result<Self> {
         check_kernel(bpffs)?;
         let base = base(bpffs)?;
         own_directory(&base)?;
@@ -199,12 +219,14 @@ impl Filter {
         let pins = base.join(format!("v{LAYOUT}"));
         own_directory(&pins)?;
         let adopted = check_pins(&pins)?;
+        share_streams(&base, &pins)?;
         let max_prefixes = max_prefixes.unwrap_or(DEFAULT_MAX_PREFIXES);
         // Twice: a reload adds all of the new policy before it removes the old.
         let entries = max_prefixes.saturating_mul(2);
         let mut loader = EbpfLoader::new();
         loader.map_max_entries("ALLOWED4", entries);
         loader.map_max_entries("ALLOWED6", entries);
+        loader.map_max_entries("STREAMS", tls_connections);
         for shape in &SHAPES {
             loader.map_pin_path(shape.name, pins.join(shape.name));
         }
@@ -215,9 +237,13 @@ impl Filter {
             .context("load the XDP program")?;
         let mut made_for = u32::MAX;
         for shape in SHAPES.iter().filter(|shape| shape.entries.is_none()) {
-            made_for = made_for.min(check_pin(&pins, shape)?.max_entries());
+            let info = check_pin(&pins, shape)?;
+            if shape.map_type == MapType::LpmTrie {
+                made_for = made_for.min(info.max_entries());
+            }
         }
-        let maps = Maps::take(&mut ebpf)?;
+        let mut maps = Maps::take(&mut ebpf)?;
+        maps.write_answers()?;
         let held = if adopted {
             maps.read()?
         } else {
@@ -277,6 +303,11 @@ impl Filter {
     /// Returns what the kernel held before.
     fn change(&mut self, image: Image) -> Result<Image> {
         self.maps.clear_counters(&self.held, &image)?;
+        let (forced, newly) = (self.held.forced(), image.forced());
+        let until = since_boot()? + ADOPTION_SECONDS * 1_000_000_000;
+        for &slot in newly.difference(&forced) {
+            self.maps.set_adoption(slot, until)?;
+        }
         let steps = self.held.steps_to(&image);
         for (done, step) in steps.iter().enumerate() {
             if let Err(error) = self.maps.write(step) {
@@ -289,6 +320,21 @@ impl Filter {
             }
         }
         Ok(std::mem::replace(&mut self.held, image))
+    }
+
+    /// Judges the connections that were under way before TLS was forced: by what they send next.
+    pub fn judge_existing(&mut self) -> Result<()> {
+        for slot in self.held.forced() {
+            self.maps.set_adoption(slot, 0)?;
+        }
+        let connections: Result<Vec<_>, _> = self.maps.streams.iter().collect();
+        for (connection, stream) in connections.context("list the connections")? {
+            if stream.state & Stream::UNJUDGED != 0 {
+                absent_is_none(self.maps.streams.remove(&connection))
+                    .context("forget a connection")?;
+            }
+        }
+        Ok(())
     }
 
     /// Runs the program on `interface`: over the link that is pinned for it where it is whole, else
@@ -536,6 +582,8 @@ impl Filter {
             }
         };
         let rule = absent_is_none(found).context("look the source up in the kernel")?;
+        let exempt = rule.is_some_and(|rule| rule & EXEMPT != 0);
+        let rule = rule.map(|rule| rule & !EXEMPT);
         let bad = match source {
             IpAddr::V4(source) => filter_common::is_bad_source4(source.octets()),
             IpAddr::V6(source) => filter_common::is_bad_source6(source.octets()),
@@ -554,6 +602,7 @@ impl Filter {
             reason,
             monitor,
             rule,
+            exempt,
             rule_text: name.and_then(|name| Some(name.text()?.to_owned())),
         })
     }
@@ -575,6 +624,26 @@ impl Filter {
             }
         }
         Ok(counts)
+    }
+
+    /// Connections counted since the maps were made.
+    pub fn fates(&self) -> Result<Fates> {
+        let mut fates = Fates::new();
+        for (slot, name) in &self.held.slots {
+            let Some(database) = name.text() else {
+                continue;
+            };
+            for fate in Fate::ALL {
+                for monitored in [false, true] {
+                    let index = fate_index(*slot as u16, fate, monitored);
+                    let connections = self.count(&self.maps.counts, index, index)?;
+                    if connections > 0 {
+                        fates.insert((database.to_owned(), fate, monitored), connections);
+                    }
+                }
+            }
+        }
+        Ok(fates)
     }
 
     /// Packets allowed, by database and text of the rule's key.
@@ -618,6 +687,8 @@ pub struct Judged {
     pub monitor: bool,
     /// Id of the rule that allows.
     pub rule: Option<u32>,
+    /// Whether TLS is not forced on the source.
+    pub exempt: bool,
     /// Text of that rule's `RuleKey`.
     pub rule_text: Option<String>,
 }
@@ -649,7 +720,27 @@ impl Maps {
             slot_names: typed(ebpf, "SLOT_NAMES")?,
             rule_names: typed(ebpf, "RULE_NAMES")?,
             probes: typed(ebpf, "PROBES")?,
+            streams: typed(ebpf, "STREAMS")?,
+            adopt_until: typed(ebpf, "ADOPT_UNTIL")?,
+            answers: typed(ebpf, "ANSWERS_BY_ENGINE")?,
         })
+    }
+
+    fn write_answers(&mut self) -> Result<()> {
+        for engine in Engine::ALL {
+            self.answers
+                .set(engine as u32, answer(engine), 0)
+                .context("write what refused clients are told")?;
+        }
+        Ok(())
+    }
+
+    /// Until when, in nanoseconds since boot, connections of a slot that are found under way are let
+    /// run.
+    fn set_adoption(&mut self, slot: u16, until: u64) -> Result<()> {
+        self.adopt_until
+            .set(slot.into(), until, 0)
+            .context("write until when connections are let run")
     }
 
     /// What an earlier agent left. Arrays are read whole: the kernel has no list of what is set in one.
@@ -738,13 +829,9 @@ impl Maps {
             slots.extend(new.map(|&new| (old, new)));
         }
         for (&old, &new) in &slots {
-            for reason in Reason::ALL {
-                for monitored in [false, true] {
-                    let from = counter_index(old as u16, reason, monitored);
-                    let to = counter_index(new, reason, monitored);
-                    self.counts.set(to, counts.get(&from, 0)?, 0)?;
-                    self.probes.set(to, probes.get(&from, 0)?, 0)?;
-                }
+            for (from, to) in counters_of(old as u16).zip(counters_of(new)) {
+                self.counts.set(to, counts.get(&from, 0)?, 0)?;
+                self.probes.set(to, probes.get(&from, 0)?, 0)?;
             }
         }
         for old in 0..sizes["RULE_NAMES"] {
@@ -775,14 +862,11 @@ impl Maps {
             .iter()
             .filter(|entry| is_new(&held.slots, entry.0))
         {
-            for reason in Reason::ALL {
-                for monitored in [false, true] {
-                    let index = counter_index(slot as u16, reason, monitored);
-                    self.counts
-                        .set(index, zero()?, 0)
-                        .context("clear a counter")?;
-                    self.probes.set(index, 0, 0).context("clear a counter")?;
-                }
+            for index in counters_of(slot as u16) {
+                self.counts
+                    .set(index, zero()?, 0)
+                    .context("clear a counter")?;
+                self.probes.set(index, 0, 0).context("clear a counter")?;
             }
         }
         for &(id, _) in new
@@ -839,6 +923,31 @@ impl Maps {
                 .context("write the guarded protocols"),
         }
     }
+}
+
+/// Nanoseconds since the host started, suspended or not: the clock of the packet path.
+fn since_boot() -> Result<u64> {
+    let time = clock_gettime(ClockId::CLOCK_BOOTTIME).context("read the clock")?;
+    Ok(Duration::from(time).as_nanos() as u64)
+}
+
+/// The connections that an agent of another layout follows, in a map like this layout's, go on being
+/// followed in the same map.
+fn share_streams(base: &Path, pins: &Path) -> Result<()> {
+    let own = pins.join("STREAMS");
+    let shape = SHAPES.iter().find(|shape| shape.name == "STREAMS");
+    for (layout, other) in layouts(base)? {
+        let theirs = other.join("STREAMS");
+        let info = MapInfo::from_pin(&theirs);
+        let (Ok(info), Some(shape)) = (info, shape) else {
+            continue;
+        };
+        if layout != LAYOUT && !own.exists() && shape.holds_the_same(&info) {
+            fs::hard_link(&theirs, &own)
+                .with_context(|| format!("share {} with layout {LAYOUT}", theirs.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Writes one entry and reads it back: inserts into a trie have been seen to fail under memory

@@ -18,7 +18,7 @@ use rtnetlink::{
     },
 };
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Interface {
     pub index: u32,
     pub name: String,
@@ -94,17 +94,12 @@ pub async fn interfaces() -> Result<Vec<Interface>> {
         let index = message.header.index;
         let mut interface = Interface {
             index,
-            name: String::new(),
             ethernet: message.header.link_layer_type == LinkLayerType::Ether,
             up: message.header.flags.contains(LinkFlags::Up),
             loopback: message.header.flags.contains(LinkFlags::Loopback),
-            has_master: false,
             default_route: default_routes.contains(&index),
             addresses: addresses.remove(&index).unwrap_or_default(),
-            xdp: None,
-            kind: None,
-            mtu: 0,
-            rx_queues: 0,
+            ..Interface::default()
         };
         for attribute in message.attributes {
             match attribute {

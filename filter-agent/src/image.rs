@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use filter_common::{Guard, LocalKey, Name, Protocol, RULE_IDS, SLOTS, mapped, port_index};
+use filter_common::{EXEMPT, Guard, LocalKey, Name, Protocol, RULE_IDS, SLOTS, mapped, port_index};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +21,8 @@ pub struct Image {
     pub slots: Vec<(u32, Name)>,
     /// Rule id to the text of its `RuleKey`.
     pub rules: Vec<(u32, Name)>,
-    /// Database slot and prefix to the id of the rule that allows it.
+    /// Database slot and prefix to the id of the rule that allows it, with `EXEMPT` where TLS is not
+    /// forced on it.
     pub allowed4: Vec<((u16, Ipv4Net), u32)>,
     pub allowed6: Vec<((u16, Ipv6Net), u32)>,
     pub locals: Vec<(LocalKey, Guard)>,
@@ -118,7 +119,7 @@ impl Image {
                 let Some(name) = Name::new(slot, &text) else {
                     bail!("rule {rule} does not fit the kernel's field");
                 };
-                rules.push(id);
+                rules.push(if rule.is_exempt() { id | EXEMPT } else { id });
                 image.rules.push((id, name));
             }
             let v4 = entries.v4.iter();
@@ -134,7 +135,10 @@ impl Image {
             };
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
-                let guard = Guard::new(slot, entries.monitor);
+                let mut guard = Guard::new(slot, entries.monitor);
+                if let Some(tls) = entries.tls {
+                    guard = guard.with_tls(tls.engine, tls.cancel_in_clear);
+                }
                 if entries.addresses.is_empty() {
                     ports.insert(port, guard);
                     continue;
@@ -159,6 +163,14 @@ impl Image {
         image.allowed6.sort_by_key(|&(key, _)| key);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
         Ok(image)
+    }
+
+    /// Slots of databases where TLS is forced.
+    pub fn forced(&self) -> BTreeSet<u16> {
+        let guards = self.ports.iter().map(|(_, guard)| guard);
+        let guards = guards.chain(self.locals.iter().map(|(_, guard)| guard));
+        let forced = guards.filter(|guard| guard.engine() != 0);
+        forced.map(|guard| guard.slot()).collect()
     }
 
     /// Where each database is in the kernel.
@@ -326,7 +338,8 @@ impl Image {
         let mut of_guard = |guard: Guard, text: &str, added: bool| {
             let database = databases.entry(database(guard.slot())).or_default();
             let monitored = if guard.is_monitor() { " (monitor)" } else { "" };
-            let text = format!("{text}{monitored}");
+            let tls = if guard.engine() != 0 { " with TLS" } else { "" };
+            let text = format!("{text}{tls}{monitored}");
             if added {
                 database.guarded.push(text);
             } else {
@@ -555,6 +568,7 @@ mod tests {
                 ports: vec![port],
                 addresses: local.map(IpAddr::from).into_iter().collect(),
                 monitor: random.u8(..4) == 0,
+                tls: None,
                 rules,
                 v4,
                 v6: vec![],
@@ -608,6 +622,7 @@ mod tests {
             ports: vec![5432],
             addresses: vec![],
             monitor: false,
+            tls: None,
             rules: rules.map(|net| RuleKey::Rule(Source::Cidr(net))).collect(),
             v4: (0..)
                 .zip(prefixes)

@@ -1,5 +1,6 @@
 //! The agent, from a policy file to entries in the kernel. See `docs/ARCHITECTURE.md`.
 
+pub mod answer;
 pub mod cli;
 pub mod compile;
 mod control;

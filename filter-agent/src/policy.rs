@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use filter_common::{MAX_DATABASES, MAX_LOCALS, MAX_NAME, MAX_RULES, Protocol};
+use filter_common::{
+    DEFAULT_TLS_CONNECTIONS, Engine, MAX_DATABASES, MAX_LOCALS, MAX_NAME, MAX_RULES, Protocol,
+};
 use glob::Pattern;
 use ipnet::{IpNet, Ipv4Net};
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
@@ -29,6 +31,8 @@ pub struct Policy {
     pub regions: BTreeMap<String, Region>,
     /// What "the regional network" means for shared databases.
     pub regional_network: Vec<IpNet>,
+    /// How many connections with forced TLS are followed at once.
+    pub tls_connections: u32,
     pub databases: Vec<Database>,
 }
 
@@ -238,16 +242,6 @@ impl fmt::Display for RegionSource {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Engine {
-    Postgresql,
-    Mysql,
-    Redis,
-    Mongodb,
-    Other,
-}
-
 #[derive(Clone, Debug, PartialEq)]
 pub struct Database {
     pub name: String,
@@ -256,13 +250,20 @@ pub struct Database {
     pub ports: Vec<u16>,
     /// Local addresses the database listens on; empty: all.
     pub addresses: Vec<IpAddr>,
-    pub engine: Engine,
     pub model: Model,
-    pub force_tls: bool,
+    pub tls: Option<Tls>,
     /// Count what would be dropped, and pass it.
     pub monitor: bool,
     /// Its own cluster members: always allowed.
     pub cluster: Vec<IpNet>,
+}
+
+/// How TLS is forced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tls {
+    pub engine: Engine,
+    /// Whether PostgreSQL's CancelRequest may come in the clear.
+    pub cancel_in_clear: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -409,6 +410,7 @@ struct RawFile {
     // A mapping, and not a map of Rust's: that would take a name's last definition in silence.
     regions: Option<Mapping>,
     regional_network: Option<Vec<String>>,
+    tls_connections: Option<i64>,
     databases: Option<Vec<Value>>,
 }
 
@@ -481,13 +483,36 @@ struct RawDatabase {
     ports: Option<Vec<i64>>,
     protocol: Option<RawProtocol>,
     addresses: Option<Vec<String>>,
-    engine: Option<Engine>,
+    engine: Option<RawEngine>,
     model: RawModel,
     force_tls: Option<bool>,
+    cancel_in_clear: Option<bool>,
     monitor: Option<bool>,
     cluster: Option<Vec<String>>,
     rules: Option<Vec<Value>>,
     internet: Option<bool>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawEngine {
+    Postgresql,
+    Mysql,
+    Redis,
+    Mongodb,
+    Other,
+}
+
+impl From<RawEngine> for Engine {
+    fn from(engine: RawEngine) -> Self {
+        match engine {
+            RawEngine::Postgresql => Self::Postgresql,
+            RawEngine::Mysql => Self::Mysql,
+            RawEngine::Redis => Self::Redis,
+            RawEngine::Mongodb => Self::Mongodb,
+            RawEngine::Other => Self::Other,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -606,6 +631,7 @@ impl Reader<'_> {
             &At::top("regional_network"),
             file.regional_network.as_deref(),
         );
+        let tls_connections = self.tls_connections(file.tls_connections);
         let values = file.databases.unwrap_or_default();
         let top = At::top("databases");
         if values.is_empty() {
@@ -643,6 +669,7 @@ impl Reader<'_> {
             mode: file.mode,
             regions,
             regional_network,
+            tls_connections,
             databases: databases
                 .into_iter()
                 .map(|(_, database)| database)
@@ -1029,14 +1056,33 @@ impl Reader<'_> {
         let tcp = protocol == Protocol::Tcp;
         let by_default = tcp && matches!(raw.model, RawModel::Dedicated);
         let force_tls = raw.force_tls.unwrap_or(by_default);
+        let mut tls = None;
         if force_tls && !tcp {
             self.problem(&at.key("force_tls"), "TLS cannot be forced on udp");
         } else if force_tls {
-            if raw.engine.is_none() {
-                let message = "force_tls needs `engine`: how TLS begins depends on it";
-                self.problem(at, message);
+            match raw.engine {
+                None => {
+                    let message = match raw.force_tls {
+                        Some(_) => "force_tls needs `engine`: how TLS begins depends on it",
+                        None => {
+                            "`engine` is missing: TLS is forced on a dedicated database, and how \
+                             it begins depends on the engine (`force_tls: false` does not force it)"
+                        }
+                    };
+                    self.problem(at, message);
+                }
+                Some(engine) => {
+                    tls = Some(Tls {
+                        engine: engine.into(),
+                        cancel_in_clear: raw.cancel_in_clear.unwrap_or(true),
+                    });
+                }
             }
-            self.refuse_force_tls(at, raw.force_tls);
+        }
+        let postgresql = matches!(raw.engine, Some(RawEngine::Postgresql));
+        if raw.cancel_in_clear.is_some() && !(force_tls && postgresql) {
+            let message = "cancel_in_clear is for postgresql databases where TLS is forced";
+            self.problem(&at.key("cancel_in_clear"), message);
         }
         let model = match raw.model {
             RawModel::Dedicated => {
@@ -1075,23 +1121,25 @@ impl Reader<'_> {
             protocol,
             ports: ports?,
             addresses,
-            engine: raw.engine.unwrap_or(Engine::Other),
             model,
-            force_tls,
+            tls,
             monitor: raw.monitor.unwrap_or_default(),
             cluster,
         })
     }
 
-    /// Until the packet path can enforce TLS: a policy that asks for it must not be accepted.
-    fn refuse_force_tls(&mut self, at: &At, written: Option<bool>) {
-        if written.is_some() {
-            let message = "this version cannot force TLS yet: write `force_tls: false`";
-            self.problem(&at.key("force_tls"), message);
-        } else {
-            let message = "force_tls is on by default for a dedicated database, and this version \
-                           cannot force TLS yet: write `force_tls: false`";
-            self.problem(at, message);
+    fn tls_connections(&mut self, written: Option<i64>) -> u32 {
+        // A connection takes some 150 bytes of the kernel's memory, from the start on.
+        const BOUNDS: std::ops::RangeInclusive<i64> = 1024..=1 << 24;
+        match written {
+            None => DEFAULT_TLS_CONNECTIONS,
+            Some(number) if BOUNDS.contains(&number) => number as u32,
+            Some(number) => {
+                let (least, most) = BOUNDS.into_inner();
+                let message = format!("tls_connections: {number} is not from {least} to {most}");
+                self.problem(&At::top("tls_connections"), message);
+                DEFAULT_TLS_CONNECTIONS
+            }
         }
     }
 

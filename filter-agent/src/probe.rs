@@ -165,6 +165,10 @@ pub fn frame(protocol: Protocol, source: IpAddr, destination: IpAddr, port: u16)
     let ports = frame.len();
     frame.resize(ports + TRANSPORT as usize, 0);
     frame[ports + 2..ports + 4].copy_from_slice(&port.to_be_bytes());
+    if protocol == Protocol::Tcp {
+        // 20 bytes of header, and ACK: a packet that is part of a connection and says nothing in it.
+        frame[ports + 12..ports + 14].copy_from_slice(&[0x50, 0x10]);
+    }
     frame
 }
 
@@ -183,6 +187,7 @@ mod tests {
             ports: vec![5432],
             addresses: vec![],
             monitor: false,
+            tls: None,
             rules: vec![RuleKey::Cluster],
             v4: v4.collect(),
             v6: v6.collect(),

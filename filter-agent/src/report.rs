@@ -65,6 +65,11 @@ pub struct Database {
     pub dropped: BTreeMap<String, u64>,
     /// Packets that `monitor` let pass, by the reason to drop them.
     pub would_drop: BTreeMap<String, u64>,
+    pub force_tls: bool,
+    /// Where TLS is forced: connections by what became of them.
+    pub connections: BTreeMap<String, u64>,
+    /// The same while the database was only monitored.
+    pub monitored_connections: BTreeMap<String, u64>,
 }
 
 /// The last comparison of the attached program with the policy.
@@ -152,6 +157,8 @@ pub struct Explanation {
     pub passes: bool,
     pub monitor: bool,
     pub reason: String,
+    /// Whether a connection has to begin with TLS, too.
+    pub force_tls: bool,
     pub rule: Option<String>,
     pub label: Option<String>,
     pub expires: Option<Timestamp>,

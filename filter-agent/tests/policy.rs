@@ -4,9 +4,9 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use filter_agent::policy::{
-    self, Engine, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Transport,
+    self, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Tls, Transport,
 };
-use filter_common::Protocol;
+use filter_common::{Engine, Protocol};
 
 fn files(folder: &str) -> Vec<(PathBuf, String)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -139,10 +139,15 @@ fn every_field_of_a_policy_arrives() {
         (orders.name.as_str(), orders.ports.as_slice()),
         ("orders", &[5432][..])
     );
-    assert_eq!(orders.engine, Engine::Postgresql);
     assert_eq!(orders.cluster, ["10.1.2.3/32".parse().unwrap()]);
     assert_eq!(orders.addresses.len(), 2);
-    assert!(!orders.force_tls && !orders.monitor && others.monitor);
+    let tls = Tls {
+        engine: Engine::Postgresql,
+        cancel_in_clear: false,
+    };
+    assert_eq!((orders.tls, others.tls), (Some(tls), None));
+    assert_eq!(policy.tls_connections, 50_000);
+    assert!(!orders.monitor && others.monitor);
     let Model::Dedicated { rules } = &orders.model else {
         panic!("{:?}", orders.model);
     };
@@ -154,11 +159,8 @@ fn every_field_of_a_policy_arrives() {
     );
     assert_eq!(rules[2].source, Source::Region("osc-fr1".into()));
     assert_eq!(shop.ports, [3306, 33060]);
-    assert!(!shop.force_tls && shop.model == Model::Shared { internet: false });
-    assert_eq!(
-        (metrics.protocol, metrics.engine),
-        (Protocol::Udp, Engine::Other)
-    );
+    assert!(shop.tls.is_none() && shop.model == Model::Shared { internet: false });
+    assert_eq!((metrics.protocol, metrics.tls), (Protocol::Udp, None));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 2 } else { 1 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 3 } else { 2 };
 
 /// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes.
 const NEXT_LAYOUT: bool = cfg!(feature = "next-layout");
@@ -102,9 +102,18 @@ pub struct Guard(pub u32);
 impl Guard {
     const BY_ADDRESS: u32 = 1 << 16;
     const MONITOR: u32 = 1 << 17;
+    const ENGINE_SHIFT: u32 = 18;
+    const CANCEL: u32 = 1 << 21;
 
     pub const fn new(slot: u16, monitor: bool) -> Self {
         Self(slot as u32 | if monitor { Self::MONITOR } else { 0 })
+    }
+
+    /// The same guard for a port where TLS is forced. `cancel`: whether PostgreSQL's CancelRequest may
+    /// come in the clear.
+    pub const fn with_tls(self, engine: Engine, cancel: bool) -> Self {
+        let cancel = if cancel { Self::CANCEL } else { 0 };
+        Self(self.0 | (engine as u32) << Self::ENGINE_SHIFT | cancel)
     }
 
     /// The same guard for a port whose database depends on the local address.
@@ -140,6 +149,114 @@ impl Guard {
     pub const fn is_monitor(self) -> bool {
         self.0 & Self::MONITOR != 0
     }
+
+    /// Whose way to begin TLS is forced; zero: TLS is not forced.
+    pub const fn engine(self) -> u32 {
+        self.0 >> Self::ENGINE_SHIFT & 0x7
+    }
+
+    pub const fn cancel_in_clear(self) -> bool {
+        self.0 & Self::CANCEL != 0
+    }
+}
+
+/// How TLS begins on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u32)]
+pub enum Engine {
+    Postgresql = 1,
+    Mysql = 2,
+    Redis = 3,
+    Mongodb = 4,
+    Other = 5,
+}
+
+impl Engine {
+    pub const ALL: [Self; 5] = [
+        Self::Postgresql,
+        Self::Mysql,
+        Self::Redis,
+        Self::Mongodb,
+        Self::Other,
+    ];
+}
+
+/// Entries of the map of answers: one for each engine, by its number.
+pub const ANSWERS: u32 = 8;
+
+/// Bytes of an answer, where there is one.
+pub const ANSWER_LENGTH: usize = 128;
+
+/// What a refused client is told, in its own protocol, before the connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Answer {
+    /// `ANSWER_LENGTH`, or zero: nothing is said, the connection is only reset.
+    pub length: u32,
+    pub bytes: [u8; ANSWER_LENGTH],
+}
+
+/// In the value of an allowed prefix, beside the id of its rule: TLS is not forced on it.
+pub const EXEMPT: u32 = 1 << 31;
+
+/// Connections whose opening is followed, where the operator names no other number.
+pub const DEFAULT_TLS_CONNECTIONS: u32 = 1 << 17;
+
+/// Seconds for which an opening holds its place after the SYN: as long as a server waits for one that
+/// does not come (PostgreSQL: `authentication_timeout`, 60; MySQL: `connect_timeout`, 10), and some.
+pub const OPENING_SECONDS: u32 = 65;
+
+/// Seconds after TLS was first forced on a database for which a connection that is found under way is
+/// one from before: a keepalive probe, after two hours where nobody set another time
+/// (net.ipv4.tcp_keepalive_time), has shown each by then.
+pub const ADOPTION_SECONDS: u64 = 2 * 60 * 60 + 5 * 60;
+
+/// Key of the map of connections, as the client's packets have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Connection {
+    /// Network byte order; IPv4 as IPv4-mapped IPv6.
+    pub source: [u8; 16],
+    pub destination: [u8; 16],
+    /// Source port, then destination port, network byte order.
+    pub ports: [u8; 4],
+}
+
+/// Where a client's stream begins, by one SYN, and what its first bytes were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Opening {
+    /// Sequence number of the first byte.
+    pub first: u32,
+    /// When the SYN came, in seconds since boot; zero: no opening.
+    pub began: u32,
+    /// What was seen at the first byte: zero, or one of the forms that `filter-ebpf/tls` names.
+    pub form: u32,
+}
+
+/// What is known of a connection to a port where TLS is forced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Stream {
+    /// Of the SYNs that the server may have taken for the connection's: every one has to hold.
+    pub openings: [Opening; 2],
+    /// Bytes that the client sent, counted up to 2^31.
+    pub carried: u32,
+    /// Where a refused connection ended for the server: its next sequence number.
+    pub refused_at: u32,
+    /// Set of the bits below.
+    pub state: u32,
+}
+
+impl Stream {
+    /// Counted as a connection with TLS.
+    pub const JUDGED: u32 = 1;
+    /// Refused: no byte of it passes any more.
+    pub const REFUSED: u32 = 2;
+    /// The server was told that it is refused.
+    pub const TOLD: u32 = 4;
+    /// It was under way before TLS was forced, and is let run.
+    pub const UNJUDGED: u32 = 8;
 }
 
 /// Key of the map of local addresses.
@@ -207,12 +324,16 @@ pub enum Reason {
     /// The port belongs to different databases by address, and which address the packet ends at
     /// cannot be told: source-routed, multicast or broadcast.
     Destination = 7,
-    /// A map could not be read.
+    /// A map could not be read, or written.
     NoPolicy = 8,
+    /// TLS is forced, and the connection does not begin with it.
+    NotTls = 9,
+    /// TLS is forced, and what the packet holds of the connection's beginning cannot be judged.
+    TlsUnclear = 10,
 }
 
 impl Reason {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Allowed,
         Self::NotAllowed,
         Self::BadSource,
@@ -222,6 +343,8 @@ impl Reason {
         Self::ExtensionHeaders,
         Self::Destination,
         Self::NoPolicy,
+        Self::NotTls,
+        Self::TlsUnclear,
     ];
 
     /// The name in output and metrics.
@@ -236,6 +359,8 @@ impl Reason {
             Self::ExtensionHeaders => "extension-headers",
             Self::Destination => "destination",
             Self::NoPolicy => "no-policy",
+            Self::NotTls => "not-tls",
+            Self::TlsUnclear => "tls-unclear",
         }
     }
 }
@@ -245,6 +370,46 @@ const REASON_ROW: u32 = 16;
 
 /// Entries of the counter map.
 pub const COUNTERS: u32 = SLOTS * 2 * REASON_ROW;
+
+/// What becomes of a connection to a port where TLS is forced. Counted once for each, beside the
+/// reasons of its packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum Fate {
+    /// It began with TLS.
+    Tls = 12,
+    /// A CancelRequest in the clear.
+    Cancel = 13,
+    /// It was under way before TLS was forced.
+    Unjudged = 14,
+    /// It was refused.
+    Refused = 15,
+}
+
+impl Fate {
+    pub const ALL: [Self; 4] = [Self::Tls, Self::Cancel, Self::Unjudged, Self::Refused];
+
+    /// The name in output and metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tls => "tls",
+            Self::Cancel => "cancel",
+            Self::Unjudged => "unjudged",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// Indexes of all counters of one slot.
+pub const fn counters_of(slot: u16) -> core::ops::Range<u32> {
+    let first = slot as u32 * 2 * REASON_ROW;
+    first..first + 2 * REASON_ROW
+}
+
+/// Index of the counter of connections.
+pub const fn fate_index(slot: u16, fate: Fate, monitored: bool) -> u32 {
+    (slot as u32 * 2 + monitored as u32) * REASON_ROW + fate as u32
+}
 
 /// Index of a counter.
 pub const fn counter_index(slot: u16, reason: Reason, monitored: bool) -> u32 {
@@ -311,7 +476,11 @@ const _: () = {
     assert!(size_of::<Source4>() == 8);
     assert!(size_of::<Source6>() == 20);
     assert!(size_of::<Name>() == 64);
-    assert!((Reason::ALL.len() as u32) <= REASON_ROW);
+    assert!(size_of::<Answer>() == 132);
+    assert!(size_of::<Connection>() == 36);
+    assert!(size_of::<Stream>() == 36);
+    assert!((Reason::ALL.len() as u32) <= Fate::Tls as u32);
+    assert!((Fate::Refused as u32) < REASON_ROW);
 };
 
 #[cfg(feature = "user")]
@@ -329,4 +498,10 @@ mod pod {
     unsafe impl aya::Pod for Source6 {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Name {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Answer {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Connection {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Stream {}
 }

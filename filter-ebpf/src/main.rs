@@ -4,11 +4,14 @@
 // RUSTC_BOOTSTRAP is on for `-Z build-std`; inline assembly for BPF is not stable yet.
 #![feature(asm_experimental_arch)]
 
+mod answer;
 mod parse;
 mod rules;
+mod tls;
 
+use answer::Ending;
 use aya_ebpf::{
-    bindings::xdp_action::{XDP_DROP, XDP_PASS},
+    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
     macros::xdp,
     programs::XdpContext,
 };
@@ -17,14 +20,19 @@ use rules::Outcome;
 /// Loaded as XDP *frags*: without it the kernel refuses to attach above an MTU of about a page.
 #[xdp(frags)]
 pub fn filter(ctx: XdpContext) -> u32 {
-    let outcome = rules::judge(&parse::parse(&ctx));
+    let outcome = rules::judge(&ctx, &parse::parse(&ctx));
     rules::count(&outcome);
     match outcome {
         Outcome::NotConcerned => XDP_PASS,
         Outcome::LaterFragment => XDP_PASS,
         Outcome::Allowed { .. } => XDP_PASS,
-        Outcome::Refused { monitor: true, .. } => XDP_PASS,
-        Outcome::Refused { monitor: false, .. } => XDP_DROP,
+        Outcome::Refused { guard, ending, .. } => match ending {
+            _ if guard.is_monitor() => XDP_PASS,
+            Ending::Dropped => XDP_DROP,
+            Ending::ToClient => XDP_TX,
+            Ending::ResetServer => XDP_PASS,
+            Ending::Emptied => XDP_PASS,
+        },
     }
 }
 

@@ -1,6 +1,6 @@
 //! Packet bytes to addresses and ports, or a reason why they cannot be told. The only pointer code.
 
-use core::arch::asm;
+use core::{arch::asm, mem::MaybeUninit};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -46,6 +46,36 @@ pub struct Segment {
     pub port: u16,
     /// Linux may deliver to another local address than the header's: a source route is present.
     pub source_routed: bool,
+    pub place: Place,
+}
+
+/// Where a segment is in its packet, in bytes from the packet's beginning.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Place {
+    /// Of the IP header.
+    pub network: u32,
+    /// Of the transport header.
+    pub transport: u32,
+    /// Past the segment; what follows is padding.
+    pub end: u32,
+    /// Not zero where the rest of the segment comes in other packets.
+    pub fragment: u32,
+}
+
+/// A TCP header (RFC 9293 section 3.1).
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Tcp {
+    /// Network byte order.
+    pub source_port: [u8; 2],
+    pub destination_port: [u8; 2],
+    pub sequence: u32,
+    pub acknowledgement: u32,
+    pub flags: u32,
+    /// Where the payload begins in the packet, and how long it is, in bytes.
+    pub payload: u32,
+    pub length: u32,
 }
 
 pub enum Packet {
@@ -86,8 +116,9 @@ fn read<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
 /// Slower than `read`, and only for what few packets have: the verifier follows a packet pointer
 /// through every way to such an offset, which for chains of headers is past what it accepts.
 #[inline(always)]
-fn load<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
-    let mut bytes = [0; N];
+pub fn load<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
+    // Not zeroed first: that would be a call of memset, a loop that the verifier follows each time.
+    let mut bytes = MaybeUninit::<[u8; N]>::uninit();
     // SAFETY: the helper (kernel 5.18) writes N bytes to a buffer of N bytes, or fails.
     let failed = unsafe {
         bpf_xdp_load_bytes(
@@ -97,7 +128,11 @@ fn load<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
             N as u32,
         )
     };
-    (failed == 0).then_some(bytes)
+    if failed != 0 {
+        return None;
+    }
+    // SAFETY: the helper did not fail: all bytes are written.
+    Some(unsafe { bytes.assume_init() })
 }
 
 /// A number as the verifier of Linux 6.1 knows it to be below 2^16: it forgets what a byte swap leaves,
@@ -169,6 +204,7 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
         return unclear(Reason::BadHeader);
     }
     let protocol = header[9];
+    let fragment = header[6] & 0x20 != 0;
     // A later fragment carries no ports, and without its first one is never delivered.
     if u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0 {
         return Packet::LaterFragment;
@@ -206,9 +242,11 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
         destination: [d0, d1, d2, d3],
     };
     let at = Cursor {
+        network: start,
         offset: start + header_length,
         end: start + length,
         next: protocol,
+        fragment,
     };
     if header_length == 20 && protocol != AUTHENTICATION {
         return ports(read(ctx, start + 20), at, addresses, false);
@@ -260,9 +298,11 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
     source.copy_from_slice(&header[8..24]);
     destination.copy_from_slice(&header[24..40]);
     let at = Cursor {
+        network: start,
         offset: start + 40,
         end,
         next,
+        fragment: false,
     };
     let addresses = Addresses::V6 {
         source,
@@ -276,11 +316,15 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
 
 /// A place in the packet, within what the IP header says is the packet.
 struct Cursor {
+    /// Of the IP header.
+    network: usize,
     offset: usize,
     /// What follows is padding, which Linux cuts off: a header that begins or goes on there is none.
     end: usize,
     /// Kind of header at `offset` (IANA protocol numbers).
     next: u8,
+    /// Whether more fragments follow.
+    fragment: bool,
 }
 
 impl Cursor {
@@ -308,6 +352,12 @@ fn ports(bytes: Option<[u8; 4]>, at: Cursor, addresses: Addresses, source_routed
             protocol,
             port: u16::from_be_bytes([high, low]),
             source_routed,
+            place: Place {
+                network: at.network as u32,
+                transport: at.offset as u32,
+                end: at.end as u32,
+                fragment: at.fragment.into(),
+            },
         }),
         _ => Packet::Unclear {
             reason: Reason::Truncated,
@@ -353,6 +403,7 @@ fn walk(
                 if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
                     return Packet::LaterFragment;
                 }
+                at.fragment |= low & 1 != 0;
                 at.offset += 8;
                 at.next = next;
             }
@@ -363,4 +414,39 @@ fn walk(
         }
     }
     unclear(Reason::ExtensionHeaders)
+}
+
+/// The TCP header of a segment; `None` where it is cut off, or goes on past the segment.
+#[inline(always)]
+pub fn tcp(ctx: &XdpContext, place: &Place) -> Option<Tcp> {
+    let [
+        p0,
+        p1,
+        d0,
+        d1,
+        s0,
+        s1,
+        s2,
+        s3,
+        a0,
+        a1,
+        a2,
+        a3,
+        length,
+        flags,
+    ] = load::<14>(ctx, place.transport as usize)?;
+    let header = u32::from(length >> 4) * 4;
+    let payload = place.transport + header;
+    if header < 20 || payload > place.end {
+        return None;
+    }
+    Some(Tcp {
+        source_port: [p0, p1],
+        destination_port: [d0, d1],
+        sequence: u32::from_be_bytes([s0, s1, s2, s3]),
+        acknowledgement: u32::from_be_bytes([a0, a1, a2, a3]),
+        flags: flags.into(),
+        payload,
+        length: place.end - payload,
+    })
 }

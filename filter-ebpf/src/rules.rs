@@ -4,14 +4,19 @@ use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
     macros::btf_map,
+    programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT, Name,
-    PORTS, RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6, counter_index, is_bad_source4,
-    is_bad_source6, mapped, port_index, slot_key,
+    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, Fate, Guard, LocalKey, MAX_LOCALS,
+    MONITORED_SHIFT, Name, PORTS, RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6,
+    counter_index, fate_index, is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
 };
 
-use crate::parse::{Addresses, Packet, Segment};
+use crate::{
+    answer::Ending,
+    parse::{Addresses, Packet, Segment},
+    tls,
+};
 
 /// Which database a port belongs to.
 #[btf_map]
@@ -28,7 +33,7 @@ static LOCAL_GUARDS: HashMap<
 /// `Protocol::monitored_bit`.
 #[btf_map]
 static PROTOCOLS: Array<u32, 1> = Array::new();
-/// Allowed prefixes to the id of the rule that allows.
+/// Allowed prefixes to the id of the rule that allows, and whether it is exempt from TLS.
 #[btf_map]
 static ALLOWED4: LpmTrie<Source4, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
@@ -51,42 +56,80 @@ pub enum Outcome {
     NotConcerned,
     LaterFragment,
     Allowed {
-        slot: u16,
+        guard: Guard,
         rule: u32,
-        monitor: bool,
+        /// Whether TLS is forced on the source.
+        force_tls: bool,
+        fate: Option<Fate>,
     },
     Refused {
-        slot: u16,
+        guard: Guard,
         reason: Reason,
-        monitor: bool,
+        ending: Ending,
+        fate: Option<Fate>,
     },
 }
 
+/// What is dropped.
 #[inline(always)]
-pub fn judge(packet: &Packet) -> Outcome {
+fn refused(guard: Guard, reason: Reason) -> Outcome {
+    Outcome::Refused {
+        guard,
+        reason,
+        ending: Ending::Dropped,
+        fate: None,
+    }
+}
+
+#[inline(always)]
+pub fn judge(ctx: &XdpContext, packet: &Packet) -> Outcome {
     match packet {
         Packet::Other => Outcome::NotConcerned,
         Packet::LaterFragment => Outcome::LaterFragment,
         Packet::Unclear { reason, protocols } => unclear(*reason, *protocols),
-        Packet::Segment(segment) => judge_segment(segment),
+        Packet::Segment(segment) => match judge_segment(segment) {
+            Outcome::Allowed {
+                guard,
+                rule,
+                force_tls: true,
+                ..
+            } => judge_stream(ctx, segment, guard, rule),
+            outcome => outcome,
+        },
+    }
+}
+
+/// Where TLS is forced on a source that is allowed.
+#[inline(always)]
+fn judge_stream(ctx: &XdpContext, segment: &Segment, guard: Guard, rule: u32) -> Outcome {
+    let judged = tls::judge(ctx, segment, guard);
+    match judged.refused() {
+        None => Outcome::Allowed {
+            guard,
+            rule,
+            force_tls: true,
+            fate: judged.fate(),
+        },
+        Some((reason, ending)) => Outcome::Refused {
+            guard,
+            reason,
+            ending,
+            fate: judged.fate(),
+        },
     }
 }
 
 /// Where no port of these protocols is guarded, the packet cannot reach one.
 #[inline(always)]
 fn unclear(reason: Reason, protocols: u32) -> Outcome {
-    let refused = |reason, monitor| Outcome::Refused {
-        slot: ANY_SLOT,
-        reason,
-        monitor,
-    };
+    let any = |monitor| Guard::new(ANY_SLOT, monitor);
     let Some(guarded) = PROTOCOLS.get(0) else {
-        return refused(Reason::NoPolicy, false);
+        return refused(any(false), Reason::NoPolicy);
     };
     if guarded & protocols != 0 {
-        refused(reason, false)
+        refused(any(false), reason)
     } else if guarded & (protocols << MONITORED_SHIFT) != 0 {
-        refused(reason, true)
+        refused(any(true), reason)
     } else {
         Outcome::NotConcerned
     }
@@ -96,11 +139,7 @@ fn unclear(reason: Reason, protocols: u32) -> Outcome {
 fn judge_segment(segment: &Segment) -> Outcome {
     let port = port_index(segment.protocol, segment.port);
     let Some(&guard) = PORT_GUARDS.get(port) else {
-        return Outcome::Refused {
-            slot: ANY_SLOT,
-            reason: Reason::NoPolicy,
-            monitor: false,
-        };
+        return refused(Guard::new(ANY_SLOT, false), Reason::NoPolicy);
     };
     if guard.is_none() {
         return Outcome::NotConcerned;
@@ -116,11 +155,7 @@ fn judge_segment(segment: &Segment) -> Outcome {
         Addresses::V6 { destination, .. } => (destination, destination[0] == 0xff),
     };
     if many || segment.source_routed {
-        return Outcome::Refused {
-            slot: guard.slot(),
-            reason: Reason::Destination,
-            monitor: guard.is_monitor(),
-        };
+        return refused(guard, Reason::Destination);
     }
     // SAFETY: the value is a plain integer that is copied at once; an update replaces the element.
     match unsafe { LOCAL_GUARDS.get(LocalKey { address, port }) } {
@@ -132,7 +167,6 @@ fn judge_segment(segment: &Segment) -> Outcome {
 #[inline(always)]
 fn judge_source(segment: &Segment, guard: Guard) -> Outcome {
     let slot = guard.slot();
-    let monitor = guard.is_monitor();
     let (bad, rule) = match segment.addresses {
         Addresses::V4 { source, .. } => (
             is_bad_source4(source),
@@ -155,18 +189,14 @@ fn judge_source(segment: &Segment, guard: Guard) -> Outcome {
             )),
         ),
     };
-    let refused = |reason| Outcome::Refused {
-        slot,
-        reason,
-        monitor,
-    };
     match rule {
-        _ if bad => refused(Reason::BadSource),
-        None => refused(Reason::NotAllowed),
+        _ if bad => refused(guard, Reason::BadSource),
+        None => refused(guard, Reason::NotAllowed),
         Some(&rule) => Outcome::Allowed {
-            slot,
-            rule,
-            monitor,
+            guard,
+            rule: rule & !EXEMPT,
+            force_tls: guard.engine() != 0 && rule & EXEMPT == 0,
+            fate: None,
         },
     }
 }
@@ -174,21 +204,25 @@ fn judge_source(segment: &Segment, guard: Guard) -> Outcome {
 /// Counts the outcome, once.
 #[inline(always)]
 pub fn count(outcome: &Outcome) {
-    match *outcome {
-        Outcome::NotConcerned | Outcome::LaterFragment => {}
+    let (guard, reason, fate) = match *outcome {
+        Outcome::NotConcerned | Outcome::LaterFragment => return,
         Outcome::Allowed {
-            slot,
-            rule,
-            monitor,
+            guard, rule, fate, ..
         } => {
-            increment(COUNTS.get_ptr_mut(counter_index(slot, Reason::Allowed, monitor)));
             increment(HITS.get_ptr_mut(rule));
+            (guard, Reason::Allowed, fate)
         }
         Outcome::Refused {
-            slot,
+            guard,
             reason,
-            monitor,
-        } => increment(COUNTS.get_ptr_mut(counter_index(slot, reason, monitor))),
+            fate,
+            ..
+        } => (guard, reason, fate),
+    };
+    let (slot, monitor) = (guard.slot(), guard.is_monitor());
+    increment(COUNTS.get_ptr_mut(counter_index(slot, reason, monitor)));
+    if let Some(fate) = fate {
+        increment(COUNTS.get_ptr_mut(fate_index(slot, fate, monitor)));
     }
 }
 

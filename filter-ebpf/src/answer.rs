@@ -1,0 +1,259 @@
+//! How a connection that is refused ends for both sides. The only code that writes to packets.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::xdp_md,
+    btf_maps::Array,
+    helpers::generated::{
+        bpf_csum_diff, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+        bpf_xdp_store_bytes,
+    },
+    macros::btf_map,
+    programs::XdpContext,
+};
+use filter_common::{ANSWER_LENGTH, ANSWERS, Answer, Guard, MAX_VLAN_TAGS};
+
+use crate::{parse::load, tls::Passage};
+
+/// By engine; written by the agent.
+#[btf_map]
+static ANSWERS_BY_ENGINE: Array<Answer, { ANSWERS as usize }> = Array::new();
+
+const FIN: u8 = 1;
+const RST: u8 = 4;
+const PSH: u8 = 8;
+const ACK: u8 = 16;
+
+const TCP_HEADER: usize = 20;
+
+/// What becomes of a packet that is refused.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub enum Ending {
+    Dropped = 0,
+    /// It goes back to the client, as the server's last word.
+    ToClient = 1,
+    /// It goes on to the server, as a reset.
+    ResetServer = 2,
+    /// It goes on to the server without what it carries.
+    Emptied = 3,
+}
+
+const TO_CLIENT: u32 = Ending::ToClient as u32;
+const RESET_SERVER: u32 = Ending::ResetServer as u32;
+const EMPTIED: u32 = Ending::Emptied as u32;
+
+/// The headers of an answer, while they are put together.
+#[repr(C)]
+pub struct Headers {
+    ethernet: [u8; 12],
+    tag: [u8; 4],
+    ethertype: [u8; 2],
+    v4: [u8; 20],
+    v6: [u8; 8],
+    pseudo: [u8; 12],
+    tcp: [u8; 20],
+}
+
+/// What the packet becomes.
+struct Shape {
+    to_client: bool,
+    sequence: u32,
+    acknowledgement: u32,
+    flags: u8,
+}
+
+/// Rewrites the packet as its ending says; zero where it cannot: where there are IP options or extension
+/// headers. Verified by itself, as `tls::judge_passage`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn write_answer(ctx: *mut xdp_md, passage: *mut Passage, ending: u32) -> u32 {
+    // SAFETY: the kernel verifies the function for any such pointer that is not null.
+    let Some(passage) = (unsafe { passage.as_mut() }) else {
+        return 0;
+    };
+    let tcp = &passage.tcp;
+    let shape = match ending {
+        TO_CLIENT => Shape {
+            to_client: true,
+            sequence: tcp.acknowledgement,
+            acknowledgement: tcp.sequence.wrapping_add(tcp.length),
+            flags: 0,
+        },
+        RESET_SERVER => Shape {
+            to_client: false,
+            sequence: passage.reset_at,
+            acknowledgement: tcp.acknowledgement,
+            flags: RST | ACK,
+        },
+        EMPTIED => Shape {
+            to_client: false,
+            sequence: tcp.sequence,
+            acknowledgement: tcp.acknowledgement,
+            flags: ACK,
+        },
+        _ => return 0,
+    };
+    rewrite(&XdpContext::new(ctx), passage, &shape)
+        .is_some()
+        .into()
+}
+
+#[inline(always)]
+fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()> {
+    let is_v4 = passage.is_v4 != 0;
+    let network = passage.place.network as usize;
+    let transport = network + if is_v4 { 20 } else { 40 };
+    if passage.place.transport as usize != transport {
+        return None;
+    }
+    let answer = ANSWERS_BY_ENGINE.get(Guard(passage.guard).engine())?;
+    let speaks = shape.to_client && answer.length as usize == ANSWER_LENGTH;
+    let flags = match (shape.to_client, speaks) {
+        (false, _) => shape.flags,
+        (true, true) => PSH | FIN | ACK,
+        (true, false) => RST | ACK,
+    };
+    let length = if speaks {
+        TCP_HEADER + ANSWER_LENGTH
+    } else {
+        TCP_HEADER
+    };
+    let moved = resize(ctx, transport + length)?;
+    // First, since what follows is written over where it was.
+    link_header(ctx, &mut passage.headers, network, moved, shape.to_client)?;
+    let [p0, p1] = passage.tcp.source_port;
+    let [d0, d1] = passage.tcp.destination_port;
+    let [s0, s1, s2, s3] = shape.sequence.to_be_bytes();
+    let [a0, a1, a2, a3] = shape.acknowledgement.to_be_bytes();
+    let [p0, p1, d0, d1] = if shape.to_client {
+        [d0, d1, p0, p1]
+    } else {
+        [p0, p1, d0, d1]
+    };
+    let headers = &mut passage.headers;
+    headers.tcp = [
+        p0, p1, d0, d1, s0, s1, s2, s3, a0, a1, a2, a3, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0,
+    ];
+    let [high, low] = (length as u16).to_be_bytes();
+    let (source, destination) = if shape.to_client {
+        (&passage.connection.destination, &passage.connection.source)
+    } else {
+        (&passage.connection.source, &passage.connection.destination)
+    };
+    let mut sum = if is_v4 {
+        let [.., s0, s1, s2, s3] = *source;
+        let [.., d0, d1, d2, d3] = *destination;
+        let [total_high, total_low] = (length as u16 + 20).to_be_bytes();
+        headers.v4 = [
+            0x45, 0, total_high, total_low, 0, 0, 0x40, 0, 64, 6, 0, 0, s0, s1, s2, s3, d0, d1, d2,
+            d3,
+        ];
+        let [c0, c1] = folded(checksum(&headers.v4, 0));
+        headers.v4[10] = c0;
+        headers.v4[11] = c1;
+        store(ctx, network, &headers.v4)?;
+        headers.pseudo = [s0, s1, s2, s3, d0, d1, d2, d3, 0, 6, high, low];
+        checksum(&headers.pseudo, 0)
+    } else {
+        headers.v6 = [0x60, 0, 0, 0, high, low, 6, 64];
+        store(ctx, network, &headers.v6)?;
+        store(ctx, network + 8, source)?;
+        store(ctx, network + 24, destination)?;
+        let sum = checksum(source, checksum(destination, 0));
+        headers.v6 = [0, 0, high, low, 0, 0, 0, 6];
+        checksum(&headers.v6, sum)
+    };
+    sum = checksum(&headers.tcp, sum);
+    if speaks {
+        sum = checksum(&answer.bytes, sum);
+        store(ctx, transport + TCP_HEADER, &answer.bytes)?;
+    }
+    let [c0, c1] = folded(sum);
+    headers.tcp[16] = c0;
+    headers.tcp[17] = c1;
+    store(ctx, transport, &headers.tcp)?;
+    Some(())
+}
+
+/// Writes the Ethernet header and the VLAN tags, which are `moved` bytes from where they belong.
+#[inline(always)]
+fn link_header(
+    ctx: &XdpContext,
+    headers: &mut Headers,
+    network: usize,
+    moved: usize,
+    to_client: bool,
+) -> Option<()> {
+    let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5] = load::<12>(ctx, moved)?;
+    headers.ethernet = if to_client {
+        [s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5]
+    } else {
+        [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5]
+    };
+    store(ctx, 0, &headers.ethernet)?;
+    for tag in 0..MAX_VLAN_TAGS {
+        let offset = 12 + 4 * tag;
+        if offset + 2 >= network {
+            break;
+        }
+        headers.tag = load(ctx, moved + offset)?;
+        store(ctx, offset, &headers.tag)?;
+    }
+    headers.ethertype = load(ctx, moved + network - 2)?;
+    store(ctx, network - 2, &headers.ethertype)
+}
+
+/// Gives the packet this length, in bytes. Where it has to grow it begins earlier: there is room for
+/// that in every driver, and behind it in few. Returns by how much.
+#[inline(always)]
+fn resize(ctx: &XdpContext, length: usize) -> Option<usize> {
+    let ctx = ctx.as_ptr().cast();
+    // SAFETY: the helpers (kernels 5.18, 4.10 and 4.18) only need the context they are given; no
+    // pointer into the packet is kept.
+    unsafe {
+        let change = length as i32 - bpf_xdp_get_buff_len(ctx) as i32;
+        if change <= 0 {
+            return (bpf_xdp_adjust_tail(ctx, change) == 0).then_some(0);
+        }
+        (bpf_xdp_adjust_head(ctx, -change) == 0).then_some(change as usize)
+    }
+}
+
+#[inline(always)]
+fn store<const N: usize>(ctx: &XdpContext, offset: usize, bytes: &[u8; N]) -> Option<()> {
+    // SAFETY: the helper (kernel 5.18) reads N bytes, which there are, or fails.
+    let failed = unsafe {
+        bpf_xdp_store_bytes(
+            ctx.as_ptr().cast(),
+            offset as u32,
+            bytes.as_ptr().cast_mut().cast(),
+            N as u32,
+        )
+    };
+    (failed == 0).then_some(())
+}
+
+/// Adds to an Internet checksum (RFC 1071), not folded yet. N is a multiple of 4, as the helper wants.
+#[inline(always)]
+fn checksum<const N: usize>(bytes: &[u8; N], sum: u32) -> u32 {
+    // SAFETY: the helper (kernel 4.6) reads N bytes, which there are.
+    let sum = unsafe {
+        bpf_csum_diff(
+            core::ptr::null_mut(),
+            0,
+            bytes.as_ptr().cast_mut().cast(),
+            N as u32,
+            sum,
+        )
+    };
+    sum as u32
+}
+
+/// The checksum as it stands in a header: the sums are of words in this host's byte order.
+#[inline(always)]
+fn folded(sum: u32) -> [u8; 2] {
+    let sum = (sum & 0xffff) + (sum >> 16);
+    let sum = (sum & 0xffff) + (sum >> 16);
+    (!sum as u16).to_ne_bytes()
+}
