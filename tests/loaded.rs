@@ -51,7 +51,7 @@ impl Loaded {
 
     /// Runs the program on a frame: what it did, and where it counted that.
     pub fn run(&mut self, frame: &[u8]) -> Expected {
-        let pass = self.filter.run_packet(frame).unwrap();
+        let pass = self.filter.run_packet(frame).unwrap().passes();
         let counted = self.counted();
         assert!(
             counted.values().sum::<u64>() <= 1,

@@ -36,6 +36,7 @@ fn passes(filter: &Filter, source: &str, destination: &str) -> bool {
     filter
         .run_packet(&frame(Protocol::Tcp, source, destination, 1))
         .unwrap()
+        .passes()
 }
 
 #[test]
@@ -89,7 +90,7 @@ fn what_was_applied_is_what_the_next_agent_finds() {
             let frame = frame(probe.protocol, probe.source, probe.destination, probe.port);
             let expected = probe.allowed || probe.monitor;
             assert_eq!(
-                filter.run_packet(&frame).unwrap(),
+                filter.run_packet(&frame).unwrap().passes(),
                 expected,
                 "{}",
                 probe.source

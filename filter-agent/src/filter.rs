@@ -25,9 +25,10 @@ use aya::{
     util::{KernelVersion, nr_cpus},
 };
 use filter_common::{
-    ADOPTION_SECONDS, ANSWERS, ANY_SLOT, Answer, COUNTERS, Connection, DEFAULT_MAX_PREFIXES,
-    EXEMPT, Engine, Fate, Guard, LAYOUT, LocalKey, MAX_LOCALS, Name, PORTS, RULE_IDS, Reason,
-    SLOT_BITS, SLOTS, Source4, Source6, Stream, counter_index, counters_of, fate_index, slot_key,
+    ADOPTION_SECONDS, ANSWER_LENGTH, ANSWERS, ANY_SLOT, Answer, COUNTERS, Connection,
+    DEFAULT_MAX_PREFIXES, EXEMPT, Engine, Fate, Guard, LAYOUT, LocalKey, MAX_LOCALS, Name, PORTS,
+    RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6, Stream, counter_index, counters_of,
+    fate_index, slot_key,
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::{
@@ -53,6 +54,7 @@ const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 18, 0);
 
 const BPF_F_NO_PREALLOC: u32 = 1;
 const XDP_PASS: u32 = 2;
+const XDP_TX: u32 = 3;
 
 /// What a pinned map has to be to be adopted: aya opens an existing pin without comparing.
 /// Entries of `None` are the operator's choice, made when the map was.
@@ -180,6 +182,25 @@ pub enum Attached {
     Generic {
         refusal: Option<String>,
     },
+}
+
+/// What the program did with a frame.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ran {
+    pub action: u32,
+    /// The frame, as the program left it.
+    pub frame: Vec<u8>,
+}
+
+impl Ran {
+    pub fn passes(&self) -> bool {
+        self.action == XDP_PASS
+    }
+
+    /// Whether it was sent back.
+    pub fn is_answer(&self) -> bool {
+        self.action == XDP_TX
+    }
 }
 
 /// A change that was made, and what it takes to undo it.
@@ -536,23 +557,30 @@ impl Filter {
         Ok(program.try_into()?)
     }
 
-    /// Runs the loaded program on a frame; whether it passes. Counts like any other packet.
-    pub fn run_packet(&self, frame: &[u8]) -> Result<bool> {
+    /// Runs the loaded program on a frame. Counts like any other packet.
+    pub fn run_packet(&self, frame: &[u8]) -> Result<Ran> {
+        // An answer may be longer than what it answers.
+        let mut after = vec![0; frame.len() + ANSWER_LENGTH];
         let options = TestRunOptions {
             data_in: Some(frame),
+            data_out: Some(&mut after),
             ..TestRunOptions::default()
         };
         let result = self
             .program()?
             .test_run(options)
             .context("run the XDP program")?;
-        Ok(result.return_value == XDP_PASS)
+        after.truncate(result.data_size_out as usize);
+        Ok(Ran {
+            action: result.return_value,
+            frame: after,
+        })
     }
 
     /// Runs the loaded program on a frame that is a probe, not traffic, and takes it out of the
     /// counts again. `judged`: how the frame should be counted.
     pub fn probe(&mut self, frame: &[u8], judged: &Judged) -> Result<bool> {
-        let passed = self.run_packet(frame)?;
+        let passed = self.run_packet(frame)?.passes();
         let mut record = |index: u32| -> Result<()> {
             let probes = self.maps.probes.get(&index, 0)?;
             Ok(self.maps.probes.set(index, probes + 1, 0)?)
