@@ -320,7 +320,7 @@ impl Machine {
 
     /// What systemd thinks of the unit.
     fn unit(&mut self) -> Result<String> {
-        let complaints = self.command("systemd-analyze verify filter-agent.service")?;
+        let complaints = self.command("systemd-analyze verify --man=no filter-agent.service")?;
         ensure!(
             complaints.is_empty(),
             "systemd says of the unit: {complaints}"
