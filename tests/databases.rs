@@ -15,7 +15,7 @@ use nix::{
 };
 
 use crate::{
-    net::{CLIENT4, Connection, DB4, DB6, Net, succeed, wait_until},
+    net::{CLIENT4, Connection, DB4, DB6, Namespace, Net, succeed, wait_until},
     servers::{Ca, Certificate, Server},
 };
 
@@ -55,17 +55,19 @@ fn wait_for_port(net: &Net, port: u16, what: &str) {
 
 pub struct Postgres {
     server: Server,
-    data: PathBuf,
 }
 
 impl Postgres {
     pub const PORT: u16 = 5432;
 
     pub fn start(net: &Net) -> Self {
-        Self::start_with(net, &[])
+        let server = Self::start_in(net, &net.db);
+        wait_for_port(net, Self::PORT, "PostgreSQL");
+        server
     }
 
-    pub fn start_with(net: &Net, settings: &[&str]) -> Self {
+    /// Elsewhere than on the database host, and does not wait.
+    pub fn start_in(net: &Net, namespace: &Namespace) -> Self {
         let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed");
         let newest = versions.map(|entry| entry.unwrap().path()).max();
         let bin = newest.unwrap().join("bin");
@@ -98,19 +100,11 @@ impl Postgres {
             "ssl=on",
             &format!("ssl_cert_file={}", certificate.display()),
             &format!("ssl_key_file={}", key.display()),
-        ]
-        .iter()
-        .chain(settings)
-        {
+        ] {
             server.arg("-c").arg(setting);
         }
-        let server = Server::start(&net.db, server, &net.dir().join("postgresql.log"));
-        wait_for_port(net, Self::PORT, "PostgreSQL");
-        Self { server, data }
-    }
-
-    pub fn data(&self) -> &Path {
-        &self.data
+        let server = Server::start(namespace, server, &net.dir().join("postgresql.log"));
+        Self { server }
     }
 }
 

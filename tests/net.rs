@@ -84,7 +84,7 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    fn new(name: String) -> Self {
+    pub fn new(name: String) -> Self {
         // Left by a run that was killed, with what it had started there.
         if Path::new("/run/netns").join(&name).exists() {
             let mut command = Command::new("ip");

@@ -2,6 +2,12 @@
 
 use std::{
     fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{IpAddr, SocketAddr, TcpStream},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -11,10 +17,15 @@ use filter_agent::{
     policy::Mode,
 };
 use filter_tests::{
-    databases::{Maria, Postgres, Redis, mariadb, psql, redis},
-    net::{ALLOWED4, ALLOWED6, CLIENT4, Net, policy},
+    databases::{Maria, Postgres, Redis, come_from, mariadb, psql, redis},
+    net::{ALLOWED4, ALLOWED6, CLIENT4, DB4, Namespace, Net, PATIENCE, policy, wait_until},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
 };
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 /// A dedicated database on which TLS is forced, as it is unless the policy says otherwise.
 fn forced(engine: &str, port: u16, more: &str) -> String {
@@ -169,4 +180,400 @@ fn redis_client_gets_in_with_tls_only() {
         );
         assert_eq!(connections(&net)["refused"], 1);
     }
+}
+
+/// Connections to the port that the server's kernel has, beside its listening socket.
+fn server_sockets(net: &Net, port: u16) -> usize {
+    let state = format!("( sport = :{port} )");
+    let output = net.db.output(Command::new("ss").args(["-Htan", &state]));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let open = |line: &&str| !line.starts_with("LISTEN") && !line.starts_with("TIME-WAIT");
+    text.lines().filter(open).count()
+}
+
+#[test]
+fn server_of_a_refused_client_is_free_at_once() {
+    let mut net = start("tls-free", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    for _ in 0..20 {
+        psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
+    }
+    assert!(wait_until(|| server_sockets(&net, 5432) == 0));
+    assert_eq!(connections(&net), json!({"refused": 20}));
+}
+
+#[test]
+fn client_over_a_link_that_takes_no_answer_is_reset_all_the_same() {
+    let mut net = Net::new("tls-no-answer");
+    let _server = Postgres::start(&net);
+    net.write_policy(&policy("eth0", "native", &[forced("postgresql", 5432, "")]));
+    net.start();
+    let begin = Instant::now();
+    let error = psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
+    assert!(
+        error.contains("closed the connection unexpectedly"),
+        "{error}"
+    );
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
+    assert!(wait_until(|| server_sockets(&net, 5432) == 0));
+}
+
+/// A psql that stays, reads what it is told and prints at once.
+struct Session {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Session {
+    fn start(net: &Net, source: IpAddr, options: &str) -> Self {
+        let database = come_from(net, source);
+        let mut command = Command::new("psql");
+        command
+            .args(["--no-psqlrc", "-At"])
+            .arg(format!("host={database} user=postgres {options}"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = net.client.run(|| command.spawn().unwrap());
+        let (sender, lines) = mpsc::channel();
+        let out = BufReader::new(child.stdout.take().unwrap());
+        let err = BufReader::new(child.stderr.take().unwrap());
+        let other = sender.clone();
+        thread::spawn(move || {
+            out.lines()
+                .map_while(Result::ok)
+                .try_for_each(|l| sender.send(l))
+        });
+        thread::spawn(move || {
+            err.lines()
+                .map_while(Result::ok)
+                .try_for_each(|l| other.send(l))
+        });
+        Self { child, lines }
+    }
+
+    fn tell(&mut self, query: &str) {
+        writeln!(self.child.stdin.as_mut().unwrap(), "{query}").unwrap();
+    }
+
+    fn ask(&mut self, query: &str) -> String {
+        self.tell(query);
+        self.lines.recv_timeout(PATIENCE).unwrap()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn query_is_cancelled_in_the_clear_unless_that_is_forbidden() {
+    let mut net = start("tls-cancel", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    let mut session = Session::start(&net, ALLOWED4.into(), "sslmode=require");
+    assert_eq!(session.ask("select 1;"), "1");
+    let interrupt = |session: &mut Session| {
+        session.tell("select pg_sleep(3);");
+        thread::sleep(Duration::from_millis(500));
+        kill(
+            Pid::from_raw(session.child.id().cast_signed()),
+            Signal::SIGINT,
+        )
+        .unwrap();
+        session.lines.recv_timeout(PATIENCE).unwrap()
+    };
+    let text = interrupt(&mut session);
+    assert!(text.contains("Cancel request sent"), "{text}");
+    let text = session.lines.recv_timeout(PATIENCE).unwrap();
+    assert!(
+        text.contains("canceling statement due to user request"),
+        "{text}"
+    );
+    assert_eq!(connections(&net), json!({"tls": 1, "cancel": 1}));
+    net.reload(&policy(
+        "eth0",
+        "native",
+        &[forced("postgresql", 5432, "cancel_in_clear: false")],
+    ));
+    let mut session = Session::start(&net, ALLOWED4.into(), "sslmode=require");
+    let text = interrupt(&mut session);
+    assert!(text.contains("Cancel request sent"), "{text}");
+    // It sleeps to its end.
+    assert_eq!(session.lines.recv_timeout(PATIENCE).unwrap(), "");
+    assert_eq!(connections(&net)["refused"], 1);
+}
+
+#[test]
+fn session_from_before_is_let_run_until_existing_ones_are_judged() {
+    let unforced = forced("postgresql", 5432, "force_tls: false");
+    let mut net = start("tls-existing", "native", &unforced);
+    let _server = Postgres::start(&net);
+    net.start();
+    let mut clear = Session::start(&net, ALLOWED4.into(), "sslmode=disable");
+    let mut encrypted = Session::start(&net, ALLOWED4.into(), "sslmode=require");
+    assert_eq!(
+        (clear.ask("select 1;"), encrypted.ask("select 1;")),
+        ("1".into(), "1".into())
+    );
+    net.reload(&policy("eth0", "native", &[forced("postgresql", 5432, "")]));
+    assert_eq!(
+        (clear.ask("select 2;"), encrypted.ask("select 2;")),
+        ("2".into(), "2".into())
+    );
+    assert_eq!(connections(&net), json!({"unjudged": 2}));
+    psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
+    // Over a restart as well.
+    net.kill();
+    net.start();
+    assert_eq!(
+        (clear.ask("select 3;"), encrypted.ask("select 3;")),
+        ("3".into(), "3".into())
+    );
+    net.agent_text(&["reload", "--existing"]);
+    assert_eq!(encrypted.ask("select 4;"), "4");
+    let text = clear.ask("select 4;");
+    assert!(text.contains("TLS is required here"), "{text}");
+    assert_eq!(connections(&net), json!({"unjudged": 2, "refused": 2}));
+}
+
+#[test]
+fn what_is_known_of_connections_outlasts_the_agent() {
+    let mut net = start("tls-restart", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    let mut session = Session::start(&net, ALLOWED4.into(), "sslmode=require");
+    assert_eq!(session.ask("select 1;"), "1");
+    let opened = net.client.run(|| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket
+            .bind(&SocketAddr::new(ALLOWED4.into(), 0).into())
+            .unwrap();
+        socket
+            .connect(&SocketAddr::new(DB4.into(), 5432).into())
+            .unwrap();
+        TcpStream::from(socket)
+    });
+    for _ in 0..3 {
+        net.kill();
+        net.start();
+        assert_eq!(session.ask("select 2;"), "2");
+    }
+    let mut opened = opened;
+    opened
+        .write_all(b"\0\0\0\x19\0\x03\0\0user\0postgres\0\0")
+        .unwrap();
+    let mut answer = Vec::new();
+    opened.set_read_timeout(Some(PATIENCE)).unwrap();
+    opened.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    assert!(answer.contains("TLS is required here"), "{answer}");
+    assert_eq!(connections(&net), json!({"tls": 1, "refused": 1}));
+}
+
+#[test]
+fn replication_streams_in_the_clear_from_a_cluster_member_only() {
+    let mut net = start("tls-replication", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    let backup = |source: IpAddr, name: &str| {
+        let database = come_from(&net, source);
+        let mut command = Command::new("pg_basebackup");
+        command
+            .args([
+                "--wal-method=stream",
+                "--no-sync",
+                "--checkpoint=fast",
+                "-D",
+            ])
+            .arg(net.dir().join(name))
+            .arg("-d")
+            .arg(format!("host={database} user=postgres sslmode=disable"));
+        net.client.output(&mut command)
+    };
+    let member = backup(CLIENT4.into(), "member");
+    assert!(member.status.success(), "{member:?}");
+    let other = backup(ALLOWED4.into(), "other");
+    let error = String::from_utf8_lossy(&other.stderr).into_owned();
+    assert!(error.contains("TLS is required here"), "{error}");
+}
+
+#[test]
+fn small_segments_and_lost_packets_keep_no_correct_client_out() {
+    let mut net = start("tls-loss", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    // Segments of 88 bytes, and one in ten packets of either side lost.
+    net.client
+        .ip("route replace 10.0.0.1/32 dev eth0 src 203.0.113.10 advmss 88");
+    net.db
+        .ip("route replace 203.0.113.10/32 dev eth0 advmss 88");
+    for namespace in [&net.client, &net.db] {
+        let rules = "table inet loss { chain output { type filter hook output priority 0; \
+                     tcp dport 5432 numgen random mod 10 0 drop; \
+                     tcp sport 5432 numgen random mod 10 0 drop; }; }";
+        let output = namespace.output(Command::new("nft").arg(rules));
+        assert!(output.status.success(), "{output:?}");
+    }
+    let mut bench = Command::new("pgbench");
+    bench
+        .args(["--no-vacuum", "--connect", "-c", "20", "-t", "3", "-f"])
+        .arg(write_query(&net))
+        .arg("host=10.0.0.1 user=postgres dbname=postgres sslmode=require");
+    let output = net.client.output(&mut bench);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        text.contains("actually processed: 60/60"),
+        "{text} {output:?}"
+    );
+    assert_eq!(connections(&net)["refused"], Value::Null);
+}
+
+fn write_query(net: &Net) -> PathBuf {
+    let path = net.dir().join("query.sql");
+    fs::write(&path, "select repeat('x', 10);\n").unwrap();
+    path
+}
+
+#[test]
+fn other_clients_begin_with_tls_as_their_engines_do() {
+    let mut net = start("tls-openssl", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    come_from(&net, ALLOWED4.into());
+    let openssl = |net: &Net, options: &[&str]| {
+        let mut command = Command::new("timeout");
+        command.args([
+            "5",
+            "openssl",
+            "s_client",
+            "-brief",
+            "-connect",
+            "10.0.0.1:5432",
+        ]);
+        command.args(options).stdin(Stdio::null());
+        let output = net.client.output(&mut command);
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    let text = openssl(&net, &["-starttls", "postgres"]);
+    assert!(text.contains("CONNECTION ESTABLISHED"), "{text}");
+    // As of PostgreSQL 17: it reaches the server, which is older.
+    openssl(&net, &[]);
+    assert_eq!(connections(&net), json!({"tls": 2}));
+    let python = |ssl: &str| {
+        let script = format!(
+            "import asyncio, asyncpg\nasync def main():\n  c = await asyncpg.connect(\
+             host='10.0.0.1', user='postgres', timeout=4, ssl={ssl})\n  print(await \
+             c.fetchval('select ssl from pg_stat_ssl where pid = pg_backend_pid()'))\n\
+             asyncio.run(main())"
+        );
+        let output = net
+            .client
+            .output(Command::new("/usr/bin/python3").args(["-c", &script]));
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    assert_eq!(python("'require'").trim(), "True");
+    assert_eq!(python("'prefer'").trim(), "True");
+    let refused = python("False");
+    assert!(refused.contains("TLS is required here"), "{refused}");
+}
+
+#[test]
+fn database_behind_a_published_port_is_protected_too() {
+    let mut net = start("tls-published", "native", &forced("postgresql", 5432, ""));
+    let container = Namespace::new("tls-published-container".into());
+    net.db.sysctl(&[("ipv4/ip_forward", 1)]);
+    net.db.ip(&format!(
+        "link add docker0 type veth peer name eth0 netns {}
+         link set docker0 up
+         address add 172.17.0.1/24 dev docker0",
+        container.name
+    ));
+    container.ip("link set eth0 up
+         link set lo up
+         address add 172.17.0.2/24 dev eth0
+         route add default via 172.17.0.1 dev eth0");
+    let rules = "table ip published { chain prerouting { type nat hook prerouting priority -100; \
+                 tcp dport 5432 dnat to 172.17.0.2:5432; }; }";
+    let output = net.db.output(Command::new("nft").arg(rules));
+    assert!(output.status.success(), "{output:?}");
+    let _server = Postgres::start_in(&net, &container);
+    net.start();
+    let encrypted = || psql(&net, ALLOWED4.into(), "sslmode=require", "select 1");
+    assert!(wait_until(|| encrypted().as_deref() == Ok("1")));
+    let begin = Instant::now();
+    let error = psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
+    assert!(error.contains("TLS is required here"), "{error}");
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
+    let sockets = || {
+        let output = container.output(Command::new("ss").args(["-Htan", "( sport = :5432 )"]));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines()
+            .filter(|line| line.starts_with("ESTAB"))
+            .count()
+    };
+    assert!(wait_until(|| sockets() == 0));
+}
+
+/// Half of them with TLS, half in the clear, from many ports at once.
+#[test]
+fn ten_thousand_connections_are_judged_right() {
+    const THREADS: usize = 10;
+    const EACH: usize = 1000;
+    let mut net = start("tls-soak", "native", &forced("postgresql", 5432, ""));
+    let _server = Postgres::start(&net);
+    net.start();
+    let connect = || {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket
+            .bind(&SocketAddr::new(ALLOWED4.into(), 0).into())
+            .unwrap();
+        socket
+            .connect(&SocketAddr::new(DB4.into(), 5432).into())
+            .unwrap();
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    };
+    let one = |number: usize| {
+        let mut stream = connect();
+        let mut answer = Vec::new();
+        if number.is_multiple_of(2) {
+            stream.write_all(&[0, 0, 0, 8, 4, 210, 22, 47]).unwrap();
+            let mut taken = [0];
+            stream.read_exact(&mut taken).unwrap();
+            assert_eq!(taken, *b"S");
+            // A ClientHello that the server answers with an alert, or with silence.
+            stream.write_all(&[22, 3, 1, 0, 5, 1, 0, 0, 1, 0]).unwrap();
+            let _ = stream.read_to_end(&mut answer);
+            assert!(!answer.starts_with(b"E"), "{answer:?}");
+        } else {
+            stream
+                .write_all(b"\0\0\0\x19\0\x03\0\0user\0postgres\0\0")
+                .unwrap();
+            let _ = stream.read_to_end(&mut answer);
+            let text = String::from_utf8_lossy(&answer);
+            assert!(text.contains("TLS is required here"), "{text}");
+        }
+    };
+    let client = &net.client;
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| client.run(|| (0..EACH).for_each(one)));
+        }
+    });
+    let half = THREADS * EACH / 2;
+    assert_eq!(connections(&net), json!({"tls": half, "refused": half}));
 }

@@ -118,6 +118,9 @@ enum Command {
     },
     /// Enforce the policy file as it is now; if it is refused, nothing changes.
     Reload {
+        /// Where TLS is forced, judge connections from before that, too, by what they send next.
+        #[arg(long)]
+        existing: bool,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -258,8 +261,13 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let plan: Plan = ask(&socket, Method::GET, &path).await?;
             output.print(&plan, print_plan)?;
         }
-        Command::Reload { socket, output } => {
-            let reloaded: Reloaded = ask(&socket, Method::POST, "/reload").await?;
+        Command::Reload {
+            existing,
+            socket,
+            output,
+        } => {
+            let path = format!("/reload?existing={existing}");
+            let reloaded: Reloaded = ask(&socket, Method::POST, &path).await?;
             output.print(&reloaded, print_reloaded)?;
             return Ok(failure_if(!reloaded.verified.errors.is_empty()));
         }

@@ -105,9 +105,19 @@ async fn plan(
     Ok(Json(shared.plan(query.file).await?))
 }
 
+#[derive(Deserialize)]
+struct ReloadQuery {
+    /// Judge connections from before TLS was forced, too.
+    #[serde(default)]
+    existing: bool,
+}
+
 /// A task of its own: a client that goes away must not stop it half way.
-async fn reload(State(shared): State<Shared>) -> Answer<report::Reloaded> {
-    let reloaded = tokio::spawn(shared.reload()).await;
+async fn reload(
+    State(shared): State<Shared>,
+    Query(query): Query<ReloadQuery>,
+) -> Answer<report::Reloaded> {
+    let reloaded = tokio::spawn(shared.reload(query.existing)).await;
     Ok(Json(reloaded.context("reload").flatten()?))
 }
 

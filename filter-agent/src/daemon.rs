@@ -279,7 +279,7 @@ pub async fn run(options: Options) -> Result<()> {
         tokio::select! {
             _ = hangup.recv() => {
                 // Its look-ups may take a while; what is wrong is logged.
-                tokio::spawn(shared.clone().reload());
+                tokio::spawn(shared.clone().reload(false));
             }
             Some(()) = links.next() => {
                 // One look at the interfaces answers all that was announced by now.
@@ -1384,10 +1384,11 @@ impl Shared {
         MutexGuard::try_map(guard, Option::as_mut).map_err(|_| anyhow!("the filter was detached"))
     }
 
-    /// Enforces the policy file as it is now, or leaves all as it is.
-    pub async fn reload(self) -> Result<report::Reloaded> {
+    /// Enforces the policy file as it is now, or leaves all as it is. `existing`: connections from
+    /// before TLS was forced are judged, too.
+    pub async fn reload(self, existing: bool) -> Result<report::Reloaded> {
         let _one = self.reloading.lock().await;
-        let reloaded = self.try_reload().await;
+        let reloaded = self.try_reload(existing).await;
         let reloaded = reloaded.context("reload refused, nothing is changed");
         match &reloaded {
             Ok(_) => {
@@ -1401,10 +1402,15 @@ impl Shared {
         reloaded
     }
 
-    async fn try_reload(&self) -> Result<report::Reloaded> {
+    async fn try_reload(&self, existing: bool) -> Result<report::Reloaded> {
         let file = self.agent().await?.options.policy.clone();
         let (loaded, answers) = self.prepare(&file).await?;
-        self.agent().await?.enforce(loaded, answers).await
+        let mut agent = self.agent().await?;
+        let reloaded = agent.enforce(loaded, answers).await?;
+        if existing {
+            agent.filter.judge_existing()?;
+        }
+        Ok(reloaded)
     }
 
     /// A policy file and what must be asked about its regions, without the agent meanwhile.

@@ -13,7 +13,10 @@ use aya_ebpf::{
 };
 use filter_common::{ANSWER_LENGTH, ANSWERS, Answer, Guard, MAX_VLAN_TAGS};
 
-use crate::{parse::load, tls::Passage};
+use crate::{
+    parse::load,
+    tls::{Passage, passage},
+};
 
 /// By engine; written by the agent.
 #[btf_map]
@@ -67,9 +70,8 @@ struct Shape {
 /// headers. Verified by itself, as `tls::judge_passage`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn write_answer(ctx: *mut xdp_md, passage: *mut Passage, ending: u32) -> u32 {
-    // SAFETY: the kernel verifies the function for any such pointer that is not null.
-    let Some(passage) = (unsafe { passage.as_mut() }) else {
+pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
+    let Some(passage) = passage() else {
         return 0;
     };
     let tcp = &passage.tcp;
@@ -83,8 +85,10 @@ pub extern "C" fn write_answer(ctx: *mut xdp_md, passage: *mut Passage, ending: 
         RESET_SERVER => Shape {
             to_client: false,
             sequence: passage.reset_at,
-            acknowledgement: tcp.acknowledgement,
-            flags: RST | ACK,
+            // Without ACK: the client acknowledges what the server has not sent, and connection
+            // tracking on the way would not let that through.
+            acknowledgement: 0,
+            flags: RST,
         },
         EMPTIED => Shape {
             to_client: false,

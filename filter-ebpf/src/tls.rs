@@ -81,7 +81,8 @@ const UNCLEAR: Verdict = Verdict::Refuse(Reason::TlsUnclear, Ending::Dropped, No
 const FAILED: Verdict = Verdict::Refuse(Reason::NoPolicy, Ending::Dropped, None);
 
 /// A segment to a port where TLS is forced, for functions that the kernel verifies by themselves: one
-/// that is inlined, or static, is verified again for every way that leads to it.
+/// that is inlined, or static, is verified again for every way that leads to it. They take it from the
+/// map, since Linux 6.1 lets no argument of theirs be a map's key.
 #[repr(C)]
 pub struct Passage {
     pub connection: Connection,
@@ -99,6 +100,14 @@ pub struct Passage {
 /// The segment that this CPU judges: the stack, of 512 bytes, has no room for it.
 #[btf_map]
 static PASSAGES: PerCpuArray<Passage, 1> = PerCpuArray::new();
+
+#[inline(always)]
+pub fn passage() -> Option<&'static mut Passage> {
+    let passage = PASSAGES.get_ptr_mut(0)?;
+    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
+    // this CPU uses it until the segment is done with, and no two functions use it at a time.
+    Some(unsafe { &mut *passage })
+}
 
 /// What became of a segment, in one number: what such a function returns.
 #[derive(Clone, Copy)]
@@ -168,22 +177,18 @@ impl Judged {
 /// not just dropped.
 #[inline(always)]
 pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
-    let Some(passage) = PASSAGES.get_ptr_mut(0) else {
+    let Some(passage) = passage() else {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None);
     };
-    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
-    // this CPU uses it until the segment is done with.
-    unsafe {
-        (*passage).place = segment.place;
-        (*passage).guard = guard.0;
-        (*passage).is_v4 = matches!(segment.addresses, Addresses::V4 { .. }).into();
-    }
-    let judged = Judged(judge_passage(ctx.ctx, passage));
+    passage.place = segment.place;
+    passage.guard = guard.0;
+    passage.is_v4 = matches!(segment.addresses, Addresses::V4 { .. }).into();
+    let judged = Judged(judge_passage(ctx.ctx));
     let ending = judged.ending();
     if ending == Ending::Dropped as u32 || guard.is_monitor() {
         return judged;
     }
-    if answer::write_answer(ctx.ctx, passage, ending) == 0 {
+    if answer::write_answer(ctx.ctx, ending) == 0 {
         return judged.dropped();
     }
     judged
@@ -191,9 +196,8 @@ pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_passage(ctx: *mut xdp_md, passage: *mut Passage) -> u32 {
-    // SAFETY: the kernel verifies the function for any such pointer that is not null.
-    let Some(passage) = (unsafe { passage.as_mut() }) else {
+extern "C" fn judge_passage(ctx: *mut xdp_md) -> u32 {
+    let Some(passage) = passage() else {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None).0;
     };
     let context = XdpContext::new(ctx);

