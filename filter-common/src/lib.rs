@@ -200,7 +200,7 @@ pub struct Answer {
 pub const EXEMPT: u32 = 1 << 31;
 
 /// Connections whose opening is followed, where the operator names no other number.
-pub const DEFAULT_TLS_CONNECTIONS: u32 = 1 << 17;
+pub const DEFAULT_TLS_CONNECTIONS: u32 = 1 << 16;
 
 /// Seconds for which an opening holds its place after the SYN: as long as a server waits for one that
 /// does not come (PostgreSQL: `authentication_timeout`, 60; MySQL: `connect_timeout`, 10), and some.

@@ -31,13 +31,17 @@ const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 3] = ["e2fsprogs", "mmdebstrap", "qemu-system-x86"];
-const RUN_PACKAGES: [&str; 7] = [
+const RUN_PACKAGES: [&str; 11] = [
     "bpftool",
     "iproute2",
     "knot",
+    "mariadb-server",
     "nftables",
     "nginx-light",
+    "openssl",
     "postgresql",
+    "python3-asyncpg",
+    "redis-server",
     "unbound",
 ];
 
