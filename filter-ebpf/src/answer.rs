@@ -106,7 +106,7 @@ pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
 #[inline(always)]
 fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()> {
     let is_v4 = passage.is_v4 != 0;
-    let network = passage.place.network as usize;
+    let network = passage.network as usize;
     let transport = network + if is_v4 { 20 } else { 40 };
     if passage.place.transport as usize != transport {
         return None;

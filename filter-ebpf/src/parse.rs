@@ -53,14 +53,10 @@ pub struct Segment {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Place {
-    /// Of the IP header.
-    pub network: u32,
     /// Of the transport header.
     pub transport: u32,
     /// Past the segment; what follows is padding.
     pub end: u32,
-    /// Not zero where the rest of the segment comes in other packets.
-    pub fragment: u32,
 }
 
 /// A TCP header (RFC 9293 section 3.1).
@@ -204,7 +200,6 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
         return unclear(Reason::BadHeader);
     }
     let protocol = header[9];
-    let fragment = header[6] & 0x20 != 0;
     // A later fragment carries no ports, and without its first one is never delivered.
     if u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0 {
         return Packet::LaterFragment;
@@ -242,11 +237,9 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
         destination: [d0, d1, d2, d3],
     };
     let at = Cursor {
-        network: start,
         offset: start + header_length,
         end: start + length,
         next: protocol,
-        fragment,
     };
     if header_length == 20 && protocol != AUTHENTICATION {
         return ports(read(ctx, start + 20), at, addresses, false);
@@ -298,11 +291,9 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
     source.copy_from_slice(&header[8..24]);
     destination.copy_from_slice(&header[24..40]);
     let at = Cursor {
-        network: start,
         offset: start + 40,
         end,
         next,
-        fragment: false,
     };
     let addresses = Addresses::V6 {
         source,
@@ -316,15 +307,11 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
 
 /// A place in the packet, within what the IP header says is the packet.
 struct Cursor {
-    /// Of the IP header.
-    network: usize,
     offset: usize,
     /// What follows is padding, which Linux cuts off: a header that begins or goes on there is none.
     end: usize,
     /// Kind of header at `offset` (IANA protocol numbers).
     next: u8,
-    /// Whether more fragments follow.
-    fragment: bool,
 }
 
 impl Cursor {
@@ -353,10 +340,8 @@ fn ports(bytes: Option<[u8; 4]>, at: Cursor, addresses: Addresses, source_routed
             port: u16::from_be_bytes([high, low]),
             source_routed,
             place: Place {
-                network: at.network as u32,
                 transport: at.offset as u32,
                 end: at.end as u32,
-                fragment: at.fragment.into(),
             },
         }),
         _ => Packet::Unclear {
@@ -403,7 +388,6 @@ fn walk(
                 if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
                     return Packet::LaterFragment;
                 }
-                at.fragment |= low & 1 != 0;
                 at.offset += 8;
                 at.next = next;
             }
@@ -449,4 +433,36 @@ pub fn tcp(ctx: &XdpContext, place: &Place) -> Option<Tcp> {
         payload,
         length: place.end - payload,
     })
+}
+
+/// Where the IP header is, of a packet that `parse` followed to its ports.
+///
+/// Found once more, as is what `is_whole` tells: carried through the parser, such constants would keep
+/// the verifier from taking one way for another.
+#[inline(always)]
+pub fn network(ctx: &XdpContext) -> Option<usize> {
+    let mut offset = 12;
+    for _ in 0..=MAX_VLAN_TAGS {
+        match u16::from_be_bytes(load(ctx, offset)?) {
+            ETHERTYPE_VLAN | ETHERTYPE_SERVICE_VLAN => offset += 4,
+            _ => return Some(offset + 2),
+        }
+    }
+    None
+}
+
+/// Whether all of a segment is in this packet. Of IPv6 extension headers it follows one; a packet with
+/// more is taken for a fragment.
+#[inline(always)]
+pub fn is_whole(ctx: &XdpContext, network: usize, is_v4: bool) -> Option<bool> {
+    if is_v4 {
+        let [flags] = load(ctx, network + 6)?;
+        return Some(flags & 0x20 == 0);
+    }
+    let [first] = load(ctx, network + 6)?;
+    if first == TCP {
+        return Some(true);
+    }
+    let [next, _, _, more] = load(ctx, network + 40)?;
+    Some(next == TCP && (first != FRAGMENT || more & 1 == 0))
 }

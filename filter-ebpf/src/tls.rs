@@ -13,12 +13,12 @@ use aya_ebpf::{
 };
 use filter_common::{
     Connection, DEFAULT_TLS_CONNECTIONS, Engine, Fate, Guard, OPENING_SECONDS, Opening, Reason,
-    SLOTS, Stream, mapped,
+    SLOTS, Stream,
 };
 
 use crate::{
     answer::{self, Ending, Headers},
-    parse::{Addresses, Place, Segment, Tcp, load, tcp},
+    parse::{Addresses, Place, Segment, Tcp, is_whole, load, network, tcp},
 };
 
 /// Connections to ports where TLS is forced.
@@ -89,6 +89,8 @@ pub struct Passage {
     pub place: Place,
     pub is_v4: u32,
     pub guard: u32,
+    /// Where the IP header is, in bytes from the packet's beginning.
+    pub network: u32,
     /// What `judge_passage` finds: the header, and where the server's side of the stream is reset.
     pub tcp: Tcp,
     pub reset_at: u32,
@@ -201,10 +203,15 @@ extern "C" fn judge_passage(ctx: *mut xdp_md) -> u32 {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None).0;
     };
     let context = XdpContext::new(ctx);
-    let (Some(tcp), Some(())) = (tcp(&context, &passage.place), addresses(&context, passage))
+    let refused = |reason| Judged::new(Some((reason, Ending::Dropped)), None).0;
+    let (Some(tcp), Some(whole)) = (tcp(&context, &passage.place), locate(&context, passage))
     else {
-        return Judged::new(Some((Reason::BadHeader, Ending::Dropped)), None).0;
+        return refused(Reason::BadHeader);
     };
+    // The rest of a fragmented segment passes unseen.
+    if !whole {
+        return refused(Reason::TlsUnclear);
+    }
     passage.tcp = tcp;
     let ([s0, s1], [d0, d1]) = (tcp.source_port, tcp.destination_port);
     passage.connection.ports = [s0, s1, d0, d1];
@@ -215,30 +222,61 @@ extern "C" fn judge_passage(ctx: *mut xdp_md) -> u32 {
     judged.0
 }
 
-/// Reads the addresses once more: the caller's stack has no room to hand them over.
+/// Reads the addresses once more, since the caller's stack has no room to hand them over; whether all of
+/// the segment is here.
 #[inline(always)]
-fn addresses(ctx: &XdpContext, passage: &mut Passage) -> Option<()> {
-    let network = passage.place.network as usize;
+fn locate(ctx: &XdpContext, passage: &mut Passage) -> Option<bool> {
+    let network = network(ctx)?;
+    passage.network = network as u32;
+    let is_v4 = passage.is_v4 != 0;
     let connection = &mut passage.connection;
-    if passage.is_v4 != 0 {
+    if is_v4 {
         let [s0, s1, s2, s3] = load(ctx, network + 12)?;
         let [d0, d1, d2, d3] = load(ctx, network + 16)?;
-        connection.source = mapped([s0, s1, s2, s3]);
-        connection.destination = mapped([d0, d1, d2, d3]);
+        zero(&mut connection.source[..10]);
+        zero(&mut connection.destination[..10]);
+        let [.., b10, b11, b12, b13, b14, b15] = &mut connection.source;
+        (*b10, *b11, *b12, *b13, *b14, *b15) = (0xff, 0xff, s0, s1, s2, s3);
+        let [.., b10, b11, b12, b13, b14, b15] = &mut connection.destination;
+        (*b10, *b11, *b12, *b13, *b14, *b15) = (0xff, 0xff, d0, d1, d2, d3);
     } else {
         connection.source = load(ctx, network + 8)?;
         connection.destination = load(ctx, network + 24)?;
     }
-    Some(())
+    is_whole(ctx, network, is_v4)
+}
+
+/// Zeroes bytes one by one: together they would be a call of memset, whose frame, at least 32 bytes on
+/// Linux 6.1, has no place on the stack any more.
+#[inline(always)]
+fn zero(bytes: &mut [u8]) {
+    for byte in bytes {
+        // SAFETY: a reference may be written to.
+        unsafe { core::ptr::write_volatile(byte, 0) }
+    }
+}
+
+/// Forgets where a stream begins.
+#[inline(always)]
+fn forget(stream: &mut Stream) {
+    for opening in &mut stream.openings {
+        // SAFETY: as in `zero`.
+        unsafe {
+            core::ptr::write_volatile(&mut opening.first, 0);
+            core::ptr::write_volatile(&mut opening.began, 0);
+            core::ptr::write_volatile(&mut opening.form, 0);
+        }
+    }
+    // SAFETY: as in `zero`.
+    unsafe { core::ptr::write_volatile(&mut stream.carried, 0) }
 }
 
 #[inline(always)]
 fn judge_tcp(ctx: &XdpContext, passage: &mut Passage) -> Verdict {
     let guard = Guard(passage.guard);
     let tcp = &passage.tcp;
-    // The rest of a fragmented segment passes unseen. Urgent data is taken out of the stream, which
-    // moves what follows.
-    if passage.place.fragment != 0 || tcp.flags & URG != 0 {
+    // Urgent data is taken out of the stream, which moves what follows.
+    if tcp.flags & URG != 0 {
         return UNCLEAR;
     }
     let connection = &passage.connection;
@@ -316,8 +354,8 @@ fn begin(passage: &mut Passage, stream: Option<*mut Stream>) -> Verdict {
         form: 0,
     };
     let Some(stream) = stream else {
-        passage.stream.openings = [opening, Opening::default()];
-        passage.stream.carried = 0;
+        forget(&mut passage.stream);
+        passage.stream.openings[0] = opening;
         passage.stream.state = 0;
         return remember(passage, PASS);
     };
@@ -347,8 +385,7 @@ fn adopt(ctx: &XdpContext, passage: &mut Passage) -> Verdict {
         return PASS;
     }
     let guard = Guard(passage.guard);
-    passage.stream.openings = [Opening::default(); 2];
-    passage.stream.carried = 0;
+    forget(&mut passage.stream);
     let until = ADOPT_UNTIL.get(guard.slot().into());
     if until.is_some_and(|&until| nanoseconds() < until) {
         passage.stream.state = Stream::UNJUDGED;
@@ -385,7 +422,7 @@ fn refuse(guard: Guard, stream: &mut Stream, tcp: &Tcp) -> Verdict {
     stream.refused_at = tcp.sequence;
     if guard.is_monitor() {
         // It goes on, also when it is no longer only monitored.
-        stream.openings = [Opening::default(); 2];
+        forget(stream);
         stream.state = Stream::UNJUDGED;
     } else {
         stream.state |= Stream::REFUSED;
