@@ -246,13 +246,23 @@ impl Machine {
         for (name, command, up) in PHASES {
             self.phases.push((name.into(), Instant::now(), up));
             self.command(command)?;
-            let status = self.command("systemctl is-active filter-agent")?;
             let expected = if name == "agent stopped" {
                 "inactive"
             } else {
                 "active"
             };
-            ensure!(status == expected, "after `{name}` the agent is {status}");
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let status = self.command("systemctl is-active filter-agent")?;
+                if status == expected {
+                    break;
+                }
+                ensure!(
+                    Instant::now() < deadline,
+                    "after `{name}` the agent is {status}"
+                );
+                thread::sleep(Duration::from_millis(500));
+            }
         }
         let version = self.command("dpkg-query -W -f '${Version}' filter-agent")?;
         ensure!(version == "0.1.0-2", "version {version} is installed");
