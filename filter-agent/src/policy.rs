@@ -1129,7 +1129,7 @@ impl Reader<'_> {
     }
 
     fn tls_connections(&mut self, written: Option<i64>) -> u32 {
-        // A connection takes some 150 bytes of the kernel's memory, from the start on.
+        // A connection takes some 220 bytes of the kernel's memory, from the start on.
         const BOUNDS: std::ops::RangeInclusive<i64> = 1024..=1 << 24;
         match written {
             None => DEFAULT_TLS_CONNECTIONS,

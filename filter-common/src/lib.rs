@@ -234,12 +234,16 @@ pub struct Opening {
     pub form: u32,
 }
 
+/// SYNs of the same addresses and ports within `OPENING_SECONDS`, a power of two; one more has to wait.
+pub const OPENINGS: usize = 8;
+
 /// What is known of a connection to a port where TLS is forced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Stream {
-    /// Of the SYNs that the server may have taken for the connection's: every one has to hold.
-    pub openings: [Opening; 2],
+    /// Of the SYNs that the server may have taken for the connection's: every one has to hold. A client
+    /// that connects often comes to use its ports again.
+    pub openings: [Opening; OPENINGS],
     /// Bytes that the client sent, counted up to 2^31.
     pub carried: u32,
     /// Where a refused connection ended for the server: its next sequence number.
@@ -478,7 +482,7 @@ const _: () = {
     assert!(size_of::<Name>() == 64);
     assert!(size_of::<Answer>() == 132);
     assert!(size_of::<Connection>() == 36);
-    assert!(size_of::<Stream>() == 36);
+    assert!(size_of::<Stream>() == 108);
     assert!((Reason::ALL.len() as u32) <= Fate::Tls as u32);
     assert!((Fate::Refused as u32) < REASON_ROW);
 };

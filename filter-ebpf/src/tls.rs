@@ -12,8 +12,8 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    Connection, DEFAULT_TLS_CONNECTIONS, Engine, Fate, Guard, OPENING_SECONDS, Opening, Reason,
-    SLOTS, Stream,
+    Connection, DEFAULT_TLS_CONNECTIONS, Engine, Fate, Guard, OPENING_SECONDS, OPENINGS, Opening,
+    Reason, SLOTS, Stream,
 };
 
 use crate::{
@@ -55,6 +55,9 @@ const MYSQL_REQUEST: u32 = 36;
 
 /// Enough of a TLS record to tell that it is a ClientHello (RFC 8446 sections 4 and 5.1).
 const HELLO_LENGTH: u32 = 6;
+
+/// Past every decisive place of every engine.
+const FARTHEST: u32 = 64;
 
 /// What a segment holds at the decisive places of a stream.
 enum Finding {
@@ -302,33 +305,43 @@ fn judge_tcp(ctx: &XdpContext, passage: &mut Passage) -> Verdict {
         return PASS;
     }
     stream.carried = stream.carried.saturating_add(tcp.length);
-    let mut fate = None;
-    for opening in &mut stream.openings {
-        if opening.began == 0 {
-            continue;
-        }
+    let mut found = None;
+    for (place, opening) in stream.openings.iter().enumerate() {
         let offset = tcp.sequence.wrapping_sub(opening.first);
-        match examine(ctx, guard, opening.form, offset, tcp) {
-            Finding::Beyond => {}
-            Finding::Good { form, tls } => {
-                // The same bytes again, or the first time.
-                if opening.form != 0 && opening.form != form {
-                    return UNCLEAR;
-                }
-                opening.form = form;
-                fate = match form {
-                    CANCEL => Some(Fate::Cancel),
-                    _ if tls => Some(Fate::Tls),
-                    _ => fate,
-                };
+        // Somewhere in the opening, or from before the stream into it.
+        let touches = offset < FARTHEST || offset.wrapping_neg() < tcp.length;
+        if opening.began != 0 && touches {
+            if found.is_some() {
+                return UNCLEAR;
             }
-            Finding::Unclear => return UNCLEAR,
-            Finding::NotTls => return refuse(guard, stream, tcp),
+            found = Some(place);
         }
     }
-    if fate.is_some() && stream.state & Stream::JUDGED == 0 {
+    let Some(place) = found else {
+        return PASS;
+    };
+    let opening = &mut stream.openings[place % OPENINGS];
+    let offset = tcp.sequence.wrapping_sub(opening.first);
+    let fate = match examine(ctx, guard, opening.form, offset, tcp) {
+        Finding::Beyond => return PASS,
+        Finding::Unclear => return UNCLEAR,
+        Finding::NotTls => return refuse(guard, stream, tcp),
+        Finding::Good { form, tls } => {
+            // The same bytes again, or the first time.
+            if opening.form != 0 && opening.form != form {
+                return UNCLEAR;
+            }
+            opening.form = form;
+            match form {
+                CANCEL => Fate::Cancel,
+                _ if tls => Fate::Tls,
+                _ => return PASS,
+            }
+        }
+    };
+    if stream.state & Stream::JUDGED == 0 {
         stream.state |= Stream::JUDGED;
-        return Verdict::Pass(fate);
+        return Verdict::Pass(Some(fate));
     }
     PASS
 }
@@ -457,14 +470,11 @@ fn examine(ctx: &XdpContext, guard: Guard, form: u32, offset: u32, tcp: &Tcp) ->
         (MYSQL, _) => MYSQL_REQUEST + HELLO_LENGTH,
         _ => HELLO_LENGTH,
     };
+    if offset >= FARTHEST {
+        return Finding::Unclear;
+    }
     if offset >= decisive {
-        // From before the stream into it, or past it.
-        let into = offset.wrapping_add(tcp.length) < offset && offset.wrapping_add(tcp.length) != 0;
-        return if into {
-            Finding::Unclear
-        } else {
-            Finding::Beyond
-        };
+        return Finding::Beyond;
     }
     match (guard.engine(), form, offset) {
         (POSTGRESQL, _, 0) => postgresql(ctx, guard, tcp),
