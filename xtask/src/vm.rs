@@ -276,6 +276,7 @@ impl Machine {
         thread::sleep(Duration::from_secs(5));
         let end = Instant::now();
         let enforced_after = self.bond()?;
+        let bad_line = self.force_tls_over_a_bad_line()?;
         self.remove_the_package()?;
         self.shell
             .write_all(b"systemctl poweroff\n")
@@ -316,6 +317,7 @@ impl Machine {
             }
         }
         println!("an interface that appears is filtered after {enforced_after} ms");
+        println!("over a line that {bad_line}: 10 of 10 connections with TLS, 0 of 10 without");
         ensure!(
             answers == 0,
             "the denied client was answered {answers} times"
@@ -386,6 +388,65 @@ impl Machine {
         self.command(&format!(
             "ip netns exec outside timeout 5 bash -c 'exec 3<>/dev/tcp/10.88.0.1/{PORT}' 2>/dev/null
              echo $?"
+        ))
+    }
+
+    /// Forced TLS refuses no psql that speaks it, and serves none that does not, whatever the network
+    /// does to their segments. Returns what it did.
+    fn force_tls_over_a_bad_line(&mut self) -> Result<String> {
+        self.command(
+            "sed -i 's/force_tls: false/force_tls: true/; s/model:/engine: postgresql\\n    model:/
+                     s/rules: \\[/&{cidr: 10.88.0.2\\/32}, /' /etc/filter-agent/policy.yaml
+             sysctl -q net.ipv4.route.min_adv_mss=88
+             ip -n outside route change 10.88.0.0/24 dev far advmss 88
+             ip route change 10.88.0.0/24 dev bond0 advmss 88
+             ip netns exec outside tc qdisc add dev far root netem delay 20ms reorder 40% 50% loss 5%",
+        )?;
+        let reloaded = self.command("filter-agent reload 2>&1 && echo reloaded")?;
+        ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
+        let mut psql = |sslmode: &str, query: &str| {
+            self.command(&format!(
+                "for i in $(seq 10); do
+                     ip netns exec outside timeout 200 psql \
+                         'host=10.88.0.1 user=postgres dbname=postgres sslmode={sslmode}' \
+                         -Atc '{query}' 2>&1 &
+                 done
+                 wait"
+            ))
+        };
+        let with_tls = psql("require", "select 1")?;
+        let served = with_tls.lines().filter(|line| *line == "1").count();
+        let without = psql("disable", "select 1")?;
+        let refused = without
+            .lines()
+            .filter(|line| line.contains("error:"))
+            .count();
+        // MSS 88, of which 12 bytes are the timestamp.
+        let size = psql("require", "\\! ss -tinH dst 10.88.0.1")?;
+        let lost = self.command(
+            "ip netns exec outside tc -s qdisc show dev far | sed -n 's/.*dropped \\([0-9]*\\).*/\\1/p'",
+        )?;
+        let happened = |count: &str| count.parse().is_ok_and(|count: u32| count > 0);
+        let disordered = self.command("nstat -asz TcpExtTCPOFOQueue | awk '/OFO/ {print $2}'")?;
+        ensure!(
+            served == 10,
+            "over a bad line {served} of 10 are served: {with_tls}"
+        );
+        ensure!(
+            refused == 10,
+            "over a bad line {refused} of 10 are refused: {without}"
+        );
+        ensure!(
+            size.contains(" mss:76 ") && happened(&lost) && happened(&disordered),
+            "the line is not bad: {size}; {lost} lost, {disordered} out of order"
+        );
+        self.command(
+            "ip netns exec outside tc qdisc delete dev far root
+             ip -n outside route change 10.88.0.0/24 dev far
+             ip route change 10.88.0.0/24 dev bond0",
+        )?;
+        Ok(format!(
+            "lost {lost} segments and brought {disordered} out of order"
         ))
     }
 
