@@ -126,8 +126,7 @@ fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()>
     let moved = resize(ctx, transport + length)?;
     // First, since what follows is written over where it was.
     link_header(ctx, &mut passage.headers, network, moved, shape.to_client)?;
-    let [p0, p1] = passage.tcp.source_port;
-    let [d0, d1] = passage.tcp.destination_port;
+    let [p0, p1, d0, d1] = passage.tcp.ports.to_ne_bytes();
     let [s0, s1, s2, s3] = shape.sequence.to_be_bytes();
     let [a0, a1, a2, a3] = shape.acknowledgement.to_be_bytes();
     let [p0, p1, d0, d1] = if shape.to_client {
@@ -146,8 +145,8 @@ fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()>
         (&passage.connection.source, &passage.connection.destination)
     };
     let mut sum = if is_v4 {
-        let [.., s0, s1, s2, s3] = *source;
-        let [.., d0, d1, d2, d3] = *destination;
+        let [s0, s1, s2, s3] = source[3].to_ne_bytes();
+        let [d0, d1, d2, d3] = destination[3].to_ne_bytes();
         let [total_high, total_low] = (length as u16 + 20).to_be_bytes();
         headers.v4 = [
             0x45, 0, total_high, total_low, 0, 0, 0x40, 0, 64, 6, 0, 0, s0, s1, s2, s3, d0, d1, d2,
@@ -225,29 +224,30 @@ fn resize(ctx: &XdpContext, length: usize) -> Option<usize> {
 }
 
 #[inline(always)]
-fn store<const N: usize>(ctx: &XdpContext, offset: usize, bytes: &[u8; N]) -> Option<()> {
-    // SAFETY: the helper (kernel 5.18) reads N bytes, which there are, or fails.
+fn store<T, const N: usize>(ctx: &XdpContext, offset: usize, elements: &[T; N]) -> Option<()> {
+    // SAFETY: the helper (kernel 5.18) reads the bytes of so many integers, which there are, or fails.
     let failed = unsafe {
         bpf_xdp_store_bytes(
             ctx.as_ptr().cast(),
             offset as u32,
-            bytes.as_ptr().cast_mut().cast(),
-            N as u32,
+            elements.as_ptr().cast_mut().cast(),
+            size_of::<[T; N]>() as u32,
         )
     };
     (failed == 0).then_some(())
 }
 
-/// Adds to an Internet checksum (RFC 1071), not folded yet. N is a multiple of 4, as the helper wants.
+/// Adds integers to an Internet checksum (RFC 1071), not folded yet. The helper wants a multiple of 4
+/// bytes.
 #[inline(always)]
-fn checksum<const N: usize>(bytes: &[u8; N], sum: u32) -> u32 {
-    // SAFETY: the helper (kernel 4.6) reads N bytes, which there are.
+fn checksum<T, const N: usize>(elements: &[T; N], sum: u32) -> u32 {
+    // SAFETY: the helper (kernel 4.6) reads the bytes of so many integers, which there are.
     let sum = unsafe {
         bpf_csum_diff(
             core::ptr::null_mut(),
             0,
-            bytes.as_ptr().cast_mut().cast(),
-            N as u32,
+            elements.as_ptr().cast_mut().cast(),
+            size_of::<[T; N]>() as u32,
             sum,
         )
     };

@@ -63,15 +63,26 @@ pub struct Place {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Tcp {
-    /// Network byte order.
-    pub source_port: [u8; 2],
-    pub destination_port: [u8; 2],
+    /// Source port, then destination port, as in the header.
+    pub ports: u32,
     pub sequence: u32,
     pub acknowledgement: u32,
     pub flags: u32,
     /// Where the payload begins in the packet, and how long it is, in bytes.
     pub payload: u32,
     pub length: u32,
+}
+
+/// What an IP header says of a connection.
+pub struct Network {
+    /// Of the header, in bytes from the packet's beginning.
+    pub offset: usize,
+    /// As in the header; IPv4 as IPv4-mapped IPv6.
+    pub source: [u32; 4],
+    pub destination: [u32; 4],
+    /// Whether all of the segment is in this packet. Of IPv6 extension headers one is followed; a
+    /// packet with more is taken for a fragment.
+    pub is_whole: bool,
 }
 
 pub enum Packet {
@@ -113,22 +124,34 @@ fn read<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
 /// through every way to such an offset, which for chains of headers is past what it accepts.
 #[inline(always)]
 pub fn load<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u8; N]> {
+    load_elements(ctx, offset)
+}
+
+/// The same in words, as they are in the packet.
+#[inline(always)]
+fn load_words<const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[u32; N]> {
+    load_elements(ctx, offset)
+}
+
+/// For integers only.
+#[inline(always)]
+fn load_elements<T, const N: usize>(ctx: &XdpContext, offset: usize) -> Option<[T; N]> {
     // Not zeroed first: that would be a call of memset, a loop that the verifier follows each time.
-    let mut bytes = MaybeUninit::<[u8; N]>::uninit();
-    // SAFETY: the helper (kernel 5.18) writes N bytes to a buffer of N bytes, or fails.
+    let mut elements = MaybeUninit::<[T; N]>::uninit();
+    // SAFETY: the helper (kernel 5.18) writes as many bytes as there are, or fails.
     let failed = unsafe {
         bpf_xdp_load_bytes(
             ctx.as_ptr().cast(),
             offset as u32,
-            bytes.as_mut_ptr().cast(),
-            N as u32,
+            elements.as_mut_ptr().cast(),
+            size_of::<[T; N]>() as u32,
         )
     };
     if failed != 0 {
         return None;
     }
     // SAFETY: the helper did not fail: all bytes are written.
-    Some(unsafe { bytes.assume_init() })
+    Some(unsafe { elements.assume_init() })
 }
 
 /// A number as the verifier of Linux 6.1 knows it to be below 2^16: it forgets what a byte swap leaves,
@@ -403,33 +426,19 @@ fn walk(
 /// The TCP header of a segment; `None` where it is cut off, or goes on past the segment.
 #[inline(always)]
 pub fn tcp(ctx: &XdpContext, place: &Place) -> Option<Tcp> {
-    let [
-        p0,
-        p1,
-        d0,
-        d1,
-        s0,
-        s1,
-        s2,
-        s3,
-        a0,
-        a1,
-        a2,
-        a3,
-        length,
-        flags,
-    ] = load::<14>(ctx, place.transport as usize)?;
-    let header = u32::from(length >> 4) * 4;
+    let [ports, sequence, acknowledgement, rest, _] =
+        load_words::<5>(ctx, place.transport as usize)?;
+    let rest = u32::from_be(rest);
+    let header = (rest >> 28) * 4;
     let payload = place.transport + header;
     if header < 20 || payload > place.end {
         return None;
     }
     Some(Tcp {
-        source_port: [p0, p1],
-        destination_port: [d0, d1],
-        sequence: u32::from_be_bytes([s0, s1, s2, s3]),
-        acknowledgement: u32::from_be_bytes([a0, a1, a2, a3]),
-        flags: flags.into(),
+        ports,
+        sequence: u32::from_be(sequence),
+        acknowledgement: u32::from_be(acknowledgement),
+        flags: rest >> 16 & 0xff,
         payload,
         length: place.end - payload,
     })
@@ -437,10 +446,14 @@ pub fn tcp(ctx: &XdpContext, place: &Place) -> Option<Tcp> {
 
 /// Where the IP header is, of a packet that `parse` followed to its ports.
 ///
-/// Found once more, as is what `is_whole` tells: carried through the parser, such constants would keep
+/// Found once more, as is what `network` reads: carried through the parser, such constants would keep
 /// the verifier from taking one way for another.
 #[inline(always)]
-pub fn network(ctx: &XdpContext) -> Option<usize> {
+fn network_offset(ctx: &XdpContext, place: &Place, is_v4: bool) -> Option<usize> {
+    // No tags, and nothing between both headers.
+    if place.transport == if is_v4 { 34 } else { 54 } {
+        return Some(14);
+    }
     let mut offset = 12;
     for _ in 0..=MAX_VLAN_TAGS {
         match u16::from_be_bytes(load(ctx, offset)?) {
@@ -451,18 +464,31 @@ pub fn network(ctx: &XdpContext) -> Option<usize> {
     None
 }
 
-/// Whether all of a segment is in this packet. Of IPv6 extension headers it follows one; a packet with
-/// more is taken for a fragment.
+/// The IP header of a packet that `parse` followed to its ports.
 #[inline(always)]
-pub fn is_whole(ctx: &XdpContext, network: usize, is_v4: bool) -> Option<bool> {
+pub fn network(ctx: &XdpContext, place: &Place, is_v4: bool) -> Option<Network> {
+    let offset = network_offset(ctx, place, is_v4)?;
     if is_v4 {
-        let [flags] = load(ctx, network + 6)?;
-        return Some(flags & 0x20 == 0);
+        let [_, fragment, _, source, destination] = load_words(ctx, offset)?;
+        let mapped = 0xffff_u32.to_be();
+        return Some(Network {
+            offset,
+            source: [0, 0, mapped, source],
+            destination: [0, 0, mapped, destination],
+            is_whole: u32::from_be(fragment) & 0x2000 == 0,
+        });
     }
-    let [first] = load(ctx, network + 6)?;
-    if first == TCP {
-        return Some(true);
+    let [_, next, s0, s1, s2, s3, d0, d1, d2, d3] = load_words(ctx, offset)?;
+    let next = (u32::from_be(next) >> 8) as u8;
+    let mut is_whole = next == TCP;
+    if !is_whole {
+        let [then, _, _, more] = load(ctx, offset + 40)?;
+        is_whole = then == TCP && (next != FRAGMENT || more & 1 == 0);
     }
-    let [next, _, _, more] = load(ctx, network + 40)?;
-    Some(next == TCP && (first != FRAGMENT || more & 1 == 0))
+    Some(Network {
+        offset,
+        source: [s0, s1, s2, s3],
+        destination: [d0, d1, d2, d3],
+        is_whole,
+    })
 }

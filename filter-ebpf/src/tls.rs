@@ -18,7 +18,7 @@ use filter_common::{
 
 use crate::{
     answer::{self, Ending, Headers},
-    parse::{Addresses, Place, Segment, Tcp, is_whole, load, network, tcp},
+    parse::{Addresses, Place, Segment, Tcp, load, network, tcp},
 };
 
 /// Connections to ports where TLS is forced.
@@ -207,17 +207,22 @@ extern "C" fn judge_passage(ctx: *mut xdp_md) -> u32 {
     };
     let context = XdpContext::new(ctx);
     let refused = |reason| Judged::new(Some((reason, Ending::Dropped)), None).0;
-    let (Some(tcp), Some(whole)) = (tcp(&context, &passage.place), locate(&context, passage))
-    else {
+    let is_v4 = passage.is_v4 != 0;
+    let Some(network) = network(&context, &passage.place, is_v4) else {
+        return refused(Reason::BadHeader);
+    };
+    passage.network = network.offset as u32;
+    passage.connection.source = network.source;
+    passage.connection.destination = network.destination;
+    let Some(tcp) = tcp(&context, &passage.place) else {
         return refused(Reason::BadHeader);
     };
     // The rest of a fragmented segment passes unseen.
-    if !whole {
+    if !network.is_whole {
         return refused(Reason::TlsUnclear);
     }
+    passage.connection.ports = tcp.ports;
     passage.tcp = tcp;
-    let ([s0, s1], [d0, d1]) = (tcp.source_port, tcp.destination_port);
-    passage.connection.ports = [s0, s1, d0, d1];
     let judged = match judge_tcp(&context, passage) {
         Verdict::Pass(fate) => Judged::new(None, fate),
         Verdict::Refuse(reason, ending, fate) => Judged::new(Some((reason, ending)), fate),
@@ -225,52 +230,19 @@ extern "C" fn judge_passage(ctx: *mut xdp_md) -> u32 {
     judged.0
 }
 
-/// Reads the addresses once more, since the caller's stack has no room to hand them over; whether all of
-/// the segment is here.
-#[inline(always)]
-fn locate(ctx: &XdpContext, passage: &mut Passage) -> Option<bool> {
-    let network = network(ctx)?;
-    passage.network = network as u32;
-    let is_v4 = passage.is_v4 != 0;
-    let connection = &mut passage.connection;
-    if is_v4 {
-        let [s0, s1, s2, s3] = load(ctx, network + 12)?;
-        let [d0, d1, d2, d3] = load(ctx, network + 16)?;
-        zero(&mut connection.source[..10]);
-        zero(&mut connection.destination[..10]);
-        let [.., b10, b11, b12, b13, b14, b15] = &mut connection.source;
-        (*b10, *b11, *b12, *b13, *b14, *b15) = (0xff, 0xff, s0, s1, s2, s3);
-        let [.., b10, b11, b12, b13, b14, b15] = &mut connection.destination;
-        (*b10, *b11, *b12, *b13, *b14, *b15) = (0xff, 0xff, d0, d1, d2, d3);
-    } else {
-        connection.source = load(ctx, network + 8)?;
-        connection.destination = load(ctx, network + 24)?;
-    }
-    is_whole(ctx, network, is_v4)
-}
-
-/// Zeroes bytes one by one: together they would be a call of memset, whose frame, at least 32 bytes on
-/// Linux 6.1, has no place on the stack any more.
-#[inline(always)]
-fn zero(bytes: &mut [u8]) {
-    for byte in bytes {
-        // SAFETY: a reference may be written to.
-        unsafe { core::ptr::write_volatile(byte, 0) }
-    }
-}
-
-/// Forgets where a stream begins.
+/// Forgets where a stream begins, word by word: together it would be a call of memset, whose frame, at
+/// least 32 bytes on Linux 6.1, has no place on the stack any more.
 #[inline(always)]
 fn forget(stream: &mut Stream) {
     for opening in &mut stream.openings {
-        // SAFETY: as in `zero`.
+        // SAFETY: a reference may be written to.
         unsafe {
             core::ptr::write_volatile(&mut opening.first, 0);
             core::ptr::write_volatile(&mut opening.began, 0);
             core::ptr::write_volatile(&mut opening.form, 0);
         }
     }
-    // SAFETY: as in `zero`.
+    // SAFETY: as above.
     unsafe { core::ptr::write_volatile(&mut stream.carried, 0) }
 }
 
@@ -307,10 +279,14 @@ fn judge_tcp(ctx: &XdpContext, passage: &mut Passage) -> Verdict {
     stream.carried = stream.carried.saturating_add(tcp.length);
     let mut found = None;
     for (place, opening) in stream.openings.iter().enumerate() {
+        // They are taken in turn.
+        if opening.began == 0 {
+            break;
+        }
         let offset = tcp.sequence.wrapping_sub(opening.first);
         // Somewhere in the opening, or from before the stream into it.
         let touches = offset < FARTHEST || offset.wrapping_neg() < tcp.length;
-        if opening.began != 0 && touches {
+        if touches {
             if found.is_some() {
                 return UNCLEAR;
             }
