@@ -6,6 +6,7 @@ use std::{
     process::Command,
 };
 
+use filter_common::LAYOUT;
 use filter_tests::net::{
     ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, agent_binary, connect, dedicated,
     policy, succeed, wait_until,
@@ -193,7 +194,7 @@ fn filter_that_is_taken_off_by_force_is_put_back_and_counted() {
     let mut net = start("forced-off", "eth0");
     let _listener = net.listen(PORT);
     assert_eq!(net.agent_json(&["status"])["repairs"], 0);
-    let pins = fs::read_dir(net.bpffs().join("filter-agent/v2")).unwrap();
+    let pins = fs::read_dir(net.bpffs().join(format!("filter-agent/v{LAYOUT}"))).unwrap();
     let mut pins = pins.map(|entry| entry.unwrap().path());
     let link = pins
         .find(|pin| pin.to_str().unwrap().contains("link_"))

@@ -509,7 +509,7 @@ impl Net {
         stderr.trim_end().into()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         let agent = self.agent.as_ref().expect("the agent runs");
         let pid = i32::try_from(agent.child.id()).unwrap();
         kill(Pid::from_raw(pid), signal).unwrap();

@@ -4,19 +4,20 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
-    path::PathBuf,
     process::Command,
     thread,
     time::Duration,
 };
 
+use filter_common::LAYOUT;
 use filter_tests::databases::{Postgres, psql};
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, NEIGHBOURS, Net,
-    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, bound, connect, dedicated, policy, transfer,
+    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, bound, connect, dedicated, policy, succeed,
+    transfer,
 };
 use jiff::{SignedDuration, Timestamp};
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::signal::Signal};
 
 const PORT: u16 = 5432;
 const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
@@ -651,32 +652,41 @@ fn tunnel_is_named_as_uncovered_and_filtered_where_it_is_listed() {
 }
 
 #[test]
-fn link_removed_behind_the_agents_back_is_an_error_and_reload_mends_it() {
-    let mut net = Net::new("unlinked");
+fn program_that_takes_the_filters_place_is_an_error_until_it_is_gone() {
+    let mut net = Net::new("replaced");
     let _listener = net.listen(PORT);
     net.write_policy(&orders("native"));
     net.start();
-    assert_eq!(
-        net.agent_json(&["status", "--verify"])["errors"],
-        serde_json::json!([])
-    );
-    let pins = fs::read_dir(net.bpffs().join("filter-agent/v2")).unwrap();
-    let pins: Vec<PathBuf> = pins.map(|pin| pin.unwrap().path()).collect();
-    let is_link = |pin: &&PathBuf| {
-        pin.file_name()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .starts_with("link_")
-    };
-    fs::remove_file(pins.iter().find(is_link).unwrap()).unwrap();
-    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
+    let mut stranger = Net::new("replacement");
+    stranger.write_policy(&orders("native"));
+    stranger.start();
+    let program = stranger.agent_json(&["status"])["interfaces"][0]["program_id"].to_string();
 
-    let output = net.agent(&["status", "--verify", "--json"]);
+    // An agent that runs would be quicker.
+    net.signal(Signal::SIGSTOP);
+    let pins = fs::read_dir(net.bpffs().join(format!("filter-agent/v{LAYOUT}"))).unwrap();
+    let mut pins = pins.map(|entry| entry.unwrap().path());
+    let link = pins.find(|pin| pin.to_str().unwrap().contains("link_"));
+    fs::remove_file(link.unwrap()).unwrap();
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
+    let bpftool = |words: &str| {
+        net.db.run(|| {
+            let mut command = Command::new("bpftool");
+            succeed(command.arg("net").args(words.split(' ')));
+        });
+    };
+    bpftool(&format!("attach xdpdrv id {program} dev eth0"));
+    net.signal(Signal::SIGCONT);
+
+    let output = net.agent(&["status", "--json"]);
     assert_eq!(output.status.code(), Some(1));
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     let errors = status["errors"].to_string();
-    assert!(errors.contains("eth0 is not filtered"), "{errors}");
+    assert!(
+        errors.contains(&format!("eth0 runs XDP program {program}, not this")),
+        "{errors}"
+    );
+    bpftool("detach xdpdrv dev eth0");
     net.agent_text(&["reload"]);
     net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     assert_eq!(
