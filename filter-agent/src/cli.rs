@@ -7,6 +7,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -18,6 +19,7 @@ use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Serialize, de::DeserializeOwned};
+use signal_hook::{consts::SIGPIPE, flag::register_conditional_shutdown};
 use tokio::net::UnixStream;
 
 use crate::{
@@ -326,6 +328,9 @@ async fn execute(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What a shell makes of a process that SIGPIPE ended.
+const EXIT_BROKEN_PIPE: i32 = 128 + SIGPIPE;
+
 /// Exit status 1 where something was printed that is an error all the same.
 fn failure_if(failed: bool) -> ExitCode {
     if failed {
@@ -336,7 +341,11 @@ fn failure_if(failed: bool) -> ExitCode {
 }
 
 impl Output {
+    /// Ends the process where nobody reads on, as in `status | head -1`.
     fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T)) -> Result<()> {
+        // Only from here on: to lose the agent half way is an error that wants a message.
+        register_conditional_shutdown(SIGPIPE, EXIT_BROKEN_PIPE, Arc::new(true.into()))
+            .context("watch for a closed pipe")?;
         if self.json {
             let json = serde_json::to_string_pretty(value).context("write JSON")?;
             println!("{json}");
