@@ -288,10 +288,15 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
     let mut text = random_policy(&mut rng);
     let mut loaded = Loaded::new(&text);
     let mut reasons = BTreeSet::new();
+    // Sources that the program may still know from the policy before.
+    let mut known = Vec::new();
     for _ in 0..POLICIES {
         let prefixes = prefixes(&text);
-        let frames = random_frames(&mut rng, &prefixes, FRAMES);
+        let mut frames = random_frames(&mut rng, &prefixes, FRAMES);
+        compare(&mut loaded, &text, &known, seed);
         let counters = compare(&mut loaded, &text, &frames, seed);
+        frames.truncate(FRAMES / 3);
+        known = frames;
         reasons.extend(
             counters
                 .into_keys()
@@ -314,6 +319,46 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
         all.collect(),
         "seed {seed}: not every verdict came up"
     );
+}
+
+/// Few places, many sources: each is judged again and again, known or not, near an allowed prefix or far
+/// from all, and by what the policy is at that moment.
+#[test]
+fn source_that_comes_again_is_judged_by_the_policy_of_that_moment() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut loaded = Loaded::new("interfaces: [eth0]\ndatabases: []\n");
+    for _ in 0..30 {
+        let text = random_policy(&mut rng);
+        let prefixes = prefixes(&text);
+        let again: Vec<Vec<u8>> = (0..1500)
+            .map(|_| {
+                let mut addressing = random_addressing(&mut rng, &prefixes);
+                addressing.protocol = Protocol::Tcp;
+                addressing.destination_port = pick(&mut rng, &PORTS);
+                let last = rng.u16(..).to_be_bytes();
+                addressing.source = match addressing.source {
+                    IpAddr::V4(source) if rng.bool() => {
+                        let [a, b, ..] = source.octets();
+                        Ipv4Addr::new(a, b, last[0], last[1]).into()
+                    }
+                    // The same bits in the place of another family's address.
+                    IpAddr::V6(_) if rng.u8(..4) == 0 => {
+                        let low = u128::from(rng.u64(..)) >> pick(&mut rng, &[0, 32]);
+                        let high = u128::from(pick(&mut rng, &[0, u64::MAX])) << 64;
+                        Ipv6Addr::from(high | low).into()
+                    }
+                    source => source,
+                };
+                Packet::new(&addressing, rng.u32(..)).frame()
+            })
+            .collect();
+        for text in [&text, &random_policy(&mut rng), &text] {
+            loaded.apply(text);
+            compare(&mut loaded, text, &again, seed);
+            compare(&mut loaded, text, &again, seed);
+        }
+    }
 }
 
 #[test]

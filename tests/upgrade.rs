@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use filter_common::LAYOUT;
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected,
     agent_binary, dedicated, next_layout_binary, policy, wait_until,
@@ -79,9 +80,9 @@ fn agent_of_another_layout_takes_over_without_a_gap_and_back() {
     let outside = Hammer::denied(&net.client, &denied);
     let mut before = (0, 0);
     for (binary, layout, counters) in [
-        (next_layout_binary(), "v3", "counters go on"),
-        (agent_binary(), "v2", "counters begin at 0"),
-        (next_layout_binary(), "v3", "counters go on"),
+        (next_layout_binary(), LAYOUT + 1, "counters go on"),
+        (agent_binary(), LAYOUT, "counters begin at 0"),
+        (next_layout_binary(), LAYOUT + 1, "counters go on"),
     ] {
         before = before.max(dropped_and_hits(&net));
         net.terminate();
@@ -94,7 +95,7 @@ fn agent_of_another_layout_takes_over_without_a_gap_and_back() {
             "{:#?}",
             net.log
         );
-        assert_eq!(layouts(&net), [layout]);
+        assert_eq!(layouts(&net), [format!("v{layout}")]);
         assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
         if counters == "counters go on" {
             let after = dropped_and_hits(&net);
@@ -163,7 +164,7 @@ fn upgrade_that_is_killed_at_any_moment_is_finished_by_the_next_start() {
     }
     net.binary = next_layout_binary().to_owned();
     net.start();
-    assert_eq!(layouts(&net), ["v3"]);
+    assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
     inside.stop();
     outside.stop();
     assert_filtered(&net);
@@ -177,7 +178,7 @@ fn interface_that_vanished_before_the_upgrade_leaves_nothing_behind() {
     net.db.ip("link delete eth0");
     net.binary = next_layout_binary().to_owned();
     net.start();
-    assert_eq!(layouts(&net), ["v3"]);
+    assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
     net.make_pair();
     assert!(wait_until(|| {
         let errors = net.agent_json(&["status"])["errors"].clone();

@@ -26,9 +26,9 @@ use aya::{
 };
 use filter_common::{
     ADOPTION_SECONDS, ANSWER_LENGTH, ANSWERS, ANY_SLOT, Answer, COUNTERS, Connection,
-    DEFAULT_MAX_PREFIXES, EXEMPT, Engine, Fate, Guard, LAYOUT, LocalKey, MAX_LOCALS, Name, PORTS,
-    RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6, Stream, counter_index, counters_of,
-    fate_index, slot_key,
+    DEFAULT_MAX_PREFIXES, EXEMPT, Engine, Fate, Guard, HITS, LAYOUT, LocalKey, MAX_LOCALS,
+    NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6,
+    Stream, counter_index, counters_of, fate_index, hit_index, slot_key,
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::{
@@ -42,7 +42,7 @@ use crate::{
     answer::answer,
     compile::Compiled,
     host::{AttachedXdp, Interface},
-    image::{Change, Difference, Image, Step},
+    image::{Change, Difference, Image, Step, changes},
     policy::Mode,
 };
 
@@ -105,8 +105,8 @@ const fn per_cpu(name: &'static str, entries: u32) -> Shape {
     }
 }
 
-const SHAPES: [Shape; 13] = [
-    array("PORT_GUARDS", size_of::<Guard>(), PORTS),
+const SHAPES: [Shape; 15] = [
+    array("PORT_GUARDS", size_of::<Port>(), PORTS),
     Shape {
         name: "LOCAL_GUARDS",
         map_type: MapType::Hash,
@@ -118,11 +118,13 @@ const SHAPES: [Shape; 13] = [
     array("PROTOCOLS", 4, 1),
     trie("ALLOWED4", size_of::<Source4>()),
     trie("ALLOWED6", size_of::<Source6>()),
+    array("NEAR", size_of::<NearLine>(), NEAR_LINES),
+    array("EPOCH", 4, 1),
     per_cpu("COUNTS", COUNTERS),
-    per_cpu("HITS", RULE_IDS),
+    per_cpu("HITS", HITS),
     array("SLOT_NAMES", size_of::<Name>(), SLOTS),
     array("RULE_NAMES", size_of::<Name>(), RULE_IDS),
-    array("PROBES", 8, COUNTERS + RULE_IDS),
+    array("PROBES", 8, COUNTERS + HITS),
     Shape {
         name: "STREAMS",
         map_type: MapType::LruHash,
@@ -150,11 +152,13 @@ pub struct Filter {
 }
 
 struct Maps {
-    ports: Array<MapData, Guard>,
+    ports: Array<MapData, Port>,
     locals: HashMap<MapData, LocalKey, Guard>,
     protocols: Array<MapData, u32>,
     allowed4: LpmTrie<MapData, Source4, u32>,
     allowed6: LpmTrie<MapData, Source6, u32>,
+    near: Array<MapData, NearLine>,
+    epoch: Array<MapData, u32>,
     counts: PerCpuArray<MapData, u64>,
     hits: PerCpuArray<MapData, u64>,
     slot_names: Array<MapData, Name>,
@@ -330,15 +334,22 @@ impl Filter {
             self.maps.set_adoption(slot, until)?;
         }
         let steps = self.held.steps_to(&image);
-        for (done, step) in steps.iter().enumerate() {
-            if let Err(error) = self.maps.write(step) {
-                for step in steps[..=done].iter().rev() {
-                    self.maps
-                        .write(&step.reversed())
-                        .with_context(|| format!("take back a refused change ({error:#})"))?;
-                }
-                return Err(error.context("write the policy to the kernel, nothing is changed"));
+        let mut done = 0;
+        let written = steps.iter().try_for_each(|step| {
+            done += 1;
+            self.maps.write(step)
+        });
+        let written = written
+            .and_then(|()| self.maps.begin_epoch(&image.ports))
+            .and_then(|()| self.maps.keep_hits(&self.held, &image));
+        if let Err(error) = written {
+            let undo = || format!("take back a refused change ({error:#})");
+            for step in steps[..done].iter().rev() {
+                self.maps.write(&step.reversed()).with_context(undo)?;
             }
+            // What was found out half way is not to be remembered either.
+            self.maps.begin_epoch(&self.held.ports).with_context(undo)?;
+            return Err(error.context("write the policy to the kernel, nothing is changed"));
         }
         Ok(std::mem::replace(&mut self.held, image))
     }
@@ -585,11 +596,11 @@ impl Filter {
             let probes = self.maps.probes.get(&index, 0)?;
             Ok(self.maps.probes.set(index, probes + 1, 0)?)
         };
-        record(counter_index(judged.slot, judged.reason, judged.monitor))
-            .context("record a probe")?;
-        if let Some(id) = judged.rule {
-            record(COUNTERS + id).context("record a probe")?;
-        }
+        record(match judged.rule {
+            Some(id) => COUNTERS + hit_index(id, judged.monitor),
+            None => counter_index(judged.slot, judged.reason, judged.monitor),
+        })
+        .context("record a probe")?;
         Ok(passed)
     }
 
@@ -613,8 +624,8 @@ impl Filter {
         let exempt = rule.is_some_and(|rule| rule & EXEMPT != 0);
         let rule = rule.map(|rule| rule & !EXEMPT);
         let bad = match source {
-            IpAddr::V4(source) => filter_common::is_bad_source4(source.octets()),
-            IpAddr::V6(source) => filter_common::is_bad_source6(source.octets()),
+            IpAddr::V4(source) => filter_common::is_bad_source4(source.to_bits()),
+            IpAddr::V6(source) => filter_common::is_bad_source6(source.to_bits()),
         };
         let (reason, rule) = match rule {
             _ if bad => (Reason::BadSource, None),
@@ -643,7 +654,12 @@ impl Filter {
             for reason in Reason::ALL {
                 for monitored in [false, true] {
                     let index = counter_index(*slot as u16, reason, monitored);
-                    let packets = self.count(&self.maps.counts, index, index)?;
+                    let mut packets = self.count(&self.maps.counts, index, index)?;
+                    let rules = self.held.rules.iter();
+                    let rules = rules.filter(|(_, rule)| u32::from(rule.slot) == *slot);
+                    for (id, _) in rules.filter(|_| reason == Reason::Allowed) {
+                        packets += self.hits_of(*id, monitored)?;
+                    }
                     if packets > 0 {
                         let database = name.text().map(str::to_owned);
                         counts.insert((database, reason, monitored), packets);
@@ -685,11 +701,16 @@ impl Filter {
         let mut hits = BTreeMap::new();
         for (id, name) in &self.held.rules {
             if let (Some(database), Some(rule)) = (databases.get(&name.slot), name.text()) {
-                let packets = self.count(&self.maps.hits, *id, COUNTERS + *id)?;
+                let packets = self.hits_of(*id, false)? + self.hits_of(*id, true)?;
                 hits.insert(((*database).to_owned(), rule.to_owned()), packets);
             }
         }
         Ok(hits)
+    }
+
+    fn hits_of(&self, rule: u32, monitored: bool) -> Result<u64> {
+        let index = hit_index(rule, monitored);
+        self.count(&self.maps.hits, index, COUNTERS + index)
     }
 
     /// One counter, summed over the CPUs. `probes`: its place in the map of probes.
@@ -743,6 +764,8 @@ impl Maps {
             protocols: typed(ebpf, "PROTOCOLS")?,
             allowed4: typed(ebpf, "ALLOWED4")?,
             allowed6: typed(ebpf, "ALLOWED6")?,
+            near: typed(ebpf, "NEAR")?,
+            epoch: typed(ebpf, "EPOCH")?,
             counts: typed(ebpf, "COUNTS")?,
             hits: typed(ebpf, "HITS")?,
             slot_names: typed(ebpf, "SLOT_NAMES")?,
@@ -794,9 +817,15 @@ impl Maps {
             }
         }
         for index in 0..PORTS {
-            let guard = self.ports.get(&index, 0)?;
+            let guard = self.ports.get(&index, 0)?.guard();
             if !guard.is_none() {
                 image.ports.push((index, guard));
+            }
+        }
+        for line in 0..NEAR_LINES {
+            let near = self.near.get(&line, 0)?;
+            if near != NearLine::default() {
+                image.near.push((line, near));
             }
         }
         for entry in self.locals.iter() {
@@ -843,6 +872,10 @@ impl Maps {
             }
             sizes.insert(shape.name, info.max_entries());
         }
+        // Before layout 3 the packets of a rule were counted otherwise.
+        if sizes["HITS"] != hit_index(sizes["RULE_NAMES"], false) {
+            return Ok(false);
+        }
         let open = |name: &str| MapData::from_pin(pins.join(name));
         let slot_names: Array<_, Name> = Map::Array(open("SLOT_NAMES")?).try_into()?;
         let rule_names: Array<_, Name> = Map::Array(open("RULE_NAMES")?).try_into()?;
@@ -871,9 +904,12 @@ impl Maps {
             if name != Name::FREE
                 && let Some(&(new, _)) = held.rules.iter().find(same)
             {
-                self.hits.set(new, hits.get(&old, 0)?, 0)?;
-                let probed = probes.get(&(sizes["COUNTS"] + old), 0)?;
-                self.probes.set(COUNTERS + new, probed, 0)?;
+                for monitored in [false, true] {
+                    let (old, new) = (hit_index(old, monitored), hit_index(new, monitored));
+                    self.hits.set(new, hits.get(&old, 0)?, 0)?;
+                    let probed = probes.get(&(sizes["COUNTS"] + old), 0)?;
+                    self.probes.set(COUNTERS + new, probed, 0)?;
+                }
             }
         }
         Ok(true)
@@ -902,12 +938,54 @@ impl Maps {
             .iter()
             .filter(|entry| is_new(&held.rules, entry.0))
         {
-            self.hits.set(id, zero()?, 0).context("clear a counter")?;
-            self.probes
-                .set(COUNTERS + id, 0, 0)
-                .context("clear a counter")?;
+            for index in [false, true].map(|monitored| hit_index(id, monitored)) {
+                self.hits
+                    .set(index, zero()?, 0)
+                    .context("clear a counter")?;
+                self.probes
+                    .set(COUNTERS + index, 0, 0)
+                    .context("clear a counter")?;
+            }
         }
         Ok(())
+    }
+
+    /// Adds the hits of the rules that `after` no longer has to their databases' counters.
+    fn keep_hits(&mut self, before: &Image, after: &Image) -> Result<()> {
+        for change in changes(&before.rules, &after.rules) {
+            let (Some(rule), None) = (change.old, change.new) else {
+                continue;
+            };
+            for monitored in [false, true] {
+                let from = hit_index(change.key, monitored);
+                let to = counter_index(rule.slot, Reason::Allowed, monitored);
+                let hits = self.hits.get(&from, 0)?;
+                let counts = self.counts.get(&to, 0)?;
+                let sums = counts.iter().zip(hits.iter()).map(|(a, b)| a + b);
+                let sums: Vec<u64> = sums.collect();
+                self.counts.set(to, PerCpuValues::try_from(sums)?, 0)?;
+                let probes = self.probes.get(&to, 0)?;
+                let probes = probes + self.probes.get(&(COUNTERS + from), 0)?;
+                self.probes.set(to, probes, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends what the packet path remembers of the tries.
+    fn begin_epoch(&mut self, ports: &[(u32, Guard)]) -> Result<()> {
+        let epoch = self.epoch()?.wrapping_add(1);
+        self.epoch.set(0, epoch, 0).context("begin an epoch")?;
+        for &(port, guard) in ports {
+            self.ports
+                .set(port, Port::new(guard, epoch), 0)
+                .context("begin an epoch")?;
+        }
+        Ok(())
+    }
+
+    fn epoch(&self) -> Result<u32> {
+        self.epoch.get(&0, 0).context("read the epoch")
     }
 
     fn write(&mut self, step: &Step) -> Result<()> {
@@ -930,6 +1008,10 @@ impl Maps {
                 write_prefix(&mut self.allowed6, &source6(slot, prefix), new)
                     .with_context(|| format!("write prefix {prefix}"))
             }
+            Step::Near(Change { key, new, .. }) => self
+                .near
+                .set(key, new.unwrap_or_default(), 0)
+                .context("write what is near the prefixes"),
             Step::Local(Change { key, new, .. }) => match new {
                 Some(guard) => self.locals.insert(key, guard, 0),
                 None => absent_is_none(self.locals.remove(&key)).map(drop),
@@ -941,10 +1023,13 @@ impl Maps {
                      those of the old and the new policy together; reload in two steps"
                 )
             }),
-            Step::Port(Change { key, new, .. }) => self
-                .ports
-                .set(key, new.unwrap_or_default(), 0)
-                .with_context(|| format!("write the guard of port {}", key as u16)),
+            Step::Port(Change { key, new, .. }) => {
+                let epoch = self.epoch()?;
+                let port = new.map_or(Port::default(), |guard| Port::new(guard, epoch));
+                self.ports
+                    .set(key, port, 0)
+                    .with_context(|| format!("write the guard of port {}", key as u16))
+            }
             Step::Protocols { new, .. } => self
                 .protocols
                 .set(0, new, 0)

@@ -3,11 +3,14 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
 };
 
 use anyhow::{Result, bail};
-use filter_common::{EXEMPT, Guard, LocalKey, Name, Protocol, RULE_IDS, SLOTS, mapped, port_index};
+use filter_common::{
+    EXEMPT, Guard, LocalKey, NEAR_BITS, NEAR_SHORTEST, Name, NearLine, Protocol, RULE_IDS, SLOTS,
+    mapped, near_place, port_index,
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +28,8 @@ pub struct Image {
     /// forced on it.
     pub allowed4: Vec<((u16, Ipv4Net), u32)>,
     pub allowed6: Vec<((u16, Ipv6Net), u32)>,
+    /// What is near those prefixes: the lines that are not all zeros.
+    pub near: Vec<(u32, NearLine)>,
     pub locals: Vec<(LocalKey, Guard)>,
     /// By `port_index`.
     pub ports: Vec<(u32, Guard)>,
@@ -48,6 +53,7 @@ pub enum Step {
     Rule(Change<u32, Name>),
     Allowed4(Change<(u16, Ipv4Net), u32>),
     Allowed6(Change<(u16, Ipv6Net), u32>),
+    Near(Change<u32, NearLine>),
     Local(Change<LocalKey, Guard>),
     Port(Change<u32, Guard>),
     Protocols { old: u32, new: u32 },
@@ -68,6 +74,7 @@ impl Step {
             Self::Rule(change) => Self::Rule(swap(change)),
             Self::Allowed4(change) => Self::Allowed4(swap(change)),
             Self::Allowed6(change) => Self::Allowed6(swap(change)),
+            Self::Near(change) => Self::Near(swap(change)),
             Self::Local(change) => Self::Local(swap(change)),
             Self::Port(change) => Self::Port(swap(change)),
             Self::Protocols { old, new } => Self::Protocols { old: new, new: old },
@@ -133,9 +140,15 @@ impl Image {
             } else {
                 entries.protocol.bit()
             };
+            let v4 = entries.v4.iter().map(|(prefix, _)| prefix.prefix_len());
+            let v6 = entries.v6.iter().map(|(prefix, _)| prefix.prefix_len());
+            let is_wide = v4.chain(v6).any(|length| length < NEAR_SHORTEST);
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
                 let mut guard = Guard::new(slot, entries.monitor);
+                if is_wide {
+                    guard = guard.wide();
+                }
                 if let Some(tls) = entries.tls {
                     guard = guard.with_tls(tls.engine, tls.cancel_in_clear);
                 }
@@ -162,6 +175,15 @@ impl Image {
         image.allowed4.sort_by_key(|&(key, _)| key);
         image.allowed6.sort_by_key(|&(key, _)| key);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
+        let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
+        let v4 = v4.filter(|prefix| prefix.prefix_len() >= NEAR_SHORTEST);
+        let v4 = v4.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
+        image.near = near(v4, true);
+        let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
+        let v6 = v6.filter(|prefix| prefix.prefix_len() >= NEAR_SHORTEST);
+        let first_bits = |address: Ipv6Addr| (address.to_bits() >> 96) as u32;
+        let v6 = v6.map(|prefix| (first_bits(prefix.network()), first_bits(prefix.broadcast())));
+        image.near.extend(near(v6, false));
         Ok(image)
     }
 
@@ -254,6 +276,8 @@ impl Image {
         let mut steps = Vec::new();
         steps.extend(set(&slots).map(Step::Slot));
         steps.extend(set(&rules).map(Step::Rule));
+        let near = union(&self.near, &new.near);
+        steps.extend(changes(&self.near, &near).into_iter().map(Step::Near));
         steps.extend(set(&allowed4).map(Step::Allowed4));
         steps.extend(set(&allowed6).map(Step::Allowed6));
         steps.extend(set(&locals).map(Step::Local));
@@ -265,6 +289,7 @@ impl Image {
         steps.extend(removed(&locals).map(Step::Local));
         steps.extend(removed(&allowed4).map(Step::Allowed4));
         steps.extend(removed(&allowed6).map(Step::Allowed6));
+        steps.extend(changes(&near, &new.near).into_iter().map(Step::Near));
         steps.extend(removed(&rules).map(Step::Rule));
         steps.extend(removed(&slots).map(Step::Slot));
         steps
@@ -347,8 +372,10 @@ impl Image {
             }
         };
         for Change { key, old, new } in changes(&old.ports, &new.ports) {
+            let [old, new] = [old, new].map(|guard| guard.map(Guard::of_any_width));
             for (guard, added) in [(old, false), (new, true)] {
-                if let Some(guard) = guard.filter(|guard| !guard.is_by_address()) {
+                let guard = guard.filter(|guard| old != new && !guard.is_by_address());
+                if let Some(guard) = guard {
                     of_guard(guard, &port_text(key), added);
                 }
             }
@@ -356,8 +383,9 @@ impl Image {
         for Change { key, old, new } in changes(&old.locals, &new.locals) {
             let address = std::net::Ipv6Addr::from(key.address).to_canonical();
             let text = format!("{address} {}", port_text(key.port));
+            let [old, new] = [old, new].map(|guard| guard.map(Guard::of_any_width));
             for (guard, added) in [(old, false), (new, true)] {
-                if let Some(guard) = guard {
+                if let Some(guard) = guard.filter(|_| old != new) {
                     of_guard(guard, &text, added);
                 }
             }
@@ -397,8 +425,50 @@ fn local_address(address: IpAddr) -> [u8; 16] {
     }
 }
 
+/// What is near ranges of one address family, given by the first 32 bits of their first and their last
+/// addresses.
+fn near(ranges: impl Iterator<Item = (u32, u32)>, is_v4: bool) -> Vec<(u32, NearLine)> {
+    const UNIT: usize = 1 << (32 - NEAR_BITS);
+    let mut ranges: Vec<_> = ranges.collect();
+    // Sorted already where there is one database.
+    ranges.sort_unstable();
+    let mut lines: Vec<(u32, NearLine)> = Vec::new();
+    let mut next = 0;
+    for (first, last) in ranges {
+        let first = first & !(UNIT as u32 - 1);
+        for address in (first.max(next)..=last).step_by(UNIT) {
+            let (line, word, bit) = near_place(address, is_v4);
+            match lines.last_mut() {
+                Some((known, words)) if *known == line => words[word] |= bit,
+                _ => {
+                    let mut words = NearLine::default();
+                    words[word] = bit;
+                    lines.push((line, words));
+                }
+            }
+            next = address.saturating_add(UNIT as u32);
+        }
+    }
+    lines
+}
+
+/// What is near by either of two such maps.
+fn union(a: &[(u32, NearLine)], b: &[(u32, NearLine)]) -> Vec<(u32, NearLine)> {
+    let merged = changes(a, b).into_iter();
+    let merged = merged.map(|Change { key, old, new }| {
+        let (old, new) = (old.unwrap_or_default(), new.unwrap_or_default());
+        (key, std::array::from_fn(|word| old[word] | new[word]))
+    });
+    let differ: BTreeMap<u32, NearLine> = merged.collect();
+    let mut lines = a.to_vec();
+    lines.retain(|(line, _)| !differ.contains_key(line));
+    lines.extend(differ);
+    lines.sort_unstable_by_key(|&(line, _)| line);
+    lines
+}
+
 /// What differs between two sorted lists, by key.
-fn changes<K: Ord + Copy, V: PartialEq + Copy>(
+pub fn changes<K: Ord + Copy, V: PartialEq + Copy>(
     old: &[(K, V)],
     new: &[(K, V)],
 ) -> Vec<Change<K, V>> {
@@ -458,6 +528,7 @@ mod tests {
         rules: BTreeMap<u32, Name>,
         allowed4: BTreeMap<(u16, Ipv4Net), u32>,
         allowed6: BTreeMap<(u16, Ipv6Net), u32>,
+        near: BTreeMap<u32, NearLine>,
         locals: BTreeMap<LocalKey, Guard>,
         ports: BTreeMap<u32, Guard>,
         protocols: u32,
@@ -479,6 +550,7 @@ mod tests {
                 Step::Rule(change) => put(&mut self.rules, change),
                 Step::Allowed4(change) => put(&mut self.allowed4, change),
                 Step::Allowed6(change) => put(&mut self.allowed6, change),
+                Step::Near(change) => put(&mut self.near, change),
                 Step::Local(change) => put(&mut self.locals, change),
                 Step::Port(change) => put(&mut self.ports, change),
                 Step::Protocols { old, new } => {
@@ -497,6 +569,7 @@ mod tests {
                 rules: list(&self.rules),
                 allowed4: list(&self.allowed4),
                 allowed6: list(&self.allowed6),
+                near: list(&self.near),
                 locals: list(&self.locals),
                 ports: list(&self.ports),
                 protocols: self.protocols,
@@ -519,7 +592,10 @@ mod tests {
             };
             let mut allowed = self.allowed4.keys();
             let allowed = allowed.any(|(slot, net)| *slot == guard.slot() && net.contains(&source));
-            allowed || guard.is_monitor()
+            let (line, word, bit) = near_place(source.to_bits(), true);
+            let line = self.near.get(&line);
+            let near = line.is_some_and(|line| line[word] & bit != 0);
+            (near || guard.is_wide()) && allowed || guard.is_monitor()
         }
     }
 
@@ -550,7 +626,11 @@ mod tests {
             };
             let mut v4: Vec<(Ipv4Net, u16)> = (0..random.u16(..5))
                 .map(|rule| {
-                    let net = Ipv4Net::new(source(random), random.u8(28..=32)).unwrap();
+                    let length = match random.u8(..8) {
+                        0 => random.u8(..12),
+                        _ => random.u8(28..=32),
+                    };
+                    let net = Ipv4Net::new(source(random), length).unwrap();
                     (net.trunc(), rule)
                 })
                 .collect();
@@ -611,6 +691,39 @@ mod tests {
                     undone.write(step.reversed());
                 }
                 assert_eq!(undone, before);
+            }
+        }
+    }
+
+    #[test]
+    fn near_are_the_addresses_that_begin_as_one_of_a_prefix_does() {
+        let mut random = fastrand::Rng::with_seed(7);
+        for _ in 0..200 {
+            let mut prefixes: Vec<Ipv4Net> = (0..random.usize(..30))
+                .map(|_| {
+                    let shortest = random.u8(8..20);
+                    let length = random.u8(shortest..=32);
+                    Ipv4Net::new_assert(random.u32(..).into(), length).trunc()
+                })
+                .collect();
+            random.shuffle(&mut prefixes);
+            let ranges = prefixes
+                .iter()
+                .map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
+            let lines: BTreeMap<u32, NearLine> = near(ranges, true).into_iter().collect();
+            for _ in 0..200 {
+                let inside = random.choice(&prefixes).filter(|_| random.bool());
+                let address = inside.map_or(random.u32(..), |prefix| {
+                    let around = random.u32(..) >> prefix.prefix_len().min(31);
+                    (prefix.network().to_bits() ^ around).wrapping_add(random.u32(..600))
+                });
+                let all = Ipv4Net::new_assert(address.into(), NEAR_BITS as u8);
+                let expected = prefixes
+                    .iter()
+                    .any(|prefix| prefix.contains(&all.trunc()) || all.trunc().contains(prefix));
+                let (line, word, bit) = near_place(address, true);
+                let found = lines.get(&line).is_some_and(|line| line[word] & bit != 0);
+                assert_eq!(found, expected, "{address:x} of {prefixes:?}");
             }
         }
     }

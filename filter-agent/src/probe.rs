@@ -63,12 +63,12 @@ pub fn probes(compiled: &Compiled) -> Vec<Probe> {
 /// An address as a source, unless no host may have it on the wire.
 fn source4(bits: u128) -> Option<IpAddr> {
     let address = Ipv4Addr::from_bits(bits.try_into().ok()?);
-    (!is_bad_source4(address.octets())).then_some(address.into())
+    (!is_bad_source4(address.to_bits())).then_some(address.into())
 }
 
 fn source6(bits: u128) -> Option<IpAddr> {
     let address = Ipv6Addr::from_bits(bits);
-    (!is_bad_source6(address.octets())).then_some(address.into())
+    (!is_bad_source6(address.to_bits())).then_some(address.into())
 }
 
 /// An address of one of the ranges.

@@ -4,7 +4,7 @@
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 3 } else { 2 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 4 } else { 3 };
 
 /// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes.
 const NEXT_LAYOUT: bool = cfg!(feature = "next-layout");
@@ -94,19 +94,23 @@ pub const fn port_index(protocol: Protocol, port: u16) -> u32 {
 }
 
 /// What the port map and the map of local addresses say of a port: which database it belongs to.
-/// Zero: none.
+/// Zero: none. The highest bit is not used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct Guard(pub u32);
 
 impl Guard {
-    const BY_ADDRESS: u32 = 1 << 16;
-    const MONITOR: u32 = 1 << 17;
+    /// Below the slot: both together are a row of counters.
+    const MONITOR: u32 = 1;
+    const SLOT_SHIFT: u32 = 1;
+    const SLOT: u32 = 0xffff << Self::SLOT_SHIFT;
+    const BY_ADDRESS: u32 = 1 << 17;
     const ENGINE_SHIFT: u32 = 18;
     const CANCEL: u32 = 1 << 21;
+    const WIDE: u32 = 1 << 22;
 
     pub const fn new(slot: u16, monitor: bool) -> Self {
-        Self(slot as u32 | if monitor { Self::MONITOR } else { 0 })
+        Self((slot as u32) << Self::SLOT_SHIFT | monitor as u32)
     }
 
     /// The same guard for a port where TLS is forced. `cancel`: whether PostgreSQL's CancelRequest may
@@ -116,6 +120,16 @@ impl Guard {
         Self(self.0 | (engine as u32) << Self::ENGINE_SHIFT | cancel)
     }
 
+    /// The same guard for a database that allows a prefix shorter than `NEAR_SHORTEST`.
+    pub const fn wide(self) -> Self {
+        Self(self.0 | Self::WIDE)
+    }
+
+    /// The same guard, whatever the database allows.
+    pub const fn of_any_width(self) -> Self {
+        Self(self.0 & !Self::WIDE)
+    }
+
     /// The same guard for a port whose database depends on the local address.
     pub const fn by_address(self) -> Self {
         Self(self.0 | Self::BY_ADDRESS)
@@ -123,7 +137,7 @@ impl Guard {
 
     /// The same guard for a database in another slot.
     pub const fn with_slot(self, slot: u16) -> Self {
-        Self(self.0 & !0xffff | slot as u32)
+        Self(self.0 & !Self::SLOT | (slot as u32) << Self::SLOT_SHIFT)
     }
 
     /// The guard of a port that this one's database shares, by local address, with another's: what
@@ -138,7 +152,17 @@ impl Guard {
     }
 
     pub const fn slot(self) -> u16 {
-        self.0 as u16
+        (self.0 >> Self::SLOT_SHIFT) as u16
+    }
+
+    /// Index of the hits of one of the database's rules.
+    pub const fn hit(self, rule: u32) -> u32 {
+        hit_index(rule, self.is_monitor())
+    }
+
+    /// Index of the counter of a reason. One of connections: `fate as u32` instead.
+    pub const fn counter(self, reason: u32) -> u32 {
+        (self.0 & (Self::SLOT | Self::MONITOR)) * REASON_ROW + reason
     }
 
     pub const fn is_by_address(self) -> bool {
@@ -155,8 +179,34 @@ impl Guard {
         self.0 >> Self::ENGINE_SHIFT & 0x7
     }
 
+    /// Whether the map of what is near says nothing of the database.
+    pub const fn is_wide(self) -> bool {
+        self.0 & Self::WIDE != 0
+    }
+
     pub const fn cancel_in_clear(self) -> bool {
         self.0 & Self::CANCEL != 0
+    }
+}
+
+/// What the port map holds: a port's guard, and the epoch, which counts the changes to what is allowed.
+/// Together in one word: whatever is remembered of a source holds for one guard in one epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Port(pub u64);
+
+impl Port {
+    pub const fn new(guard: Guard, epoch: u32) -> Self {
+        Self((epoch as u64) << 32 | guard.0 as u64)
+    }
+
+    pub const fn guard(self) -> Guard {
+        Guard(self.0 as u32)
+    }
+
+    /// The same epoch with the guard of one of the port's local addresses.
+    pub const fn with_guard(self, guard: Guard) -> Self {
+        Self::new(guard, (self.0 >> 32) as u32)
     }
 }
 
@@ -299,6 +349,28 @@ pub struct Source6 {
     pub address: [u8; 16],
 }
 
+/// The first bits of an address that stand for it in the map of what is near: whether any prefix of any
+/// database holds an address that begins with them.
+pub const NEAR_BITS: u32 = 24;
+
+/// Shorter prefixes are not in that map: what is near them is most of the Internet.
+pub const NEAR_SHORTEST: u8 = 8;
+
+/// One line of that map: a bit for each of so many beginnings that follow one another. As large as the
+/// processor's: one is fetched for a packet.
+pub type NearLine = [u64; 8];
+
+/// Entries of that map: the lines of IPv4, then those of IPv6.
+pub const NEAR_LINES: u32 = 2 << (NEAR_BITS - 9);
+
+/// The line, the word in it and the bit in that of an address, by its first 32 bits.
+#[inline(always)]
+pub const fn near_place(first: u32, is_v4: bool) -> (u32, usize, u64) {
+    let family = if is_v4 { 0 } else { NEAR_LINES / 2 };
+    let word = (first >> 14 & 7) as usize;
+    (family | first >> 17, word, 1 << (first >> 8 & 63))
+}
+
 /// Bits of the database in front of the address in an LPM key.
 pub const SLOT_BITS: u32 = 32;
 
@@ -415,7 +487,16 @@ pub const fn fate_index(slot: u16, fate: Fate, monitored: bool) -> u32 {
     (slot as u32 * 2 + monitored as u32) * REASON_ROW + fate as u32
 }
 
-/// Index of a counter.
+/// Entries of the map of hits.
+pub const HITS: u32 = RULE_IDS * 2;
+
+/// Index of a rule's hits: packets that it allowed, while its database was only monitored or was not.
+pub const fn hit_index(rule: u32, monitored: bool) -> u32 {
+    rule * 2 + monitored as u32
+}
+
+/// Index of a counter. Packets that a rule allows are counted as its hits only; here are those of rules
+/// that are no more.
 pub const fn counter_index(slot: u16, reason: Reason, monitored: bool) -> u32 {
     (slot as u32 * 2 + monitored as u32) * REASON_ROW + reason as u32
 }
@@ -458,24 +539,23 @@ impl Name {
 }
 
 /// Whether no host may have this source address on the wire: unspecified and "this network"
-/// (RFC 1122 section 3.2.1.3), loopback, multicast, limited broadcast. Network byte order.
+/// (RFC 1122 section 3.2.1.3), loopback, multicast, limited broadcast.
 #[inline(always)]
-pub const fn is_bad_source4(address: [u8; 4]) -> bool {
-    let bits = u32::from_be_bytes(address);
+pub const fn is_bad_source4(bits: u32) -> bool {
     let top = bits >> 24;
     top == 0 || top == 127 || bits >> 28 == 0xe || bits == u32::MAX
 }
 
 /// Whether no host may have this source address on the wire: unspecified, loopback, multicast,
-/// IPv4-mapped (RFC 4291 section 2.5). Network byte order.
+/// IPv4-mapped (RFC 4291 section 2.5).
 #[inline(always)]
-pub const fn is_bad_source6(address: [u8; 16]) -> bool {
-    let bits = u128::from_be_bytes(address);
+pub const fn is_bad_source6(bits: u128) -> bool {
     bits <= 1 || bits >> 120 == 0xff || bits >> 32 == 0xffff
 }
 
 const _: () = {
     assert!(size_of::<Guard>() == 4);
+    assert!(size_of::<Port>() == 8);
     assert!(size_of::<LocalKey>() == 20);
     assert!(size_of::<Source4>() == 8);
     assert!(size_of::<Source6>() == 20);
@@ -494,6 +574,8 @@ mod pod {
     // SAFETY: repr(C) or transparent over integers and byte arrays, no padding (sizes asserted
     // above), every bit pattern valid.
     unsafe impl aya::Pod for Guard {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Port {}
     // SAFETY: as above.
     unsafe impl aya::Pod for LocalKey {}
     // SAFETY: as above.

@@ -15,24 +15,56 @@ use aya_ebpf::{
     macros::xdp,
     programs::XdpContext,
 };
+use parse::Packet;
 use rules::Outcome;
 
 /// Loaded as XDP *frags*: without it the kernel refuses to attach above an MTU of about a page.
 #[xdp(frags)]
 pub fn filter(ctx: XdpContext) -> u32 {
-    let outcome = rules::judge(&ctx, &parse::parse(&ctx));
-    rules::count(&outcome);
-    match outcome {
+    // One after the other: what follows is compiled for each by itself.
+    if let Some(packet) = parse::plain4(&ctx) {
+        return verdict(&ctx, &packet);
+    }
+    if let Some(packet) = parse::plain6(&ctx) {
+        return verdict(&ctx, &packet);
+    }
+    verdict(&ctx, &parse::parse(&ctx))
+}
+
+#[inline(always)]
+fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
+    match rules::judge(ctx, packet) {
         Outcome::NotConcerned => XDP_PASS,
         Outcome::LaterFragment => XDP_PASS,
-        Outcome::Allowed { .. } => XDP_PASS,
-        Outcome::Refused { guard, ending, .. } => match ending {
-            _ if guard.is_monitor() => XDP_PASS,
-            Ending::Dropped => XDP_DROP,
-            Ending::ToClient => XDP_TX,
-            Ending::ResetServer => XDP_PASS,
-            Ending::Emptied => XDP_PASS,
-        },
+        Outcome::Allowed {
+            guard, rule, fate, ..
+        } => {
+            rules::count_allowed(guard, rule, fate);
+            XDP_PASS
+        }
+        Outcome::Dropped { guard, reason } => {
+            rules::count(guard, reason, None);
+            if guard.is_monitor() {
+                XDP_PASS
+            } else {
+                XDP_DROP
+            }
+        }
+        Outcome::Refused {
+            guard,
+            reason,
+            ending,
+            fate,
+        } => {
+            rules::count(guard, reason, fate);
+            match ending {
+                _ if guard.is_monitor() => XDP_PASS,
+                Ending::Dropped => XDP_DROP,
+                Ending::ToClient => XDP_TX,
+                Ending::ResetServer => XDP_PASS,
+                Ending::Emptied => XDP_PASS,
+            }
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The maps, and the verdict for a parsed packet.
 
+use core::arch::asm;
+
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
@@ -8,8 +10,8 @@ use aya_ebpf::{
 };
 use filter_common::{
     ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, Fate, Guard, LocalKey, MAX_LOCALS,
-    MONITORED_SHIFT, Name, PORTS, RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6,
-    counter_index, fate_index, is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
+    MONITORED_SHIFT, NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason, SLOT_BITS, SLOTS,
+    Source4, Source6, is_bad_source4, is_bad_source6, mapped, near_place, port_index, slot_key,
 };
 
 use crate::{
@@ -20,7 +22,7 @@ use crate::{
 
 /// Which database a port belongs to.
 #[btf_map]
-static PORT_GUARDS: Array<Guard, { PORTS as usize }> = Array::new();
+static PORT_GUARDS: Array<Port, { PORTS as usize }> = Array::new();
 /// The same for ports whose database depends on the local address.
 #[btf_map]
 static LOCAL_GUARDS: HashMap<
@@ -38,19 +40,52 @@ static PROTOCOLS: Array<u32, 1> = Array::new();
 static ALLOWED4: LpmTrie<Source4, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
 static ALLOWED6: LpmTrie<Source6, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
-/// Packets by database slot and reason.
+/// What is near an allowed prefix, of any database: most of a flood from forged sources is not, and
+/// need not be looked up in a trie, whose cost grows with its size.
+#[btf_map]
+static NEAR: Array<NearLine, { NEAR_LINES as usize }> = Array::new();
+/// What the tries said of sources, on this CPU: it holds for one epoch.
+#[btf_map]
+static KNOWN: PerCpuArray<Known, { KNOWN_SOURCES as usize }> = PerCpuArray::new();
+/// Packets that were not allowed, by database slot and reason; connections by what became of them.
 #[btf_map]
 static COUNTS: PerCpuArray<u64, { COUNTERS as usize }> = PerCpuArray::new();
-/// Packets by rule id.
+/// Packets that were allowed, by rule id.
 #[btf_map]
-static HITS: PerCpuArray<u64, { RULE_IDS as usize }> = PerCpuArray::new();
-/// Names of slots and of rule ids, and the probe packets among the counts: read by the agent only.
+static HITS: PerCpuArray<u64, { filter_common::HITS as usize }> = PerCpuArray::new();
+/// The epoch, names of slots and of rule ids, and the probe packets among the counts: read by the agent
+/// only.
+#[btf_map]
+static EPOCH: Array<u32, 1> = Array::new();
 #[btf_map]
 static SLOT_NAMES: Array<Name, { SLOTS as usize }> = Array::new();
 #[btf_map]
 static RULE_NAMES: Array<Name, { RULE_IDS as usize }> = Array::new();
 #[btf_map]
-static PROBES: Array<u64, { (COUNTERS + RULE_IDS) as usize }> = Array::new();
+static PROBES: Array<u64, { (COUNTERS + filter_common::HITS) as usize }> = Array::new();
+
+/// Sources whose rule is known, a power of two. A source has one place, and takes it from another.
+const KNOWN_SOURCES: u32 = 1 << 10;
+
+/// A source and its rule, as a guard's database has it.
+#[repr(C)]
+struct Known {
+    /// As in the header; IPv4 in the lower half of the second.
+    source: [u64; 2],
+    /// The `Port`, with `V6`. Never zero, which is what an entry begins with: no guard is.
+    tag: u64,
+    /// As in the tries, or `NO_RULE`.
+    rule: u32,
+    _padding: u32,
+}
+
+/// What no rule's id is, whatever the bits beside it.
+const NO_RULE: u32 = u32::MAX;
+/// The same, since it is no host's source. Every rule's id is lower.
+const BAD_SOURCE: u32 = u32::MAX - 1;
+
+/// In a tag: of an IPv6 source. A bit that guards do not use.
+const V6: u64 = 1 << 31;
 
 pub enum Outcome {
     NotConcerned,
@@ -62,6 +97,11 @@ pub enum Outcome {
         force_tls: bool,
         fate: Option<Fate>,
     },
+    Dropped {
+        guard: Guard,
+        reason: Reason,
+    },
+    /// TLS is forced, and the connection does not begin with it.
     Refused {
         guard: Guard,
         reason: Reason,
@@ -70,15 +110,9 @@ pub enum Outcome {
     },
 }
 
-/// What is dropped.
 #[inline(always)]
-fn refused(guard: Guard, reason: Reason) -> Outcome {
-    Outcome::Refused {
-        guard,
-        reason,
-        ending: Ending::Dropped,
-        fate: None,
-    }
+const fn dropped(guard: Guard, reason: Reason) -> Outcome {
+    Outcome::Dropped { guard, reason }
 }
 
 #[inline(always)]
@@ -124,12 +158,12 @@ fn judge_stream(ctx: &XdpContext, segment: &Segment, guard: Guard, rule: u32) ->
 fn unclear(reason: Reason, protocols: u32) -> Outcome {
     let any = |monitor| Guard::new(ANY_SLOT, monitor);
     let Some(guarded) = PROTOCOLS.get(0) else {
-        return refused(any(false), Reason::NoPolicy);
+        return dropped(any(false), Reason::NoPolicy);
     };
     if guarded & protocols != 0 {
-        refused(any(false), reason)
+        dropped(any(false), reason)
     } else if guarded & (protocols << MONITORED_SHIFT) != 0 {
-        refused(any(true), reason)
+        dropped(any(true), reason)
     } else {
         Outcome::NotConcerned
     }
@@ -138,91 +172,172 @@ fn unclear(reason: Reason, protocols: u32) -> Outcome {
 #[inline(always)]
 fn judge_segment(segment: &Segment) -> Outcome {
     let port = port_index(segment.protocol, segment.port);
-    let Some(&guard) = PORT_GUARDS.get(port) else {
-        return refused(Guard::new(ANY_SLOT, false), Reason::NoPolicy);
+    let Some(&found) = PORT_GUARDS.get(port) else {
+        return dropped(Guard::new(ANY_SLOT, false), Reason::NoPolicy);
     };
+    let guard = found.guard();
     if guard.is_none() {
         return Outcome::NotConcerned;
     }
     if !guard.is_by_address() {
-        return judge_source(segment, guard);
+        return judge_source(segment, found);
     }
     let (address, many) = match segment.addresses {
-        Addresses::V4 { destination, .. } => (
-            mapped(destination),
-            destination[0] >> 4 == 0xe || destination == [0xff; 4],
-        ),
-        Addresses::V6 { destination, .. } => (destination, destination[0] == 0xff),
+        Addresses::V4 { destination, .. } => {
+            let [first, ..] = destination.to_ne_bytes();
+            (
+                mapped(destination.to_ne_bytes()),
+                first >> 4 == 0xe || destination == u32::MAX,
+            )
+        }
+        Addresses::V6 { destination, .. } => {
+            let destination = octets(destination);
+            (destination, destination[0] == 0xff)
+        }
     };
     if many || segment.source_routed {
-        return refused(guard, Reason::Destination);
+        return dropped(guard, Reason::Destination);
     }
     // SAFETY: the value is a plain integer that is copied at once; an update replaces the element.
     match unsafe { LOCAL_GUARDS.get(LocalKey { address, port }) } {
-        Some(&guard) => judge_source(segment, guard),
+        Some(&guard) => judge_source(segment, found.with_guard(guard)),
         None => Outcome::NotConcerned,
     }
 }
 
 #[inline(always)]
-fn judge_source(segment: &Segment, guard: Guard) -> Outcome {
-    let slot = guard.slot();
-    let (bad, rule) = match segment.addresses {
-        Addresses::V4 { source, .. } => (
-            is_bad_source4(source),
-            ALLOWED4.get(&Key::new(
-                SLOT_BITS + 32,
-                Source4 {
-                    slot: slot_key(slot),
-                    address: source,
-                },
-            )),
-        ),
-        Addresses::V6 { source, .. } => (
-            is_bad_source6(source),
-            ALLOWED6.get(&Key::new(
-                SLOT_BITS + 128,
-                Source6 {
-                    slot: slot_key(slot),
-                    address: source,
-                },
-            )),
-        ),
+fn judge_source(segment: &Segment, port: Port) -> Outcome {
+    let (guard, tag) = (port.guard(), port.0);
+    let (source, tag) = match segment.addresses {
+        Addresses::V4 { source, .. } => ([0, source.into()], tag),
+        Addresses::V6 { source, .. } => (source, tag | V6),
     };
-    match rule {
-        _ if bad => refused(guard, Reason::BadSource),
-        None => refused(guard, Reason::NotAllowed),
-        Some(&rule) => Outcome::Allowed {
+    let Some(known) = known(source) else {
+        return dropped(guard, Reason::NoPolicy);
+    };
+    let rule = if known.tag == tag && known.source == source {
+        known.rule
+    } else {
+        rule_of(source, tag, known)
+    };
+    if rule < BAD_SOURCE {
+        Outcome::Allowed {
             guard,
             rule: rule & !EXEMPT,
             force_tls: guard.engine() != 0 && rule & EXEMPT == 0,
             fate: None,
-        },
+        }
+    } else if rule == NO_RULE {
+        dropped(guard, Reason::NotAllowed)
+    } else {
+        dropped(guard, Reason::BadSource)
     }
 }
 
-/// Counts the outcome, once.
+/// Where a source's rule is remembered.
 #[inline(always)]
-pub fn count(outcome: &Outcome) {
-    let (guard, reason, fate) = match *outcome {
-        Outcome::NotConcerned | Outcome::LaterFragment => return,
-        Outcome::Allowed {
-            guard, rule, fate, ..
-        } => {
-            increment(HITS.get_ptr_mut(rule));
-            (guard, Reason::Allowed, fate)
-        }
-        Outcome::Refused {
-            guard,
-            reason,
-            fate,
-            ..
-        } => (guard, reason, fate),
+fn known(source: [u64; 2]) -> Option<&'static mut Known> {
+    // Fibonacci hashing: the highest bits of a product with 2^64 over the golden ratio.
+    let place = (source[0] ^ source[1]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let place = place >> (64 - KNOWN_SOURCES.trailing_zeros());
+    let known = KNOWN.get_ptr_mut(place as u32)?;
+    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
+    // this CPU uses it, and no two functions at a time.
+    Some(unsafe { &mut *known })
+}
+
+/// The id of the rule that allows a source that is not known, with `EXEMPT`; or `NO_RULE`, or
+/// `BAD_SOURCE`. It is known then, in `known`.
+///
+/// What is found out under an epoch has to hold as long as that does: the epoch is read before the maps
+/// are, also by processors that read in another order than they are told to.
+#[inline(always)]
+fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
+    let is_v4 = tag & V6 == 0;
+    let (first, is_bad) = if is_v4 {
+        let bits = u32::from_be(low as u32);
+        (bits, is_bad_source4(bits))
+    } else {
+        let (high, low) = (u64::from_be(high), u64::from_be(low));
+        let bits = u128::from(high) << 64 | u128::from(low);
+        ((high >> 32) as u32, is_bad_source6(bits))
     };
-    let (slot, monitor) = (guard.slot(), guard.is_monitor());
-    increment(COUNTS.get_ptr_mut(counter_index(slot, reason, monitor)));
+    if is_bad {
+        return BAD_SOURCE;
+    }
+    let (line, word, bit) = near_place(first, is_v4);
+    // Zero, which no processor knows before it has read the epoch.
+    let mut zero = tag;
+    // SAFETY: one instruction, of a register that it names.
+    unsafe {
+        asm!("{0} ^= {0}", inout(reg) zero, options(pure, nomem, nostack));
+    }
+    let found = Known {
+        source: [high, low],
+        tag,
+        rule: NO_RULE,
+        _padding: 0,
+    };
+    let line = NEAR.get(line | zero as u32);
+    let is_near = line.is_some_and(|line| line[word] & bit != 0);
+    // What is near no prefix is on no database's list, but on those whose prefixes are not there.
+    if !is_near && !Port(tag).guard().is_wide() {
+        // A flood of such sources takes no place from one that is allowed.
+        if known.tag >> 32 != tag >> 32 || known.rule == NO_RULE {
+            *known = found;
+        }
+        return NO_RULE;
+    }
+    // An exchange (kernel 5.12) is a barrier.
+    // SAFETY: one instruction on eight bytes of the element, aligned as the map's values are.
+    unsafe {
+        asm!(
+            "{0} = xchg_64({1} + 0, {0})",
+            inout(reg) 0_u64 => _,
+            in(reg) &raw mut known.tag,
+            options(nostack)
+        );
+    }
+    let slot = slot_key(Port(tag).guard().slot());
+    let rule = if is_v4 {
+        let address = (low as u32).to_ne_bytes();
+        ALLOWED4.get(&Key::new(SLOT_BITS + 32, Source4 { slot, address }))
+    } else {
+        let address = octets([high, low]);
+        ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
+    };
+    let rule = rule.copied().unwrap_or(NO_RULE);
+    *known = Known { rule, ..found };
+    rule
+}
+
+#[inline(always)]
+fn octets(halves: [u64; 2]) -> [u8; 16] {
+    let [a, b] = halves.map(u64::to_ne_bytes);
+    [
+        a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], b[0], b[1], b[2], b[3], b[4], b[5], b[6],
+        b[7],
+    ]
+}
+
+/// Counts a packet that is allowed, by `rule`.
+#[inline(always)]
+pub fn count_allowed(guard: Guard, rule: u32, fate: Option<Fate>) {
+    increment(HITS.get_ptr_mut(guard.hit(rule)));
+    count_fate(guard, fate);
+}
+
+/// Counts one that is not.
+#[inline(always)]
+pub fn count(guard: Guard, reason: Reason, fate: Option<Fate>) {
+    increment(COUNTS.get_ptr_mut(guard.counter(reason as u32)));
+    count_fate(guard, fate);
+}
+
+#[inline(always)]
+fn count_fate(guard: Guard, fate: Option<Fate>) {
     if let Some(fate) = fate {
-        increment(COUNTS.get_ptr_mut(fate_index(slot, fate, monitor)));
+        increment(COUNTS.get_ptr_mut(guard.counter(fate as u32)));
     }
 }
 
