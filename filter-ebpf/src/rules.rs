@@ -255,17 +255,15 @@ fn known(source: [u64; 2]) -> Option<&'static mut Known> {
 fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
     let is_v4 = tag & V6 == 0;
     let (first, is_bad) = if is_v4 {
-        let bits = u32::from_be(low as u32);
-        (bits, is_bad_source4(bits))
+        (low as u32, is_bad_source4(u32::from_be(low as u32)))
     } else {
-        let (high, low) = (u64::from_be(high), u64::from_be(low));
-        let bits = u128::from(high) << 64 | u128::from(low);
-        ((high >> 32) as u32, is_bad_source6(bits))
+        let bits = u128::from(u64::from_be(high)) << 64 | u128::from(u64::from_be(low));
+        (first_half(high), is_bad_source6(bits))
     };
     if is_bad {
         return BAD_SOURCE;
     }
-    let (line, word, bit) = near_place(first, is_v4);
+    let (line, word, bits) = near_place(first, is_v4);
     // Zero, which no processor knows before it has read the epoch.
     let mut zero = tag;
     // SAFETY: one instruction, of a register that it names.
@@ -279,7 +277,7 @@ fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
         _padding: 0,
     };
     let line = NEAR.get(line | zero as u32);
-    let is_near = line.is_some_and(|line| line[word] & bit != 0);
+    let is_near = line.is_some_and(|line| line[word] & bits == bits);
     // What is near no prefix is on no database's list, but on those whose prefixes are not there.
     if !is_near && !Port(tag).guard().is_wide() {
         // A flood of such sources takes no place from one that is allowed.
@@ -309,6 +307,16 @@ fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
     let rule = rule.copied().unwrap_or(NO_RULE);
     *known = Known { rule, ..found };
     rule
+}
+
+/// The four bytes that come first in memory.
+#[inline(always)]
+const fn first_half(bytes: u64) -> u32 {
+    if cfg!(target_endian = "little") {
+        bytes as u32
+    } else {
+        (bytes >> 32) as u32
+    }
 }
 
 #[inline(always)]
