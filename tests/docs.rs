@@ -9,11 +9,12 @@ use filter_tests::{
     servers::{Dns, Resolv},
 };
 
-const DOCUMENTS: [&str; 4] = [
+const DOCUMENTS: [&str; 5] = [
     "README.md",
     "docs/policy.md",
     "docs/operations.md",
     "docs/ARCHITECTURE.md",
+    "docs/performance.md",
 ];
 
 const POLICY: &str = "/etc/filter-agent/policy.yaml";

@@ -1,4 +1,4 @@
-//! The project's own tasks: `cargo xtask setup | build | check | test | verify | dist | vm | demo`.
+//! The project's own tasks: `cargo xtask setup | build | check | test | verify | bench | dist | vm | demo`.
 
 mod demo;
 mod dist;
@@ -44,6 +44,12 @@ enum Task {
     },
     /// Load the program and print what it costs the running kernel's verifier
     Verify,
+    /// Measure the filter against a program that does nothing and against what else is in use
+    Bench {
+        /// What `cargo xtask bench -- --help` lists
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Make the packages: a .deb and a tarball
     Dist,
     /// Boot the package in a virtual machine and try to get past it at every moment
@@ -92,6 +98,11 @@ fn perform(task: Task) -> Result<()> {
             setup::install(Needs::Run)?;
             verify::verify()?;
         }
+        Task::Bench { arguments } => {
+            require_root("bench")?;
+            setup::install(Needs::Bench)?;
+            run(bench().args(arguments))?;
+        }
         Task::Dist => {
             setup::install(Needs::Package)?;
             println!("{}", dist::make()?.display());
@@ -118,6 +129,13 @@ fn build(profile: &[&str]) -> Result<()> {
     run(cargo()
         .args(["build", "--package", "filter-agent"])
         .args(profile))
+}
+
+/// The benchmark, built with optimisation. Its arguments follow.
+fn bench() -> Command {
+    let mut command = cargo();
+    command.args(["bench", "--quiet", "--package", "filter-bench", "--"]);
+    command
 }
 
 fn require_root(task: &str) -> Result<()> {

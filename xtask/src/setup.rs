@@ -20,6 +20,8 @@ pub enum Needs {
     Package,
     /// To run the agent and servers as well.
     Run,
+    /// To compare it with what else is in use as well.
+    Bench,
     /// All of it, and to boot a virtual machine.
     Machine,
 }
@@ -31,6 +33,7 @@ const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 3] = ["e2fsprogs", "mmdebstrap", "qemu-system-x86"];
+const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
 const RUN_PACKAGES: [&str; 11] = [
     "bpftool",
     "iproute2",
@@ -66,8 +69,11 @@ pub fn install(needs: Needs) -> Result<()> {
     if makes_packages {
         packages.extend(PACKAGE_PACKAGES.map(str::to_owned));
     }
-    if matches!(needs, Needs::Run | Needs::Machine) {
+    if matches!(needs, Needs::Run | Needs::Bench | Needs::Machine) {
         packages.extend(RUN_PACKAGES.map(str::to_owned));
+    }
+    if matches!(needs, Needs::Bench | Needs::Machine) {
+        packages.extend(BENCH_PACKAGES.map(str::to_owned));
     }
     if needs == Needs::Machine {
         packages.extend(MACHINE_PACKAGES.map(str::to_owned));

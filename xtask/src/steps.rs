@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use crate::{cargo, run, target_directory, verify, vm};
+use crate::{bench, cargo, run, target_directory, verify, vm};
 
 /// What needs no root.
 pub fn check() -> Result<()> {
@@ -64,6 +64,8 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
             .args(["--", "--test-threads", "4"]),
     )?;
     report.time("verifier", verify::verify)?;
+    // Its figures decide nothing; that it can be run does.
+    report.step("benchmark, briefly", bench().arg("--quick"))?;
     let kernels = if full {
         &vm::KERNELS
     } else {

@@ -1,0 +1,434 @@
+//! The benchmark. Everything that is compared is measured in turns in one run: times on their own say
+//! more about the machine than about the filter.
+
+mod control;
+mod database;
+mod hosts;
+mod report;
+mod traffic;
+
+use std::{env, fs, process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Parser, ValueEnum};
+use filter_tests::{bpffs::Bpffs, net::Net};
+use ipnet::IpNet;
+use nix::{
+    mount::{MsFlags, mount},
+    sys::utsname::uname,
+    unistd::geteuid,
+};
+
+use hosts::{Guard, Host, Programs, attach};
+use report::{Measure, Report};
+use traffic::{Generator, Traffic};
+
+/// Measures the filter against programs that do nothing and against what else is in use.
+#[derive(Parser)]
+struct Arguments {
+    /// A short run that shows that everything works; its figures mean little.
+    #[arg(long)]
+    quick: bool,
+    /// Numbers of prefixes, instead of 30 to a million.
+    #[arg(long, value_delimiter = ',')]
+    sizes: Vec<usize>,
+    /// Only these parts.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<Part>,
+    /// Leave out what else is in use.
+    #[arg(long)]
+    no_rivals: bool,
+    /// What cargo gives every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Part {
+    PerPacket,
+    Live,
+    Pgbench,
+    Agent,
+}
+
+/// How often and how long.
+struct Plan {
+    sizes: &'static [usize],
+    packet_rounds: usize,
+    /// Packets of a test run.
+    repeat: u32,
+    live_rounds: usize,
+    live: Duration,
+    agent_rounds: usize,
+    pgbench_rounds: usize,
+}
+
+const FULL: Plan = Plan {
+    sizes: &[30, 1_000, 10_000, 100_000, 1_000_000],
+    packet_rounds: 25,
+    repeat: 400_000,
+    live_rounds: 7,
+    live: Duration::from_millis(100),
+    agent_rounds: 3,
+    pgbench_rounds: 12,
+};
+
+const QUICK: Plan = Plan {
+    sizes: &[30, 1_000],
+    packet_rounds: 3,
+    repeat: 100_000,
+    live_rounds: 3,
+    live: Duration::from_millis(30),
+    agent_rounds: 1,
+    pgbench_rounds: 1,
+};
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    ensure!(geteuid().is_root(), "the benchmark needs root");
+    let plan = if arguments.quick { QUICK } else { FULL };
+    let sizes = match arguments.sizes.as_slice() {
+        [] => plan.sizes,
+        sizes => sizes,
+    };
+    let most = sizes.iter().copied().max().context("find a size")?;
+    let wants = |part| arguments.only.is_empty() || arguments.only.contains(&part);
+    let mut report = Report {
+        machine: machine()?,
+        ..Report::default()
+    };
+    let bpffs = Bpffs::mount();
+    // In the mount namespace that is ours now: xdp-filter keeps its maps there.
+    let none = None::<&str>;
+    mount(
+        Some("bpf"),
+        "/sys/fs/bpf",
+        Some("bpf"),
+        MsFlags::empty(),
+        none,
+    )
+    .context("mount a BPF file system at /sys/fs/bpf")?;
+    let networks = traffic::networks(2 * most);
+    let mut programs = Programs::load(bpffs.path(), 2 * most + 4096)?;
+    if wants(Part::PerPacket) {
+        for &size in sizes {
+            programs.allow(&of_size(&networks, size), 0)?;
+            per_packet(&mut report, &programs, &plan, size, "")?;
+        }
+        programs.allow(&of_size(&networks, 30), 120)?;
+        per_packet(&mut report, &programs, &plan, 30, ", 122 databases")?;
+        judged(&mut report, &programs, &plan)?;
+    }
+    if wants(Part::Live) {
+        let rivals: &[Guard] = if arguments.no_rivals {
+            &[]
+        } else {
+            &Guard::RIVALS
+        };
+        let guards = [&[Guard::Drop, Guard::Pass, Guard::Filter], rivals].concat();
+        let mut hosts: Vec<Host> = guards
+            .into_iter()
+            .map(|guard| Host::new(guard, &programs))
+            .collect();
+        for &size in sizes {
+            let networks = of_size(&networks, size);
+            programs.allow(&networks, 0)?;
+            for host in &mut hosts {
+                if let Err(error) = host.allow(&networks) {
+                    let name = host.guard.name();
+                    report.miss(format!("{name} with {size} prefixes: {error:#}"));
+                }
+            }
+            live(&mut report, &hosts, &plan, size)?;
+        }
+        for host in &mut hosts {
+            if matches!(host.guard, Guard::Drop | Guard::Filter) {
+                two_processors(&mut report, host, &programs, &plan)?;
+            }
+        }
+    }
+    if wants(Part::Pgbench) {
+        database::measure(&mut report, &programs, plan.pgbench_rounds)?;
+    }
+    drop(programs);
+    if wants(Part::Agent) {
+        for &size in sizes {
+            control::measure(&mut report, &networks[..2 * size], plan.agent_rounds)?;
+        }
+    }
+    judge(&mut report);
+    report.print();
+    // <target>/release/deps/speed-<hash>
+    let program = env::current_exe().context("find this program")?;
+    let target = program
+        .ancestors()
+        .nth(3)
+        .context("find the target directory")?;
+    let directory = target.join("bench");
+    report.write(&directory)?;
+    println!("\nwritten to {}", directory.display());
+    Ok(())
+}
+
+fn machine() -> Result<String> {
+    let processor = fs::read_to_string("/proc/cpuinfo")?;
+    let model = processor
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"));
+    let model = model.map_or("", |line| line.trim_start_matches([' ', '\t', ':']));
+    let kernel = uname()?.release().to_string_lossy().into_owned();
+    let processors = std::thread::available_parallelism()?;
+    Ok(format!("Linux {kernel}, {processors} x {model}"))
+}
+
+/// The first of each family.
+fn of_size(all: &[IpNet], size: usize) -> Vec<IpNet> {
+    let (v4, v6) = all.split_at(all.len() / 2);
+    [&v4[..size], &v6[..size]].concat()
+}
+
+/// The program by itself, over one that only drops.
+fn per_packet(
+    report: &mut Report,
+    programs: &Programs,
+    plan: &Plan,
+    prefixes: usize,
+    more: &str,
+) -> Result<()> {
+    for (name, family, frame) in traffic::frames() {
+        let over = over_the_floor(programs, plan, &frame)?;
+        let measure = Measure::new("per packet", format!("{name}, {family}{more}"), "ns", &over);
+        report.record(measure.with_prefixes(prefixes));
+    }
+    Ok(())
+}
+
+fn over_the_floor(programs: &Programs, plan: &Plan, frame: &[u8]) -> Result<Vec<f64>> {
+    (0..plan.packet_rounds)
+        .map(|_| {
+            let floor = traffic::time(&programs.dropping, frame, plan.repeat)?;
+            let filter = traffic::time(&programs.filtering, frame, plan.repeat)?;
+            Ok(filter - floor)
+        })
+        .collect()
+}
+
+/// A connection that began with TLS, where it has to, and one where it need not.
+fn judged(report: &mut Report, programs: &Programs, plan: &Plan) -> Result<()> {
+    let (opening, data) = traffic::judged();
+    for frame in &opening {
+        traffic::time(&programs.filtering, frame, 1)?;
+    }
+    let over = over_the_floor(programs, plan, &data)?;
+    report.record(Measure::new(
+        "per packet",
+        "allowed, TLS forced and judged, IPv4",
+        "ns",
+        &over,
+    ));
+    Ok(())
+}
+
+/// Every kind of traffic at every host, in turns.
+fn live(report: &mut Report, hosts: &[Host], plan: &Plan, size: usize) -> Result<()> {
+    for traffic in traffic::traffics() {
+        let generator = Generator::new(&traffic)?;
+        let floor = if traffic.passes == Some(true) {
+            Guard::Pass
+        } else {
+            Guard::Drop
+        };
+        let hosts: Vec<&Host> = hosts
+            .iter()
+            .filter(|host| host.ready)
+            .filter(|host| host.guard == floor || !matches!(host.guard, Guard::Drop | Guard::Pass))
+            .collect();
+        let mut rates: Vec<Vec<f64>> = vec![Vec::new(); hosts.len()];
+        for _ in 0..plan.live_rounds {
+            for (host, rates) in hosts.iter().zip(&mut rates) {
+                let net = &host.net;
+                let sent = generator
+                    .measure(&net.db, &net.client, "eth0", &traffic, (0, plan.live))
+                    .with_context(|| format!("measure {}", host.guard.name()))?;
+                check(&traffic, host.guard, sent.arrived)?;
+                rates.push(sent.rate / 1e6);
+            }
+        }
+        let floors = hosts.iter().position(|host| host.guard == floor);
+        let floors = rates[floors.context("find the floor")?].clone();
+        for (host, rates) in hosts.iter().zip(&rates) {
+            let shares: Vec<f64> = rates
+                .iter()
+                .zip(&floors)
+                .map(|(rate, floor)| rate / floor)
+                .collect();
+            let name = format!("{}, {}", traffic.name, traffic.family());
+            let measure = Measure::new("live", name, "million packets/s", rates);
+            report.record(
+                measure
+                    .on(host.guard.name())
+                    .with_prefixes(size)
+                    .with_shares(&shares),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A guard that does not do its work is not worth measuring.
+fn check(traffic: &Traffic, guard: Guard, arrived: f64) -> Result<()> {
+    let right = match (guard, traffic.passes) {
+        (Guard::Drop, _) | (_, Some(false)) => arrived < 0.001,
+        (_, Some(true)) => arrived > 0.99,
+        (_, None) => arrived < 0.5,
+    };
+    let (name, family) = (traffic.name, traffic.family());
+    ensure!(
+        right,
+        "of `{name}` over {family}, {:.2} % get past {}",
+        arrived * 100.0,
+        guard.name()
+    );
+    Ok(())
+}
+
+/// Two interfaces, and a processor for each, against one of them.
+fn two_processors(
+    report: &mut Report,
+    host: &mut Host,
+    programs: &Programs,
+    plan: &Plan,
+) -> Result<()> {
+    let denied = traffic::traffics();
+    let denied = denied.first().context("find the traffic")?;
+    let generators = [Generator::new(denied)?, Generator::new(denied)?];
+    host.net.add_client();
+    let pin = programs.pin(host.guard).context("find the program")?;
+    attach(&host.net, "eth1", &pin);
+    let net: &Net = &host.net;
+    let (db, ends) = (
+        &net.db,
+        [(&net.client, "eth0"), (&net.more_clients[0], "eth1")],
+    );
+    let mut gains = Vec::new();
+    for _ in 0..plan.live_rounds {
+        let rate = |place: usize| {
+            let (client, interface) = ends[place];
+            let sent = generators[place].measure(db, client, interface, denied, (place, plan.live));
+            sent.map(|sent| sent.rate)
+        };
+        let alone = rate(0)?;
+        let together = std::thread::scope(|scope| {
+            let threads = [0, 1].map(|place| scope.spawn(move || rate(place)));
+            threads.map(|thread| thread.join().expect("a generator runs"))
+        });
+        let [one, other] = together;
+        gains.push((one? + other?) / alone);
+    }
+    let measure = Measure::new(
+        "live",
+        "two processors, one source each, IPv4",
+        "times one",
+        &gains,
+    );
+    report.record(measure.on(host.guard.name()));
+    Ok(())
+}
+
+fn judge(report: &mut Report) {
+    let over = |name: &str| -> Vec<f64> {
+        let measures = report.find("per packet", name);
+        let values = measures.filter(|m| !m.name.contains("next to") && !m.name.contains("TLS"));
+        values.map(|m| m.value.median).collect()
+    };
+    let busy = [over("allowed"), over("denied")].concat();
+    let other = [over("another port"), over("ICMP"), over("ARP")].concat();
+    let share = |name: &str, size: Option<usize>| -> Vec<f64> {
+        let measures = report
+            .find("live", name)
+            .filter(|m| m.host == Some("filter-agent"));
+        let measures = measures.filter(|m| size.is_none() || m.prefixes == size);
+        measures.filter_map(|m| Some(m.share?.median)).collect()
+    };
+    let live = share("one source", None);
+    let random = share("random sources", Some(100_000));
+    let agent = |name: &str, size: Option<usize>| -> Vec<f64> {
+        let measures = report.find("agent", name);
+        let measures = measures.filter(|m| size.is_none() || m.prefixes == size);
+        measures.map(|m| m.value.median).collect()
+    };
+    let one = agent("reload, one rule", None);
+    let one_of_30 = agent("reload, one rule", Some(30));
+    let started = agent("started, to", Some(100_000));
+    let pgbench = |name: &str| -> Vec<f64> {
+        let measures = report
+            .find("pgbench", name)
+            .filter(|m| m.host == Some("filter-agent"));
+        measures.filter_map(|m| Some(m.share?.median)).collect()
+    };
+    let queries = pgbench("select");
+    let connections = pgbench("connect");
+    report.judge(
+        "over the floor, one source: at most 5 ns",
+        5.0,
+        false,
+        &busy,
+    );
+    report.judge(
+        "over the floor, other traffic: at most 1 ns",
+        1.0,
+        false,
+        &other,
+    );
+    report.judge(
+        "live, one source: at least 0.95 of the floor",
+        0.95,
+        true,
+        &live,
+    );
+    report.judge(
+        "live, random sources at 100,000 prefixes: at least 0.90",
+        0.90,
+        true,
+        &random,
+    );
+    report.judge(
+        "one rule changed, at 30 prefixes: under 10 ms",
+        10.0,
+        false,
+        &one_of_30,
+    );
+    report.judge(
+        "one rule changed, at any size: under 10 ms",
+        10.0,
+        false,
+        &one,
+    );
+    report.judge(
+        "100,000 prefixes, started to enforced: under 300 ms",
+        300.0,
+        false,
+        &started,
+    );
+    report.judge(
+        "pgbench, select only: at least 0.99 of no filter",
+        0.99,
+        true,
+        &queries,
+    );
+    report.judge(
+        "pgbench, connecting: at least 0.99 of no filter",
+        0.99,
+        true,
+        &connections,
+    );
+}
