@@ -10,7 +10,7 @@ mod traffic;
 use std::{env, fs, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::{Parser, ValueEnum, builder::RangedU64ValueParser};
 use filter_tests::{bpffs::Bpffs, net::Net};
 use ipnet::IpNet;
 use nix::{
@@ -23,6 +23,11 @@ use hosts::{Guard, Host, Programs, attach};
 use report::{Measure, Report};
 use traffic::{Generator, Traffic};
 
+/// Twice as many are made, each in a /24 of its own.
+fn sizes() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=2_000_000)
+}
+
 /// Measures the filter against programs that do nothing and against what else is in use.
 #[derive(Parser)]
 struct Arguments {
@@ -30,7 +35,7 @@ struct Arguments {
     #[arg(long)]
     quick: bool,
     /// Numbers of prefixes, instead of 30 to a million.
-    #[arg(long, value_delimiter = ',')]
+    #[arg(long, value_delimiter = ',', value_parser = sizes())]
     sizes: Vec<usize>,
     /// Only these parts.
     #[arg(long, value_delimiter = ',')]
