@@ -655,10 +655,11 @@ impl Filter {
                 for monitored in [false, true] {
                     let index = counter_index(*slot as u16, reason, monitored);
                     let mut packets = self.count(&self.maps.counts, index, index)?;
-                    let rules = self.held.rules.iter();
-                    let rules = rules.filter(|(_, rule)| u32::from(rule.slot) == *slot);
-                    for (id, _) in rules.filter(|_| reason == Reason::Allowed) {
-                        packets += self.hits_of(*id, monitored)?;
+                    if reason == Reason::Allowed {
+                        let rules = self.held.rules.iter();
+                        for (id, _) in rules.filter(|(_, rule)| u32::from(rule.slot) == *slot) {
+                            packets += self.hits_of(*id, monitored)?;
+                        }
                     }
                     if packets > 0 {
                         let database = name.text().map(str::to_owned);
