@@ -43,6 +43,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use serde_json::Value;
 use socket2::{Domain, SockRef, Socket, Type};
 
+use crate::frames::Addressing;
+
 /// The database host's addresses.
 pub const DB4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 pub const DB6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
@@ -1113,6 +1115,23 @@ fn clean(dir: &Path) {
 
 fn mac(address: [u8; 6]) -> String {
     address.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+/// Of packets from a source behind the client to a port of the database host.
+pub fn addressing(source: IpAddr, port: u16, protocol: Protocol) -> Addressing {
+    Addressing {
+        source_mac: CLIENT_MAC,
+        destination_mac: DB_MAC,
+        source,
+        destination: if source.is_ipv4() {
+            DB4.into()
+        } else {
+            DB6.into()
+        },
+        source_port: 40_000,
+        destination_port: port,
+        protocol,
+    }
 }
 
 pub fn succeed(command: &mut Command) {

@@ -14,8 +14,8 @@ use filter_common::Protocol;
 use filter_tests::{
     frames::{self, Addressing, Packet, Plan, Rng},
     net::{
-        ALLOWED4, ALLOWED6, CLIENT_MAC, DB_MAC, DB4, DB6, DENIED4, DENIED6, Net, OTHER_DB4,
-        OTHER_DB6, Protected, Wire, dedicated, policy,
+        ALLOWED4, ALLOWED6, DB_MAC, DB4, DB6, DENIED4, DENIED6, Net, OTHER_DB4, OTHER_DB6,
+        Protected, Wire, addressing, dedicated, policy,
     },
 };
 use nix::sys::socket::{setsockopt, sockopt};
@@ -188,22 +188,6 @@ fn syn_ack(frame: &[u8]) -> Option<u32> {
     (from_port && answers).then(|| acknowledged.wrapping_sub(1))
 }
 
-fn addressing(source: IpAddr, protocol: Protocol) -> Addressing {
-    Addressing {
-        source_mac: CLIENT_MAC,
-        destination_mac: DB_MAC,
-        source,
-        destination: if source.is_ipv4() {
-            DB4.into()
-        } else {
-            DB6.into()
-        },
-        source_port: 40_000,
-        destination_port: PORT,
-        protocol,
-    }
-}
-
 /// The list of threats and random plans, from an IPv4 and an IPv6 source. The same ones in every
 /// round.
 fn plans(round: u32, sources: [IpAddr; 2]) -> Plans {
@@ -219,7 +203,7 @@ fn plans(round: u32, sources: [IpAddr; 2]) -> Plans {
     let mut next = round << 16;
     for source in sources {
         for protocol in Protocol::ALL {
-            let addressing = addressing(source, protocol);
+            let addressing = addressing(source, PORT, protocol);
             let family = if source.is_ipv4() { 4 } else { 6 };
             let about = format!("{} over IPv{family}", protocol.name());
             next = add(&about, frames::threats(&addressing, next));
@@ -444,7 +428,7 @@ fn linux_reads_ip_packets_in_frames_of_their_ethertype_only() {
     let mut plans = Plans::new();
     for ethertype in 0..=u16::MAX {
         let id = u32::from(ethertype);
-        let mut packet = Packet::new(&addressing(DENIED4.into(), Protocol::Udp), id);
+        let mut packet = Packet::new(&addressing(DENIED4.into(), PORT, Protocol::Udp), id);
         packet.ethertype = Some(ethertype);
         let mut frame = packet.frame();
         if ethertype < 0x600 {
@@ -470,7 +454,7 @@ fn between(round: u32, sources: &[&str], destinations: &[&str]) -> Plans {
     for protocol in Protocol::ALL {
         for source in sources {
             for destination in destinations {
-                let mut addressing = addressing(source.parse().unwrap(), protocol);
+                let mut addressing = addressing(source.parse().unwrap(), PORT, protocol);
                 addressing.destination = destination.parse().unwrap();
                 addressing.destination_mac = match addressing.destination {
                     IpAddr::V4(to) if to.is_multicast() => [1, 0, 0x5e, 0, 0, 1],
@@ -624,7 +608,7 @@ fn routed_on(round: u32, sources: [IpAddr; 2]) -> Plans {
     for protocol in Protocol::ALL {
         for source in sources {
             for kind in [131, 137, 0, 2, 3, 4] {
-                let addressing = addressing(source, protocol);
+                let addressing = addressing(source, PORT, protocol);
                 let id = round << 16 | plans.len() as u32;
                 let mut packet = Packet::new(&addressing, id);
                 match (addressing.destination, kind >= 131) {

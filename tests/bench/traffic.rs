@@ -12,8 +12,8 @@ use aya::{
     programs::{TestRunAttrs, Xdp},
 };
 use filter_tests::{
-    frames::{Addressing, Packet, Protocol, Rng},
-    net::{CLIENT_MAC, DB_MAC, DB4, DB6, Namespace},
+    frames::{Packet, Protocol, Rng},
+    net::{Namespace, addressing},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::{
@@ -94,26 +94,10 @@ impl Traffic {
 /// Segments whose checksum is wrong: where no filter is, every one gets as far as TCP, which drops it
 /// for that, counted, at the same cost whatever stands in front.
 fn segment(source: IpAddr, port: u16) -> Vec<u8> {
-    let mut frame = Packet::new(&addressing(source, port), 1).frame();
+    let mut frame = Packet::new(&addressing(source, port, Protocol::Tcp), 1).frame();
     let checksum = 14 + if source.is_ipv4() { 20 } else { 40 } + 16;
     frame[checksum] ^= 0xff;
     frame
-}
-
-fn addressing(source: IpAddr, port: u16) -> Addressing {
-    Addressing {
-        source_mac: CLIENT_MAC,
-        destination_mac: DB_MAC,
-        source,
-        destination: if source.is_ipv4() {
-            DB4.into()
-        } else {
-            DB6.into()
-        },
-        source_port: 40000,
-        destination_port: port,
-        protocol: Protocol::Tcp,
-    }
 }
 
 /// The opening of a PostgreSQL connection with TLS, and a segment of it once it is judged.
@@ -121,7 +105,7 @@ pub fn judged() -> ([Vec<u8>; 3], Vec<u8>) {
     const SYN: u8 = 2;
     const DATA: u8 = 24;
     let segment = |sequence: u32, flags: u8, payload: &[u8]| {
-        let mut packet = Packet::new(&addressing(ALLOWED4.into(), TLS_PORT), 1);
+        let mut packet = Packet::new(&addressing(ALLOWED4.into(), TLS_PORT, Protocol::Tcp), 1);
         let header = &mut packet.segment;
         header.truncate(20);
         header[4..8].copy_from_slice(&sequence.to_be_bytes());
