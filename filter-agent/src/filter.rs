@@ -15,7 +15,7 @@ use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
     maps::{
         Array, HashMap, LpmTrie, Map, MapData, MapError, MapInfo, MapType, PerCpuArray,
-        PerCpuValues, lpm_trie::Key,
+        PerCpuValues, RingBuf, lpm_trie::Key,
     },
     programs::{
         ProgramError, ProgramType, Xdp, XdpMode,
@@ -27,8 +27,8 @@ use aya::{
 use filter_common::{
     ADOPTION_SECONDS, ANSWER_LENGTH, ANSWERS, ANY_SLOT, Answer, COUNTERS, Connection,
     DEFAULT_MAX_PREFIXES, EXEMPT, Engine, Fate, Guard, HITS, LAYOUT, LocalKey, MAX_LOCALS,
-    NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason, SLOT_BITS, SLOTS, Source4, Source6,
-    Stream, counter_index, counters_of, fate_index, hit_index, slot_key,
+    NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason, SAMPLES_GRANTED, SLOT_BITS, SLOTS,
+    Sample, Source4, Source6, Stream, counter_index, counters_of, fate_index, hit_index, slot_key,
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 use nix::{
@@ -167,6 +167,22 @@ struct Maps {
     streams: HashMap<MapData, Connection, Stream>,
     adopt_until: Array<MapData, u64>,
     answers: Array<MapData, Answer>,
+    granted: Array<MapData, u32>,
+    sampled: RingBuf<MapData>,
+}
+
+/// Some packets that were not allowed: one, or of a flood the first of each second.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dropped {
+    /// `None`: it cannot be told.
+    pub source: Option<IpAddr>,
+    /// `None`: aimed at no database in particular.
+    pub database: Option<String>,
+    pub reason: Reason,
+    /// Whether it was only counted, and passed.
+    pub monitored: bool,
+    /// Index of the interface that it came in through.
+    pub interface: u32,
 }
 
 /// A link that is pinned.
@@ -671,6 +687,45 @@ impl Filter {
         Ok(counts)
     }
 
+    /// Samples of the packets that were not allowed since this was asked last. Those of databases that are
+    /// no more are left out. More are taken only when it is asked again.
+    pub fn dropped(&mut self) -> Result<Vec<Dropped>> {
+        let names: BTreeMap<u32, &str> = self
+            .held
+            .slots
+            .iter()
+            .filter_map(|(slot, name)| Some((*slot, name.text()?)))
+            .collect();
+        let mut dropped = Vec::new();
+        while let Some(item) = self.maps.sampled.next() {
+            let sample = read_sample(&item).context("read what was dropped")?;
+            let slot = sample.guard.slot();
+            let database = names.get(&slot.into()).copied();
+            let reason = Reason::ALL.get(sample.reason as usize);
+            if let Some(&reason) = reason
+                && (slot == ANY_SLOT || database.is_some())
+            {
+                dropped.push(Dropped {
+                    source: source_of(&sample),
+                    database: database.map(str::to_owned),
+                    reason,
+                    monitored: sample.guard.is_monitor(),
+                    interface: sample.interface,
+                });
+            }
+        }
+        let granted = self
+            .maps
+            .granted
+            .get(&0, 0)?
+            .saturating_add(SAMPLES_GRANTED);
+        self.maps
+            .granted
+            .set(0, granted, 0)
+            .context("grant samples")?;
+        Ok(dropped)
+    }
+
     /// Connections counted since the maps were made.
     pub fn fates(&self) -> Result<Fates> {
         let mut fates = Fates::new();
@@ -775,6 +830,8 @@ impl Maps {
             streams: typed(ebpf, "STREAMS")?,
             adopt_until: typed(ebpf, "ADOPT_UNTIL")?,
             answers: typed(ebpf, "ANSWERS_BY_ENGINE")?,
+            granted: typed(ebpf, ".bss")?,
+            sampled: typed(ebpf, "SAMPLED")?,
         })
     }
 
@@ -1082,6 +1139,36 @@ fn write_prefix<K: aya::Pod>(
         "the kernel does not hold what was written"
     );
     Ok(())
+}
+
+/// A sample as it is in the ring.
+fn read_sample(bytes: &[u8]) -> Option<Sample> {
+    let (source, rest) = bytes.split_first_chunk::<16>()?;
+    let &[high, low] = source.as_chunks::<8>().0 else {
+        return None;
+    };
+    let &[family, reason, guard, interface] = rest.as_chunks::<4>().0 else {
+        return None;
+    };
+    Some(Sample {
+        source: [high, low].map(u64::from_ne_bytes),
+        family: u32::from_ne_bytes(family),
+        reason: u32::from_ne_bytes(reason),
+        guard: Guard(u32::from_ne_bytes(guard)),
+        interface: u32::from_ne_bytes(interface),
+    })
+}
+
+fn source_of(sample: &Sample) -> Option<IpAddr> {
+    let [high, low] = sample.source;
+    match sample.family {
+        4 => Some(IpAddr::from((low as u32).to_ne_bytes())),
+        6 => {
+            let bits = u128::from(u64::from_be(high)) << 64 | u128::from(u64::from_be(low));
+            Some(Ipv6Addr::from_bits(bits).into())
+        }
+        _ => None,
+    }
 }
 
 /// aya names a missing key in three ways, by map type and call.

@@ -446,6 +446,35 @@ impl Reason {
     }
 }
 
+/// A packet that was not allowed, as it is sent to the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Sample {
+    /// As in the header; IPv4 in the first half of the second.
+    pub source: [u64; 2],
+    /// 4, 6, or zero: the source cannot be told.
+    pub family: u32,
+    /// A `Reason`.
+    pub reason: u32,
+    pub guard: Guard,
+    /// Index of the interface that it came in through; for the agent's own probes that of loopback.
+    pub interface: u32,
+}
+
+/// Bytes of the ring of samples: some 13,000.
+pub const SAMPLES: u32 = 1 << 19;
+
+/// Sources that a processor judges without asking the tries, a power of two. A source has one place, and
+/// takes it from another.
+pub const KNOWN_SOURCES: u32 = 1 << 10;
+
+/// Places for the samples of packets whose source is not judged, a power of two.
+pub const SAMPLE_PLACES: u32 = 64;
+
+/// Samples that a processor may take for each place, of sources or of samples, every time the agent
+/// grants more, which it does every second. A flood from one source leaves those of other places.
+pub const SAMPLES_GRANTED: u32 = 4;
+
 /// Counters of one slot: a row of reasons enforced, a row of reasons only monitored.
 const REASON_ROW: u32 = 16;
 
@@ -570,6 +599,7 @@ const _: () = {
     assert!(size_of::<Answer>() == 132);
     assert!(size_of::<Connection>() == 36);
     assert!(size_of::<Stream>() == 108);
+    assert!(size_of::<Sample>() == 32);
     assert!((Reason::ALL.len() as u32) <= Fate::Tls as u32);
     assert!((Fate::Refused as u32) < REASON_ROW);
 };

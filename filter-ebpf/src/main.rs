@@ -42,8 +42,13 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
             rules::count_allowed(guard, rule, fate);
             XDP_PASS
         }
-        Outcome::Dropped { guard, reason } => {
+        Outcome::Dropped {
+            guard,
+            reason,
+            sampled,
+        } => {
             rules::count(guard, reason, None);
+            rules::sample(ctx, packet, guard, reason, Some(sampled));
             if guard.is_monitor() {
                 XDP_PASS
             } else {
@@ -57,6 +62,7 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
             fate,
         } => {
             rules::count(guard, reason, fate);
+            rules::sample(ctx, packet, guard, reason, None);
             match ending {
                 _ if guard.is_monitor() => XDP_PASS,
                 Ending::Dropped => XDP_DROP,

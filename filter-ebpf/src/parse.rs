@@ -27,16 +27,33 @@ const DESTINATION_OPTIONS: u8 = 60;
 /// Any transport protocol: where a packet ends before it says which.
 const ANY: u32 = Protocol::Tcp.bit() | Protocol::Udp.bit();
 
-/// Source and destination, as in the header.
-pub enum Addresses {
-    V4 {
-        source: u32,
-        destination: u32,
-    },
-    V6 {
-        source: [u64; 2],
-        destination: [u64; 2],
-    },
+/// Source and destination, as in the header; IPv4 in the lower half of the second number, so that no
+/// part of them is ever undefined: the verifier refuses to see such a part copied.
+#[derive(Clone, Copy)]
+pub struct Addresses {
+    pub is_v4: bool,
+    pub source: [u64; 2],
+    pub destination: [u64; 2],
+}
+
+impl Addresses {
+    #[inline(always)]
+    const fn v4(source: u32, destination: u32) -> Self {
+        Self {
+            is_v4: true,
+            source: [0, source as u64],
+            destination: [0, destination as u64],
+        }
+    }
+
+    #[inline(always)]
+    const fn v6(source: [u64; 2], destination: [u64; 2]) -> Self {
+        Self {
+            is_v4: false,
+            source,
+            destination,
+        }
+    }
 }
 
 pub struct Segment {
@@ -247,10 +264,7 @@ pub fn plain4(ctx: &XdpContext) -> Option<Packet> {
             return None;
         }
         Some(Packet::Segment(Segment {
-            addresses: Addresses::V4 {
-                source: word::<{ IP + 12 }>(start),
-                destination: word::<{ IP + 16 }>(start),
-            },
+            addresses: Addresses::v4(word::<{ IP + 12 }>(start), word::<{ IP + 16 }>(start)),
             protocol,
             port: u16::from_be(half::<{ PORTS + 2 }>(start)),
             source_routed: false,
@@ -283,10 +297,10 @@ pub fn plain6(ctx: &XdpContext) -> Option<Packet> {
             return None;
         }
         Some(Packet::Segment(Segment {
-            addresses: Addresses::V6 {
-                source: [double::<{ IP + 8 }>(start), double::<{ IP + 16 }>(start)],
-                destination: [double::<{ IP + 24 }>(start), double::<{ IP + 32 }>(start)],
-            },
+            addresses: Addresses::v6(
+                [double::<{ IP + 8 }>(start), double::<{ IP + 16 }>(start)],
+                [double::<{ IP + 24 }>(start), double::<{ IP + 32 }>(start)],
+            ),
             protocol,
             port: u16::from_be(half::<{ PORTS + 2 }>(start)),
             source_routed: false,
@@ -361,10 +375,7 @@ fn ipv4(ctx: &XdpContext, start: usize) -> Packet {
     if !holds(ctx, start + length) {
         return unclear(Reason::BadHeader);
     }
-    let addresses = Addresses::V4 {
-        source,
-        destination,
-    };
+    let addresses = Addresses::v4(source, destination);
     let at = Cursor {
         offset: start + header_length,
         end: start + length,
@@ -429,10 +440,7 @@ fn ipv6(ctx: &XdpContext, start: usize) -> Packet {
         end,
         next,
     };
-    let addresses = Addresses::V6 {
-        source,
-        destination,
-    };
+    let addresses = Addresses::v6(source, destination);
     if next == TCP || next == UDP {
         return ports(port(ctx, start + 40), at, addresses, false);
     }

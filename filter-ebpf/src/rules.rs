@@ -1,17 +1,18 @@
 //! The maps, and the verdict for a parsed packet.
 
-use core::arch::asm;
+use core::{arch::asm, ptr::read_volatile};
 
 use aya_ebpf::{
-    bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
+    bindings::{BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie::Key},
     macros::btf_map,
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, Fate, Guard, LocalKey, MAX_LOCALS,
-    MONITORED_SHIFT, NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason, SLOT_BITS, SLOTS,
-    Source4, Source6, is_bad_source4, is_bad_source6, mapped, near_place, port_index, slot_key,
+    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, Fate, Guard, KNOWN_SOURCES, LocalKey,
+    MAX_LOCALS, MONITORED_SHIFT, NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason,
+    SAMPLE_PLACES, SAMPLES, SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6,
+    is_bad_source4, is_bad_source6, mapped, near_place, port_index, slot_key,
 };
 
 use crate::{
@@ -53,6 +54,13 @@ static COUNTS: PerCpuArray<u64, { COUNTERS as usize }> = PerCpuArray::new();
 /// Packets that were allowed, by rule id.
 #[btf_map]
 static HITS: PerCpuArray<u64, { filter_common::HITS as usize }> = PerCpuArray::new();
+/// Some of the packets that were not allowed: a `Sample` of each, for the agent. Of one program only,
+/// not pinned. libbpf, and with it bpftool, loads no ring whose values have a size.
+#[btf_map]
+static SAMPLED: RingBuf<(), { SAMPLES as usize }> = RingBuf::new();
+/// Samples that were taken on this CPU where no source was judged.
+#[btf_map]
+static TAKEN: PerCpuArray<u32, { SAMPLE_PLACES as usize }> = PerCpuArray::new();
 /// The epoch, names of slots and of rule ids, and the probe packets among the counts: read by the agent
 /// only.
 #[btf_map]
@@ -64,8 +72,10 @@ static RULE_NAMES: Array<Name, { RULE_IDS as usize }> = Array::new();
 #[btf_map]
 static PROBES: Array<u64, { (COUNTERS + filter_common::HITS) as usize }> = Array::new();
 
-/// Sources whose rule is known, a power of two. A source has one place, and takes it from another.
-const KNOWN_SOURCES: u32 = 1 << 10;
+/// Samples that the agent has granted so far, to each CPU for each place of `KNOWN` and of `TAKEN`. The
+/// kernel makes a map of it, and of reading it one instruction.
+#[unsafe(no_mangle)]
+static mut GRANTED: u32 = 0;
 
 /// A source and its rule, as a guard's database has it.
 #[repr(C)]
@@ -76,7 +86,17 @@ struct Known {
     tag: u64,
     /// As in the tries, or `NO_RULE`.
     rule: u32,
-    _padding: u32,
+    /// Samples taken of the sources of this place.
+    taken: u32,
+}
+
+impl Known {
+    #[inline(always)]
+    const fn remember(&mut self, source: [u64; 2], tag: u64, rule: u32) {
+        self.source = source;
+        self.tag = tag;
+        self.rule = rule;
+    }
 }
 
 /// What no rule's id is, whatever the bits beside it.
@@ -100,6 +120,8 @@ pub enum Outcome {
     Dropped {
         guard: Guard,
         reason: Reason,
+        /// Whether the agent is to be told.
+        sampled: bool,
     },
     /// TLS is forced, and the connection does not begin with it.
     Refused {
@@ -111,8 +133,12 @@ pub enum Outcome {
 }
 
 #[inline(always)]
-const fn dropped(guard: Guard, reason: Reason) -> Outcome {
-    Outcome::Dropped { guard, reason }
+fn dropped(guard: Guard, reason: Reason) -> Outcome {
+    Outcome::Dropped {
+        guard,
+        reason,
+        sampled: take_at(reason as u32),
+    }
 }
 
 #[inline(always)]
@@ -182,18 +208,18 @@ fn judge_segment(segment: &Segment) -> Outcome {
     if !guard.is_by_address() {
         return judge_source(segment, found);
     }
-    let (address, many) = match segment.addresses {
-        Addresses::V4 { destination, .. } => {
-            let [first, ..] = destination.to_ne_bytes();
-            (
-                mapped(destination.to_ne_bytes()),
-                first >> 4 == 0xe || destination == u32::MAX,
-            )
-        }
-        Addresses::V6 { destination, .. } => {
-            let destination = octets(destination);
-            (destination, destination[0] == 0xff)
-        }
+    let Addresses {
+        is_v4, destination, ..
+    } = segment.addresses;
+    let (address, many) = if is_v4 {
+        let address = (destination[1] as u32).to_ne_bytes();
+        (
+            mapped(address),
+            address[0] >> 4 == 0xe || address == [0xff; 4],
+        )
+    } else {
+        let address = octets(destination);
+        (address, address[0] == 0xff)
     };
     if many || segment.source_routed {
         return dropped(guard, Reason::Destination);
@@ -207,11 +233,9 @@ fn judge_segment(segment: &Segment) -> Outcome {
 
 #[inline(always)]
 fn judge_source(segment: &Segment, port: Port) -> Outcome {
-    let (guard, tag) = (port.guard(), port.0);
-    let (source, tag) = match segment.addresses {
-        Addresses::V4 { source, .. } => ([0, source.into()], tag),
-        Addresses::V6 { source, .. } => (source, tag | V6),
-    };
+    let guard = port.guard();
+    let Addresses { is_v4, source, .. } = segment.addresses;
+    let tag = if is_v4 { port.0 } else { port.0 | V6 };
     let Some(known) = known(source) else {
         return dropped(guard, Reason::NoPolicy);
     };
@@ -227,23 +251,34 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
             force_tls: guard.engine() != 0 && rule & EXEMPT == 0,
             fate: None,
         }
-    } else if rule == NO_RULE {
-        dropped(guard, Reason::NotAllowed)
     } else {
-        dropped(guard, Reason::BadSource)
+        Outcome::Dropped {
+            guard,
+            reason: if rule == NO_RULE {
+                Reason::NotAllowed
+            } else {
+                Reason::BadSource
+            },
+            sampled: take(&mut known.taken),
+        }
     }
 }
 
 /// Where a source's rule is remembered.
 #[inline(always)]
 fn known(source: [u64; 2]) -> Option<&'static mut Known> {
-    // Fibonacci hashing: the highest bits of a product with 2^64 over the golden ratio.
-    let place = (source[0] ^ source[1]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let place = place >> (64 - KNOWN_SOURCES.trailing_zeros());
-    let known = KNOWN.get_ptr_mut(place as u32)?;
+    let known = KNOWN.get_ptr_mut(place(source, KNOWN_SOURCES))?;
     // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
     // this CPU uses it, and no two functions at a time.
     Some(unsafe { &mut *known })
+}
+
+/// One of `places`, a power of two, by Fibonacci hashing: the highest bits of a product with 2^64 over
+/// the golden ratio.
+#[inline(always)]
+const fn place(source: [u64; 2], places: u32) -> u32 {
+    let hash = (source[0] ^ source[1]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (hash >> (64 - places.trailing_zeros())) as u32
 }
 
 /// The id of the rule that allows a source that is not known, with `EXEMPT`; or `NO_RULE`, or
@@ -270,19 +305,13 @@ fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
     unsafe {
         asm!("{0} ^= {0}", inout(reg) zero, options(pure, nomem, nostack));
     }
-    let found = Known {
-        source: [high, low],
-        tag,
-        rule: NO_RULE,
-        _padding: 0,
-    };
     let line = NEAR.get(line | zero as u32);
     let is_near = line.is_some_and(|line| line[word] & bits == bits);
     // What is near no prefix is on no database's list, but on those whose prefixes are not there.
     if !is_near && !Port(tag).guard().is_wide() {
         // A flood of such sources takes no place from one that is allowed.
         if known.tag >> 32 != tag >> 32 || known.rule == NO_RULE {
-            *known = found;
+            known.remember([high, low], tag, NO_RULE);
         }
         return NO_RULE;
     }
@@ -305,7 +334,7 @@ fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
         ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
     };
     let rule = rule.copied().unwrap_or(NO_RULE);
-    *known = Known { rule, ..found };
+    known.remember([high, low], tag, rule);
     rule
 }
 
@@ -340,6 +369,63 @@ pub fn count_allowed(guard: Guard, rule: u32, fate: Option<Fate>) {
 pub fn count(guard: Guard, reason: Reason, fate: Option<Fate>) {
     increment(COUNTS.get_ptr_mut(guard.counter(reason as u32)));
     count_fate(guard, fate);
+}
+
+/// Whether a sample may be taken, which it is then. No clock is read, and nothing is written that
+/// processors share: a flood that has taken what was granted gets no further.
+#[inline(always)]
+fn take(taken: &mut u32) -> bool {
+    // SAFETY: an aligned integer that is there as long as the program is, and that the agent writes.
+    let granted = unsafe { read_volatile(&raw const GRANTED) };
+    let may = *taken < granted;
+    if may {
+        *taken = granted.saturating_sub(SAMPLES_GRANTED).max(*taken) + 1;
+    }
+    may
+}
+
+#[inline(always)]
+fn take_at(place: u32) -> bool {
+    let taken = TAKEN.get_ptr_mut(place);
+    // SAFETY: as `increment`'s.
+    taken.is_some_and(|taken| take(unsafe { &mut *taken }))
+}
+
+/// Tells the agent of a packet that was not allowed. `sampled`: whether a sample is taken of it; `None`:
+/// by its source.
+#[inline(always)]
+pub fn sample(
+    ctx: &XdpContext,
+    packet: &Packet,
+    guard: Guard,
+    reason: Reason,
+    sampled: Option<bool>,
+) {
+    let (source, family) = match packet {
+        Packet::Segment(Segment { addresses, .. }) => {
+            (addresses.source, if addresses.is_v4 { 4 } else { 6 })
+        }
+        _ => ([0, 0], 0),
+    };
+    if sampled.unwrap_or_else(|| take_at(place(source, SAMPLE_PLACES))) {
+        let [high, low] = source;
+        send(ctx, high, low, family << 16 | reason as u32, guard);
+    }
+}
+
+/// A function of its own for its stack, of which those that judge a stream leave no more. `what`: the
+/// address family, and the reason in the lower half.
+#[inline(never)]
+fn send(ctx: &XdpContext, high: u64, low: u64, what: u32, guard: Guard) {
+    let sample = Sample {
+        source: [high, low],
+        family: what >> 16,
+        reason: what & 0xffff,
+        guard,
+        interface: ctx.ingress_ifindex() as u32,
+    };
+    // Where the ring is full, the packet is counted all the same. The agent looks by itself.
+    let _ = SAMPLED.output_untyped::<Sample>(sample, BPF_RB_NO_WAKEUP.into());
 }
 
 #[inline(always)]

@@ -18,7 +18,7 @@ use filter_common::{
 
 use crate::{
     answer::{self, Ending, Headers},
-    parse::{Addresses, Place, Segment, Tcp, load, network, tcp},
+    parse::{Place, Segment, Tcp, load, network, tcp},
 };
 
 /// Connections to ports where TLS is forced.
@@ -187,7 +187,7 @@ pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
     };
     passage.place = segment.place;
     passage.guard = guard.0;
-    passage.is_v4 = matches!(segment.addresses, Addresses::V4 { .. }).into();
+    passage.is_v4 = segment.addresses.is_v4.into();
     let judged = Judged(judge_passage(ctx.ctx));
     let ending = judged.ending();
     if ending == Ending::Dropped as u32 || guard.is_monitor() {
