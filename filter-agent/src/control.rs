@@ -38,6 +38,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/rules", get(rules))
         .route("/regions", get(regions))
         .route("/explain", get(explain))
+        .route("/drops", get(drops))
         .route("/plan", get(plan))
         .route("/reload", post(reload))
         .route("/refresh", post(refresh))
@@ -59,13 +60,14 @@ async fn status(
 }
 
 #[derive(Deserialize)]
-struct RulesQuery {
+struct DatabaseQuery {
+    /// `None`: every database.
     database: Option<String>,
 }
 
 async fn rules(
     State(shared): State<Shared>,
-    Query(query): Query<RulesQuery>,
+    Query(query): Query<DatabaseQuery>,
 ) -> Answer<Vec<report::Rule>> {
     Ok(Json(
         shared.agent().await?.rules(query.database.as_deref())?,
@@ -89,6 +91,15 @@ async fn explain(
     let mut agent = shared.agent().await?;
     Ok(Json(
         agent.explain(query.source, query.database.as_deref())?,
+    ))
+}
+
+async fn drops(
+    State(shared): State<Shared>,
+    Query(query): Query<DatabaseQuery>,
+) -> Answer<report::Drops> {
+    Ok(Json(
+        shared.agent().await?.drops(query.database.as_deref())?,
     ))
 }
 

@@ -30,6 +30,7 @@ use tokio::{
 use crate::{
     compile::{Compiled, RuleKey, compile, is_expired},
     control,
+    drops::Drops,
     filter::{Attached, Filter, TakenOver},
     host::{self, Interface},
     image::Difference,
@@ -222,6 +223,7 @@ pub struct Agent {
     covered: BTreeSet<u32>,
     /// How often the filter was put back on an interface from which somebody took it.
     repairs: u64,
+    drops: Drops,
     started: Timestamp,
 }
 
@@ -313,6 +315,7 @@ pub async fn run(options: Options) -> Result<()> {
                 checked = (checked + 1) % THOROUGH;
                 if let Ok(mut agent) = shared.agent().await {
                     agent.check(checked == 0 || !ready).await;
+                    agent.collect_drops();
                     if !ready && agent.verified.errors.is_empty() {
                         ready = true;
                         tell_systemd(&[NotifyState::Ready, NotifyState::Status(&agent.summary())]);
@@ -440,6 +443,8 @@ impl Agent {
         let clock = Clock::start();
         let regions = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await?;
         let (_, compiled, enforced) = enforce(&mut filter, &loaded, &regions, None).await?;
+        let started = Timestamp::now();
+        let drops = Drops::since(started, filter.counts()?);
         let mut agent = Self {
             options,
             filter,
@@ -461,7 +466,8 @@ impl Agent {
             },
             covered: BTreeSet::new(),
             repairs: 0,
-            started: Timestamp::now(),
+            drops,
+            started,
         };
         agent.verify().await?;
         agent.forget_unused();
@@ -762,6 +768,14 @@ impl Agent {
         }
     }
 
+    /// Takes what the kernel tells of dropped packets, and has it tell of more.
+    fn collect_drops(&mut self) {
+        match self.filter.dropped() {
+            Ok(dropped) => self.drops.add(dropped, Timestamp::now()),
+            Err(error) => log(&format!("error: {error:#}")),
+        }
+    }
+
     /// Attaches again wherever a listed interface came back or lost its link.
     async fn heal(&mut self) {
         let host = match host::interfaces().await {
@@ -964,6 +978,13 @@ impl Agent {
             }
         }
         Ok(rules)
+    }
+
+    /// Who was turned away, up to now.
+    pub fn drops(&mut self, database: Option<&str>) -> Result<report::Drops> {
+        self.known(database)?;
+        self.collect_drops();
+        Ok(self.drops.report(&self.filter.counts()?, database))
     }
 
     /// # Errors

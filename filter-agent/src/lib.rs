@@ -6,6 +6,7 @@ pub mod compile;
 mod control;
 pub mod daemon;
 pub mod driver;
+pub mod drops;
 pub mod filter;
 pub mod format;
 pub mod host;

@@ -164,6 +164,38 @@ pub struct Explanation {
     pub expires: Option<Timestamp>,
 }
 
+/// Who was turned away since the agent started.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Drops {
+    pub since: Timestamp,
+    /// Who tried most often first.
+    pub sources: Vec<Dropped>,
+    /// Packets of which nothing more is known: of a flood only some are looked at.
+    pub unsampled: Vec<Unsampled>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Dropped {
+    /// `None`: aimed at no database in particular.
+    pub database: Option<String>,
+    /// `None`: the packet did not tell.
+    pub source: Option<IpAddr>,
+    pub reason: String,
+    /// Whether they were only counted, and passed.
+    pub monitor: bool,
+    /// At least.
+    pub packets: u64,
+    pub last_seen: Timestamp,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Unsampled {
+    pub database: Option<String>,
+    pub reason: String,
+    pub monitor: bool,
+    pub packets: u64,
+}
+
 /// What a policy file would change, or changed.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Plan {
