@@ -379,7 +379,8 @@ impl Net {
         fs::rename(next, self.policy_path()).unwrap();
     }
 
-    fn agent_command(&self, arguments: &[&str]) -> Command {
+    /// A command of the agent's, to be run in the database host's namespace.
+    pub fn agent_command(&self, arguments: &[&str]) -> Command {
         let mut command = if self.own_resolver {
             let mut command = Command::new("ip");
             command

@@ -7,11 +7,17 @@ mod hosts;
 mod report;
 mod traffic;
 
-use std::{env, fs, process::ExitCode, time::Duration};
+use std::{
+    env, fs,
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum, builder::RangedU64ValueParser};
-use filter_tests::{bpffs::Bpffs, net::Net};
+use filter_agent::filter::Filter;
+use filter_tests::bpffs::Bpffs;
 use ipnet::IpNet;
 use nix::{
     mount::{MsFlags, mount},
@@ -158,7 +164,13 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
         for host in &mut hosts {
             if matches!(host.guard, Guard::Drop | Guard::Filter) {
-                two_processors(&mut report, host, &programs, &plan)?;
+                host.net.add_client();
+                let pin = programs.pin(host.guard).context("find the program")?;
+                attach(&host.net, "eth1", &pin);
+                two_processors(&mut report, host, &plan)?;
+            }
+            if host.guard == Guard::Filter {
+                sampled(&mut report, host, &mut programs.filter, &plan)?;
             }
         }
     }
@@ -308,37 +320,11 @@ fn check(traffic: &Traffic, guard: Guard, arrived: f64) -> Result<()> {
 }
 
 /// Two interfaces, and a processor for each, against one of them.
-fn two_processors(
-    report: &mut Report,
-    host: &mut Host,
-    programs: &Programs,
-    plan: &Plan,
-) -> Result<()> {
-    let denied = traffic::traffics();
-    let denied = denied.first().context("find the traffic")?;
-    let generators = [Generator::new(denied)?, Generator::new(denied)?];
-    host.net.add_client();
-    let pin = programs.pin(host.guard).context("find the program")?;
-    attach(&host.net, "eth1", &pin);
-    let net: &Net = &host.net;
-    let (db, ends) = (
-        &net.db,
-        [(&net.client, "eth0"), (&net.more_clients[0], "eth1")],
-    );
+fn two_processors(report: &mut Report, host: &Host, plan: &Plan) -> Result<()> {
+    let flood = Flood::of("one source, denied", host, plan)?;
     let mut gains = Vec::new();
     for _ in 0..plan.live_rounds {
-        let rate = |place: usize| {
-            let (client, interface) = ends[place];
-            let sent = generators[place].measure(db, client, interface, denied, (place, plan.live));
-            sent.map(|sent| sent.rate)
-        };
-        let alone = rate(0)?;
-        let together = std::thread::scope(|scope| {
-            let threads = [0, 1].map(|place| scope.spawn(move || rate(place)));
-            threads.map(|thread| thread.join().expect("a generator runs"))
-        });
-        let [one, other] = together;
-        gains.push((one? + other?) / alone);
+        gains.push(flood.rate(&[0, 1])? / flood.rate(&[0])?);
     }
     let measure = Measure::new(
         "live",
@@ -348,6 +334,90 @@ fn two_processors(
     );
     report.record(measure.on(host.guard.name()));
     Ok(())
+}
+
+/// Floods while samples of them are taken, a hundred times as often as by the agent, against floods
+/// that nobody looks at.
+fn sampled(report: &mut Report, host: &Host, filter: &mut Filter, plan: &Plan) -> Result<()> {
+    for (name, places) in [
+        ("one source, denied", &[0][..]),
+        ("random sources", &[0]),
+        ("random sources", &[0, 1]),
+    ] {
+        let flood = Flood::of(name, host, plan)?;
+        let (mut rates, mut shares) = (Vec::new(), Vec::new());
+        for _ in 0..plan.live_rounds {
+            let alone = flood.rate(places)?;
+            let over = AtomicBool::new(false);
+            let (rate, samples) = std::thread::scope(|scope| {
+                let sampler = scope.spawn(|| {
+                    let mut samples = 0;
+                    while !over.load(Ordering::Relaxed) {
+                        samples += filter.dropped()?.len();
+                        std::thread::sleep(Duration::from_millis(10));
+                    }
+                    anyhow::Ok(samples)
+                });
+                let rate = flood.rate(places);
+                over.store(true, Ordering::Relaxed);
+                (rate, sampler.join().expect("the samples are read"))
+            });
+            ensure!(samples? > 10, "of a flood, hardly a sample is taken");
+            rates.push(rate? / 1e6);
+            shares.extend(rates.last().map(|rate| rate * 1e6 / alone));
+        }
+        let processors = match places.len() {
+            1 => "",
+            _ => " at each of two processors",
+        };
+        let name = format!("sampled, {name}, IPv4{processors}");
+        let measure = Measure::new("live", name, "million packets/s", &rates);
+        report.record(measure.on(host.guard.name()).with_shares(&shares));
+    }
+    Ok(())
+}
+
+/// IPv4 traffic to be dropped, from two processors, each to an interface of its own.
+struct Flood<'a> {
+    traffic: Traffic,
+    generators: [Generator; 2],
+    host: &'a Host,
+    time: Duration,
+}
+
+impl<'a> Flood<'a> {
+    fn of(name: &str, host: &'a Host, plan: &Plan) -> Result<Self> {
+        let mut traffics = traffic::traffics().into_iter();
+        let traffic = traffics.find(|traffic| traffic.name == name);
+        let traffic = traffic.context("find the traffic")?;
+        Ok(Self {
+            generators: [Generator::new(&traffic)?, Generator::new(&traffic)?],
+            traffic,
+            host,
+            time: plan.live,
+        })
+    }
+
+    /// Packets per second that these processors bring together.
+    fn rate(&self, places: &[usize]) -> Result<f64> {
+        let (net, traffic, generators) = (&self.host.net, &self.traffic, &self.generators);
+        let ends = [(&net.client, "eth0"), (&net.more_clients[0], "eth1")];
+        let (db, time) = (&net.db, self.time);
+        let rate = |place: usize| {
+            let (client, interface) = ends[place];
+            generators[place].measure(db, client, interface, traffic, (place, time))
+        };
+        let sent = std::thread::scope(|scope| {
+            let rate = &rate;
+            let threads = places.iter().map(|&place| scope.spawn(move || rate(place)));
+            let threads: Vec<_> = threads.collect();
+            let sent = threads
+                .into_iter()
+                .map(|thread| thread.join().expect("a generator runs"));
+            sent.collect::<Result<Vec<_>>>()
+        })?;
+        Ok(sent.iter().map(|sent| sent.rate).sum())
+    }
 }
 
 fn judge(report: &mut Report) {

@@ -1,0 +1,223 @@
+//! Who is turned away is told, and a flood neither hides anybody nor costs more than it may.
+
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::Stdio,
+    sync::mpsc,
+    thread::{self, available_parallelism},
+    time::Duration,
+};
+
+use filter_agent::filter::Dropped;
+use filter_common::{KNOWN_SOURCES, Reason, SAMPLES_GRANTED};
+use filter_tests::{
+    frames::{Packet, Protocol, Rng},
+    loaded::Loaded,
+    net::{
+        ALLOWED4, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Net, addressing, dedicated,
+        policy, wait_until,
+    },
+};
+use serde_json::Value;
+
+const PORT: u16 = 5432;
+const MONITORED: u16 = 3306;
+
+fn orders() -> String {
+    let orders = dedicated("orders", PORT, &["203.0.113.10/32"], "");
+    let shop = dedicated("shop", MONITORED, &[], "monitor: true");
+    policy("eth0", "native", &[orders, shop])
+}
+
+fn segment(source: IpAddr, port: u16) -> Vec<u8> {
+    Packet::new(&addressing(source, port, Protocol::Tcp), 1).frame()
+}
+
+fn at(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}
+
+/// Packets of each source, as `drops` tells them.
+fn told(drops: &Value, database: &str, source: impl Into<IpAddr>) -> u64 {
+    let source = source.into().to_string();
+    let sources = drops["sources"].as_array().unwrap().iter();
+    let mut found = sources.filter(|d| d["database"] == database && d["source"] == *source);
+    found.next().map_or(0, |d| d["packets"].as_u64().unwrap())
+}
+
+#[test]
+fn sources_turned_away_are_told_with_database_and_reason() {
+    let mut net = Net::new("drops");
+    let _listener = net.listen(PORT);
+    let _monitored = net.listen(MONITORED);
+    net.write_policy(&orders());
+    net.start();
+    let nobody = net.agent_text(&["drops"]);
+    assert!(nobody.starts_with("nobody was turned away"), "{nobody}");
+    let attempts = [
+        (DENIED4.into(), at(DB4, PORT)),
+        (DENIED6.into(), at(DB6, PORT)),
+    ];
+    let silence = [Connection::Silence, Connection::Silence];
+    assert_eq!(net.connect_all(&attempts), silence);
+    for (source, port) in [(ALLOWED4, PORT), (CLIENT4, MONITORED)] {
+        let connected = net.connect(source.into(), at(DB4, port));
+        assert_eq!(connected, Connection::Accepted);
+    }
+    net.wire().send(&segment(DENIED4.into(), PORT)[..35]);
+    assert!(wait_until(|| {
+        let drops = net.agent_json(&["drops"]);
+        drops["sources"].to_string().contains("bad-header")
+    }));
+
+    let drops = net.agent_json(&["drops"]);
+    let status = net.agent_json(&["status"]);
+    let told4 = told(&drops, "orders", DENIED4);
+    let told6 = told(&drops, "orders", DENIED6);
+    assert!(told4 >= 1 && told6 >= 1, "{drops:#}");
+    let counted = &status["databases"][0]["dropped"]["not-allowed"];
+    assert_eq!(Some(told4 + told6), counted.as_u64(), "{drops:#}");
+    assert_eq!(drops["unsampled"], serde_json::json!([]));
+    let all = drops["sources"].as_array().unwrap();
+    for dropped in all {
+        let expected = match dropped["database"].as_str() {
+            Some("orders") => ("not-allowed", false, dropped["source"].is_string()),
+            Some("shop") => ("not-allowed", true, dropped["source"] == "10.0.0.2"),
+            _ => ("bad-header", false, dropped["source"].is_null()),
+        };
+        let (reason, monitor) = (dropped["reason"].as_str(), dropped["monitor"].as_bool());
+        assert_eq!(
+            (reason, monitor, true),
+            (Some(expected.0), Some(expected.1), expected.2)
+        );
+    }
+    assert_eq!(all.len(), 4, "{drops:#}");
+    let one = net.agent_json(&["drops", "--database", "shop"]);
+    assert_eq!(one["sources"].as_array().unwrap().len(), 1, "{one:#}");
+    let text = net.agent_text(&["drops"]);
+    for expected in [
+        "orders",
+        "198.51.100.7",
+        "not-allowed, only monitored",
+        "unknown",
+    ] {
+        assert!(text.contains(expected), "{text}");
+    }
+    let error = net.agent_error(&["drops", "--database", "nope"]);
+    assert!(error.contains("no database nope"), "{error}");
+}
+
+#[test]
+fn flood_from_one_source_hides_no_other_and_all_is_accounted_for() {
+    const FLOOD: u64 = 30_000;
+    let mut net = Net::new("drops-flood");
+    net.fix_neighbours();
+    net.write_policy(&orders());
+    net.start();
+    let (wire, flood) = (net.wire(), segment(DENIED4.into(), PORT));
+    for number in 0..FLOOD {
+        wire.send(&flood);
+        if number == FLOOD / 2 {
+            wire.send(&segment(DENIED6.into(), PORT));
+        }
+    }
+    let counted = || {
+        let status = net.agent_json(&["status"]);
+        status["databases"][0]["dropped"]["not-allowed"].as_u64()
+    };
+    assert!(wait_until(|| counted() == Some(FLOOD + 1)));
+    let drops = net.agent_json(&["drops"]);
+    assert_eq!(told(&drops, "orders", DENIED6), 1, "{drops:#}");
+    let sampled = told(&drops, "orders", DENIED4);
+    assert!(sampled > 0 && sampled < FLOOD / 2, "{drops:#}");
+    assert_eq!(drops["unsampled"][0]["packets"], FLOOD - sampled);
+    let text = net.agent_text(&["drops"]);
+    let more = format!("orders: {} more packets, not-allowed", FLOOD - sampled);
+    assert!(text.contains(&more), "{text}");
+}
+
+#[test]
+fn follow_tells_what_is_new_until_the_agent_stops() {
+    let mut net = Net::new("drops-follow");
+    net.fix_neighbours();
+    net.write_policy(&orders());
+    net.start();
+    let wire = net.wire();
+    wire.send(&segment(DENIED6.into(), PORT));
+    let before = || told(&net.agent_json(&["drops"]), "orders", DENIED6) == 1;
+    assert!(wait_until(before));
+    let mut command = net.agent_command(&["drops", "--follow"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = net.db.run(|| command.spawn().unwrap());
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let (told, first) = mpsc::channel();
+    let reader = thread::spawn(move || {
+        let _ = told.send(lines.next().unwrap().unwrap());
+        lines.map(Result::unwrap).collect::<Vec<_>>()
+    });
+    // Until it has asked for the first time, nothing is new.
+    let line = loop {
+        wire.send(&segment(DENIED4.into(), PORT));
+        match first.recv_timeout(Duration::from_millis(200)) {
+            Ok(line) => break line,
+            Err(_) => assert!(child.try_wait().unwrap().is_none(), "it ended"),
+        }
+    };
+    assert!(line.contains(" orders 198.51.100.7 not-allowed "), "{line}");
+    net.terminate();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    let rest = reader.join().unwrap();
+    assert!(rest.iter().all(|line| !line.contains(&DENIED6.to_string())));
+}
+
+#[test]
+fn samples_are_bounded_until_the_agent_asks_again() {
+    let mut loaded = Loaded::new(&orders());
+    let cpus = available_parallelism().unwrap().get();
+    let (v4, v6) = (
+        segment(DENIED4.into(), PORT),
+        segment(DENIED6.into(), MONITORED),
+    );
+    loaded.run(&v4);
+    assert_eq!(loaded.filter.dropped().unwrap(), [], "nothing was granted");
+    for _ in 0..2 {
+        for _ in 0..200 {
+            loaded.run(&v4);
+        }
+        let dropped = loaded.filter.dropped().unwrap();
+        assert!(dropped.len() >= SAMPLES_GRANTED as usize);
+        assert!(dropped.len() <= cpus * SAMPLES_GRANTED as usize);
+        let expected = Dropped {
+            source: Some(DENIED4.into()),
+            database: Some("orders".into()),
+            reason: Reason::NotAllowed,
+            monitored: false,
+            interface: 1,
+        };
+        assert!(dropped.iter().all(|dropped| *dropped == expected));
+    }
+    loaded.run(&v6);
+    let [dropped] = &loaded.filter.dropped().unwrap()[..] else {
+        panic!("one sample of one packet");
+    };
+    assert_eq!(dropped.source, Some(DENIED6.into()));
+    assert!(dropped.monitored && dropped.database.as_deref() == Some("shop"));
+
+    let mut rng = Rng::with_seed(6);
+    let mut forged = BTreeSet::new();
+    for _ in 0..20_000 {
+        let source = Ipv4Addr::from_bits(rng.u32(1 << 24..126 << 24));
+        forged.insert(IpAddr::from(source));
+        loaded.run(&segment(source.into(), PORT));
+    }
+    let dropped = loaded.filter.dropped().unwrap();
+    let most = cpus * (KNOWN_SOURCES * SAMPLES_GRANTED) as usize;
+    let taken = dropped.len();
+    assert!(taken >= most / cpus / 2 && taken <= most, "{taken}");
+    assert!(dropped.iter().all(|d| forged.contains(&d.source.unwrap())));
+}
