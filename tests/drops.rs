@@ -165,7 +165,10 @@ fn follow_tells_what_is_new_until_the_agent_stops() {
             Err(_) => assert!(child.try_wait().unwrap().is_none(), "it ended"),
         }
     };
-    assert!(line.contains(" orders 198.51.100.7 not-allowed "), "{line}");
+    assert!(
+        line.contains(" orders 198.51.100.7 ") && line.ends_with(" not-allowed"),
+        "{line}"
+    );
     net.terminate();
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));

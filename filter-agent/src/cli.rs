@@ -1063,8 +1063,8 @@ fn line(dropped: &report::Dropped) -> String {
         dropped.last_seen,
         or_any(&dropped.database),
         source(dropped),
-        reason(&dropped.reason, dropped.monitor),
-        dropped.packets
+        dropped.packets,
+        reason(&dropped.reason, dropped.monitor)
     )
 }
 
