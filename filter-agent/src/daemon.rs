@@ -39,7 +39,7 @@ use crate::{
     lookup::{self, Answer, Version},
     policy::{self, Guards, Listed, Model, Policy, Region, RegionSource, Rule},
     probe,
-    region::{self, Change, Regions},
+    region::{self, Change, Regions, Set},
     report,
 };
 
@@ -216,7 +216,7 @@ pub struct Agent {
     written: BTreeMap<String, Timestamp>,
     /// Regions whose set could not be written, and why.
     unwritten: BTreeMap<String, String>,
-    writer: UnboundedSender<(String, Vec<u8>)>,
+    writer: UnboundedSender<Keep>,
     enforced: report::Enforced,
     verified: report::Verified,
     /// Indexes of the interfaces that are filtered.
@@ -355,15 +355,24 @@ fn regions_directory(state_dir: &Path) -> PathBuf {
     state_dir.join("regions")
 }
 
-/// Writes sets to disk, one after the other; a disk that is slow delays nothing else.
+/// A region's set, on its way to disk.
+struct Keep {
+    region: String,
+    source: RegionSource,
+    set: Set,
+}
+
+/// Writes sets to disk, one after the other; neither a slow disk nor a long list delays anything else.
 async fn write(
     directory: PathBuf,
-    mut sets: UnboundedReceiver<(String, Vec<u8>)>,
+    mut sets: UnboundedReceiver<Keep>,
     events: UnboundedSender<Event>,
 ) {
-    while let Some((region, text)) = sets.recv().await {
-        let (directory, name) = (directory.clone(), region.clone());
-        let written = tokio::task::spawn_blocking(move || kept::write(&directory, &name, &text));
+    while let Some(keep) = sets.recv().await {
+        let (directory, region) = (directory.clone(), keep.region.clone());
+        let written = tokio::task::spawn_blocking(move || {
+            kept::write(&directory, &keep.region, &keep.source, &keep.set)
+        });
         let outcome = written.await.context("write to disk").flatten();
         let _ = events.send(Event::Written { region, outcome });
     }
@@ -438,7 +447,7 @@ impl Agent {
         mut filter: Filter,
         loaded: Loaded,
         watches: Option<Watches>,
-        writer: UnboundedSender<(String, Vec<u8>)>,
+        writer: UnboundedSender<Keep>,
     ) -> Result<Self> {
         let clock = Clock::start();
         let regions = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await?;
@@ -500,13 +509,16 @@ impl Agent {
         let (plan, compiled, enforced) =
             enforce(&mut self.filter, &loaded, &regions, Some(known)).await?;
         self.loaded = loaded;
-        self.regions = regions;
+        let before = std::mem::replace(&mut self.regions, regions);
         self.compiled = compiled;
         self.enforced = enforced;
         for name in asked {
             // What was asked about it before is overtaken.
             self.asked.remove(&name);
-            self.keep(&name, true);
+            let same = before.get(&name).zip(self.regions.get(&name));
+            let same = same.is_some_and(|(before, now)| before.holds_the_same(now));
+            let is_kept = same && !self.unwritten.contains_key(&name);
+            self.keep(&name, !is_kept);
         }
         let used = |name: &str| self.regions.contains_key(name);
         self.asked.retain(|name, _| used(name));
@@ -720,14 +732,14 @@ impl Agent {
         for (_, until) in &mut set.retiring {
             *until = self.clock.on_host(*until);
         }
-        match kept::encode(name, source, &set) {
-            Ok(text) => {
-                // The writer lives as long as the agent.
-                let _ = self.writer.send((name.into(), text));
-                self.written.insert(name.into(), now);
-            }
-            Err(error) => log(&format!("warning: region {name}: {error:#}")),
-        }
+        let keep = Keep {
+            region: name.into(),
+            source: source.clone(),
+            set,
+        };
+        // The writer lives as long as the agent.
+        let _ = self.writer.send(keep);
+        self.written.insert(name.into(), now);
     }
 
     /// Compares what the kernel does with what the policy says. An error is logged once.

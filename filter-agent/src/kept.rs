@@ -98,14 +98,15 @@ pub fn read(directory: &Path, name: &str, source: &RegionSource) -> Result<Optio
 }
 
 /// # Errors
-/// What kept the text from reaching the disk; the file is then what it was.
-pub fn write(directory: &Path, name: &str, text: &[u8]) -> Result<()> {
+/// What kept the set from reaching the disk; the file is then what it was.
+pub fn write(directory: &Path, name: &str, source: &RegionSource, set: &Set) -> Result<()> {
     let path = path(directory, name);
     let written = || -> Result<()> {
+        let text = encode(name, source, set)?;
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory)?;
         let mut file = tempfile::NamedTempFile::new_in(directory)?;
-        file.write_all(text)?;
+        file.write_all(&text)?;
         file.as_file().sync_all()?;
         file.persist(&path)?;
         // The name too has to outlast a crash of the host.

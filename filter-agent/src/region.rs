@@ -240,6 +240,16 @@ impl State {
         }
     }
 
+    /// Whether another state of the region has the same set of the same source, whenever it was confirmed.
+    pub fn holds_the_same(&self, other: &Self) -> bool {
+        let content = |set: &Set| Set {
+            confirmed: Timestamp::UNIX_EPOCH,
+            ..set.clone()
+        };
+        self.region.source == other.region.source
+            && self.set.as_ref().map(content) == other.set.as_ref().map(content)
+    }
+
     /// Takes a look-up's outcome. `accept`: believe it even if it lost most of its members or is older
     /// than the last one. Returns what changed of what is allowed.
     pub fn take(&mut self, outcome: Result<Answer>, accept: bool, now: Timestamp) -> Change {

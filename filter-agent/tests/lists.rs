@@ -394,12 +394,7 @@ fn kept_file_of_somebody_else_or_open_to_others_is_ignored() {
     let directory = directory.path();
     let (source, set) = kept_set();
     assert!(kept::read(directory, "office", &source).unwrap().is_none());
-    kept::write(
-        directory,
-        "office",
-        &kept::encode("office", &source, &set).unwrap(),
-    )
-    .unwrap();
+    kept::write(directory, "office", &source, &set).unwrap();
     assert_eq!(kept::read(directory, "office", &source).unwrap(), Some(set));
     let path = directory.join("office.json");
     let mode = std::fs::metadata(&path).unwrap().permissions().mode();
