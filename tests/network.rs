@@ -13,8 +13,8 @@ use filter_common::LAYOUT;
 use filter_tests::databases::{Postgres, psql};
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, NEIGHBOURS, Net,
-    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, agent_binary, bound, connect, dedicated, policy,
-    succeed, transfer,
+    OTHER_DB4, OTHER_DB6, PATIENCE, Protected, bound, connect, dedicated, policy, succeed,
+    transfer,
 };
 use jiff::{SignedDuration, Timestamp};
 use nix::{errno::Errno, sys::signal::Signal};
@@ -653,19 +653,25 @@ fn tunnel_is_named_as_uncovered_and_filtered_where_it_is_listed() {
 
 #[test]
 fn output_that_nobody_reads_on_ends_the_command_quietly() {
-    let net = Net::new("closed-pipe");
+    let mut net = Net::new("closed-pipe");
     net.write_policy(&orders("auto"));
-    for output in [&["--json"][..], &[]] {
-        let policy = net.policy_path();
-        let mut check = Command::new(agent_binary());
-        check.arg("check").arg(policy).args(output);
+    net.start();
+    let policy = net.policy_path();
+    let policy = policy.to_str().unwrap();
+    for arguments in [
+        &["check", policy, "--json"][..],
+        &["check", policy],
+        &["detach", "--yes"],
+    ] {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        check.stdout(writer).stderr(Stdio::piped());
-        let check = check.spawn().unwrap().wait_with_output().unwrap();
-        assert_eq!(check.status.code(), Some(128 + Signal::SIGPIPE as i32));
-        assert_eq!(String::from_utf8_lossy(&check.stderr), "");
+        let mut command = net.agent_command(arguments);
+        command.stdout(writer).stderr(Stdio::piped());
+        let output = command.spawn().unwrap().wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(128 + Signal::SIGPIPE as i32));
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     }
+    assert!(net.wait_for_exit().success());
 }
 
 #[test]

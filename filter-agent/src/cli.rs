@@ -368,12 +368,17 @@ fn failure_if(failed: bool) -> ExitCode {
     }
 }
 
+/// Ends the process where nobody reads on, as in `status | head -1`. To be called when all that is left is
+/// to print: to lose the agent half way is an error that wants a message.
+fn end_with_the_reader() -> Result<()> {
+    register_conditional_shutdown(SIGPIPE, EXIT_BROKEN_PIPE, Arc::new(true.into()))
+        .context("watch for a closed pipe")?;
+    Ok(())
+}
+
 impl Output {
-    /// Ends the process where nobody reads on, as in `status | head -1`.
     fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T)) -> Result<()> {
-        // Only from here on: to lose the agent half way is an error that wants a message.
-        register_conditional_shutdown(SIGPIPE, EXIT_BROKEN_PIPE, Arc::new(true.into()))
-            .context("watch for a closed pipe")?;
+        end_with_the_reader()?;
         if self.json {
             let json = serde_json::to_string_pretty(value).context("write JSON")?;
             println!("{json}");
@@ -1120,6 +1125,7 @@ async fn detach(yes: bool, socket: &Socket, bpffs: &Path) -> Result<ExitCode> {
             interfaces.into_iter().map(interface_name).collect()
         }
     };
+    end_with_the_reader()?;
     match names.as_slice() {
         [] => println!("nothing was filtered"),
         names => println!("detached from {}: it is open now", names.join(", ")),
