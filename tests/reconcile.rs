@@ -1,5 +1,8 @@
 //! What the kernel holds after an apply that succeeds, and after one that is refused half way.
 
+use std::net::Ipv4Addr;
+
+use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
     compile::{Compiled, Regions, compile},
     filter::Filter,
@@ -7,8 +10,9 @@ use filter_agent::{
     policy,
     probe::{frame, probes},
 };
-use filter_common::Protocol;
+use filter_common::{LAYOUT, Protocol, SLOT_BITS, Source4, slot_key};
 use filter_tests::bpffs::Bpffs;
+use ipnet::Ipv4Net;
 use jiff::Timestamp;
 
 fn compiled(databases: &str) -> Compiled {
@@ -29,6 +33,19 @@ fn wide(name: &str, network: u8, rule: &str) -> Compiled {
         ports.join(", "),
         addresses.join(", ")
     ))
+}
+
+/// A database that 4,000 hosts of a network may reach.
+fn many(network: u8) -> Compiled {
+    let mut compiled = compiled(&format!(
+        "  - {{name: a, port: 1, model: dedicated, force_tls: false, rules: [{{cidr: 10.{network}.0.0/16}}]}}\n"
+    ));
+    let hosts = (0..4_000_u16).map(|host| {
+        let [high, low] = (host * 2).to_be_bytes();
+        (Ipv4Net::from(Ipv4Addr::new(10, network, high, low)), 0)
+    });
+    compiled.databases.get_mut("a").unwrap().v4 = hosts.collect();
+    compiled
 }
 
 fn passes(filter: &Filter, source: &str, destination: &str) -> bool {
@@ -65,6 +82,47 @@ fn apply_that_the_kernel_refuses_half_way_is_undone() {
     drop(filter);
     // What a new agent reads from the kernel is the old policy, and nothing of the new one.
     unchanged(&Filter::open(bpffs.path(), None, 1024).unwrap());
+}
+
+#[test]
+fn prefixes_that_do_not_fit_half_way_are_taken_back_however_many() {
+    let bpffs = Bpffs::mount();
+    let open = || Filter::open(bpffs.path(), Some(5_000), 1024).unwrap();
+    let mut filter = open();
+    let (old, new) = (many(1), many(2));
+    filter.apply(&old).unwrap();
+    let pin = format!("filter-agent/v{LAYOUT}/ALLOWED4");
+    let map = Map::LpmTrie(MapData::from_pin(bpffs.path().join(pin)).unwrap());
+    let mut trie: LpmTrie<_, Source4, u32> = map.try_into().unwrap();
+    let others = (0..3_000_u16).map(|host| {
+        let [high, low] = host.to_be_bytes();
+        let address = [192, 0, high, low];
+        let slot = slot_key(99);
+        Key::new(SLOT_BITS + 32, Source4 { slot, address })
+    });
+    let others: Vec<_> = others.collect();
+    for key in &others {
+        trie.insert(key, 0, 0).unwrap();
+    }
+    let error = format!("{:#}", filter.apply(&new).unwrap_err());
+    assert!(
+        error.contains("nothing is changed: write prefix 10.2."),
+        "{error}"
+    );
+    for key in &others {
+        trie.remove(key).unwrap();
+    }
+    assert!(passes(&filter, "10.1.2.2", "10.0.0.1"));
+    assert!(!passes(&filter, "10.2.2.2", "10.0.0.1"));
+    drop(filter);
+    let mut filter = open();
+    assert_eq!(filter.plan(&old).unwrap(), Difference::default());
+    filter.apply(&new).unwrap();
+    assert!(!passes(&filter, "10.1.2.2", "10.0.0.1"));
+    assert!(passes(&filter, "10.2.2.2", "10.0.0.1"));
+    assert!(!passes(&filter, "10.2.2.3", "10.0.0.1"));
+    drop(filter);
+    assert_eq!(open().plan(&new).unwrap(), Difference::default());
 }
 
 #[test]

@@ -234,9 +234,6 @@ pub async fn run(options: Options) -> Result<()> {
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
     let loaded = load(&options.policy)?;
-    let connections = loaded.policy.tls_connections;
-    let filter = Filter::open(&options.bpffs, options.max_prefixes, connections)?;
-    let listener = listen(&options.socket).await?;
     let mut links = host::events()?;
     let (watches, mut files) = file_events();
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
@@ -247,7 +244,29 @@ pub async fn run(options: Options) -> Result<()> {
     let directory = regions_directory(&options.state_dir);
     let writes = tokio::spawn(write(directory, writing, events.clone()));
 
-    let agent = Agent::start(options.clone(), filter, loaded, watches, writer).await?;
+    let clock = Clock::start();
+    let (bpffs, max_prefixes) = (options.bpffs.clone(), options.max_prefixes);
+    let connections = loaded.policy.tls_connections;
+    let open = move || Filter::open(&bpffs, max_prefixes, connections);
+    let open = tokio::task::spawn_blocking(open);
+    // Long lists are read while the kernel checks the program.
+    let ((filter, listener), regions) = tokio::try_join!(
+        async {
+            let filter = open.await.context("open the filter").flatten()?;
+            anyhow::Ok((filter, listen(&options.socket).await?))
+        },
+        first_regions(&options, &loaded.policy, watches.as_ref(), clock),
+    )?;
+    let agent = Agent::start(
+        options.clone(),
+        clock,
+        filter,
+        loaded,
+        regions,
+        watches,
+        writer,
+    );
+    let agent = agent.await?;
     let shared = Shared {
         agent: Arc::new(Mutex::new(Some(agent))),
         reloading: Arc::default(),
@@ -444,13 +463,13 @@ fn milliseconds(since: Instant) -> f64 {
 impl Agent {
     async fn start(
         options: Options,
+        clock: Clock,
         mut filter: Filter,
         loaded: Loaded,
+        regions: Regions,
         watches: Option<Watches>,
         writer: UnboundedSender<Keep>,
     ) -> Result<Self> {
-        let clock = Clock::start();
-        let regions = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await?;
         let (_, compiled, enforced) = enforce(&mut filter, &loaded, &regions, None).await?;
         let started = Timestamp::now();
         let drops = Drops::since(started, filter.counts()?);

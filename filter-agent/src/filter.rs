@@ -7,6 +7,7 @@ use std::{
     net::{IpAddr, Ipv6Addr},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
     path::{Path, PathBuf},
+    thread,
     time::Duration,
 };
 
@@ -51,6 +52,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/fi
 
 /// The first kernel that has XDP frags and `bpf_xdp_get_buff_len`.
 const OLDEST_KERNEL: KernelVersion = KernelVersion::new(5, 18, 0);
+
+/// Prefixes that are worth a second thread to write them.
+const MANY: usize = 1_000;
 
 const BPF_F_NO_PREALLOC: u32 = 1;
 const XDP_PASS: u32 = 2;
@@ -155,8 +159,7 @@ struct Maps {
     ports: Array<MapData, Port>,
     locals: HashMap<MapData, LocalKey, Guard>,
     protocols: Array<MapData, u32>,
-    allowed4: LpmTrie<MapData, Source4, u32>,
-    allowed6: LpmTrie<MapData, Source6, u32>,
+    allowed: Allowed,
     near: Array<MapData, NearLine>,
     epoch: Array<MapData, u32>,
     counts: PerCpuArray<MapData, u64>,
@@ -351,9 +354,10 @@ impl Filter {
         }
         let steps = self.held.steps_to(&image);
         let mut done = 0;
-        let written = steps.iter().try_for_each(|step| {
-            done += 1;
-            self.maps.write(step)
+        let mut groups = steps.chunk_by(Step::is_independent_of);
+        let written = groups.try_for_each(|group| {
+            done += group.len();
+            self.write(group)
         });
         let written = written
             .and_then(|()| self.maps.begin_epoch(&image.ports))
@@ -368,6 +372,27 @@ impl Filter {
             return Err(error.context("write the policy to the kernel, nothing is changed"));
         }
         Ok(std::mem::replace(&mut self.held, image))
+    }
+
+    /// Writes steps that are independent of each other. Where they are many, which only prefixes are, two
+    /// threads share them: a trie's lock is held for a part of each write, and not to read it back.
+    fn write(&mut self, group: &[Step]) -> Result<()> {
+        if group.len() >= MANY {
+            let (first, second) = group.split_at(group.len() / 2);
+            let mut allowed = Allowed::open(&self.pins)?;
+            let written = thread::scope(|scope| {
+                let second = scope.spawn(move || second.iter().try_for_each(|s| allowed.write(s)));
+                let first = first.iter().try_for_each(|step| self.maps.write(step));
+                let second = second.join().map_err(|_| anyhow!("a thread panicked"));
+                first.and(second.flatten())
+            });
+            // A processor's stock of nodes may be used up (kernel 6.13), and who waits for the lock gives
+            // up after a quarter of a second (6.15): neither happens to one thread that takes its time.
+            if written.is_ok() {
+                return written;
+            }
+        }
+        group.iter().try_for_each(|step| self.maps.write(step))
     }
 
     /// Judges the connections that were under way before TLS was forced: by what they send next.
@@ -629,11 +654,11 @@ impl Filter {
         let found = match source {
             IpAddr::V4(source) => {
                 let key = source4(slot, Ipv4Net::from(source));
-                self.maps.allowed4.get(&key, 0)
+                self.maps.allowed.v4.get(&key, 0)
             }
             IpAddr::V6(source) => {
                 let key = source6(slot, Ipv6Net::from(source));
-                self.maps.allowed6.get(&key, 0)
+                self.maps.allowed.v6.get(&key, 0)
             }
         };
         let rule = absent_is_none(found).context("look the source up in the kernel")?;
@@ -818,8 +843,10 @@ impl Maps {
             ports: typed(ebpf, "PORT_GUARDS")?,
             locals: typed(ebpf, "LOCAL_GUARDS")?,
             protocols: typed(ebpf, "PROTOCOLS")?,
-            allowed4: typed(ebpf, "ALLOWED4")?,
-            allowed6: typed(ebpf, "ALLOWED6")?,
+            allowed: Allowed {
+                v4: typed(ebpf, "ALLOWED4")?,
+                v6: typed(ebpf, "ALLOWED6")?,
+            },
             near: typed(ebpf, "NEAR")?,
             epoch: typed(ebpf, "EPOCH")?,
             counts: typed(ebpf, "COUNTS")?,
@@ -889,7 +916,7 @@ impl Maps {
         for entry in self.locals.iter() {
             image.locals.push(entry?);
         }
-        for entry in self.allowed4.iter() {
+        for entry in self.allowed.v4.iter() {
             let (key, id) = entry?;
             let Source4 { slot, address } = key.data();
             let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
@@ -900,7 +927,7 @@ impl Maps {
                     .push(((u32::from_be_bytes(slot) as u16, prefix), id));
             }
         }
-        for entry in self.allowed6.iter() {
+        for entry in self.allowed.v6.iter() {
             let (key, id) = entry?;
             let Source6 { slot, address } = key.data();
             let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
@@ -1056,16 +1083,7 @@ impl Maps {
                 .rule_names
                 .set(key, new.unwrap_or(Name::FREE), 0)
                 .with_context(|| format!("write the name of rule {key}")),
-            Step::Allowed4(Change { key, new, .. }) => {
-                let (slot, prefix) = key;
-                write_prefix(&mut self.allowed4, &source4(slot, prefix), new)
-                    .with_context(|| format!("write prefix {prefix}"))
-            }
-            Step::Allowed6(Change { key, new, .. }) => {
-                let (slot, prefix) = key;
-                write_prefix(&mut self.allowed6, &source6(slot, prefix), new)
-                    .with_context(|| format!("write prefix {prefix}"))
-            }
+            Step::Allowed4(_) | Step::Allowed6(_) => self.allowed.write(step),
             Step::Near(Change { key, new, .. }) => self
                 .near
                 .set(key, new.unwrap_or_default(), 0)
@@ -1092,6 +1110,43 @@ impl Maps {
                 .protocols
                 .set(0, new, 0)
                 .context("write the guarded protocols"),
+        }
+    }
+}
+
+/// The prefixes of every database, by address family.
+struct Allowed {
+    v4: LpmTrie<MapData, Source4, u32>,
+    v6: LpmTrie<MapData, Source6, u32>,
+}
+
+impl Allowed {
+    /// A second way in to maps that are pinned.
+    fn open(pins: &Path) -> Result<Self> {
+        let open = |name: &str| {
+            let map = MapData::from_pin(pins.join(name));
+            map.map(Map::LpmTrie)
+                .with_context(|| format!("open the map {name}"))
+        };
+        Ok(Self {
+            v4: open("ALLOWED4")?.try_into()?,
+            v6: open("ALLOWED6")?.try_into()?,
+        })
+    }
+
+    fn write(&mut self, step: &Step) -> Result<()> {
+        match *step {
+            Step::Allowed4(Change { key, new, .. }) => {
+                let (slot, prefix) = key;
+                write_prefix(&mut self.v4, &source4(slot, prefix), new)
+                    .with_context(|| format!("write prefix {prefix}"))
+            }
+            Step::Allowed6(Change { key, new, .. }) => {
+                let (slot, prefix) = key;
+                write_prefix(&mut self.v6, &source6(slot, prefix), new)
+                    .with_context(|| format!("write prefix {prefix}"))
+            }
+            _ => Ok(()),
         }
     }
 }
