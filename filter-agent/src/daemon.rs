@@ -499,6 +499,8 @@ impl Agent {
         };
         agent.verify().await?;
         agent.forget_unused();
+        // Who is turned away from now on is told: samples have to be granted first.
+        agent.collect_drops();
         log(&agent.summary());
         Ok(agent)
     }
