@@ -365,7 +365,9 @@ impl Filter {
         if let Err(error) = written {
             let undo = || format!("take back a refused change ({error:#})");
             for step in steps[..done].iter().rev() {
-                self.maps.write(&step.reversed()).with_context(undo)?;
+                self.maps
+                    .write(&step.clone().reversed())
+                    .with_context(undo)?;
             }
             // What was found out half way is not to be remembered either.
             self.maps.begin_epoch(&self.held.ports).with_context(undo)?;
@@ -1075,18 +1077,18 @@ impl Maps {
 
     fn write(&mut self, step: &Step) -> Result<()> {
         match *step {
-            Step::Slot(Change { key, new, .. }) => self
+            Step::Slot(ref change) => self
                 .slot_names
-                .set(key, new.unwrap_or(Name::FREE), 0)
-                .with_context(|| format!("write the name of slot {key}")),
-            Step::Rule(Change { key, new, .. }) => self
+                .set(change.key, change.new.unwrap_or(Name::FREE), 0)
+                .with_context(|| format!("write the name of slot {}", change.key)),
+            Step::Rule(ref change) => self
                 .rule_names
-                .set(key, new.unwrap_or(Name::FREE), 0)
-                .with_context(|| format!("write the name of rule {key}")),
+                .set(change.key, change.new.unwrap_or(Name::FREE), 0)
+                .with_context(|| format!("write the name of rule {}", change.key)),
             Step::Allowed4(_) | Step::Allowed6(_) => self.allowed.write(step),
-            Step::Near(Change { key, new, .. }) => self
+            Step::Near(ref change) => self
                 .near
-                .set(key, new.unwrap_or_default(), 0)
+                .set(change.key, change.new.unwrap_or_default(), 0)
                 .context("write what is near the prefixes"),
             Step::Local(Change { key, new, .. }) => match new {
                 Some(guard) => self.locals.insert(key, guard, 0),

@@ -52,14 +52,14 @@ impl<K, V> Change<K, V> {
     }
 }
 
-/// One write to one map.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// One write to one map. What is large is boxed: nearly all steps of a long list are prefixes.
+#[derive(Clone, Debug, PartialEq)]
 pub enum Step {
-    Slot(Change<u32, Name>),
-    Rule(Change<u32, Name>),
+    Slot(Box<Change<u32, Name>>),
+    Rule(Box<Change<u32, Name>>),
     Allowed4(Change<(u16, Ipv4Net), u32>),
     Allowed6(Change<(u16, Ipv6Net), u32>),
-    Near(Change<u32, NearLine>),
+    Near(Box<Change<u32, NearLine>>),
     Local(Change<LocalKey, Guard>),
     Port(Change<u32, Guard>),
     Protocols { old: u32, new: u32 },
@@ -76,8 +76,8 @@ impl Step {
     }
 
     /// The step that takes this one back.
-    pub fn reversed(self) -> Self {
-        fn swap<K, V>(change: Change<K, V>) -> Change<K, V> {
+    pub fn reversed(&self) -> Self {
+        fn swap<K: Copy, V: Copy>(change: &Change<K, V>) -> Change<K, V> {
             Change {
                 key: change.key,
                 old: change.new,
@@ -85,14 +85,14 @@ impl Step {
             }
         }
         match self {
-            Self::Slot(change) => Self::Slot(swap(change)),
-            Self::Rule(change) => Self::Rule(swap(change)),
+            Self::Slot(change) => Self::Slot(swap(change).into()),
+            Self::Rule(change) => Self::Rule(swap(change).into()),
             Self::Allowed4(change) => Self::Allowed4(swap(change)),
             Self::Allowed6(change) => Self::Allowed6(swap(change)),
-            Self::Near(change) => Self::Near(swap(change)),
+            Self::Near(change) => Self::Near(swap(change).into()),
             Self::Local(change) => Self::Local(swap(change)),
             Self::Port(change) => Self::Port(swap(change)),
-            Self::Protocols { old, new } => Self::Protocols { old: new, new: old },
+            &Self::Protocols { old, new } => Self::Protocols { old: new, new: old },
         }
     }
 }
@@ -293,11 +293,15 @@ impl Image {
         let allowed4 = changes(&self.allowed4, &new.allowed4);
         let allowed6 = changes(&self.allowed6, &new.allowed6);
         let locals = changes(&self.locals, &new.locals);
-        let mut steps = Vec::new();
-        steps.extend(set(&slots).map(Step::Slot));
-        steps.extend(set(&rules).map(Step::Rule));
+        let mut steps = Vec::with_capacity(allowed4.len() + allowed6.len());
+        steps.extend(set(&slots).map(|change| Step::Slot(change.into())));
+        steps.extend(set(&rules).map(|change| Step::Rule(change.into())));
         let near = union(&self.near, &new.near);
-        steps.extend(changes(&self.near, &near).into_iter().map(Step::Near));
+        steps.extend(
+            changes(&self.near, &near)
+                .into_iter()
+                .map(|change| Step::Near(change.into())),
+        );
         steps.extend(set(&allowed4).map(Step::Allowed4));
         steps.extend(set(&allowed6).map(Step::Allowed6));
         steps.extend(set(&locals).map(Step::Local));
@@ -309,9 +313,13 @@ impl Image {
         steps.extend(removed(&locals).map(Step::Local));
         steps.extend(removed(&allowed4).map(Step::Allowed4));
         steps.extend(removed(&allowed6).map(Step::Allowed6));
-        steps.extend(changes(&near, &new.near).into_iter().map(Step::Near));
-        steps.extend(removed(&rules).map(Step::Rule));
-        steps.extend(removed(&slots).map(Step::Slot));
+        steps.extend(
+            changes(&near, &new.near)
+                .into_iter()
+                .map(|change| Step::Near(change.into())),
+        );
+        steps.extend(removed(&rules).map(|change| Step::Rule(change.into())));
+        steps.extend(removed(&slots).map(|change| Step::Slot(change.into())));
         steps
     }
 
@@ -534,10 +542,10 @@ mod tests {
     }
 
     impl Kernel {
-        fn write(&mut self, step: Step) {
-            fn put<K: Ord, V: PartialEq + std::fmt::Debug>(
+        fn write(&mut self, step: &Step) {
+            fn put<K: Copy + Ord, V: Copy + PartialEq + std::fmt::Debug>(
                 map: &mut BTreeMap<K, V>,
-                change: Change<K, V>,
+                change: &Change<K, V>,
             ) {
                 assert_eq!(map.remove(&change.key), change.old);
                 if let Some(new) = change.new {
@@ -552,7 +560,7 @@ mod tests {
                 Step::Near(change) => put(&mut self.near, change),
                 Step::Local(change) => put(&mut self.locals, change),
                 Step::Port(change) => put(&mut self.ports, change),
-                Step::Protocols { old, new } => {
+                &Step::Protocols { old, new } => {
                     assert_eq!(self.protocols, old);
                     self.protocols = new;
                 }
@@ -678,9 +686,9 @@ mod tests {
             for group in steps.chunk_by_mut(Step::is_independent_of) {
                 random.shuffle(group);
             }
-            steps.iter().for_each(|&step| after.write(step));
+            steps.iter().for_each(|step| after.write(step));
             assert_eq!(after.image(), new);
-            for (done, &step) in steps.iter().enumerate() {
+            for (done, step) in steps.iter().enumerate() {
                 kernel.write(step);
                 for (source, local, port) in packets() {
                     let judged = |kernel: &Kernel| kernel.passes(source, local, port);
@@ -691,7 +699,7 @@ mod tests {
                 }
                 let mut undone = kernel.clone();
                 for step in steps[..=done].iter().rev() {
-                    undone.write(step.reversed());
+                    undone.write(&step.reversed());
                 }
                 assert_eq!(undone, before);
             }
