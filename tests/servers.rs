@@ -5,13 +5,21 @@ use std::{
     cell::Cell,
     fs,
     io::{BufRead as _, BufReader, Write as _},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    thread,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
+use hickory_proto::{
+    op::{Edns, Message, Query},
+    rr::{Name, RecordType},
+};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -240,6 +248,83 @@ fn write_zone(directory: &Path, zone: &str, serial: u32, records: &str) {
          {records}\n"
     );
     fs::write(directory.join("zone"), text).unwrap();
+}
+
+/// Stands between the agent and a `Dns`, and tampers with what it answers. On UDP port 53.
+pub struct Tamperer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Asks the genuine server, with the DO bit set.
+pub struct Genuine {
+    socket: UdpSocket,
+}
+
+impl Genuine {
+    pub fn ask(&self, name: &str, kind: RecordType) -> Message {
+        let mut query = Message::query();
+        query.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+        let mut edns = Edns::new();
+        edns.set_max_payload(4096).set_dnssec_ok(true);
+        query.set_edns(edns);
+        self.forward(&query.to_vec().unwrap())
+    }
+
+    fn forward(&self, query: &[u8]) -> Message {
+        let mut answer = [0; 1 << 16];
+        self.socket.send(query).unwrap();
+        let length = self.socket.recv(&mut answer).unwrap();
+        Message::from_vec(&answer[..length]).unwrap()
+    }
+}
+
+impl Tamperer {
+    /// `tamper` changes each answer.
+    pub fn start(
+        namespace: &Namespace,
+        address: IpAddr,
+        dns: IpAddr,
+        tamper: impl Fn(&Genuine, &mut Message) + Send + 'static,
+    ) -> Self {
+        let (socket, upstream) = namespace.run(|| {
+            let upstream = UdpSocket::bind((dns, 0)).unwrap();
+            upstream.connect((dns, 53)).unwrap();
+            (UdpSocket::bind((address, 53)).unwrap(), upstream)
+        });
+        let interval = Some(Duration::from_millis(50));
+        socket.set_read_timeout(interval).unwrap();
+        upstream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = thread::spawn(move || {
+            let genuine = Genuine { socket: upstream };
+            let mut query = [0; 4096];
+            while !stopped.load(Ordering::Relaxed) {
+                let Ok((length, source)) = socket.recv_from(&mut query) else {
+                    continue;
+                };
+                let mut answer = genuine.forward(&query[..length]);
+                tamper(&genuine, &mut answer);
+                socket.send_to(&answer.to_vec().unwrap(), source).unwrap();
+            }
+        });
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Tamperer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// A certificate authority of the test's own.

@@ -5,6 +5,7 @@ pub mod cli;
 pub mod compile;
 mod control;
 pub mod daemon;
+mod dns;
 pub mod driver;
 pub mod drops;
 pub mod filter;

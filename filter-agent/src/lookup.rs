@@ -9,17 +9,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use futures_util::future::try_join_all;
-use hickory_resolver::{
-    TokioResolver,
-    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig},
-    net::{DnsError, NetError, runtime::TokioRuntimeProvider},
-    proto::{
-        dnssec::{Proof, TrustAnchors},
-        op::ResponseCode,
-        rr::{Name, RData, Record, RecordType},
-    },
-};
 use inotify::{WatchMask, Watches};
 use ipnet::IpNet;
 use reqwest::{StatusCode, header, redirect};
@@ -31,8 +20,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use crate::{
+    dns,
     format::{self, List},
-    policy::{Dns, Guards, Nameserver, RegionSource, Transport, Url, spelled},
+    policy::{Guards, RegionSource, Url, spelled},
 };
 
 /// Longest body of a published list, decompressed, in bytes: four times the longest that is published
@@ -41,9 +31,6 @@ const MAX_BODY: usize = 16 << 20;
 
 /// Redirects followed for one list.
 const MAX_REDIRECTS: usize = 5;
-
-/// CNAME records followed from one name.
-const MAX_ALIASES: usize = 8;
 
 /// Longest file of prefixes, in bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -140,11 +127,12 @@ pub async fn ask(
             }
             Ok(answer)
         }
-        RegionSource::Dns(dns) => {
+        RegionSource::Dns(source) => {
             let _permit = bounded(&RESOLVING).await?;
-            let found = tokio::time::timeout(guards.timeout, resolve(dns, guards.timeout)).await;
+            let found =
+                tokio::time::timeout(guards.timeout, dns::resolve(source, guards.timeout)).await;
             let found = found.unwrap_or_else(|_| {
-                let (names, limit) = (dns.names.join(", "), spelled(guards.timeout));
+                let (names, limit) = (source.names.join(", "), spelled(guards.timeout));
                 Err(anyhow!("look up {names}: no answer within {limit}"))
             });
             Ok(Answer::Found(found?))
@@ -201,150 +189,7 @@ fn read(path: &Path, before: Option<&Version>) -> Result<Answer> {
     }))
 }
 
-/// The addresses of all the names together, or none of them.
-async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
-    let resolver = &resolver(dns, timeout)?;
-    let answers = dns.names.iter().map(|name| async move {
-        let records = addresses(resolver, name, dns.dnssec).await;
-        records.with_context(|| format!("look up {name}"))
-    });
-    let records = try_join_all(answers).await?.concat();
-    let mut found = Found::default();
-    let mut ttl = u32::MAX;
-    for record in records {
-        ttl = ttl.min(record.ttl);
-        match record.data {
-            RData::A(address) => found.prefixes.push(IpNet::V4(address.0.into())),
-            RData::AAAA(address) => found.prefixes.push(IpNet::V6(address.0.into())),
-            _ => {}
-        }
-    }
-    ensure!(
-        !found.prefixes.is_empty(),
-        "look up {}: no addresses",
-        dns.names.join(", ")
-    );
-    found.ask_again = Some(Duration::from_secs(ttl.into()));
-    Ok(found)
-}
-
-/// The address records of a name, and the CNAME records on the way to them.
-async fn addresses(resolver: &TokioResolver, name: &str, dnssec: bool) -> Result<Vec<Record>> {
-    // Without its end a name would be looked for below the search domains too.
-    let absolute = format!("{}.", name.trim_end_matches('.'));
-    let mut name = Name::from_utf8(absolute).context("read the name")?;
-    let mut all = Vec::new();
-    if dnssec {
-        // hickory 0.26 takes a signed alias of a name without such records for forged: the proof is
-        // of the name at the end, not of the one that was asked for.
-        while let Some(alias) = records(resolver, &name, RecordType::CNAME, true)
-            .await?
-            .pop()
-        {
-            ensure!(all.len() < MAX_ALIASES, "more than {MAX_ALIASES} aliases");
-            let RData::CNAME(target) = &alias.data else {
-                bail!("{name} is asked for its alias, and is no alias");
-            };
-            name = target.0.clone();
-            all.push(alias);
-        }
-    }
-    for kind in [RecordType::A, RecordType::AAAA] {
-        let found = records(resolver, &name, kind, dnssec).await;
-        all.extend(found.with_context(|| format!("{kind} records"))?);
-    }
-    Ok(all)
-}
-
-/// None at all of this type is an answer too.
-async fn records(
-    resolver: &TokioResolver,
-    name: &Name,
-    kind: RecordType,
-    dnssec: bool,
-) -> Result<Vec<Record>> {
-    const UNSIGNED: &str = "the answer is not signed (`dnssec: require`)";
-    match resolver.lookup(name.clone(), kind).await {
-        Ok(lookup) => {
-            let wanted = |record: &&Record| {
-                record.record_type() == kind || record.record_type() == RecordType::CNAME
-            };
-            let records: Vec<Record> = lookup.answers().iter().filter(wanted).cloned().collect();
-            let signed = records.iter().all(|record| record.proof == Proof::Secure);
-            ensure!(signed || !dnssec, UNSIGNED);
-            Ok(records)
-        }
-        Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
-            let code = none.response_code;
-            ensure!(code == ResponseCode::NoError, "{code}");
-            // hickory checked that these prove it, where they are signed.
-            let proof = none.authorities.as_deref().unwrap_or_default();
-            let mut proof = proof
-                .iter()
-                .filter(|r| r.record_type() != RecordType::RRSIG)
-                .peekable();
-            let signed = proof.peek().is_some() && proof.all(|r| r.proof == Proof::Secure);
-            ensure!(signed || !dnssec, UNSIGNED);
-            Ok(Vec::new())
-        }
-        Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
-        Err(NetError::NoConnections) => bail!("none of the name servers can be reached"),
-        // Its own sources say the same again.
-        Err(error) => Err(anyhow!("{error}")),
-    }
-}
-
-/// Made anew for each look-up: `/etc/resolv.conf` may have changed, and what a cache remembers is what
-/// should not be asked again.
-fn resolver(dns: &Dns, timeout: Duration) -> Result<TokioResolver> {
-    let mut builder = if dns.nameservers.is_empty() {
-        TokioResolver::builder_tokio().context("read /etc/resolv.conf")?
-    } else {
-        let servers = dns.nameservers.iter().map(name_server).collect();
-        let config = ResolverConfig::from_parts(None, Vec::new(), servers);
-        TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
-    };
-    let options = builder.options_mut();
-    // Of one query: a server that is silent or a packet that is lost leaves time for others.
-    options.timeout = timeout / 4;
-    options.cache_size = 0;
-    options.use_hosts_file = ResolveHosts::Never;
-    options.preserve_intermediates = true;
-    options.validate = dns.dnssec;
-    if let Some(file) = &dns.trust_anchor {
-        let anchors = TrustAnchors::from_file(file);
-        let anchors = anchors.with_context(|| format!("read {}", file.display()))?;
-        builder = builder.with_trust_anchor(Arc::new(anchors));
-    }
-    let encrypted = dns
-        .nameservers
-        .iter()
-        .any(|n| n.transport != Transport::Plain);
-    let roots = if encrypted {
-        roots(dns.ca_file.as_deref())?
-    } else {
-        RootCertStore::empty()
-    };
-    let resolver = builder.with_tls_config(tls(roots)?).build();
-    resolver.context("set up the resolver")
-}
-
-fn name_server(server: &Nameserver) -> NameServerConfig {
-    let mut connections = match &server.transport {
-        Transport::Plain => vec![ConnectionConfig::udp(), ConnectionConfig::tcp()],
-        Transport::Tls { name } => vec![ConnectionConfig::tls(name.as_str().into())],
-        Transport::Https { name, path } => {
-            let path = Some(path.as_str().into());
-            vec![ConnectionConfig::https(name.as_str().into(), path)]
-        }
-    };
-    for connection in &mut connections {
-        connection.port = server.port.unwrap_or(connection.port);
-    }
-    NameServerConfig::new(server.address, true, connections)
-}
-
-fn tls(roots: RootCertStore) -> Result<ClientConfig> {
+pub(crate) fn tls(roots: RootCertStore) -> Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -353,7 +198,7 @@ fn tls(roots: RootCertStore) -> Result<ClientConfig> {
 }
 
 /// The certificates that are trusted: a file's, or the system's.
-fn roots(file: Option<&Path>) -> Result<RootCertStore> {
+pub(crate) fn roots(file: Option<&Path>) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     match file {
         Some(file) => {
