@@ -420,19 +420,25 @@ impl Net {
 
     /// Starts the agent and does not wait.
     pub fn spawn(&mut self, arguments: &[&str]) {
+        self.spawn_logging_to(Stdio::piped(), arguments);
+    }
+
+    /// The same with another stderr, which the test reads itself.
+    pub fn spawn_logging_to(&mut self, stderr: Stdio, arguments: &[&str]) {
         assert!(self.agent.is_none(), "the agent runs already");
         let mut command = self.agent_command(&[&["run"], arguments].concat());
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stderr(stderr);
         let mut child = self.db.run(|| command.spawn().unwrap());
-        let stderr = BufReader::new(child.stderr.take().unwrap());
         let (sender, lines) = mpsc::channel();
-        thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    break;
+        if let Some(stderr) = child.stderr.take() {
+            thread::spawn(move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    if sender.send(line).is_err() {
+                        break;
+                    }
                 }
-            }
-        });
+            });
+        }
         self.agent = Some(Agent { child, lines });
     }
 
@@ -1105,7 +1111,9 @@ fn claim(name: &str) -> UnixListener {
 
 /// Removes a test's directory and what is mounted in it.
 fn clean(dir: &Path) {
-    let _ = umount2(&dir.join("bpffs"), MntFlags::MNT_DETACH);
+    for mounted in ["bpffs", "disk"] {
+        let _ = umount2(&dir.join(mounted), MntFlags::MNT_DETACH);
+    }
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             eprintln!("cannot remove {}: {error}", dir.display());

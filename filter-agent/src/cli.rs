@@ -28,6 +28,7 @@ use crate::{
     driver::{self, Driver},
     filter, host,
     interfaces::{Coverage, describe_missing},
+    log::{self, log},
     policy::RegionSource,
     region::{self, Regions},
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
@@ -220,13 +221,12 @@ pub fn main() -> ExitCode {
     let done = runtime
         .context("start the async runtime")
         .and_then(|runtime| runtime.block_on(execute(command)));
-    match done {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("filter-agent: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let code = done.unwrap_or_else(|error| {
+        log(&format!("filter-agent: {error:#}"));
+        ExitCode::FAILURE
+    });
+    log::flush();
+    code
 }
 
 /// Every command but `run`, `check` and a `detach` without an agent is a question to the daemon.

@@ -36,6 +36,7 @@ use crate::{
     image::Difference,
     interfaces::{self, Coverage},
     kept,
+    log::log,
     lookup::{self, Answer, Version},
     policy::{self, Guards, Listed, Model, Policy, Region, RegionSource, Rule},
     probe,
@@ -417,11 +418,6 @@ fn tell_systemd(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         log(&format!("warning: notify systemd: {error}"));
     }
-}
-
-/// One line for the journal.
-fn log(line: &str) {
-    eprintln!("{line}");
 }
 
 /// How long to sleep for a rule to expire. The clock may be set meanwhile, which a sleep does not

@@ -14,6 +14,7 @@ pub mod host;
 pub mod image;
 pub mod interfaces;
 pub mod kept;
+mod log;
 pub mod lookup;
 pub mod policy;
 pub mod probe;
