@@ -11,12 +11,22 @@ fi
 here=$(dirname "$0")
 
 if [ "${1-}" = --remove ]; then
-    /usr/sbin/filter-agent detach --yes || true
-    systemctl disable --now filter-agent.service || true
+    # The service first: an agent that still runs would attach again what is detached below.
+    if [ -d /run/systemd/system ]; then
+        systemctl disable --now filter-agent.service || true
+    fi
+    timeout 60 /usr/sbin/filter-agent detach --yes || true
+    if [ -n "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
+        echo "install.sh: the filter is still pinned below /sys/fs/bpf/filter-agent; run" \
+            "\`rm -r /sys/fs/bpf/filter-agent\`, then $0 --remove again" >&2
+        exit 1
+    fi
     rm -f /usr/sbin/filter-agent /etc/systemd/system/filter-agent.service \
         /usr/share/man/man8/filter-agent.8 /usr/share/bash-completion/completions/filter-agent
     rm -rf /var/lib/filter-agent
-    systemctl daemon-reload || true
+    if [ -d /run/systemd/system ]; then
+        systemctl daemon-reload || true
+    fi
     echo "removed; /etc/filter-agent/policy.yaml stays"
     exit 0
 fi
