@@ -15,7 +15,7 @@ use nix::{
 };
 
 use crate::{
-    net::{CLIENT4, Connection, DB4, DB6, Namespace, Net, succeed, wait_until},
+    net::{CLIENT4, Connection, DB4, DB6, Namespace, Net, PATIENCE, succeed, wait_until},
     servers::{Ca, Certificate, Server},
 };
 
@@ -97,6 +97,9 @@ impl Postgres {
             "unix_socket_directories=",
             "fsync=off",
             "max_connections=500",
+            // As long as it may be, or no limit: a busy machine decides nothing.
+            "authentication_timeout=600",
+            "wal_sender_timeout=0",
             "ssl=on",
             &format!("ssl_cert_file={}", certificate.display()),
             &format!("ssl_key_file={}", key.display()),
@@ -128,15 +131,26 @@ pub fn come_from(net: &Net, source: IpAddr) -> IpAddr {
     database
 }
 
-/// What a query answers to psql at a source address of the client's. `options`: libpq's.
+/// What a query answers to psql at a source address of the client's. `options`: libpq's. Where nobody
+/// is to answer, `connect_timeout=2` keeps it short.
 pub fn psql(net: &Net, source: IpAddr, options: &str, query: &str) -> Result<String, String> {
     let database = come_from(net, source);
     let mut command = Command::new("psql");
     command
         .args(["--no-psqlrc", "-At", "-c", query])
         .arg(format!("host={database} user=postgres {options}"))
-        .env("PGCONNECT_TIMEOUT", "2");
+        .env("PGCONNECT_TIMEOUT", PATIENCE.as_secs().to_string());
     answer(&net.client.output(&mut command))
+}
+
+/// The same on the database host itself, past the filter.
+pub fn psql_at_home(net: &Net, query: &str) -> Result<String, String> {
+    let mut command = Command::new("psql");
+    command
+        .args(["--no-psqlrc", "-At", "-c", query])
+        .arg("host=127.0.0.1 user=postgres sslmode=disable")
+        .env("PGCONNECT_TIMEOUT", PATIENCE.as_secs().to_string());
+    answer(&net.db.output(&mut command))
 }
 
 fn answer(output: &Output) -> Result<String, String> {
@@ -173,6 +187,7 @@ impl Maria {
         server
             .args(["--no-defaults", "--user=mysql", "--bind-address=0.0.0.0"])
             .args(["--skip-name-resolve", "--innodb-flush-log-at-trx-commit=0"])
+            .arg("--connect-timeout=600")
             .arg(format!("--datadir={}", data.display()))
             .arg(format!("--socket={}", home.join("socket").display()))
             .arg(format!("--pid-file={}", home.join("pid").display()))
@@ -198,7 +213,8 @@ pub fn mariadb(net: &Net, options: &[&str], query: &str) -> Result<String, Strin
     let mut command = Command::new("mariadb");
     command
         .args(["--no-defaults", "--batch", "--skip-column-names"])
-        .args(["--user=anyone", "--password=secret", "--connect-timeout=3"])
+        .args(["--user=anyone", "--password=secret"])
+        .arg(format!("--connect-timeout={}", PATIENCE.as_secs()))
         .arg(format!("--host={database}"))
         .args(options)
         .args(["--execute", query]);
@@ -252,7 +268,8 @@ pub fn redis(net: &Net, port: u16, options: &[&str]) -> Result<String, String> {
     come_from(net, crate::net::ALLOWED4.into());
     let mut command = Command::new("timeout");
     command
-        .args(["5", "redis-cli", "-e", "-h"])
+        .arg(PATIENCE.as_secs().to_string())
+        .args(["redis-cli", "-e", "-h"])
         .arg(database.to_string())
         .arg("-p")
         .arg(port.to_string())

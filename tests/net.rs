@@ -16,7 +16,7 @@ use std::{
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{self, Receiver},
     },
     thread::{self, JoinHandle},
@@ -74,11 +74,15 @@ pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// Packet type of frames that this host sent (packet(7)).
 const PACKET_OUTGOING: u8 = 4;
 
-/// How long anything may take that normally takes no time: never what a test measures.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-/// How long a connection attempt waits for an answer: past Linux's first repetition of a SYN, so
-/// that one lost on a busy machine decides nothing.
+/// Limit of every wait for something that must happen: so long that a busy machine does not reach it.
+pub const PATIENCE: Duration = Duration::from_secs(180);
+/// Time without an answer after which a connection attempt is checked for silence: longer than Linux
+/// waits before it sends a SYN again, so that one lost packet decides nothing.
 const SILENCE: Duration = Duration::from_millis(1500);
+/// Time that a datagram's answer may take before the next datagram is sent.
+const DATAGRAM_RETRY: Duration = Duration::from_millis(300);
+/// A port that no test listens on or protects: the host answers each SYN with a reset.
+const CLOSED_PORT: u16 = 1;
 
 /// A network namespace, deleted when dropped.
 pub struct Namespace {
@@ -117,16 +121,6 @@ impl Namespace {
 
     pub fn output(&self, command: &mut Command) -> Output {
         self.run(|| command.output().unwrap())
-    }
-
-    /// SYNs that were sent again since nothing answered the first one.
-    pub fn repeated_syns(&self) -> u64 {
-        let text = self.run(|| fs::read_to_string("/proc/thread-self/net/netstat").unwrap());
-        let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
-        let names = lines.next().unwrap().split_whitespace();
-        let mut values = lines.next().unwrap().split_whitespace();
-        let place = names.into_iter().position(|name| name == "TCPSynRetrans");
-        values.nth(place.unwrap()).unwrap().parse().unwrap()
     }
 
     /// Sets kernel parameters below `net/`.
@@ -342,6 +336,43 @@ impl Net {
                 "neighbour replace {address} lladdr {db} dev eth0 nud permanent"
             ));
         }
+    }
+
+    /// Counts, from now on, the SYNs to a port that the client sends over the link and those that
+    /// pass the filter there. Call it before the client sends any.
+    pub fn count_syns(&self, port: u16) {
+        for (namespace, hook, interface) in [
+            (&self.client, "output", "oifname"),
+            (&self.db, "prerouting", "iifname"),
+        ] {
+            let ruleset = format!(
+                "table inet syns {{
+                    counter syns {{}}
+                    chain syns {{
+                        type filter hook {hook} priority -300
+                        {interface} eth0 tcp dport {port} tcp flags & (syn | ack) == syn \
+                            counter name syns
+                    }}
+                }}\n"
+            );
+            namespace.run(|| feed(Command::new("nft").args(["-f", "-"]), &ruleset));
+        }
+    }
+
+    /// Asserts that each SYN counted was sent and passed the filter, and that some were.
+    #[track_caller]
+    pub fn assert_all_syns_passed(&self) {
+        let count = |namespace: &Namespace| {
+            let mut command = Command::new("nft");
+            command.args(["-j", "list", "counter", "inet", "syns", "syns"]);
+            counter(&namespace.output(&mut command))
+        };
+        let (mut sent, mut passed) = (0, 0);
+        let all = wait_until(|| {
+            (sent, passed) = (count(&self.client), count(&self.db));
+            sent == passed
+        });
+        assert!(all && sent > 0, "{sent} SYNs were sent and {passed} passed");
     }
 
     /// Gives the client one more address to connect from.
@@ -611,8 +642,7 @@ impl Net {
         command.args(["-j", "list", "counter", "inet", "tripwire", "foreign"]);
         let output = self.db.output(&mut command);
         assert!(output.status.success(), "the tripwire was removed");
-        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
-        json["nftables"][1]["counter"]["packets"].as_u64().unwrap()
+        counter(&output)
     }
 
     /// Counts from 0 again, for a test that means to set the tripwire off.
@@ -723,9 +753,14 @@ impl Net {
         EchoDatagrams::start(self.receive(port))
     }
 
-    /// Whether a datagram from a source address of the client's is answered.
-    pub fn exchange(&self, source: IpAddr, destination: SocketAddr) -> bool {
-        self.client.run(|| exchange(source, destination))
+    /// Whether datagrams from a source address of the client's are answered.
+    pub fn exchange(&self, source: IpAddr, destination: SocketAddr, patience: Patience) -> bool {
+        self.client.run(|| exchange(source, destination, patience))
+    }
+
+    /// Waits until the database host has received all that the client sent before.
+    pub fn settle(&self) {
+        self.client.run(|| fence(CLIENT4.into(), DB4.into()));
     }
 
     /// Tries to connect from a source address of the client's.
@@ -883,7 +918,8 @@ impl Wire {
 /// Clients that connect without a pause until they are stopped.
 pub struct Hammer {
     stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<u64>>,
+    attempts: Arc<AtomicU64>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Hammer {
@@ -894,10 +930,9 @@ impl Hammer {
     pub fn allowed(client: &Namespace, attempts: &[(IpAddr, SocketAddr)]) -> Self {
         Self::start(client, attempts, |source, destination| {
             let socket = bound(source);
-            let patience = Duration::from_secs(10);
             socket.set_linger(Some(Duration::ZERO)).unwrap();
-            socket.set_read_timeout(Some(patience)).unwrap();
-            let connected = socket.connect_timeout(&destination.into(), patience);
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            let connected = socket.connect_timeout(&destination.into(), PATIENCE);
             connected.unwrap_or_else(|e| panic!("connect from {source} to {destination}: {e}"));
             let mut stream = TcpStream::from(socket);
             stream.write_all(b"ping").unwrap();
@@ -925,32 +960,60 @@ impl Hammer {
         attempt: impl Fn(IpAddr, SocketAddr) + Copy + Send + 'static,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
+        let made = Arc::new(AtomicU64::new(0));
         let threads = attempts.iter().map(|&(source, destination)| {
-            let stop = stop.clone();
+            let (stop, made) = (stop.clone(), made.clone());
             let name = client.name.clone();
             thread::spawn(move || {
                 enter(&name);
-                let mut attempts = 0;
                 while !stop.load(Ordering::Relaxed) {
                     attempt(source, destination);
-                    attempts += 1;
+                    made.fetch_add(1, Ordering::Relaxed);
                 }
-                attempts
             })
         });
         Self {
             threads: threads.collect(),
+            attempts: made,
             stop,
         }
     }
 
-    /// The number of attempts, of all sources together.
-    pub fn stop(self) -> u64 {
+    /// The number of attempts so far, of all sources together.
+    pub fn attempts(&self) -> u64 {
+        self.attempts.load(Ordering::Relaxed)
+    }
+
+    /// Whether a thread has panicked: it makes no more attempts.
+    pub fn failed(&self) -> bool {
+        self.threads.iter().any(JoinHandle::is_finished)
+    }
+
+    pub fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
-        let attempts = self.threads.into_iter().map(|thread| thread.join());
-        attempts
-            .map(|attempts| attempts.expect("a client failed"))
-            .sum()
+        for thread in self.threads {
+            thread.join().expect("a client failed");
+        }
+    }
+}
+
+/// Calls a closure with 0, 1 and so on: `least` times, and on until each hammer has made so many
+/// attempts, however slow the machine is.
+pub fn under_load(least: usize, hammers: &[(&Hammer, u64)], mut round: impl FnMut(usize)) {
+    let deadline = Instant::now() + PATIENCE;
+    for number in 0.. {
+        let enough = hammers
+            .iter()
+            .all(|(hammer, least)| hammer.attempts() >= *least);
+        let failed = hammers.iter().any(|(hammer, _)| hammer.failed());
+        if number >= least && (enough || failed) {
+            break;
+        }
+        assert!(
+            number < least || Instant::now() < deadline,
+            "the clients make no attempts"
+        );
+        round(number);
     }
 }
 
@@ -999,7 +1062,17 @@ pub enum Connection {
 pub fn connect(source: IpAddr, destination: SocketAddr) -> Connection {
     let socket = bound(source);
     socket.set_linger(Some(Duration::ZERO)).unwrap();
-    match socket.connect_timeout(&destination.into(), SILENCE) {
+    let mut result = socket.connect_timeout(&destination.into(), SILENCE);
+    if is_timeout(&result) {
+        // A busy machine may be late. When a later SYN is answered, an answer to ours is here too.
+        fence(source, destination.ip());
+        result = match socket.take_error().unwrap() {
+            Some(error) => Err(error),
+            None if socket.peer_addr().is_ok() => Ok(()),
+            None => Err(io::ErrorKind::TimedOut.into()),
+        };
+    }
+    match result {
         Ok(()) => Connection::Accepted,
         Err(error) => match error.kind() {
             io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
@@ -1011,18 +1084,48 @@ pub fn connect(source: IpAddr, destination: SocketAddr) -> Connection {
     }
 }
 
-/// Whether a datagram is answered, in the namespace of the calling thread.
-pub fn exchange(source: IpAddr, destination: SocketAddr) -> bool {
+fn is_timeout(result: &io::Result<()>) -> bool {
+    matches!(result, Err(error) if error.kind() == io::ErrorKind::TimedOut)
+}
+
+/// Waits until a host resets a connection to its closed port: whatever was sent before on the same
+/// link has arrived by then, and was answered if the kernel answers it.
+fn fence(source: IpAddr, destination: IpAddr) {
+    let address = SocketAddr::new(destination, CLOSED_PORT).into();
+    let result = bound(source).connect_timeout(&address, PATIENCE);
+    let refused = result.map_err(|error| error.kind());
+    assert_eq!(
+        refused,
+        Err(io::ErrorKind::ConnectionRefused),
+        "{source} does not reach {destination} at all"
+    );
+}
+
+/// How long an answer to datagrams is waited for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Patience {
+    /// As long as a busy machine takes: an answer must come.
+    Long,
+    /// For three datagrams: none must come.
+    Short,
+}
+
+/// Whether datagrams are answered, in the namespace of the calling thread.
+pub fn exchange(source: IpAddr, destination: SocketAddr, patience: Patience) -> bool {
     let socket = UdpSocket::bind((source, 0)).unwrap();
     socket.connect(destination).unwrap();
-    let wait = Some(Duration::from_millis(300));
-    socket.set_read_timeout(wait).unwrap();
-    // One may get lost.
-    (0..3).any(|_| {
+    socket.set_read_timeout(Some(DATAGRAM_RETRY)).unwrap();
+    let answered = || {
         let mut answer = [0; 4];
-        socket.send(b"ping").unwrap();
-        matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
-    })
+        // Refused while the server is not there yet.
+        let sent = socket.send(b"ping").is_ok();
+        sent && matches!(socket.recv(&mut answer), Ok(4)) && answer == *b"ping"
+    };
+    match patience {
+        // One may get lost.
+        Patience::Long => wait_until(answered),
+        Patience::Short => (0..3).any(|_| answered()),
+    }
 }
 
 /// Sends 8 MiB to a server that echoes it.
@@ -1099,7 +1202,7 @@ fn claim(name: &str) -> UnixListener {
     let address = unix::net::SocketAddr::from_abstract_name(format!("filter-tests-{name}"));
     let address = address.unwrap();
     let mut claim = None;
-    let claimed = (0..10).any(|_| {
+    let claimed = (0..3).any(|_| {
         wait_until(|| {
             claim = UnixListener::bind_addr(&address).ok();
             claim.is_some()
@@ -1141,6 +1244,12 @@ pub fn addressing(source: IpAddr, port: u16, protocol: Protocol) -> Addressing {
         destination_port: port,
         protocol,
     }
+}
+
+/// The packets of the one counter that nft prints.
+fn counter(output: &Output) -> u64 {
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    json["nftables"][1]["counter"]["packets"].as_u64().unwrap()
 }
 
 pub fn succeed(command: &mut Command) {

@@ -5,9 +5,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
-    thread,
-    time::Duration,
 };
 
 use filter_common::Protocol;
@@ -15,7 +14,7 @@ use filter_tests::{
     frames::{self, Addressing, Packet, Plan, Rng},
     net::{
         ALLOWED4, ALLOWED6, DB_MAC, DB4, DB6, DENIED4, DENIED6, Net, OTHER_DB4, OTHER_DB6,
-        Protected, Wire, addressing, dedicated, policy,
+        Protected, Wire, addressing, dedicated, policy, wait_until,
     },
 };
 use nix::sys::socket::{setsockopt, sockopt};
@@ -94,17 +93,36 @@ impl Stand {
             for frame in batch.iter().copied().flatten() {
                 self.wire.send(frame);
             }
-            thread::sleep(Duration::from_millis(1));
+            self.net.settle();
             self.collect(&mut delivered);
         }
-        // Until what is left over of fragments is forgotten, or it would complete later ones.
-        thread::sleep(Duration::from_millis(1200));
+        // What is left over of fragments would complete later ones.
+        assert!(
+            wait_until(|| self.fragments() == 0),
+            "fragments are not forgotten"
+        );
         self.collect(&mut delivered);
         assert!(
             delivered.iter().all(|id| plans.contains_key(id)),
             "an unknown id arrived"
         );
         delivered.into_iter().map(number).collect()
+    }
+
+    /// Packets whose fragments the host still waits for.
+    fn fragments(&self) -> u32 {
+        let text = self.net.db.run(|| {
+            ["sockstat", "sockstat6"]
+                .map(|name| fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap())
+        });
+        let lines = text.iter().flat_map(|text| text.lines());
+        let counts = lines.filter_map(|line| {
+            let (name, rest) = line.split_once(": inuse ")?;
+            let count = rest.split(' ').next()?;
+            name.starts_with("FRAG")
+                .then(|| count.parse::<u32>().unwrap())
+        });
+        counts.sum()
     }
 
     fn collect(&self, delivered: &mut BTreeSet<u32>) {

@@ -12,7 +12,7 @@ use std::{
 
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected, dedicated,
-    policy, wait_until,
+    policy, under_load, wait_until,
 };
 use serde_json::json;
 
@@ -181,23 +181,20 @@ fn kills_at_random_moments_of_reloads_let_nobody_in_and_keep_nobody_out() {
     let denied = [(stranger, DB), (stranger, "10.0.1.1:5432".parse().unwrap())];
     let denied = Hammer::denied(&net.more_clients[0], &denied);
     let allowed = [(ALLOWED4.into(), DB), (ALLOWED6.into(), DB_V6)];
+    net.count_syns(PORT);
     let allowed = Hammer::allowed(&net.client, &allowed);
     let mut rng = fastrand::Rng::with_seed(7);
-    for policy in policies.iter().cycle().skip(1).take(20) {
-        net.write_policy(policy);
+    under_load(20, &[(&allowed, 100), (&denied, 100)], |round| {
+        net.write_policy(&policies[(round + 1) % policies.len()]);
         net.hang_up();
         thread::sleep(Duration::from_micros(rng.u64(..8_000)));
         net.kill();
         net.start();
         assert_no_difference(&net.agent_json(&["plan"])["difference"]);
-    }
-    assert!(allowed.stop() > 100);
-    assert!(denied.stop() > 100);
-    assert_eq!(
-        net.client.repeated_syns(),
-        0,
-        "SYNs of an allowed source were dropped"
-    );
+    });
+    allowed.stop();
+    denied.stop();
+    net.assert_all_syns_passed();
     let status = net.agent_json(&["status", "--verify"]);
     assert_eq!(status["errors"], json!([]));
 }

@@ -8,7 +8,6 @@ use std::{
     process::{Child, Command, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
-    time::{Duration, Instant},
 };
 
 use filter_agent::{
@@ -17,7 +16,7 @@ use filter_agent::{
     policy::Mode,
 };
 use filter_tests::{
-    databases::{Maria, Postgres, Redis, come_from, mariadb, psql, redis},
+    databases::{Maria, Postgres, Redis, come_from, mariadb, psql, psql_at_home, redis},
     net::{
         ALLOWED4, ALLOWED6, CLIENT4, DB4, Namespace, Net, PATIENCE, agent_binary,
         next_layout_binary, policy, wait_until,
@@ -108,24 +107,18 @@ fn psql_gets_in_with_tls_only() {
                     "{options}"
                 );
             }
-            let begin = Instant::now();
             let error = psql(&net, source, "sslmode=disable", "select 1").unwrap_err();
             assert!(error.contains("TLS is required here"), "{error}");
-            assert!(
-                begin.elapsed() < Duration::from_secs(1),
-                "{:?}",
-                begin.elapsed()
-            );
         }
         // Its cluster is exempt.
         let clear = psql(&net, CLIENT4.into(), "sslmode=disable", encrypted);
         assert_eq!(clear.as_deref(), Ok("f"));
-        let waiting = "select count(*) from pg_stat_activity where backend_type = 'client backend'";
-        assert_eq!(
-            psql(&net, ALLOWED4.into(), "sslmode=require", waiting).as_deref(),
-            Ok("1")
-        );
-        assert_eq!(connections(&net), json!({"tls": 7, "refused": 2}));
+        // No other session is left on the server.
+        let sessions =
+            "select count(*) from pg_stat_activity where backend_type = 'client backend'";
+        let alone = || psql_at_home(&net, sessions).as_deref() == Ok("1");
+        assert!(wait_until(alone));
+        assert_eq!(connections(&net), json!({"tls": 6, "refused": 2}));
     }
 }
 
@@ -137,16 +130,10 @@ fn mariadb_client_gets_in_with_tls_only() {
     let cipher = "show status like 'Ssl_cipher'";
     let encrypted = mariadb(&net, &["--ssl"], cipher).unwrap();
     assert!(encrypted.len() > "Ssl_cipher\t".len(), "{encrypted}");
-    let begin = Instant::now();
     let error = mariadb(&net, &["--skip-ssl"], cipher).unwrap_err();
     assert!(
         error.contains("3159") && error.contains("TLS is required here"),
         "{error}"
-    );
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begin.elapsed()
     );
     assert_eq!(connections(&net), json!({"tls": 1, "refused": 1}));
     // The server lets it in where TLS is not forced.
@@ -173,14 +160,8 @@ fn redis_client_gets_in_with_tls_only() {
             assert_eq!(redis(&net, port, &options).as_deref(), Ok("PONG"));
             assert_eq!(connections(&net), json!({"tls": 1}));
         }
-        let begin = Instant::now();
         let error = redis(&net, port, &["ping"]).unwrap_err();
         assert!(error.contains("TLS is required here"), "{error}");
-        assert!(
-            begin.elapsed() < Duration::from_secs(1),
-            "{:?}",
-            begin.elapsed()
-        );
         assert_eq!(connections(&net)["refused"], 1);
     }
 }
@@ -212,16 +193,10 @@ fn client_over_a_link_that_takes_no_answer_is_reset_all_the_same() {
     let _server = Postgres::start(&net);
     net.write_policy(&policy("eth0", "native", &[forced("postgresql", 5432, "")]));
     net.start();
-    let begin = Instant::now();
     let error = psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
     assert!(
         error.contains("closed the connection unexpectedly"),
         "{error}"
-    );
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begin.elapsed()
     );
     assert!(wait_until(|| server_sockets(&net, 5432) == 0));
 }
@@ -284,9 +259,13 @@ fn query_is_cancelled_in_the_clear_unless_that_is_forbidden() {
     net.start();
     let mut session = Session::start(&net, ALLOWED4.into(), "sslmode=require");
     assert_eq!(session.ask("select 1;"), "1");
+    let sleeping = || {
+        let query = "select count(*) from pg_stat_activity where wait_event = 'PgSleep'";
+        psql_at_home(&net, query).unwrap()
+    };
     let interrupt = |session: &mut Session| {
-        session.tell("select pg_sleep(3);");
-        thread::sleep(Duration::from_millis(500));
+        session.tell("select pg_sleep(600);");
+        assert!(wait_until(|| sleeping() == "1"));
         kill(
             Pid::from_raw(session.child.id().cast_signed()),
             Signal::SIGINT,
@@ -310,9 +289,7 @@ fn query_is_cancelled_in_the_clear_unless_that_is_forbidden() {
     let mut session = Session::start(&net, ALLOWED4.into(), "sslmode=require");
     let text = interrupt(&mut session);
     assert!(text.contains("Cancel request sent"), "{text}");
-    let sleeping = "select count(*) from pg_stat_activity where wait_event = 'PgSleep'";
-    let sleeping = psql(&net, ALLOWED4.into(), "sslmode=require", sleeping);
-    assert_eq!(sleeping.as_deref(), Ok("1"));
+    assert_eq!(sleeping(), "1");
     assert_eq!(connections(&net)["refused"], 1);
 }
 
@@ -351,6 +328,8 @@ fn session_from_before_is_let_run_until_existing_ones_are_judged() {
 
 #[test]
 fn what_is_known_of_connections_outlasts_the_agent() {
+    // Built before there are connections that would wait for it.
+    let binaries = [agent_binary(), next_layout_binary(), agent_binary()];
     let mut net = start("tls-restart", "native", &forced("postgresql", 5432, ""));
     let _server = Postgres::start(&net);
     net.start();
@@ -367,7 +346,6 @@ fn what_is_known_of_connections_outlasts_the_agent() {
         TcpStream::from(socket)
     });
     // An agent of another layout goes on with the same map, and so does this one after it.
-    let binaries = [agent_binary(), next_layout_binary(), agent_binary()];
     for binary in binaries {
         net.kill();
         net.binary = binary.to_owned();
@@ -459,14 +437,8 @@ fn other_clients_begin_with_tls_as_their_engines_do() {
     come_from(&net, ALLOWED4.into());
     let openssl = |net: &Net, options: &[&str]| {
         let mut command = Command::new("timeout");
-        command.args([
-            "5",
-            "openssl",
-            "s_client",
-            "-brief",
-            "-connect",
-            "10.0.0.1:5432",
-        ]);
+        command.arg(PATIENCE.as_secs().to_string());
+        command.args(["openssl", "s_client", "-brief", "-connect", "10.0.0.1:5432"]);
         command.args(options).stdin(Stdio::null());
         let output = net.client.output(&mut command);
         String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
@@ -479,9 +451,10 @@ fn other_clients_begin_with_tls_as_their_engines_do() {
     let python = |ssl: &str| {
         let script = format!(
             "import asyncio, asyncpg\nasync def main():\n  c = await asyncpg.connect(\
-             host='10.0.0.1', user='postgres', timeout=4, ssl={ssl})\n  print(await \
+             host='10.0.0.1', user='postgres', timeout={}, ssl={ssl})\n  print(await \
              c.fetchval('select ssl from pg_stat_ssl where pid = pg_backend_pid()'))\n\
-             asyncio.run(main())"
+             asyncio.run(main())",
+            PATIENCE.as_secs()
         );
         let output = net
             .client
@@ -517,14 +490,8 @@ fn database_behind_a_published_port_is_protected_too() {
     net.start();
     let encrypted = || psql(&net, ALLOWED4.into(), "sslmode=require", "select 1");
     assert!(wait_until(|| encrypted().as_deref() == Ok("1")));
-    let begin = Instant::now();
     let error = psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
     assert!(error.contains("TLS is required here"), "{error}");
-    assert!(
-        begin.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begin.elapsed()
-    );
     let sockets = || {
         let output = container.output(Command::new("ss").args(["-Htan", "( sport = :5432 )"]));
         let text = String::from_utf8(output.stdout).unwrap();
