@@ -284,9 +284,12 @@ impl Generator {
             let per_frame = send(count)?;
             let after = received(host, interface)?;
             let packets = (after.0 - before.0) as f64;
-            // Where the interface's thread took over, some found its queue full.
+            // Where the interface's thread took over, some found its queue full: on a busy machine most.
+            ensure!(packets > 0.0, "of {count} frames the host took none");
             let taken = packets / f64::from(count);
-            ensure!(taken > 0.5, "of {count} frames the host took {packets}");
+            if taken < 0.5 {
+                eprintln!("of {count} frames the host took {packets}: this rate means little");
+            }
             Ok(Sent {
                 rate: taken / per_frame.as_secs_f64(),
                 arrived: (after.1 - before.1) as f64 / packets,
@@ -297,8 +300,19 @@ impl Generator {
 
 /// Packets that an interface of the host received, and those whose checksum TCP found wrong.
 fn received(host: &Namespace, interface: &str) -> Result<(u64, u64)> {
-    // What is under way may be handled by another thread.
-    std::thread::sleep(Duration::from_millis(1));
+    // What is under way may be handled by another thread: until nothing is.
+    let mut before = counted(host, interface)?;
+    loop {
+        std::thread::sleep(Duration::from_millis(5));
+        let now = counted(host, interface)?;
+        if now == before {
+            return Ok(now);
+        }
+        before = now;
+    }
+}
+
+fn counted(host: &Namespace, interface: &str) -> Result<(u64, u64)> {
     let (devices, protocols) = host.run(|| {
         let read = |name| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
         Ok::<_, std::io::Error>((read("dev")?, read("snmp")?))

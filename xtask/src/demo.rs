@@ -45,6 +45,9 @@ const ELSEWHERE: Host = Host {
 };
 
 /// The namespace that is the network between the hosts.
+/// Limit of every wait for something that must happen, so long that a busy machine does not reach it.
+const PATIENCE: Duration = Duration::from_secs(180);
+
 const NETWORK: &str = "net";
 
 pub fn show(agent: &Path) -> Result<()> {
@@ -338,7 +341,7 @@ impl Demo {
             if text.contains(ready) {
                 return Ok(index);
             }
-            if ended.is_some() || begin.elapsed() > Duration::from_secs(30) {
+            if ended.is_some() || begin.elapsed() > PATIENCE {
                 bail!("`{}` did not get ready", crate::command_line(&command));
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -351,9 +354,15 @@ impl Demo {
         let mut attempts = Vec::new();
         for client in [OFFICE, ELSEWHERE] {
             for (source, server) in [(client.ipv4, DB.ipv4), (client.ipv6, DB.ipv6)] {
+                // Whoever stays out gets no answer at all.
+                let timeout = if may(client.name) {
+                    PATIENCE.as_secs().to_string()
+                } else {
+                    "3".into()
+                };
                 let psql = self
                     .inside(client.name, &self.postgresql.join("psql"))
-                    .env("PGCONNECT_TIMEOUT", "3")
+                    .env("PGCONNECT_TIMEOUT", timeout)
                     .args(["--no-psqlrc", "--tuples-only", "--no-align"])
                     .args(["--host", server, "--port", &port.to_string()])
                     .args(["--username", "postgres", "--dbname", "postgres"])
@@ -484,7 +493,7 @@ fn end_processes(namespace: &str) -> Result<()> {
             let _ = kill(pid, signal);
         }
         let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(5) {
+        while begin.elapsed() < Duration::from_secs(30) {
             if processes(namespace)?.is_empty() {
                 return Ok(());
             }
