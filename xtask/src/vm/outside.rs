@@ -1,0 +1,257 @@
+//! What is outside of the machine: a network namespace with a DHCP server that is slow to answer, and
+//! two clients that never stop trying.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::{output, run};
+
+pub const NAMESPACE: &str = "filter-agent-vm";
+pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+pub const ALLOWED: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+pub const DENIED: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 3);
+pub const PORT: u16 = 5432;
+/// Of the machine's `eth0`.
+pub const HOST_MAC: &str = "52:54:00:77:00:01";
+
+/// Seconds from a request for an address to the server's answer: much longer than the agent takes to
+/// start, so that address and route come late.
+const DHCP_DELAY: u32 = 8;
+
+/// Longer than Linux waits before it sends a SYN again.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two connection attempts of the denied client: shorter than attaching a filter takes.
+const DENIED_INTERVAL: Duration = Duration::from_millis(5);
+/// Time that an attempt of the denied client may take before it is given up.
+const DENIED_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The namespace, removed when dropped.
+pub struct Outside {
+    dhcp: Child,
+    pub allowed: Allowed,
+    pub denied: Denied,
+}
+
+impl Outside {
+    /// `folder`: where the DHCP server keeps its leases.
+    pub fn start(folder: &Path) -> Result<Self> {
+        let _ = Command::new("ip")
+            .args(["netns", "delete", NAMESPACE])
+            .stderr(Stdio::null())
+            .status();
+        run(Command::new("ip").args(["netns", "add", NAMESPACE]))?;
+        for command in [
+            "tuntap add dev tap0 mode tap".into(),
+            "tuntap add dev tap1 mode tap".into(),
+            format!("address add {ALLOWED}/24 dev tap0"),
+            format!("address add {DENIED}/24 dev tap0"),
+            "link set tap0 up".into(),
+            "link set tap1 up".into(),
+            "link set lo up".into(),
+            // No attempt waits for the machine's answer to ARP.
+            format!("neighbour add {HOST} lladdr {HOST_MAC} dev tap0 nud permanent"),
+        ] {
+            let words = command.split(' ');
+            run(Command::new("ip").args(["-n", NAMESPACE]).args(words))?;
+        }
+        // Every packet of the machine's port counts, however late it comes.
+        run(inside("nft").arg(format!(
+            "table ip answers {{ counter denied {{ }}; chain input {{ \
+             type filter hook input priority -300; \
+             ip daddr {DENIED} tcp sport {PORT} counter name denied; }}; }}"
+        )))?;
+        let leases = folder.join("leases");
+        let _ = fs::remove_file(&leases);
+        let dhcp = inside("dnsmasq")
+            .args(["--keep-in-foreground", "--conf-file=/dev/null", "--port=0"])
+            .args(["--user=root", "--pid-file", "--interface=tap0"])
+            .args(["--bind-interfaces", "--dhcp-authoritative", "--no-ping"])
+            .arg(format!("--dhcp-leasefile={}", leases.display()))
+            .arg(format!("--dhcp-range={HOST},{HOST},255.255.255.0,12h"))
+            .arg(format!("--dhcp-host={HOST_MAC},{HOST}"))
+            .arg(format!("--dhcp-option=option:router,{ALLOWED}"))
+            .arg(format!("--dhcp-reply-delay={DHCP_DELAY}"))
+            .stdin(Stdio::null())
+            .stderr(File::create(folder.join("dhcp.log")).context("create the DHCP server's log")?)
+            .spawn()
+            .context("start dnsmasq")?;
+        Ok(Self {
+            dhcp,
+            allowed: Allowed::start()?,
+            denied: Denied::start()?,
+        })
+    }
+
+    /// Packets that came from the machine's port to the denied client so far.
+    pub fn answers(&self) -> Result<u64> {
+        let text = output(inside("nft").args(["list", "counter", "ip", "answers", "denied"]))?;
+        let mut words = text
+            .split_whitespace()
+            .skip_while(|word| *word != "packets");
+        let packets = words.nth(1).and_then(|packets| packets.parse().ok());
+        packets.context("read the counter of the denied client's answers")
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let _ = self.dhcp.kill();
+        let _ = self.dhcp.wait();
+        self.allowed.client.stop();
+        self.denied.client.stop();
+        let _ = Command::new("ip")
+            .args(["netns", "delete", NAMESPACE])
+            .status();
+    }
+}
+
+/// A command in the namespace.
+pub fn inside(program: &str) -> Command {
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", NAMESPACE, program]);
+    command
+}
+
+/// A thread in the namespace that repeats something until it is stopped.
+struct Client {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Client {
+    fn start(interval: Duration, mut attempt: impl FnMut() + Send + 'static) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let namespace = Path::new("/run/netns").join(NAMESPACE);
+        let namespace = File::open(namespace).context("open the namespace")?;
+        let thread = thread::spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+            while !stopped.load(Ordering::Relaxed) {
+                attempt();
+                thread::sleep(interval);
+            }
+        });
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    fn stop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Connects to the database and asks what every PostgreSQL answers, again and again.
+pub struct Allowed {
+    client: Client,
+    /// When it was served.
+    served: Arc<Mutex<Vec<Instant>>>,
+}
+
+impl Allowed {
+    fn start() -> Result<Self> {
+        let served = Arc::new(Mutex::new(Vec::new()));
+        let times = served.clone();
+        let client = Client::start(Duration::from_millis(20), move || {
+            if matches!(ask(), Ok(true)) {
+                let mut times = times.lock().expect("no client panics");
+                times.push(Instant::now());
+            }
+        })?;
+        Ok(Self { client, served })
+    }
+
+    /// How often it was served in that time, and the longest time in which it was not.
+    pub fn between(&self, (start, end): (Instant, Instant)) -> (usize, Duration) {
+        let served = self.served.lock().expect("no client panics");
+        let (mut count, mut last, mut gap) = (0, start, Duration::ZERO);
+        for &at in served.iter().filter(|at| (start..end).contains(at)) {
+            count += 1;
+            gap = gap.max(at - last);
+            last = at;
+        }
+        (count, gap.max(end - last))
+    }
+}
+
+/// Whether PostgreSQL answers an SSLRequest.
+fn ask() -> std::io::Result<bool> {
+    let socket = bound(ALLOWED)?;
+    socket.connect_timeout(&database(), CONNECT_TIMEOUT)?;
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(READ_TIMEOUT))?;
+    stream.write_all(&[0, 0, 0, 8, 4, 210, 22, 47])?;
+    let mut answer = [0];
+    stream.read_exact(&mut answer)?;
+    Ok(matches!(answer, [b'S' | b'N']))
+}
+
+/// Connects without waiting for what comes of it, many times a second.
+pub struct Denied {
+    client: Client,
+    tries: Arc<AtomicU64>,
+}
+
+impl Denied {
+    fn start() -> Result<Self> {
+        let tries = Arc::new(AtomicU64::new(0));
+        let made = tries.clone();
+        let mut open: VecDeque<(Instant, Socket)> = VecDeque::new();
+        let client = Client::start(DENIED_INTERVAL, move || {
+            while open
+                .front()
+                .is_some_and(|(begin, _)| begin.elapsed() > DENIED_TIMEOUT)
+            {
+                open.pop_front();
+            }
+            let connect = || -> std::io::Result<Socket> {
+                let socket = bound(DENIED)?;
+                socket.set_nonblocking(true)?;
+                match socket.connect(&database()) {
+                    Err(error) if error.raw_os_error() != Some(nix::libc::EINPROGRESS) => {
+                        Err(error)
+                    }
+                    _ => Ok(socket),
+                }
+            };
+            // It fails while the link is down.
+            if let Ok(socket) = connect() {
+                open.push_back((Instant::now(), socket));
+                made.fetch_add(1, Ordering::Relaxed);
+            }
+        })?;
+        Ok(Self { client, tries })
+    }
+
+    pub fn tries(&self) -> u64 {
+        self.tries.load(Ordering::Relaxed)
+    }
+}
+
+fn bound(source: Ipv4Addr) -> std::io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.bind(&SocketAddr::new(IpAddr::V4(source), 0).into())?;
+    SockRef::from(&socket).set_linger(Some(Duration::ZERO))?;
+    Ok(socket)
+}
+
+fn database() -> socket2::SockAddr {
+    SocketAddr::new(HOST.into(), PORT).into()
+}
