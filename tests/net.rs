@@ -631,6 +631,20 @@ impl Net {
         self.agent_text(&["reload"]);
     }
 
+    /// Waits until no XDP program runs on an interface of the database host: the kernel frees the
+    /// links of removed pins a moment later.
+    #[track_caller]
+    pub fn assert_detached(&self, interface: &str) {
+        let mut text = String::new();
+        let detached = wait_until(|| {
+            let mut command = Command::new("ip");
+            let output = self.db.output(command.args(["link", "show", interface]));
+            text = String::from_utf8(output.stdout).unwrap();
+            text.contains(interface) && !text.contains("xdp")
+        });
+        assert!(detached, "{text}");
+    }
+
     /// Packets of the tripwire: a rule on the input hook counts whatever arrives at a protected
     /// port from a source that is not allowed. Must be 0 when a test ends, or the test fails.
     ///

@@ -464,7 +464,7 @@ fn interface_without_ethernet_is_refused() {
     ));
     let line = net.refusal(&[]);
     assert!(line.contains("tun0") && line.contains("Ethernet"), "{line}");
-    assert_no_program(&net);
+    net.assert_detached("eth0");
 }
 
 #[test]
@@ -484,7 +484,7 @@ fn kernel_that_cannot_serve_is_refused_with_what_is_missing() {
     fs::create_dir(&missing).unwrap();
     let line = net.refusal_elsewhere(&missing, &net.socket());
     assert!(line.contains("mount -t bpf bpf"), "{line}");
-    assert_no_program(&net);
+    net.assert_detached("eth0");
 }
 
 #[test]
@@ -493,15 +493,7 @@ fn run_without_root_is_refused() {
     net.write_policy(&orders("native"));
     let line = net.refusal_without_root();
     assert!(line.contains("root"), "{line}");
-    assert_no_program(&net);
-}
-
-fn assert_no_program(net: &Net) {
-    let output = net
-        .db
-        .output(Command::new("ip").args(["link", "show", "eth0"]));
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("eth0") && !text.contains("xdp"), "{text}");
+    net.assert_detached("eth0");
 }
 
 #[test]
@@ -605,7 +597,7 @@ fn directory_that_is_no_bpffs_is_refused() {
         line.contains("bpf") && line.contains(net.dir().to_str().unwrap()),
         "{line}"
     );
-    assert_no_program(&net);
+    net.assert_detached("eth0");
 }
 
 #[test]
