@@ -1,34 +1,50 @@
-//! The host's network interfaces, as the kernel's route netlink tells them.
+//! The host's network interfaces, as the kernel's route netlink reports them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result};
-use futures_util::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use anyhow::{Context as _, Result, bail, ensure};
+use backon::{ConstantBuilder, Retryable as _};
+use futures_util::{Stream, StreamExt as _, stream::BoxStream};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST};
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
-        address::{AddressAttribute, AddressScope},
-        link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkXdp, XdpAttached},
-        route::{RouteAttribute, RouteHeader, RouteMessage},
+        address::{AddressAttribute, AddressMessage, AddressScope},
+        link::{
+            LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, Prop,
+            XdpAttached,
+        },
+        route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
 };
 
-#[derive(Clone, Debug, Default)]
+/// Dumps that the kernel may interrupt before the look is given up, and the pause between them. An
+/// interface that comes or goes interrupts a dump; containers do that in bursts.
+const MAX_INTERRUPTED: usize = 50;
+const PAUSE: Duration = Duration::from_millis(20);
+
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Interface {
     pub index: u32,
     pub name: String,
+    /// Further names of the same interface (`ip link property add altname`).
+    pub alternative_names: Vec<String>,
+    /// As the device was made with, where the kernel keeps that apart from the one in use; a bond gives
+    /// its own to the interfaces that belong to it. `02:00:00:00:00:01`.
+    pub hardware_address: Option<String>,
     /// Whether its frames begin with an Ethernet header (ARPHRD_ETHER).
     pub ethernet: bool,
     pub up: bool,
     pub loopback: bool,
     /// Whether it belongs to a bridge, a bond or the like.
     pub has_master: bool,
-    /// Whether a default route of the main table leads through it.
+    /// Whether a default route of the main table leads through it to other hosts.
     pub default_route: bool,
     /// Of global scope: those by which other hosts may reach it.
     pub addresses: Vec<IpAddr>,
@@ -47,50 +63,67 @@ pub struct AttachedXdp {
     pub program_id: u32,
 }
 
+/// A dump during which the kernel's list changed: entries may be missing from it, or stand in it twice.
+#[derive(Debug)]
+struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the list changed each time while it was read: try again")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
 /// Every interface of this network namespace.
+///
+/// # Errors
+/// No whole list: what cannot be seen must not be taken for what is not there.
 pub async fn interfaces() -> Result<Vec<Interface>> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().context("open a route netlink socket")?;
-    tokio::spawn(connection);
+    whole(list_interfaces).await
+}
+
+/// The XDP programs that run, by interface index: what `interfaces` returns too, at less cost.
+///
+/// # Errors
+/// As `interfaces`.
+pub async fn programs() -> Result<BTreeMap<u32, AttachedXdp>> {
+    whole(list_programs).await
+}
+
+/// Repeats a look that the kernel interrupted.
+async fn whole<T, F: Future<Output = Result<T>>>(look: impl FnMut() -> F) -> Result<T> {
+    let retries = ConstantBuilder::new()
+        .with_delay(PAUSE)
+        .with_max_times(MAX_INTERRUPTED);
+    look.retry(retries)
+        .sleep(tokio::time::sleep)
+        .when(|error| error.is::<Interrupted>())
+        .await
+}
+
+async fn list_interfaces() -> Result<Vec<Interface>> {
+    let handle = connect()?;
     let mut addresses: BTreeMap<u32, Vec<IpAddr>> = BTreeMap::new();
-    let mut messages = handle.address().get().execute();
-    while let Some(message) = messages
-        .try_next()
+    for message in dump_addresses(&handle)
         .await
         .context("list the host's addresses")?
     {
         if message.header.scope == AddressScope::Universe {
-            // On a point-to-point link `Address` is the peer's and `Local` the host's.
-            let local = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Local(address) => Some(*address),
-                    _ => None,
-                });
-            let address = local.or_else(|| {
-                message
-                    .attributes
-                    .iter()
-                    .find_map(|attribute| match attribute {
-                        AddressAttribute::Address(address) => Some(*address),
-                        _ => None,
-                    })
-            });
+            let index = message.header.index;
             addresses
-                .entry(message.header.index)
+                .entry(index)
                 .or_default()
-                .extend(address);
+                .extend(local_address(&message));
         }
     }
-    let default_routes = default_routes(&handle).await?;
-    let mut interfaces = Vec::new();
-    let mut messages = handle.link().get().execute();
-    while let Some(message) = messages
-        .try_next()
+    let default_routes = default_routes(&handle)
         .await
-        .context("list the host's interfaces")?
-    {
+        .context("list the host's routes")?;
+    let links = dump_links(&handle)
+        .await
+        .context("list the host's interfaces")?;
+    let interfaces = links.into_iter().map(|message| {
         let index = message.header.index;
         let mut interface = Interface {
             index,
@@ -101,9 +134,15 @@ pub async fn interfaces() -> Result<Vec<Interface>> {
             addresses: addresses.remove(&index).unwrap_or_default(),
             ..Interface::default()
         };
+        let (mut made_with, mut in_use) = (None, None);
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => interface.name = name,
+                LinkAttribute::PropList(properties) => {
+                    interface.alternative_names = alternative_names(properties);
+                }
+                LinkAttribute::PermAddress(bytes) => made_with = hardware_address(&bytes),
+                LinkAttribute::Address(bytes) => in_use = hardware_address(&bytes),
                 LinkAttribute::Controller(index) => interface.has_master = index != 0,
                 LinkAttribute::Xdp(attributes) => interface.xdp = attached(&attributes),
                 LinkAttribute::LinkInfo(infos) => interface.kind = kind(&infos),
@@ -112,23 +151,18 @@ pub async fn interfaces() -> Result<Vec<Interface>> {
                 _ => {}
             }
         }
-        interfaces.push(interface);
-    }
-    Ok(interfaces)
+        interface.hardware_address = made_with.or(in_use);
+        interface
+    });
+    Ok(interfaces.collect())
 }
 
-/// The programs that run, by interface index: what `interfaces` tells too, at less cost.
-pub async fn programs() -> Result<BTreeMap<u32, AttachedXdp>> {
-    let (connection, handle, _) =
-        rtnetlink::new_connection().context("open a route netlink socket")?;
-    tokio::spawn(connection);
-    let mut programs = BTreeMap::new();
-    let mut messages = handle.link().get().execute();
-    while let Some(message) = messages
-        .try_next()
+async fn list_programs() -> Result<BTreeMap<u32, AttachedXdp>> {
+    let links = dump_links(&connect()?)
         .await
-        .context("list the host's interfaces")?
-    {
+        .context("list the host's interfaces")?;
+    let mut programs = BTreeMap::new();
+    for message in links {
         let xdp = message
             .attributes
             .iter()
@@ -141,27 +175,129 @@ pub async fn programs() -> Result<BTreeMap<u32, AttachedXdp>> {
     Ok(programs)
 }
 
-/// Indexes of the interfaces that default routes lead through.
+/// A connection for dumps: the end of each is reported, so that one cut short is noticed.
+fn connect() -> Result<Handle> {
+    let (mut connection, handle, _) =
+        rtnetlink::new_connection().context("open a route netlink socket")?;
+    connection.set_forward_done(true);
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+async fn dump_addresses(handle: &Handle) -> Result<Vec<AddressMessage>> {
+    let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    let entries = dump(handle, request).await?.into_iter();
+    let addresses = entries.filter_map(|entry| match entry {
+        RouteNetlinkMessage::NewAddress(address) => Some(address),
+        _ => None,
+    });
+    Ok(addresses.collect())
+}
+
+async fn dump_links(handle: &Handle) -> Result<Vec<LinkMessage>> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let entries = dump(handle, request).await?.into_iter();
+    let links = entries.filter_map(|entry| match entry {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    });
+    Ok(links.collect())
+}
+
+async fn dump(handle: &Handle, request: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+    let mut request = NetlinkMessage::from(request);
+    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    read_dump(handle.clone().request(request)?).await
+}
+
+/// The entries of a dump. The netlink crates report neither that it was interrupted (NLM_F_DUMP_INTR) nor
+/// that it ended without its last message.
+///
+/// # Errors
+/// A dump that is not whole; `Interrupted` where it is worth repeating.
+async fn read_dump(
+    messages: impl Stream<Item = NetlinkMessage<RouteNetlinkMessage>>,
+) -> Result<Vec<RouteNetlinkMessage>> {
+    let mut messages = std::pin::pin!(messages);
+    let mut entries = Vec::new();
+    let mut interrupted = false;
+    while let Some(message) = messages.next().await {
+        interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+        match message.payload {
+            NetlinkPayload::InnerMessage(entry) => entries.push(entry),
+            NetlinkPayload::Done(done) => {
+                ensure!(
+                    done.code == 0,
+                    "the kernel ended the list with error {}",
+                    -done.code
+                );
+                ensure!(!interrupted, Interrupted);
+                return Ok(entries);
+            }
+            NetlinkPayload::Error(error) => bail!("the kernel refuses: {error}"),
+            // Packets were lost.
+            NetlinkPayload::Overrun(_) => bail!(Interrupted),
+            _ => {}
+        }
+    }
+    bail!("the kernel's list ended before it was whole")
+}
+
+/// On a point-to-point link `Address` is the peer's and `Local` the host's.
+fn local_address(message: &AddressMessage) -> Option<IpAddr> {
+    let find = |local: bool| {
+        message
+            .attributes
+            .iter()
+            .find_map(|attribute| match attribute {
+                AddressAttribute::Local(address) if local => Some(*address),
+                AddressAttribute::Address(address) if !local => Some(*address),
+                _ => None,
+            })
+    };
+    find(true).or_else(|| find(false))
+}
+
+fn alternative_names(properties: Vec<Prop>) -> Vec<String> {
+    let names = properties
+        .into_iter()
+        .filter_map(|property| match property {
+            Prop::AltIfName(name) => Some(name),
+            _ => None,
+        });
+    names.collect()
+}
+
+/// `None` for a device without one, or with zeros only.
+fn hardware_address(bytes: &[u8]) -> Option<String> {
+    let is_set = bytes.iter().any(|&byte| byte != 0);
+    let text = bytes.iter().map(|byte| format!("{byte:02x}"));
+    is_set.then(|| text.collect::<Vec<_>>().join(":"))
+}
+
+/// Indexes of the interfaces that default routes lead through. Routes that lead nowhere (unreachable,
+/// blackhole, prohibit) name the loopback interface, which nobody means by `default`.
 async fn default_routes(handle: &Handle) -> Result<BTreeSet<u32>> {
     let mut indexes = BTreeSet::new();
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<Ipv6Addr>::new().build();
     for request in [v4, v6] {
-        let mut messages = handle.route().get(request).execute();
-        while let Some(route) = messages
-            .try_next()
-            .await
-            .context("list the host's routes")?
-        {
-            if is_default(&route) && route.header.table == RouteHeader::RT_TABLE_MAIN {
-                for attribute in &route.attributes {
-                    match attribute {
-                        RouteAttribute::Oif(index) => indexes.extend([*index]),
-                        RouteAttribute::MultiPath(hops) => {
-                            indexes.extend(hops.iter().map(|hop| hop.interface_index));
-                        }
-                        _ => {}
+        for entry in dump(handle, RouteNetlinkMessage::GetRoute(request)).await? {
+            let RouteNetlinkMessage::NewRoute(route) = entry else {
+                continue;
+            };
+            let leads_on = route.header.kind == RouteType::Unicast
+                && route.header.table == RouteHeader::RT_TABLE_MAIN;
+            if !is_default(&route) || !leads_on {
+                continue;
+            }
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Oif(index) => indexes.extend([*index]),
+                    RouteAttribute::MultiPath(hops) => {
+                        indexes.extend(hops.iter().map(|hop| hop.interface_index));
                     }
+                    _ => {}
                 }
             }
         }
@@ -215,4 +351,74 @@ fn attached(attributes: &[LinkXdp]) -> Option<AttachedXdp> {
         native: mode != XdpAttached::SocketBuffer,
         program_id: program_id.unwrap_or_default(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::stream;
+    use netlink_packet_core::DoneMessage;
+
+    use super::*;
+
+    type Message = NetlinkMessage<RouteNetlinkMessage>;
+
+    fn link() -> Message {
+        RouteNetlinkMessage::NewLink(LinkMessage::default()).into()
+    }
+
+    fn done(code: i32) -> Message {
+        let mut done = DoneMessage::default();
+        done.code = code;
+        Message::new(Default::default(), NetlinkPayload::Done(done))
+    }
+
+    fn interrupted(mut message: Message) -> Message {
+        message.header.flags |= NLM_F_DUMP_INTR;
+        message
+    }
+
+    fn read(messages: Vec<Message>) -> Result<usize> {
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.build().unwrap();
+        let entries = runtime.block_on(read_dump(stream::iter(messages)));
+        entries.map(|entries| entries.len())
+    }
+
+    #[test]
+    fn dump_that_is_not_whole_is_an_error() {
+        assert_eq!(read(vec![link(), link(), done(0)]).unwrap(), 2);
+        for messages in [
+            vec![interrupted(link()), link(), done(0)],
+            vec![link(), interrupted(done(0))],
+        ] {
+            assert!(read(messages).unwrap_err().is::<Interrupted>());
+        }
+        for messages in [vec![], vec![link()], vec![link(), done(-12)]] {
+            assert!(!read(messages).unwrap_err().is::<Interrupted>());
+        }
+    }
+
+    #[test]
+    fn interrupted_look_is_repeated_and_another_error_is_not() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let looks = std::cell::Cell::new(0);
+        let look = |error: fn() -> anyhow::Error| {
+            looks.set(0);
+            let looked = whole(|| async {
+                looks.set(looks.get() + 1);
+                if looks.get() < 4 {
+                    Err(error())
+                } else {
+                    Ok(())
+                }
+            });
+            (runtime.block_on(looked).is_ok(), looks.get())
+        };
+        let context = || anyhow::Error::from(Interrupted).context("list the host's interfaces");
+        assert_eq!(look(context), (true, 4));
+        assert_eq!(look(|| anyhow::anyhow!("refused")), (false, 1));
+    }
 }
