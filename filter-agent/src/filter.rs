@@ -262,6 +262,9 @@ impl Filter {
         let lock = lock(&base)?;
         let pins = base.join(format!("v{LAYOUT}"));
         own_directory(&pins)?;
+        for (_, pins) in layouts(&base)? {
+            adopt_new_links(&pins)?;
+        }
         let adopted = check_pins(&pins)?;
         share_streams(&base, &pins)?;
         let max_prefixes = max_prefixes.unwrap_or(DEFAULT_MAX_PREFIXES);
@@ -416,21 +419,28 @@ impl Filter {
     /// over a new one that is pinned.
     pub fn attach(&mut self, interface: &Interface, mode: Mode) -> Result<Attached> {
         let pin = self.link_pin(interface.index);
-        if let Some(found) = self.find_link(interface.index)? {
-            if self.is_whole(interface)? {
-                // One of another layout is switched when the maps are full, by `take_over`.
-                if found != pin {
-                    return Ok(Attached::Kept);
-                }
-                let ours = Some(self.program_id()?);
-                if interface.xdp.map(|xdp| xdp.program_id) != ours {
-                    self.update(&pin)
-                        .with_context(|| format!("update the program on {}", interface.name))?;
-                }
+        if let Some(found) = self.find_link(interface.index)?
+            && self.is_whole(interface)?
+        {
+            // One of another layout is switched when the maps are full, by `take_over`.
+            if found != pin {
                 return Ok(Attached::Kept);
             }
-            // Detached by force, or its interface is gone and the index was used again.
-            fs::remove_file(&found).with_context(|| format!("remove {}", found.display()))?;
+            let ours = Some(self.program_id()?);
+            if interface.xdp.map(|xdp| xdp.program_id) != ours {
+                self.update(&pin)
+                    .with_context(|| format!("update the program on {}", interface.name))?;
+            }
+            return Ok(Attached::Kept);
+        }
+        // The pin that is there is of a link that was detached by force, which the new one replaces, or of one whose
+        // interface is in another network namespace and left its index to this one.
+        if exists(&pin)? {
+            match self.update(&pin) {
+                Ok(()) => set_aside(&pin, &self.pins)?,
+                Err(error) if is_detached(&error) => {}
+                Err(error) => return Err(error.context(format!("update {}", pin.display()))),
+            }
         }
         let native = match mode {
             Mode::Generic => None,
@@ -464,9 +474,11 @@ impl Filter {
         // not outlive the agent. Such an attachment is no FdLink, and is undone as it is dropped.
         let link = FdLink::try_from(link)
             .map_err(|_| anyhow!("the driver refuses a BPF link (EINVAL)"))?;
-        link.pin(pin)
-            .with_context(|| format!("pin the link at {}", pin.display()))?;
-        Ok(())
+        let new = self.pins.join(format!("{NEW_LINK}{}", interface.index));
+        link.pin(&new)
+            .with_context(|| format!("pin the link at {}", new.display()))?;
+        fs::rename(&new, pin)
+            .with_context(|| format!("rename {} to {}", new.display(), pin.display()))
     }
 
     /// Replaces the program on a pinned link atomically (BPF_LINK_UPDATE, kernel 5.9): no packet meets
@@ -477,6 +489,51 @@ impl Filter {
         let id = program.attach_to_link(link.try_into()?)?;
         // The pin keeps the link; this agent needs no file descriptor of it.
         drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    /// Brings pins, which are named by interface index, in line with the host: a link whose interface is gone is
+    /// removed, and the link of an interface that was in another network namespace, and is back under another
+    /// index, gets its name. A link whose interface is elsewhere stays: it is filtered there.
+    pub fn adopt_moved(&mut self, host: &[Interface]) -> Result<()> {
+        let mut away = Vec::new();
+        for pin in entries(&self.pins)? {
+            let name = pin
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            let index = name
+                .strip_prefix("link_")
+                .and_then(|index| index.parse().ok());
+            let is_gone = index.is_some_and(|index: u32| !host.iter().any(|i| i.index == index));
+            if is_gone || name.starts_with(AWAY_LINK) {
+                match self.update(&pin) {
+                    Ok(()) => away.push(pin),
+                    Err(error) if is_detached(&error) => fs::remove_file(&pin)
+                        .with_context(|| format!("remove {}", pin.display()))?,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        if away.is_empty() {
+            return Ok(());
+        }
+        let ours = self.program_id()?;
+        let mut back = Vec::new();
+        for interface in host
+            .iter()
+            .filter(|i| i.xdp.is_some_and(|xdp| xdp.program_id == ours))
+        {
+            if self.find_link(interface.index)?.is_none() {
+                back.push(interface.index);
+            }
+        }
+        // Of several the kernel does not say which is which.
+        if let ([pin], [index]) = (away.as_slice(), back.as_slice()) {
+            let to = self.link_pin(*index);
+            fs::rename(pin, &to)
+                .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?;
+        }
         Ok(())
     }
 
@@ -495,13 +552,13 @@ impl Filter {
     fn find_link(&self, interface: u32) -> Result<Option<PathBuf>> {
         let name = link_name(interface);
         let others = self.other_layouts()?.into_iter();
-        let mut pins = others.map(|(_, pins)| pins.join(&name));
-        let own = self.link_pin(interface);
-        Ok(if own.exists() {
-            Some(own)
-        } else {
-            pins.find(|pin| pin.exists())
-        })
+        let others = others.map(|(_, pins)| pins.join(&name));
+        for pin in std::iter::once(self.link_pin(interface)).chain(others) {
+            if exists(&pin)? {
+                return Ok(Some(pin));
+            }
+        }
+        Ok(None)
     }
 
     /// What agents of other layouts left, by layout.
@@ -515,6 +572,10 @@ impl Filter {
     /// Takes over what an agent of another layout left in force: carries its counters, switches each of
     /// its links to this program atomically, and only then removes its maps. The maps must hold the
     /// policy by now. Whenever it is cut off, the next start goes on with what is left.
+    ///
+    /// # Errors
+    /// A link that the kernel does not switch: it and the old maps stay as they are. Only a link whose
+    /// interface is certainly gone is removed.
     pub fn take_over(&mut self) -> Result<Vec<TakenOver>> {
         let mut taken = Vec::new();
         for (layout, pins) in self.other_layouts()? {
@@ -522,19 +583,33 @@ impl Filter {
             // What the counters of a later layout mean this agent cannot know.
             let counters = layout < LAYOUT && self.maps.carry_counters(&pins, &self.held)?;
             let mut links = 0;
-            for interface in pinned_interfaces(&pins)? {
-                let pin = pins.join(link_name(interface));
-                let switched = self.update(&pin);
-                let moved = switched.is_ok() && !self.link_pin(interface).exists();
-                if moved {
-                    let to = self.link_pin(interface);
-                    fs::rename(&pin, &to)
-                        .with_context(|| format!("move {} to {}", pin.display(), to.display()))?;
-                    links += 1;
-                } else {
-                    // Its interface is gone.
-                    fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+            for pin in entries(&pins)? {
+                let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
+                    continue;
+                };
+                if !name.starts_with("link_") && !name.starts_with(AWAY_LINK) {
+                    continue;
                 }
+                let to = self.pins.join(name);
+                let is_taken = exists(&to)?;
+                match self.update(&pin) {
+                    // Another interface has this one's index by now.
+                    Ok(()) if is_taken => set_aside(&pin, &self.pins)?,
+                    Ok(()) => fs::rename(&pin, &to)
+                        .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?,
+                    Err(error) if is_detached(&error) => {
+                        fs::remove_file(&pin)
+                            .with_context(|| format!("remove {}", pin.display()))?;
+                        continue;
+                    }
+                    Err(error) => {
+                        return Err(error.context(format!(
+                            "switch {} to layout {LAYOUT}; what layout {layout} enforces stays in force",
+                            pin.display()
+                        )));
+                    }
+                }
+                links += 1;
             }
             remove_directory(&pins)?;
             taken.push(TakenOver {
@@ -577,20 +652,16 @@ impl Filter {
     }
 
     /// Stops filtering everywhere and removes every pin, this filter's own included.
-    pub fn remove(self) -> Result<Vec<u32>> {
+    ///
+    /// # Errors
+    /// Something that is not ours among the pins, before any is removed.
+    pub fn remove(&self) -> Result<Vec<u32>> {
         remove_pins(self.pins.parent().context("find the pins' directory")?)
     }
 
     /// The links that are pinned, with the programs the kernel says they run.
     pub fn pinned(&self) -> Result<Vec<Pinned>> {
-        let mut pinned = Vec::new();
-        for interface in pinned_interfaces(&self.pins)? {
-            pinned.push(Pinned {
-                interface,
-                program_id: linked_program(&self.link_pin(interface))?,
-            });
-        }
-        Ok(pinned)
+        pinned_in(&self.pins)
     }
 
     fn link_pin(&self, interface: u32) -> PathBuf {
@@ -1170,7 +1241,7 @@ fn share_streams(base: &Path, pins: &Path) -> Result<()> {
         let (Ok(info), Some(shape)) = (info, shape) else {
             continue;
         };
-        if layout != LAYOUT && !own.exists() && shape.holds_the_same(&info) {
+        if layout != LAYOUT && !exists(&own)? && shape.holds_the_same(&info) {
             fs::hard_link(&theirs, &own)
                 .with_context(|| format!("share {} with layout {LAYOUT}", theirs.display()))?;
         }
@@ -1345,7 +1416,7 @@ fn attached(xdp: AttachedXdp) -> &'static str {
 /// An agent that runs, and would attach again.
 pub fn remove(bpffs: &Path) -> Result<Vec<u32>> {
     let base = base(bpffs)?;
-    if !base.exists() {
+    if !exists(&base)? {
         return Ok(Vec::new());
     }
     let _lock = lock(&base)?;
@@ -1354,6 +1425,15 @@ pub fn remove(bpffs: &Path) -> Result<Vec<u32>> {
 
 fn remove_pins(base: &Path) -> Result<Vec<u32>> {
     let mut interfaces = Vec::new();
+    for layout in entries(base)? {
+        for pin in entries(&layout)? {
+            ensure!(
+                !pin.is_dir(),
+                "{} is not this agent's: remove it, then detach; nothing is changed",
+                pin.display()
+            );
+        }
+    }
     for layout in entries(base)? {
         interfaces.extend(pinned_interfaces(&layout)?);
         remove_directory(&layout)?;
@@ -1369,11 +1449,34 @@ fn remove_directory(pins: &Path) -> Result<()> {
     fs::remove_dir(pins).with_context(|| format!("remove {}", pins.display()))
 }
 
+/// The links that are pinned below `bpffs`, by whatever layout.
+pub fn pinned(bpffs: &Path) -> Result<Vec<Pinned>> {
+    let base = base(bpffs)?;
+    let mut pinned = Vec::new();
+    if exists(&base)? {
+        for (_, pins) in layouts(&base)? {
+            pinned.extend(pinned_in(&pins)?);
+        }
+    }
+    Ok(pinned)
+}
+
+/// The links that are pinned in a layout's directory, with the programs that the kernel says they run.
+fn pinned_in(pins: &Path) -> Result<Vec<Pinned>> {
+    let links = pinned_interfaces(pins)?.into_iter().map(|interface| {
+        Ok(Pinned {
+            interface,
+            program_id: linked_program(&pins.join(link_name(interface)))?,
+        })
+    });
+    links.collect()
+}
+
 /// Interface indexes for which a filter is pinned below `bpffs`, whether or not an agent runs.
 pub fn left_in_force(bpffs: &Path) -> Result<Vec<u32>> {
     let base = base(bpffs)?;
     let mut interfaces = Vec::new();
-    if base.exists() {
+    if exists(&base)? {
         for (_, pins) in layouts(&base)? {
             interfaces.extend(pinned_interfaces(&pins)?);
         }
@@ -1390,6 +1493,39 @@ fn layouts(base: &Path) -> Result<Vec<(u32, PathBuf)>> {
     Ok(entries(base)?.into_iter().filter_map(layout).collect())
 }
 
+/// Begins the name of the pin of a new link that has not replaced the last link's pin yet.
+const NEW_LINK: &str = "new_link_";
+
+/// Begins the name of the pin of a link whose interface is in another network namespace, while another interface
+/// has its index here.
+const AWAY_LINK: &str = "away_link_";
+
+fn set_aside(pin: &Path, pins: &Path) -> Result<()> {
+    for number in 0..u32::MAX {
+        let to = pins.join(format!("{AWAY_LINK}{number}"));
+        if !exists(&to)? {
+            return fs::rename(pin, &to)
+                .with_context(|| format!("rename {} to {}", pin.display(), to.display()));
+        }
+    }
+    bail!("{} cannot be set aside", pin.display())
+}
+
+/// Finishes what an agent that was killed left half done: links that are attached and pinned under the name
+/// of new ones.
+fn adopt_new_links(pins: &Path) -> Result<()> {
+    for new in entries(pins)? {
+        let name = new.file_name().and_then(|name| name.to_str());
+        let index = name.and_then(|name| name.strip_prefix(NEW_LINK)?.parse().ok());
+        if let Some(index) = index {
+            let pin = pins.join(link_name(index));
+            fs::rename(&new, &pin)
+                .with_context(|| format!("rename {} to {}", new.display(), pin.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// By index, which a rename does not change; bpffs allows no dot, as in eth0.100, in a name.
 fn link_name(interface: u32) -> String {
     format!("link_{interface}")
@@ -1400,6 +1536,23 @@ fn linked_program(pin: &Path) -> Result<u32> {
     let link = PinnedLink::from_pin(pin).with_context(|| format!("open {}", pin.display()))?;
     let info = FdLink::from(link).info().context("read the link")?;
     Ok(info.program_id())
+}
+
+/// Whether there is such a file.
+///
+/// # Errors
+/// What kept us from seeing: that is not the same as none.
+fn exists(path: &Path) -> Result<bool> {
+    path.try_exists()
+        .with_context(|| format!("examine {}", path.display()))
+}
+
+/// Whether a link has no interface any more: it vanished, or the link was detached by force.
+fn is_detached(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.raw_os_error() == Some(Errno::ENOLINK as i32))
+    })
 }
 
 /// The directory that the agent owns on a BPF file system.
@@ -1474,7 +1627,7 @@ fn check_pins(pins: &Path) -> Result<bool> {
     let mut missing = None;
     let mut found = false;
     for shape in &SHAPES {
-        if pins.join(shape.name).exists() {
+        if exists(&pins.join(shape.name))? {
             check_pin(pins, shape)?;
             found = true;
         } else {
