@@ -263,6 +263,7 @@ mod tests {
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
             tls_connections: 1024,
+            unprotected: Default::default(),
             databases,
         }
     }

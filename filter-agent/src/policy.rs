@@ -34,6 +34,9 @@ pub struct Policy {
     /// How many connections with forced TLS are followed at once.
     pub tls_connections: u32,
     pub databases: Vec<Database>,
+    /// Databases (by name) and interfaces (`interface eth1`) whose protection this policy may end when it
+    /// takes another's place.
+    pub unprotected: BTreeSet<String>,
 }
 
 /// An entry of `interfaces`.
@@ -335,8 +338,8 @@ const MAX_PROBLEMS: usize = 50;
 /// Longest label of a rule, in characters.
 const MAX_LABEL: usize = 100;
 
-/// Longest name of a network interface, in bytes (IFNAMSIZ, less the closing zero).
-const MAX_INTERFACE: usize = 15;
+/// Longest name of a network interface, in bytes: an alternative one (ALTIFNAMSIZ, less the closing zero).
+const MAX_INTERFACE: usize = 127;
 
 /// Regions that need no definition, and the names whose addresses they are.
 const BUILT_IN: [(&str, &str); 2] = [
@@ -412,6 +415,8 @@ struct RawFile {
     regional_network: Option<Vec<String>>,
     tls_connections: Option<i64>,
     databases: Option<Vec<Value>>,
+    #[serde(default)]
+    unprotected: BTreeSet<String>,
 }
 
 #[derive(Deserialize)]
@@ -632,8 +637,15 @@ impl Reader<'_> {
             file.regional_network.as_deref(),
         );
         let tls_connections = self.tls_connections(file.tls_connections);
-        let values = file.databases.unwrap_or_default();
         let top = At::top("databases");
+        // Not an empty list: a file that was cut off must not be one that protects nothing.
+        if file.databases.is_none() {
+            self.problem(
+                &top,
+                "`databases` is missing or empty: is the file whole? `databases: []` protects nothing",
+            );
+        }
+        let values = file.databases.unwrap_or_default();
         if values.is_empty() {
             self.warnings.push(describe(
                 None,
@@ -674,6 +686,7 @@ impl Reader<'_> {
                 .into_iter()
                 .map(|(_, database)| database)
                 .collect(),
+            unprotected: file.unprotected,
         }
     }
 
@@ -689,8 +702,7 @@ impl Reader<'_> {
         let mut seen = BTreeSet::new();
         for (index, name) in interfaces.iter().enumerate() {
             let is_pattern = name.contains(['*', '?', '[']);
-            let longest = if is_pattern { 64 } else { MAX_INTERFACE };
-            let fits = (1..=longest).contains(&name.len());
+            let fits = (1..=MAX_INTERFACE).contains(&name.len());
             if !fits || name.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()) {
                 let message = format!(
                     "{name:?} is no name of an interface: 1 to {MAX_INTERFACE} bytes, no spaces"

@@ -570,7 +570,7 @@ mod tests {
     const NOW: &str = "2026-01-01T00:00:00Z";
 
     fn region(fields: &str) -> Region {
-        let text = format!("interfaces: [eth0]\nregions: {{x: {{{fields}}}}}");
+        let text = format!("interfaces: [eth0]\ndatabases: []\nregions: {{x: {{{fields}}}}}");
         policy::parse(&text).unwrap().0.regions.remove("x").unwrap()
     }
 

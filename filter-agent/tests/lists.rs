@@ -18,7 +18,7 @@ fn sample(name: &str) -> Vec<u8> {
 
 fn select(fields: &str) -> Select {
     let text = format!(
-        "interfaces: [eth0]\nregions: {{x: {{url: 'https://example.net', select: {{{fields}}}}}}}"
+        "interfaces: [eth0]\ndatabases: []\nregions: {{x: {{url: 'https://example.net', select: {{{fields}}}}}}}"
     );
     let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
     match policy.regions["x"].source.clone() {
@@ -409,7 +409,7 @@ fn kept_file_of_somebody_else_or_open_to_others_is_ignored() {
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     symlink(&path, directory.join("other.json")).unwrap();
     let error = format!("{:#}", kept::read(directory, "other", &source).unwrap_err());
-    assert!(error.contains("it is no file"), "{error}");
+    assert!(error.contains("it is not a regular file"), "{error}");
 
     kept::keep_only(directory, |name| name == "office").unwrap();
     let left: Vec<_> = std::fs::read_dir(directory).unwrap().collect();

@@ -180,12 +180,13 @@ fn problems_past_fifty_are_counted_only() {
     let problems = lines(&policy::parse(&text).unwrap_err());
     assert_eq!(problems.len(), 51);
     assert_eq!(problems[0].split(':').next(), Some("line 3"));
-    assert_eq!(problems[50], "and 10 more problems");
+    assert_eq!(problems[50], "and 11 more problems");
 }
 
 #[test]
 fn a_hundred_thousand_prefixes_are_read() {
-    let mut text = "interfaces: [eth0]\nregions:\n  big:\n    prefixes:\n".to_owned();
+    let mut text =
+        "interfaces: [eth0]\ndatabases: []\nregions:\n  big:\n    prefixes:\n".to_owned();
     for i in 0..100_000 {
         text.push_str(&format!(
             "    - 10.{}.{}.{}/32\n",
@@ -213,7 +214,7 @@ fn nesting_and_aliases_without_end_are_refused() {
             [alias.as_str(); 9].join(", ")
         ));
     }
-    laughs.push_str("interfaces: [eth0]\nregions: {bomb: {prefixes: *a19}}\n");
+    laughs.push_str("interfaces: [eth0]\ndatabases: []\nregions: {bomb: {prefixes: *a19}}\n");
     assert!(policy::parse(&laughs).is_err());
 }
 
