@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -24,12 +24,13 @@ use signal_hook::{consts::SIGPIPE, flag::register_conditional_shutdown};
 use tokio::net::UnixStream;
 
 use crate::{
+    confirmed,
     daemon::{self, Loaded, Options},
     driver::{self, Driver},
     filter, host,
-    interfaces::{Coverage, describe_missing},
+    interfaces::{Coverage, Remembered, describe_missing},
     log::{self, log},
-    policy::RegionSource,
+    policy::{self, Listed, RegionSource},
     region::{self, Regions},
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
 };
@@ -70,6 +71,13 @@ struct Bpffs {
 }
 
 #[derive(Args)]
+struct StateDir {
+    /// Where the confirmed policy and the last good addresses of regions are kept.
+    #[arg(long, default_value = "/var/lib/filter-agent")]
+    state_dir: PathBuf,
+}
+
+#[derive(Args)]
 struct Output {
     /// Print JSON.
     #[arg(long)]
@@ -86,9 +94,8 @@ enum Command {
         socket: Socket,
         #[command(flatten)]
         bpffs: Bpffs,
-        /// Where the last good addresses of regions are kept.
-        #[arg(long, default_value = "/var/lib/filter-agent")]
-        state_dir: PathBuf,
+        #[command(flatten)]
+        state_dir: StateDir,
         /// Prefixes of one address family that the kernel's maps are made for [default: 1048576].
         /// Maps that exist keep their size.
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
@@ -109,6 +116,8 @@ enum Command {
         #[command(flatten)]
         bpffs: Bpffs,
         #[command(flatten)]
+        state_dir: StateDir,
+        #[command(flatten)]
         output: Output,
     },
     /// Print the difference between a policy file and what the kernel enforces.
@@ -125,6 +134,9 @@ enum Command {
         /// Where TLS is forced, judge connections from before that, too, by what they send next.
         #[arg(long)]
         existing: bool,
+        /// Enforce it even if a database, port, address or interface that is guarded now is guarded no longer.
+        #[arg(long)]
+        allow_unprotect: bool,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -135,10 +147,19 @@ enum Command {
         /// Run probe packets through the attached program first.
         #[arg(long)]
         verify: bool,
+        /// Exit 0 if every listed interface that exists enforces the policy, whatever else is wrong; without an
+        /// agent, too. For a database's unit.
+        #[arg(long)]
+        enforced: bool,
+        /// Wait for that at most so long, such as 60s.
+        #[arg(long, requires = "enforced", value_name = "DURATION", value_parser = wait_limit)]
+        wait: Option<Duration>,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
         bpffs: Bpffs,
+        #[command(flatten)]
+        state_dir: StateDir,
         #[command(flatten)]
         output: Output,
     },
@@ -204,6 +225,8 @@ enum Command {
         socket: Socket,
         #[command(flatten)]
         bpffs: Bpffs,
+        #[command(flatten)]
+        state_dir: StateDir,
     },
 }
 
@@ -243,7 +266,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
                 policy: policy.policy,
                 socket: socket.socket,
                 bpffs: bpffs.bpffs,
-                state_dir,
+                state_dir: state_dir.state_dir,
                 max_prefixes,
             };
             daemon::run(options).await?;
@@ -254,11 +277,12 @@ async fn execute(command: Command) -> Result<ExitCode> {
             host,
             policy,
             bpffs,
+            state_dir,
             output,
         } => {
             let file = file.unwrap_or(policy.policy);
-            let bpffs = host.then_some(&*bpffs.bpffs);
-            return check(&file, resolve, bpffs, &output).await;
+            let places = host.then_some((&*bpffs.bpffs, &*state_dir.state_dir));
+            return check(&file, resolve, places, &output).await;
         }
         Command::Plan {
             file,
@@ -279,19 +303,35 @@ async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Reload {
             existing,
+            allow_unprotect,
             socket,
             output,
         } => {
-            let path = format!("/reload?existing={existing}");
+            let path = format!("/reload?existing={existing}&allow_unprotect={allow_unprotect}");
             let reloaded: Reloaded = ask(&socket, Method::POST, &path).await?;
             output.print(&reloaded, print_reloaded)?;
-            return Ok(failure_if(!reloaded.verified.errors.is_empty()));
+            let failed = !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty();
+            return Ok(failure_if(failed));
+        }
+        Command::Status {
+            enforced: true,
+            wait,
+            socket,
+            bpffs,
+            state_dir,
+            output,
+            ..
+        } => {
+            let look = || enforced(&socket, &bpffs.bpffs, &state_dir.state_dir);
+            let found = wait_for(wait.unwrap_or_default(), look).await?;
+            output.print(&found, print_enforcement)?;
         }
         Command::Status {
             verify,
             socket,
             bpffs,
             output,
+            ..
         } => {
             let path = format!("/status?verify={verify}");
             let status: Result<Status> = ask(&socket, Method::GET, &path).await;
@@ -351,7 +391,12 @@ async fn execute(command: Command) -> Result<ExitCode> {
             }
             output.print(&drops, print_drops)?;
         }
-        Command::Detach { yes, socket, bpffs } => return detach(yes, &socket, &bpffs.bpffs).await,
+        Command::Detach {
+            yes,
+            socket,
+            bpffs,
+            state_dir,
+        } => return detach(yes, &socket, &bpffs.bpffs, &state_dir.state_dir).await,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -484,11 +529,11 @@ struct CheckedDatabase {
 }
 
 /// Asks no agent: the file may be meant for another host. Nor the network, unless it is told to.
-/// `bpffs`: where to look whether this host can enforce the file.
+/// `places`: the BPF file system and the state directory, to look whether this host can enforce the file.
 async fn check(
     file: &Path,
     resolve: bool,
-    bpffs: Option<&Path>,
+    places: Option<(&Path, &Path)>,
     output: &Output,
 ) -> Result<ExitCode> {
     let loaded = daemon::load(file)?;
@@ -503,27 +548,54 @@ async fn check(
     let regions = region::next(&loaded.policy, &known, answers, Timestamp::now())?;
     let compiled = loaded.compile(&regions);
     let host = host::interfaces().await?;
-    let mut warnings = daemon::warnings(&loaded, &compiled, &host);
+    let mut warnings = daemon::warnings(&loaded, &compiled);
     let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
     warnings.extend(unknown.map(|(name, state)| {
         let source = &state.region.source;
         format!("region {name} ({source}) is not looked up here, unless with --resolve")
     }));
-    // The policy may be meant for another host: only a warning.
-    let coverage = Coverage::of(&loaded.policy, &host);
-    warnings.extend(
-        coverage
-            .missing
-            .iter()
-            .map(|entry| format!("{} here", describe_missing(entry))),
-    );
+    let kept = match places {
+        Some((_, state_dir)) => confirmed::read(state_dir),
+        None => Ok(None),
+    };
     let mut errors = Vec::new();
+    let remembered = match kept {
+        Ok(kept) => kept.unwrap_or_default().interfaces,
+        Err(error) => {
+            errors.push(format!("{error:#}"));
+            Remembered::default()
+        }
+    };
+    let coverage = Coverage::of(&loaded.policy, &remembered, &host);
+    warnings.extend(coverage.warnings(&host));
+    let missing = coverage.missing.iter();
+    let missing: Vec<String> = missing
+        .map(|entry| format!("{} here", describe_missing(entry)))
+        .collect();
     let mut drivers = None;
-    if let Some(bpffs) = bpffs {
-        let found = driver::drivers(&coverage.present, loaded.policy.mode).await?;
-        errors = refusals(bpffs, &coverage);
-        errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
-        drivers = Some(found);
+    // Without --host the policy may be meant for another host: only a warning.
+    match places {
+        Some((bpffs, _)) => {
+            if coverage.present.is_empty() && !missing.is_empty() {
+                errors.extend(missing);
+                errors.push("nothing would be filtered, and the databases would be open".into());
+            } else {
+                warnings.extend(missing);
+            }
+            let found = driver::drivers(&coverage.present, loaded.policy.mode).await?;
+            errors.extend(refusals(bpffs, &coverage));
+            errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
+            drivers = Some(found);
+            let changing = loaded.policy.interfaces.iter();
+            let changing = changing.filter(|entry| !matches!(entry, Listed::Name(_)));
+            warnings.extend(changing.filter(|entry| !remembered.knows(entry)).map(|entry| {
+                format!(
+                    "no agent has noted yet what `{entry}` stands for: at a first boot the databases are \
+                     open until there is such an interface"
+                )
+            }));
+        }
+        None => warnings.extend(missing),
     }
     let Loaded { file, policy, .. } = loaded;
     let databases = policy.databases.iter().map(|database| {
@@ -581,6 +653,123 @@ fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
     let others = others.filter_map(|interface| filter::check_free(interface).err());
     refusals.extend(others.map(|error| format!("{error:#}")));
     refusals
+}
+
+/// What `status --enforced` found.
+#[derive(Serialize)]
+struct Enforcement {
+    /// Whether an agent said so; else the pins and the kernel's list of interfaces did.
+    agent: bool,
+    interfaces: Vec<String>,
+}
+
+fn print_enforcement(found: &Enforcement) {
+    let on = or(
+        &found.interfaces.join(", "),
+        "no interface, since nothing is to be protected",
+    );
+    let by = if found.agent {
+        ""
+    } else {
+        ", without an agent"
+    };
+    println!("enforced on {on}{by}");
+}
+
+/// Longest time that an agent may take to answer before the pins are looked at without it.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether the filter is in force on every listed interface that exists.
+///
+/// # Errors
+/// It is not, or that cannot be found out.
+async fn enforced(socket: &Socket, bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
+    let asked = ask::<Status>(socket, Method::GET, "/status?verify=true");
+    match tokio::time::timeout(AGENT_TIMEOUT, asked).await {
+        Ok(Ok(status)) => {
+            ensure!(
+                status.not_enforced.is_empty(),
+                "{}",
+                status.not_enforced.join("; ")
+            );
+            let filtered = status
+                .interfaces
+                .into_iter()
+                .filter(|i| i.program_id.is_some());
+            Ok(Enforcement {
+                agent: true,
+                interfaces: filtered.map(|interface| interface.name).collect(),
+            })
+        }
+        // Nobody answers: the filter may be in force all the same.
+        Ok(Err(_)) | Err(_) => enforced_without_agent(bpffs, state_dir).await,
+    }
+}
+
+async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
+    let pinned = filter::pinned(bpffs)?;
+    let host = host::interfaces().await?;
+    let runs = |interface: &host::Interface| {
+        let xdp = interface.xdp.map(|xdp| xdp.program_id);
+        let mut links = pinned
+            .iter()
+            .filter(|link| link.interface == interface.index);
+        links.any(|link| xdp == Some(link.program_id))
+    };
+    let kept = confirmed::read(state_dir)?;
+    let kept = kept.context("no agent answers, and no policy was ever confirmed on this host")?;
+    let (policy, _) = policy::parse(&kept.policy).map_err(|problems| {
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        anyhow!("the confirmed policy is not valid: {}", problems.join("; "))
+    })?;
+    let coverage = Coverage::of(&policy, &kept.interfaces, &host);
+    for interface in &coverage.present {
+        let name = &interface.name;
+        ensure!(
+            runs(interface),
+            "no agent answers, and {name} is not filtered"
+        );
+    }
+    let missing: Vec<String> = coverage.missing.iter().map(describe_missing).collect();
+    ensure!(
+        !coverage.present.is_empty() || missing.is_empty(),
+        "no agent answers, and nothing is filtered: {}",
+        missing.join(", ")
+    );
+    Ok(Enforcement {
+        agent: false,
+        interfaces: coverage
+            .present
+            .into_iter()
+            .map(|interface| interface.name)
+            .collect(),
+    })
+}
+
+/// Repeats a look until it succeeds, for so long; the last error counts.
+async fn wait_for<T, F: Future<Output = Result<T>>>(
+    limit: Duration,
+    mut look: impl FnMut() -> F,
+) -> Result<T> {
+    const PAUSE: Duration = Duration::from_millis(200);
+    let deadline = Instant::now() + limit;
+    loop {
+        let found = look().await;
+        if found.is_ok() || Instant::now() + PAUSE > deadline {
+            return found;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+/// A duration of the command line, of at most an hour.
+fn wait_limit(text: &str) -> Result<Duration, String> {
+    let duration: SignedDuration = text.parse().map_err(|_| "not a valid duration: 60s, 2m")?;
+    let duration = Duration::try_from(duration).map_err(|_| "a duration must not be negative")?;
+    if duration > Duration::from_hours(1) {
+        return Err("at most 1h".into());
+    }
+    Ok(duration)
 }
 
 fn print_drivers(drivers: &[Driver]) {
@@ -705,6 +894,9 @@ fn print_reloaded(reloaded: &Reloaded) {
         file.display()
     );
     print_verified(&reloaded.verified);
+    for error in &reloaded.errors {
+        println!("error: {error}");
+    }
 }
 
 fn print_verified(verified: &report::Verified) {
@@ -1103,7 +1295,7 @@ fn newer(before: &Drops, now: &Drops) -> Vec<report::Dropped> {
 
 /// A running agent detaches itself, since it would attach again; without one the pins are removed
 /// here.
-async fn detach(yes: bool, socket: &Socket, bpffs: &Path) -> Result<ExitCode> {
+async fn detach(yes: bool, socket: &Socket, bpffs: &Path, state_dir: &Path) -> Result<ExitCode> {
     if !yes {
         if !io::stdin().is_terminal() {
             eprintln!("filter-agent: detach asks on a terminal; elsewhere it needs --yes");
@@ -1122,6 +1314,9 @@ async fn detach(yes: bool, socket: &Socket, bpffs: &Path) -> Result<ExitCode> {
         Ok(_) => ask::<Vec<String>>(socket, Method::POST, "/detach").await?,
         Err(_) => {
             let interfaces = filter::remove(bpffs)?;
+            confirmed::remove(state_dir).context(
+                "detached: nothing is filtered any more; but the next start may enforce it again",
+            )?;
             interfaces.into_iter().map(interface_name).collect()
         }
     };

@@ -121,6 +121,9 @@ struct ReloadQuery {
     /// Judge connections from before TLS was forced, too.
     #[serde(default)]
     existing: bool,
+    /// What was guarded may be left open.
+    #[serde(default)]
+    allow_unprotect: bool,
 }
 
 /// A task of its own: a client that goes away must not stop it half way.
@@ -128,7 +131,7 @@ async fn reload(
     State(shared): State<Shared>,
     Query(query): Query<ReloadQuery>,
 ) -> Answer<report::Reloaded> {
-    let reloaded = tokio::spawn(shared.reload(query.existing)).await;
+    let reloaded = tokio::spawn(shared.reload(query.existing, query.allow_unprotect)).await;
     Ok(Json(reloaded.context("reload").flatten()?))
 }
 

@@ -1,7 +1,7 @@
 //! When things happen: start, signals, expiry, look-ups, changed files, netlink events, requests.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs,
     net::IpAddr,
     os::unix::fs::DirBuilderExt as _,
@@ -23,23 +23,25 @@ use tokio::{
     sync::{
         MappedMutexGuard, Mutex, MutexGuard, Notify,
         mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+        oneshot,
     },
     time::MissedTickBehavior,
 };
 
 use crate::{
     compile::{Compiled, RuleKey, compile, is_expired},
+    confirmed::{self, Confirmed},
     control,
     drops::Drops,
-    filter::{Attached, Filter, TakenOver},
+    filter::{self, Attached, Filter, Pinned, TakenOver},
     host::{self, Interface},
     image::Difference,
-    interfaces::{self, Coverage},
+    interfaces::{self, Coverage, Ended, Remembered},
     kept,
     log::log,
     lookup::{self, Answer, Version},
-    policy::{self, Guards, Listed, Model, Policy, Region, RegionSource, Rule},
-    probe,
+    policy::{self, Guards, Model, Policy, Region, RegionSource, Rule},
+    probe, protection,
     region::{self, Change, Regions, Set},
     report,
 };
@@ -69,6 +71,7 @@ pub struct Options {
 /// A policy file, read and found valid.
 pub struct Loaded {
     pub file: PathBuf,
+    pub text: String,
     pub policy: Policy,
     pub warnings: Vec<String>,
     accepted: Timestamp,
@@ -87,6 +90,11 @@ impl Loaded {
 /// Everything wrong with the file, a line each.
 pub fn load(file: &Path) -> Result<Loaded> {
     let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    load_text(file, text)
+}
+
+/// The same of a text that was read already.
+fn load_text(file: &Path, text: String) -> Result<Loaded> {
     let accepted = Timestamp::now();
     let since = Instant::now();
     let named = |problem: policy::Problem| format!("{}: {problem}", file.display());
@@ -96,6 +104,7 @@ pub fn load(file: &Path) -> Result<Loaded> {
     })?;
     Ok(Loaded {
         file: file.to_owned(),
+        text,
         policy,
         warnings: problems.into_iter().map(named).collect(),
         accepted,
@@ -199,6 +208,8 @@ enum Event {
         region: String,
         outcome: Result<()>,
     },
+    /// The same of the confirmed policy.
+    Confirmed(Result<()>),
 }
 
 /// The running agent: a filter and the policy it enforces.
@@ -217,7 +228,19 @@ pub struct Agent {
     written: BTreeMap<String, Timestamp>,
     /// Regions whose set could not be written, and why.
     unwritten: BTreeMap<String, String>,
-    writer: UnboundedSender<Keep>,
+    writer: UnboundedSender<Write>,
+    /// What the entries of `interfaces` stood for last.
+    remembered: Remembered,
+    /// The confirmed policy that was given to `writer` last.
+    confirmed: Option<Confirmed>,
+    /// Why that could not be written.
+    unconfirmed: Option<String>,
+    /// Why the policy file is not the policy in force, after a start that could not enforce it.
+    instead_of_file: Option<String>,
+    /// Why the confirmed policy could not be read at the start, to compare the file with.
+    unreadable: Option<String>,
+    /// Why listed interfaces are not filtered, by index: each is logged once.
+    unfiltered: BTreeMap<u32, String>,
     enforced: report::Enforced,
     verified: report::Verified,
     /// Indexes of the interfaces that are filtered.
@@ -234,7 +257,6 @@ pub async fn run(options: Options) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
-    let loaded = load(&options.policy)?;
     let mut links = host::events()?;
     let (watches, mut files) = file_events();
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
@@ -242,12 +264,15 @@ pub async fn run(options: Options) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (events, mut happened) = unbounded_channel();
     let (writer, writing) = unbounded_channel();
-    let directory = regions_directory(&options.state_dir);
-    let writes = tokio::spawn(write(directory, writing, events.clone()));
+    let writes = tokio::spawn(write(options.state_dir.clone(), writing, events.clone()));
 
+    if let Err(error) = kept::remove_unfinished(&options.state_dir) {
+        log(&format!("warning: {error:#}"));
+    }
     let clock = Clock::start();
+    let start = Start::choose(&options).await?;
     let (bpffs, max_prefixes) = (options.bpffs.clone(), options.max_prefixes);
-    let connections = loaded.policy.tls_connections;
+    let connections = start.first().policy.tls_connections;
     let open = move || Filter::open(&bpffs, max_prefixes, connections);
     let open = tokio::task::spawn_blocking(open);
     // Long lists are read while the kernel checks the program.
@@ -256,13 +281,13 @@ pub async fn run(options: Options) -> Result<()> {
             let filter = open.await.context("open the filter").flatten()?;
             anyhow::Ok((filter, listen(&options.socket).await?))
         },
-        first_regions(&options, &loaded.policy, watches.as_ref(), clock),
+        first_regions(&options, &start.first().policy, watches.as_ref(), clock),
     )?;
     let agent = Agent::start(
         options.clone(),
         clock,
         filter,
-        loaded,
+        start,
         regions,
         watches,
         writer,
@@ -301,7 +326,7 @@ pub async fn run(options: Options) -> Result<()> {
         tokio::select! {
             _ = hangup.recv() => {
                 // Its look-ups may take a while; what is wrong is logged.
-                tokio::spawn(shared.clone().reload(false));
+                tokio::spawn(shared.clone().reload(false, false));
             }
             Some(()) = links.next() => {
                 // One look at the interfaces answers all that was announced by now.
@@ -338,7 +363,10 @@ pub async fn run(options: Options) -> Result<()> {
                     agent.collect_drops();
                     if !ready && agent.verified.errors.is_empty() {
                         ready = true;
-                        tell_systemd(&[NotifyState::Ready, NotifyState::Status(&agent.summary())]);
+                        tell_systemd(&[NotifyState::Ready]);
+                        if let Ok((summary, _)) = agent.summary().await {
+                            tell_systemd(&[NotifyState::Status(&summary)]);
+                        }
                     }
                     tell_systemd(&[NotifyState::Watchdog]);
                 }
@@ -371,8 +399,125 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// How long what is under way at the end may take.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// Policies that a start may enforce, and what the last agent left on disk.
+struct Start {
+    /// The best first. Each but the policy file itself with the reason why it is not the file.
+    candidates: VecDeque<(Loaded, Option<String>)>,
+    confirmed: Option<Confirmed>,
+    /// The confirmed policy, parsed.
+    before: Option<Policy>,
+    /// Why what is kept cannot be read: the file cannot be compared with it.
+    unreadable: Option<String>,
+}
+
+impl Start {
+    /// The policy file, if it is valid and leaves guarded what the confirmed policy guards; else, and where
+    /// this host refuses the file, the confirmed policy.
+    ///
+    /// # Errors
+    /// Neither can be enforced. What is pinned stays as it is.
+    async fn choose(options: &Options) -> Result<Self> {
+        let file = load(&options.policy);
+        let path = confirmed::path(&options.state_dir);
+        let kept = confirmed::read(&options.state_dir).and_then(|confirmed| {
+            let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
+            let before = text.map(|text| load_text(&path, text)).transpose()?;
+            Ok((confirmed, before))
+        });
+        let mut unreadable = None;
+        let (confirmed, before) = match kept {
+            Ok(kept) => kept,
+            // What it guards may be guarded no longer by the file.
+            Err(error) if !filter::left_in_force(&options.bpffs)?.is_empty() => {
+                return Err(error.context(format!(
+                    "start refused; what is pinned stays in force, without an agent: if the policy file is \
+                     right, remove {}",
+                    path.display()
+                )));
+            }
+            Err(error) => {
+                unreadable = Some(format!(
+                    "{error:#}; if the policy file is right, `filter-agent reload`"
+                ));
+                (None, None)
+            }
+        };
+        let mut start = Self {
+            candidates: VecDeque::new(),
+            before: before.as_ref().map(|before| before.policy.clone()),
+            confirmed,
+            unreadable,
+        };
+        let name = options.policy.display();
+        let refusal = match (file, &start.confirmed, &before) {
+            (Ok(file), Some(confirmed), Some(_)) if file.text == confirmed.policy => {
+                start.candidates.push_back((file, None));
+                return Ok(start);
+            }
+            (Ok(file), Some(confirmed), Some(before)) => {
+                let host = host::interfaces().await?;
+                let known = &confirmed.interfaces;
+                let ended = protection::ended(&before.policy, &file.policy, known, &host);
+                if ended.is_empty() {
+                    start.candidates.push_back((file, None));
+                    None
+                } else {
+                    Some(format!(
+                        "{name} is not enforced: {}",
+                        describe_ended(&ended)
+                    ))
+                }
+            }
+            (Ok(file), ..) => {
+                start.candidates.push_back((file, None));
+                return Ok(start);
+            }
+            (Err(error), ..) if before.is_none() => {
+                return Err(match filter::left_in_force(&options.bpffs) {
+                    Ok(interfaces) if !interfaces.is_empty() => error
+                        .context("start refused; what is pinned stays in force, without an agent"),
+                    _ => error,
+                });
+            }
+            (Err(error), ..) => {
+                let error = format!("{error:#}").replace('\n', "; ");
+                Some(format!(
+                    "{name} is not enforced: {error}; correct it, then `filter-agent reload`"
+                ))
+            }
+        };
+        start
+            .candidates
+            .extend(before.map(|before| (before, refusal)));
+        Ok(start)
+    }
+
+    fn first(&self) -> &Loaded {
+        &self.candidates[0].0
+    }
+}
+
+fn describe_ended(ended: &[String]) -> String {
+    format!(
+        "it would end the protection of {}; if that is meant: `filter-agent reload \
+         --allow-unprotect`, or list them under `unprotected:` in the policy",
+        ended.join(", ")
+    )
+}
+
 fn regions_directory(state_dir: &Path) -> PathBuf {
     state_dir.join("regions")
+}
+
+/// What goes to disk.
+enum Write {
+    Region(Box<Keep>),
+    /// `None`: nothing is to be kept any more.
+    Confirmed {
+        confirmed: Option<Confirmed>,
+        /// Gets the result.
+        written: Option<oneshot::Sender<Result<()>>>,
+    },
 }
 
 /// A region's set, on its way to disk.
@@ -382,19 +527,41 @@ struct Keep {
     set: Set,
 }
 
-/// Writes sets to disk, one after the other; neither a slow disk nor a long list delays anything else.
+/// Writes to disk, one after the other; neither a slow disk nor a long list delays anything else.
 async fn write(
-    directory: PathBuf,
-    mut sets: UnboundedReceiver<Keep>,
+    state_dir: PathBuf,
+    mut writes: UnboundedReceiver<Write>,
     events: UnboundedSender<Event>,
 ) {
-    while let Some(keep) = sets.recv().await {
-        let (directory, region) = (directory.clone(), keep.region.clone());
-        let written = tokio::task::spawn_blocking(move || {
-            kept::write(&directory, &keep.region, &keep.source, &keep.set)
-        });
-        let outcome = written.await.context("write to disk").flatten();
-        let _ = events.send(Event::Written { region, outcome });
+    while let Some(write) = writes.recv().await {
+        let state_dir = state_dir.clone();
+        match write {
+            Write::Region(keep) => {
+                let region = keep.region.clone();
+                let written = tokio::task::spawn_blocking(move || {
+                    let directory = regions_directory(&state_dir);
+                    kept::write(&directory, &keep.region, &keep.source, &keep.set)
+                });
+                let outcome = written.await.context("write to disk").flatten();
+                let _ = events.send(Event::Written { region, outcome });
+            }
+            Write::Confirmed { confirmed, written } => {
+                let outcome = tokio::task::spawn_blocking(move || match confirmed {
+                    Some(confirmed) => confirmed::write(&state_dir, &confirmed),
+                    None => confirmed::remove(&state_dir),
+                });
+                let outcome = outcome.await.context("write to disk").flatten();
+                let outcome = match written {
+                    // Whoever waits reports it.
+                    Some(written) => match written.send(outcome) {
+                        Ok(()) => continue,
+                        Err(outcome) => outcome,
+                    },
+                    None => outcome,
+                };
+                let _ = events.send(Event::Confirmed(outcome));
+            }
+        }
     }
 }
 
@@ -461,12 +628,50 @@ impl Agent {
         options: Options,
         clock: Clock,
         mut filter: Filter,
-        loaded: Loaded,
-        regions: Regions,
+        start: Start,
+        mut regions: Regions,
         watches: Option<Watches>,
-        writer: UnboundedSender<Keep>,
+        writer: UnboundedSender<Write>,
     ) -> Result<Self> {
-        let (_, compiled, enforced) = enforce(&mut filter, &loaded, &regions, None).await?;
+        let Start {
+            mut candidates,
+            confirmed,
+            before,
+            unreadable,
+        } = start;
+        let mut remembered = confirmed.clone().unwrap_or_default().interfaces;
+        let mut refused = None;
+        let (loaded, instead_of_file, committed) = loop {
+            let Some((loaded, reason)) = candidates.pop_front() else {
+                return Err(refused.unwrap_or_else(|| anyhow!("there is no policy to enforce")));
+            };
+            if let Some(refused) = &refused {
+                let again = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await;
+                regions = again.with_context(|| format!("{refused:#}"))?;
+            }
+            let before = before.as_ref();
+            let occasion = Occasion::Start(before);
+            match enforce(&mut filter, &loaded, &regions, occasion, &mut remembered).await {
+                Ok(committed) => {
+                    let reason = reason.or(refused.map(|error: anyhow::Error| {
+                        let file = options.policy.display();
+                        format!("{file} is not enforced: {error:#}")
+                    }));
+                    break (loaded, reason, committed);
+                }
+                // Another policy would not mend that, and this one is enforced as far as it went.
+                Err(error) if error.is::<TakeOverFailed>() => return Err(error),
+                Err(error) => refused = refused.or(Some(error)),
+            }
+        };
+        if let Some(reason) = &instead_of_file {
+            log(&format!(
+                "error: {reason}; the confirmed policy is enforced instead"
+            ));
+        }
+        for error in &committed.errors {
+            log(&format!("error: {error}"));
+        }
         let started = Timestamp::now();
         let drops = Drops::since(started, filter.counts()?);
         let mut agent = Self {
@@ -474,7 +679,7 @@ impl Agent {
             filter,
             loaded,
             regions,
-            compiled,
+            compiled: committed.compiled,
             clock,
             watches,
             asked: BTreeMap::new(),
@@ -482,7 +687,13 @@ impl Agent {
             written: BTreeMap::new(),
             unwritten: BTreeMap::new(),
             writer,
-            enforced,
+            remembered,
+            confirmed,
+            unconfirmed: None,
+            instead_of_file,
+            unreadable,
+            unfiltered: BTreeMap::new(),
+            enforced: committed.enforced,
             verified: report::Verified {
                 at: Timestamp::now(),
                 probes: 0,
@@ -493,25 +704,95 @@ impl Agent {
             drops,
             started,
         };
-        agent.verify().await?;
+        if let Some(unreadable) = &agent.unreadable {
+            log(&format!("error: {unreadable}"));
+        }
+        agent.confirm(None);
         agent.forget_unused();
         // Who is turned away from now on is told: samples have to be granted first.
         agent.collect_drops();
-        log(&agent.summary());
+        for error in agent.look().await {
+            log(&format!("error: {error}"));
+        }
         Ok(agent)
     }
 
-    /// What is enforced, in one line: what whoever starts the agent waits for.
-    fn summary(&self) -> String {
+    /// Has the policy in force written to disk, with what its entries of `interfaces` stand for, if that is
+    /// not what was written last. `written` gets the result. What cannot be read is left for the operator to see
+    /// until a reload.
+    fn confirm(&mut self, written: Option<oneshot::Sender<Result<()>>>) {
+        let confirmed = Confirmed {
+            policy: self.loaded.text.clone(),
+            interfaces: self.remembered.clone(),
+        };
+        if self.unreadable.is_some() {
+            return;
+        }
+        if self.confirmed.as_ref() != Some(&confirmed) || self.unconfirmed.is_some() {
+            self.confirmed = Some(confirmed.clone());
+            // The writer lives as long as the agent.
+            let _ = self.writer.send(Write::Confirmed {
+                confirmed: Some(confirmed),
+                written,
+            });
+        } else if let Some(written) = written {
+            let _ = written.send(Ok(()));
+        }
+    }
+
+    /// Notes how the confirmed policy was written.
+    fn confirm_written(&mut self, outcome: Result<()>) {
+        let error = outcome
+            .err()
+            .map(|error| format!("the policy in force is not kept for the next start: {error:#}"));
+        if let Some(error) = &error
+            && self.unconfirmed.as_ref() != Some(error)
+        {
+            log(&format!("warning: {error}"));
+        }
+        self.unconfirmed = error;
+    }
+
+    /// What is enforced, in one line, and what is wrong where nothing is.
+    async fn summary(&self) -> Result<(String, Option<String>)> {
         let prefixes: usize = self.compiled.databases.values().map(|e| e.prefixes()).sum();
-        format!(
-            "enforcing {}: {} and {} on {}, in {:.1} ms",
+        let host = host::interfaces().await?;
+        let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
+        let (pinned, ours) = (self.filter.pinned()?, self.filter.program_id()?);
+        let mut on = coverage.filtered(&pinned, ours).join(", ");
+        if on.is_empty() {
+            on = "no interface".into();
+        }
+        if !coverage.missing.is_empty() {
+            let missing = coverage.missing.iter().map(interfaces::describe_missing);
+            on = format!("{on} ({})", list(missing));
+        }
+        let summary = format!(
+            "enforcing {}: {} and {} on {on}, in {:.1} ms",
             self.loaded.file.display(),
             counted(self.compiled.databases.len(), "database", "databases"),
             counted(prefixes, "prefix", "prefixes"),
-            list(self.loaded.policy.interfaces.iter()),
             self.enforced.enforced_ms,
-        )
+        );
+        Ok((summary, coverage.inert(&pinned, ours)))
+    }
+
+    /// Looks at what was just enforced, and says it to the journal and the service manager. Returns what is wrong;
+    /// it refuses nothing, since it is done.
+    async fn look(&mut self) -> Vec<String> {
+        let mut errors = Vec::new();
+        if let Err(error) = self.verify().await {
+            errors.push(format!("verify what is enforced: {error:#}"));
+        }
+        match self.summary().await {
+            Ok((summary, inert)) => {
+                log(&summary);
+                tell_systemd(&[NotifyState::Status(&summary)]);
+                errors.extend(inert);
+            }
+            Err(error) => errors.push(format!("{error:#}")),
+        }
+        errors
     }
 
     /// Enforces a policy, with what was answered about its regions, or leaves all as it is.
@@ -519,16 +800,22 @@ impl Agent {
         &mut self,
         loaded: Loaded,
         answers: BTreeMap<String, Result<Answer>>,
+        allow_unprotect: bool,
     ) -> Result<report::Reloaded> {
         let asked: Vec<String> = answers.keys().cloned().collect();
         let regions = region::next(&loaded.policy, &self.regions, answers, self.clock.now())?;
-        let known = &self.loaded.policy.interfaces;
-        let (plan, compiled, enforced) =
-            enforce(&mut self.filter, &loaded, &regions, Some(known)).await?;
+        let occasion = Occasion::Reload {
+            before: &self.loaded.policy,
+            allow_unprotect,
+        };
+        let remembered = &mut self.remembered;
+        let committed = enforce(&mut self.filter, &loaded, &regions, occasion, remembered).await?;
         self.loaded = loaded;
+        self.instead_of_file = None;
+        self.unreadable = None;
         let before = std::mem::replace(&mut self.regions, regions);
-        self.compiled = compiled;
-        self.enforced = enforced;
+        self.compiled = committed.compiled;
+        self.enforced = committed.enforced;
         for name in asked {
             // What was asked about it before is overtaken.
             self.asked.remove(&name);
@@ -542,11 +829,16 @@ impl Agent {
         self.written.retain(|name, _| used(name));
         self.unwritten.retain(|name, _| used(name));
         self.forget_unused();
-        self.verify().await?;
+        let mut errors = committed.errors;
+        errors.extend(self.look().await);
+        for error in &errors {
+            log(&format!("error: {error}"));
+        }
         Ok(report::Reloaded {
-            plan,
+            plan: committed.plan,
             enforced: self.enforced.clone(),
             verified: self.verified.clone(),
+            errors,
         })
     }
 
@@ -617,6 +909,7 @@ impl Agent {
             Event::Answered(outcome) => {
                 self.answered(outcome, false).await;
             }
+            Event::Confirmed(outcome) => self.confirm_written(outcome),
             Event::Written { region, outcome } => match outcome {
                 Ok(()) => {
                     if self.unwritten.remove(&region).is_some() {
@@ -755,21 +1048,23 @@ impl Agent {
             set,
         };
         // The writer lives as long as the agent.
-        let _ = self.writer.send(keep);
+        let _ = self.writer.send(Write::Region(Box::new(keep)));
         self.written.insert(name.into(), now);
     }
 
     /// Compares what the kernel does with what the policy says. An error is logged once.
     async fn verify(&mut self) -> Result<()> {
-        let verified = verify(&mut self.filter, &self.loaded.policy, &self.compiled).await?;
+        let host = host::interfaces().await?;
+        let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
+        let verified = verify(&mut self.filter, &coverage, &self.compiled)?;
         for error in &verified.errors {
             if !self.verified.errors.contains(error) {
                 log(&format!("error: {error}"));
             }
         }
         self.verified = verified;
-        let pinned = self.filter.pinned()?;
-        self.covered = pinned.iter().map(|link| link.interface).collect();
+        let pinned = self.filter.pinned()?.into_iter().map(|link| link.interface);
+        self.covered = pinned.filter(|&index| coverage.is_present(index)).collect();
         Ok(())
     }
 
@@ -811,28 +1106,50 @@ impl Agent {
             Ok(host) => host,
             Err(error) => return log(&format!("{error:#}")),
         };
+        if let Err(error) = self.filter.adopt_moved(&host) {
+            log(&format!("error: {error:#}"));
+        }
         let mut attached = false;
         // An index that is free may be another interface's next.
-        self.covered
-            .retain(|index| host.iter().any(|interface| interface.index == *index));
-        for interface in &Coverage::of(&self.loaded.policy, &host).present {
+        let is_here = |index: &u32| host.iter().any(|interface| interface.index == *index);
+        self.covered.retain(is_here);
+        self.unfiltered.retain(|index, _| is_here(index));
+        let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
+        for interface in &coverage.present {
             let mode = self.loaded.policy.mode;
             let healed = match self.filter.check_interface(interface, mode) {
                 Ok(()) => self.filter.attach(interface, mode),
                 Err(error) => Err(error),
             };
             match healed {
-                Ok(Attached::Kept) => {}
                 Ok(how) => {
-                    log(&attachment(interface, &how));
-                    attached = true;
-                    self.repairs += u64::from(self.covered.contains(&interface.index));
+                    self.unfiltered.remove(&interface.index);
+                    if how != Attached::Kept {
+                        log(&attachment(interface, &how));
+                        attached = true;
+                        self.repairs += u64::from(self.covered.contains(&interface.index));
+                    }
                 }
-                Err(error) => log(&format!("{} is not filtered: {error:#}", interface.name)),
+                Err(error) => {
+                    let error = format!("{} is not filtered: {error:#}", interface.name);
+                    if self.unfiltered.get(&interface.index) != Some(&error) {
+                        log(&format!("error: {error}"));
+                    }
+                    self.unfiltered.insert(interface.index, error);
+                }
             }
         }
-        if attached && let Err(error) = self.verify().await {
-            log(&format!("error: {error:#}"));
+        let is_filtered = |index| !self.unfiltered.contains_key(&index);
+        self.remembered
+            .update(&self.loaded.policy, &host, is_filtered);
+        self.confirm(None);
+        if attached {
+            if let Err(error) = self.verify().await {
+                log(&format!("error: {error:#}"));
+            }
+            if let Ok((summary, _)) = self.summary().await {
+                tell_systemd(&[NotifyState::Status(&summary)]);
+            }
         }
     }
 
@@ -876,18 +1193,24 @@ impl Agent {
             self.verify().await?;
         }
         let host = host::interfaces().await?;
-        let mut warnings = warnings(&self.loaded, &self.compiled, &host);
+        let (pinned, ours) = (self.filter.pinned()?, self.filter.program_id()?);
+        let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
+        let mut warnings = warnings(&self.loaded, &self.compiled);
+        warnings.extend(coverage.warnings(&host));
+        warnings.extend(unlisted(&self.loaded.policy, &coverage, &pinned, &host));
         warnings.extend(self.region_warnings());
-        let mut errors = self.region_errors();
-        let ours = self.filter.program_id()?;
-        let coverage = Coverage::of(&self.loaded.policy, &host);
-        errors.extend(coverage.missing.iter().map(interfaces::describe_missing));
-        errors.extend(coverage.errors(&self.filter.pinned()?, ours));
+        warnings.extend(self.unconfirmed.clone());
+        let mut not_enforced = coverage.not_enforced(&pinned, ours);
         for error in &self.verified.errors {
-            if !errors.contains(error) {
-                errors.push(format!("at {}: {error}", self.verified.at));
+            if !not_enforced.contains(error) {
+                not_enforced.push(error.clone());
             }
         }
+        let reasons = self.instead_of_file.iter().chain(&self.unreadable);
+        let mut errors: Vec<String> = reasons.cloned().collect();
+        errors.extend(self.region_errors());
+        errors.extend(coverage.missing.iter().map(interfaces::describe_missing));
+        errors.extend(not_enforced.iter().cloned());
         let present = coverage.present.iter().map(|interface| {
             let xdp = interface.xdp.filter(|xdp| xdp.program_id == ours);
             report::Interface {
@@ -961,6 +1284,7 @@ impl Agent {
             regions: self.regions(),
             verified: self.verified.clone(),
             warnings,
+            not_enforced,
             errors,
         })
     }
@@ -1218,22 +1542,85 @@ fn describe(name: &str, change: &Change) -> String {
     format!("region {name}: {}", list(parts.into_iter().flatten()))
 }
 
-/// Makes the kernel enforce `loaded`. `known`: the interfaces of the policy in force; `None` at a
-/// start.
+/// On what occasion a policy is enforced.
+enum Occasion<'a> {
+    /// With the confirmed policy; `None`: there is none.
+    Start(Option<&'a Policy>),
+    Reload {
+        /// The policy in force.
+        before: &'a Policy,
+        /// Whether the new policy may leave unguarded what this one guards.
+        allow_unprotect: bool,
+    },
+}
+
+impl Occasion<'_> {
+    fn before(&self) -> Option<&Policy> {
+        match self {
+            Self::Start(before) => *before,
+            Self::Reload { before, .. } => Some(before),
+        }
+    }
+}
+
+/// What was enforced.
+struct Committed {
+    plan: report::Plan,
+    compiled: Compiled,
+    enforced: report::Enforced,
+    /// What went wrong after it was, which is no refusal.
+    errors: Vec<String>,
+}
+
+/// A start that could not switch every link of an older agent: each interface is filtered by the program and maps
+/// that it has.
+#[derive(Debug)]
+struct TakeOverFailed;
+
+impl std::fmt::Display for TakeOverFailed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("take over what an agent of another layout enforces")
+    }
+}
+
+/// Makes the kernel enforce `loaded`.
+///
+/// # Errors
+/// What was refused. The kernel enforces what it did before; but not where the error is a `TakeOverFailed`.
 async fn enforce(
     filter: &mut Filter,
     loaded: &Loaded,
     regions: &Regions,
-    known: Option<&[Listed]>,
-) -> Result<(report::Plan, Compiled, report::Enforced)> {
+    occasion: Occasion<'_>,
+    remembered: &mut Remembered,
+) -> Result<Committed> {
     let compiled = loaded.compile(regions);
     let compiled_ms = milliseconds(loaded.since);
-    let (mut plan, coverage) = interfaces(filter, loaded, &compiled, known).await?;
-    let wanted = &coverage.present;
-    let mode = loaded.policy.mode;
-    for interface in wanted {
-        filter.check_interface(interface, mode)?;
+    let host = host::interfaces().await?;
+    filter.adopt_moved(&host)?;
+    let (mut plan, coverage) = interfaces(filter, loaded, &compiled, &occasion, remembered, &host)?;
+    if let Occasion::Reload {
+        before,
+        allow_unprotect: false,
+    } = occasion
+    {
+        let ended = protection::ended(before, &loaded.policy, remembered, &host);
+        ensure!(ended.is_empty(), describe_ended(&ended));
     }
+    let mode = loaded.policy.mode;
+    let mut wanted = Vec::new();
+    for interface in &coverage.present {
+        match filter.check_interface(interface, mode) {
+            Ok(()) => wanted.push(interface),
+            Err(error) if coverage.is_remembered(interface.index) => {
+                let name = &interface.name;
+                plan.warnings
+                    .push(format!("{name} is not filtered: {error:#}"));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let pinned_before: BTreeSet<u32> = indexes(&filter.pinned()?);
     // The maps first: no program runs on maps that do not hold the policy yet.
     let applied = filter.apply(&compiled)?;
     let mut attached = Vec::new();
@@ -1242,34 +1629,68 @@ async fn enforce(
         match filter.attach(interface, mode) {
             Ok(Attached::Kept) => {}
             Ok(how) => attached.push((interface, how)),
+            Err(error) if coverage.is_remembered(interface.index) => {
+                let name = &interface.name;
+                plan.warnings
+                    .push(format!("{name} is not filtered: {error:#}"));
+            }
             Err(error) => {
                 outcome = Err(error);
                 break;
             }
         }
     }
-    if let Err(error) = outcome {
-        for (interface, _) in attached {
-            filter.detach(interface.index)?;
+    if let Err(mut error) = outcome {
+        // The maps first: what is filtered must not go on with a policy that was refused.
+        if let Err(more) = filter.undo(applied) {
+            error = error.context(format!("{more:#}"));
         }
-        filter.undo(applied)?;
+        // A link that was put back where one was lost stays.
+        let new = attached.iter().map(|(interface, _)| interface.index);
+        for index in new.filter(|index| !pinned_before.contains(index)) {
+            if let Err(more) = filter.detach(index) {
+                error = error.context(format!("{more:#}"));
+            }
+        }
         return Err(error);
     }
     plan.difference = applied.difference;
-    for taken in filter.take_over()? {
-        log(&describe_takeover(&taken));
+    // What another layout left, only a start can find.
+    if let Occasion::Start(_) = occasion {
+        for taken in filter.take_over().context(TakeOverFailed)? {
+            log(&describe_takeover(&taken));
+        }
     }
     for (interface, how) in &attached {
         log(&attachment(interface, how));
     }
-    if !coverage.may_be_renamed() {
-        for index in coverage.unlisted(&filter.pinned()?) {
-            // The new policy is enforced by now.
-            if let Err(error) = filter.detach(index) {
-                log(&format!("error: {error:#}"));
+    // The new policy is enforced by now: what goes wrong from here on refuses nothing.
+    let mut errors = Vec::new();
+    let name_of = |index| host.iter().find(|interface| interface.index == index);
+    let name_of = |index| name_of(index).map(|interface| interface.name.clone());
+    let names = attached.iter().map(|(interface, _)| interface.name.clone());
+    plan.attached = names.collect();
+    plan.detached.clear();
+    match filter.pinned() {
+        Ok(pinned) => {
+            let before = occasion.before();
+            for index in to_detach(
+                &loaded.policy,
+                &coverage,
+                before,
+                remembered,
+                &pinned,
+                &host,
+            ) {
+                match filter.detach(index) {
+                    Ok(()) => plan.detached.extend(name_of(index)),
+                    Err(error) => errors.push(format!("{error:#}")),
+                }
             }
         }
+        Err(error) => errors.push(format!("{error:#}")),
     }
+    remembered.update(&loaded.policy, &host, |_| true);
     let enforced = report::Enforced {
         file: loaded.file.clone(),
         accepted: loaded.accepted,
@@ -1280,49 +1701,110 @@ async fn enforce(
     for warning in &plan.warnings {
         log(&format!("warning: {warning}"));
     }
-    Ok((plan, compiled, enforced))
+    Ok(Committed {
+        plan,
+        compiled,
+        enforced,
+        errors,
+    })
+}
+
+fn indexes(pinned: &[Pinned]) -> BTreeSet<u32> {
+    pinned.iter().map(|pinned| pinned.interface).collect()
+}
+
+/// Indexes of the interfaces that are to be filtered no longer: what the policy before listed and the new one
+/// does not. `host` is a whole dump. None while an entry of the new policy has no interface: that one may be
+/// there under another name.
+fn to_detach(
+    policy: &Policy,
+    coverage: &Coverage,
+    before: Option<&Policy>,
+    remembered: &Remembered,
+    pinned: &[Pinned],
+    host: &[Interface],
+) -> BTreeSet<u32> {
+    match before {
+        Some(before) if coverage.missing.is_empty() => {
+            let ended = Ended::between(before, policy, remembered, host).indexes;
+            &ended & &indexes(pinned)
+        }
+        _ => BTreeSet::new(),
+    }
+}
+
+/// Warnings of interfaces that are filtered although the policy does not list them.
+fn unlisted(
+    policy: &Policy,
+    coverage: &Coverage,
+    pinned: &[Pinned],
+    host: &[Interface],
+) -> Vec<String> {
+    // Where nothing is protected, the program passes everything.
+    if policy.databases.is_empty() {
+        return Vec::new();
+    }
+    let unlisted = coverage.unlisted(pinned, host).into_iter();
+    let why = if coverage.missing.is_empty() {
+        "until `filter-agent detach`".into()
+    } else {
+        let missing = coverage.missing.iter().map(interfaces::describe_missing);
+        format!("since {}", list(missing))
+    };
+    let warnings = unlisted.map(|interface| {
+        let name = &interface.name;
+        format!("interface {name} stays filtered although it is not listed, {why}")
+    });
+    warnings.collect()
 }
 
 /// What `loaded` changes of the interfaces that are filtered. One that is missing is filtered when it
 /// appears: at boot it may come later, and one that vanished must not keep the others from their
 /// rules. Only where a reload names one that never was there is that a mistake.
-async fn interfaces(
+fn interfaces(
     filter: &Filter,
     loaded: &Loaded,
     compiled: &Compiled,
-    known: Option<&[Listed]>,
+    occasion: &Occasion<'_>,
+    remembered: &Remembered,
+    host: &[Interface],
 ) -> Result<(report::Plan, Coverage)> {
-    let host = host::interfaces().await?;
-    let mut warnings = warnings(loaded, compiled, &host);
-    let coverage = Coverage::of(&loaded.policy, &host);
+    let coverage = Coverage::of(&loaded.policy, remembered, host);
+    let mut warnings = warnings(loaded, compiled);
+    warnings.extend(coverage.warnings(host));
     for entry in &coverage.missing {
         let what = interfaces::describe_missing(entry);
-        if known.is_some_and(|known| !known.contains(entry)) {
+        if let Occasion::Reload { before, .. } = occasion
+            && !before.interfaces.contains(entry)
+        {
             let names = list(host.iter().map(|interface| &interface.name));
             bail!("{what} on this host, which has {names}");
         }
         warnings.push(format!("{what}; it is filtered as soon as it is there"));
     }
     let pinned = filter.pinned()?;
-    let is_pinned = |index| pinned.iter().any(|pinned| pinned.interface == index);
+    let filtered = indexes(&pinned);
     let attached = coverage.present.iter();
-    let attached = attached.filter(|interface| !is_pinned(interface.index));
+    let attached = attached.filter(|interface| !filtered.contains(&interface.index));
     let attached = attached.map(|interface| interface.name.clone()).collect();
-    let unlisted = coverage.unlisted(&pinned).into_iter().map(|index| {
-        let interface = host.iter().find(|host| host.index == index);
-        interface.map_or_else(|| format!("{index} (gone)"), |found| found.name.clone())
-    });
-    let unlisted: Vec<String> = unlisted.collect();
-    let mut detached = Vec::new();
-    if coverage.may_be_renamed() && !unlisted.is_empty() {
-        warnings.push(format!(
-            "interface {} stays filtered although it is not listed: it may be the one that is \
-             missing, under another name",
-            unlisted.join(", ")
-        ));
-    } else {
-        detached = unlisted;
-    }
+    let ended = to_detach(
+        &loaded.policy,
+        &coverage,
+        occasion.before(),
+        remembered,
+        &pinned,
+        host,
+    );
+    let detached = host
+        .iter()
+        .filter(|interface| ended.contains(&interface.index));
+    let detached = detached.map(|interface| interface.name.clone()).collect();
+    let stay = host
+        .iter()
+        .filter(|interface| !ended.contains(&interface.index))
+        .cloned();
+    let stay: Vec<Interface> = stay.collect();
+    warnings.extend(unlisted(&loaded.policy, &coverage, &pinned, &stay));
     let plan = report::Plan {
         file: loaded.file.clone(),
         difference: Difference::default(),
@@ -1334,12 +1816,11 @@ async fn interfaces(
 }
 
 /// Runs the attached program on probe packets, and compares what is attached with what should be.
-async fn verify(
+fn verify(
     filter: &mut Filter,
-    policy: &Policy,
+    coverage: &Coverage,
     compiled: &Compiled,
 ) -> Result<report::Verified> {
-    let coverage = Coverage::of(policy, &host::interfaces().await?);
     let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
     let probes = probe::probes(compiled);
     for probe in &probes {
@@ -1401,11 +1882,10 @@ pub fn model(database: &policy::Database) -> &'static str {
     }
 }
 
-/// All there is to know of a policy on this host that is no error.
-pub fn warnings(loaded: &Loaded, compiled: &Compiled, host: &[Interface]) -> Vec<String> {
+/// What is notable in a policy and its regions, whatever the host.
+pub fn warnings(loaded: &Loaded, compiled: &Compiled) -> Vec<String> {
     let mut warnings = loaded.warnings.clone();
     warnings.extend(compiled.warnings.iter().cloned());
-    warnings.extend(Coverage::of(&loaded.policy, host).warnings(host));
     warnings
 }
 
@@ -1435,32 +1915,48 @@ impl Shared {
     }
 
     /// Enforces the policy file as it is now, or leaves all as it is. `existing`: connections from
-    /// before TLS was forced are judged, too.
-    pub async fn reload(self, existing: bool) -> Result<report::Reloaded> {
+    /// before TLS was forced are judged, too. `allow_unprotect`: what was guarded may be left open.
+    pub async fn reload(self, existing: bool, allow_unprotect: bool) -> Result<report::Reloaded> {
         let _one = self.reloading.lock().await;
-        let reloaded = self.try_reload(existing).await;
+        let reloaded = self.try_reload(existing, allow_unprotect).await;
         let reloaded = reloaded.context("reload refused, nothing is changed");
-        match &reloaded {
-            Ok(_) => {
-                let summary = self.agent().await?.summary();
-                tell_systemd(&[NotifyState::Status(&summary)]);
-                log(&summary);
-            }
-            Err(error) => log(&format!("{error:#}")),
-        }
         self.changed.notify_one();
-        reloaded
+        match reloaded {
+            Ok((mut reloaded, written)) => {
+                // A restart right after a reload starts with what the reload enforced. A disk that hangs is not
+                // waited for.
+                if let Ok(Ok(outcome)) = tokio::time::timeout(LAST_WORDS, written).await
+                    && let Ok(mut agent) = self.agent().await
+                {
+                    agent.confirm_written(outcome);
+                    reloaded.plan.warnings.extend(agent.unconfirmed.clone());
+                }
+                Ok(reloaded)
+            }
+            Err(error) => {
+                log(&format!("{error:#}"));
+                Err(error)
+            }
+        }
     }
 
-    async fn try_reload(&self, existing: bool) -> Result<report::Reloaded> {
+    async fn try_reload(
+        &self,
+        existing: bool,
+        allow_unprotect: bool,
+    ) -> Result<(report::Reloaded, oneshot::Receiver<Result<()>>)> {
         let file = self.agent().await?.options.policy.clone();
         let (loaded, answers) = self.prepare(&file).await?;
         let mut agent = self.agent().await?;
-        let reloaded = agent.enforce(loaded, answers).await?;
-        if existing {
-            agent.filter.judge_existing()?;
+        let mut reloaded = agent.enforce(loaded, answers, allow_unprotect).await?;
+        let (written, done) = oneshot::channel();
+        agent.confirm(Some(written));
+        if existing && let Err(error) = agent.filter.judge_existing() {
+            let error = format!("judge the connections from before: {error:#}");
+            log(&format!("error: {error}"));
+            reloaded.errors.push(error);
         }
-        Ok(reloaded)
+        Ok((reloaded, done))
     }
 
     /// A policy file and what must be asked about its regions, without the agent meanwhile.
@@ -1488,8 +1984,18 @@ impl Shared {
         let now = agent.clock.now();
         let regions = region::next(&loaded.policy, &agent.regions, answers, now)?;
         let compiled = loaded.compile(&regions);
-        let known = &agent.loaded.policy.interfaces;
-        let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, Some(known)).await?;
+        let host = host::interfaces().await?;
+        let (before, known) = (&agent.loaded.policy, &agent.remembered);
+        let occasion = Occasion::Reload {
+            before,
+            allow_unprotect: true,
+        };
+        let (mut plan, _) = interfaces(&agent.filter, &loaded, &compiled, &occasion, known, &host)?;
+        let ended = protection::ended(before, &loaded.policy, known, &host);
+        if !ended.is_empty() {
+            let refused = format!("a reload is refused: {}", describe_ended(&ended));
+            plan.warnings.push(refused);
+        }
         plan.difference = agent.filter.plan(&compiled)?;
         Ok(plan)
     }
@@ -1533,16 +2039,33 @@ impl Shared {
         Ok(refreshed)
     }
 
-    /// Stops filtering. Returns the names of the interfaces that are no longer filtered.
+    /// Stops filtering, and forgets the confirmed policy. Returns the names of the interfaces that are no longer
+    /// filtered.
     pub async fn detach(&self) -> Result<Vec<String>> {
-        let agent = self.agent.lock().await.take();
-        let agent = agent.context("the filter was detached")?;
-        let indexes = agent.filter.remove()?;
-        self.detached.notify_one();
         let host = host::interfaces().await?;
+        let mut shared = self.agent.lock().await;
+        let agent = shared.as_ref().context("the filter was detached")?;
+        let indexes = agent.filter.remove()?;
+        let (written, done) = oneshot::channel();
+        let _ = agent.writer.send(Write::Confirmed {
+            confirmed: None,
+            written: Some(written),
+        });
+        *shared = None;
+        drop(shared);
+        self.detached.notify_one();
         let filtered = host
             .into_iter()
             .filter(|interface| indexes.contains(&interface.index));
-        Ok(filtered.map(|interface| interface.name).collect())
+        let names = filtered.map(|interface| interface.name).collect();
+        let forgotten = tokio::time::timeout(LAST_WORDS, done).await;
+        let forgotten = forgotten.context("remove the confirmed policy: the disk takes too long");
+        forgotten
+            .and_then(|done| done.context("remove the confirmed policy"))
+            .flatten()
+            .context(
+                "detached: nothing is filtered any more; but the next start may enforce it again",
+            )?;
+        Ok(names)
     }
 }

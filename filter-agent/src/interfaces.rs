@@ -1,4 +1,9 @@
-//! Which of the host's interfaces a policy lists, and which of those run the filter. Pure.
+//! The host's interfaces that a policy lists, what each entry of the list stood for last, and which of
+//! those interfaces run the filter. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
 
 use crate::{
     filter::Pinned,
@@ -6,37 +11,173 @@ use crate::{
     policy::{Listed, Policy},
 };
 
+/// Interfaces that are remembered of one entry although they are not on the host: the latest.
+const MAX_ABSENT: usize = 16;
+
+/// The interfaces that each entry of a policy's `interfaces` stood for last, by the entry's text. They count as
+/// listed, at the next start too, while a route is away, a pattern matches nothing or an interface has
+/// another name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Remembered(BTreeMap<String, Vec<Known>>);
+
+/// An interface as it is recognised after a reboot.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+struct Known {
+    name: String,
+    hardware_address: Option<String>,
+    /// As in `Interface`.
+    kind: Option<String>,
+}
+
+/// Kinds of interfaces that have the hardware address of another one, which they are made over.
+const BORROWERS: [&str; 6] = ["bond", "bridge", "ipvlan", "macvlan", "team", "vlan"];
+
+impl Known {
+    fn of(interface: &Interface) -> Self {
+        Self {
+            name: interface.name.clone(),
+            hardware_address: interface.hardware_address.clone(),
+            kind: interface.kind.clone(),
+        }
+    }
+
+    /// Whether this is an interface under whatever name: a device with an address of its own. A bridge, a bond
+    /// or a VLAN is recognised by its name alone, or else its port or parent would be taken for it.
+    fn is_same_device(&self, interface: &Interface) -> bool {
+        let borrows = |kind: &String| BORROWERS.contains(&kind.as_str());
+        self.hardware_address.is_some()
+            && self.hardware_address == interface.hardware_address
+            && self.kind == interface.kind
+            && !self.kind.as_ref().is_some_and(borrows)
+    }
+
+    /// The interface on the host that this is: by its hardware address under whatever name, else by its name.
+    fn find<'a>(&self, host: &'a [Interface]) -> Vec<&'a Interface> {
+        let can = || host.iter().filter(|interface| can_be_filtered(interface));
+        let same: Vec<_> = can().filter(|i| self.is_same_device(i)).collect();
+        let named = |interface: &&Interface| interface.name == self.name;
+        match same.iter().copied().find(named) {
+            Some(interface) => vec![interface],
+            None if same.is_empty() => can().filter(named).collect(),
+            None => same,
+        }
+    }
+}
+
+impl Remembered {
+    fn of(&self, entry: &Listed) -> &[Known] {
+        self.0.get(&entry.to_string()).map_or(&[], Vec::as_slice)
+    }
+
+    /// Whether it is known what this entry stood for.
+    pub fn knows(&self, entry: &Listed) -> bool {
+        !self.of(entry).is_empty()
+    }
+
+    /// Notes what the entries of a policy stand for now, as far as it is filtered. What one stood for before and
+    /// that is still on the host is kept: it is still filtered.
+    pub fn update(
+        &mut self,
+        policy: &Policy,
+        host: &[Interface],
+        is_filtered: impl Fn(u32) -> bool,
+    ) {
+        let entries = policy.interfaces.iter().map(|entry| {
+            let direct = host.iter().filter(|interface| lists(entry, interface));
+            let direct = direct.filter(|interface| is_filtered(interface.index));
+            let mut known: Vec<Known> = direct.map(Known::of).collect();
+            let is_name = matches!(entry, Listed::Name(_));
+            if known.is_empty() || !is_name {
+                let mut absent = 0;
+                for before in self.of(entry) {
+                    let is_here = !before.find(host).is_empty();
+                    absent += usize::from(!is_here);
+                    let is_new = |now: &Known| {
+                        let same = before.hardware_address == now.hardware_address;
+                        now.name != before.name && !(same && before.kind == now.kind)
+                    };
+                    if known.iter().all(is_new) && (is_here || absent <= MAX_ABSENT) {
+                        known.push(before.clone());
+                    }
+                }
+            }
+            (entry.to_string(), known)
+        });
+        self.0 = entries.filter(|(_, known)| !known.is_empty()).collect();
+    }
+}
+
 /// The host's interfaces that the policy lists, and the entries that list none.
+#[derive(Debug)]
 pub struct Coverage {
     pub present: Vec<Interface>,
     pub missing: Vec<Listed>,
+    /// Interfaces among `present` that no entry matches now, and the entry that stood for each.
+    remembered: Vec<(u32, Listed)>,
+    /// Entries `default` whose routes lead only through interfaces that cannot be filtered, such as tunnels.
+    tunnels: Vec<String>,
 }
 
 impl Coverage {
-    pub fn of(policy: &Policy, host: &[Interface]) -> Self {
+    pub fn of(policy: &Policy, remembered: &Remembered, host: &[Interface]) -> Self {
+        // Nothing to protect is no reason to touch an interface.
+        let entries = if policy.databases.is_empty() {
+            &[][..]
+        } else {
+            &policy.interfaces
+        };
+        Self::of_entries(entries, remembered, host)
+    }
+
+    fn of_entries(entries: &[Listed], remembered: &Remembered, host: &[Interface]) -> Self {
         let mut coverage = Self {
             present: Vec::new(),
             missing: Vec::new(),
+            remembered: Vec::new(),
+            tunnels: Vec::new(),
         };
-        // Nothing to protect is no reason to touch an interface.
-        if policy.databases.is_empty() {
-            return coverage;
-        }
-        for entry in &policy.interfaces {
-            let mut found = host
-                .iter()
-                .filter(|interface| lists(entry, interface))
-                .peekable();
-            if found.peek().is_none() {
-                coverage.missing.push(entry.clone());
+        for entry in entries {
+            let direct: Vec<_> = host.iter().filter(|i| lists(entry, i)).collect();
+            for interface in &direct {
+                coverage.add(interface);
             }
-            for interface in found {
-                if !coverage.is_present(interface.index) {
-                    coverage.present.push(interface.clone());
+            let mut found = !direct.is_empty();
+            // A name means the interface that has it.
+            if !(found && matches!(entry, Listed::Name(_))) {
+                let known = remembered.of(entry).iter();
+                for interface in known.flat_map(|known| known.find(host)) {
+                    if !coverage.is_present(interface.index) {
+                        let stands_in = (interface.index, entry.clone());
+                        coverage.remembered.push(stands_in);
+                        coverage.add(interface);
+                    }
+                    found = true;
                 }
             }
+            if !found {
+                coverage.missing.push(entry.clone());
+            }
+            if let Listed::DefaultRoute = entry {
+                let through = host
+                    .iter()
+                    .filter(|i| i.default_route && !can_be_filtered(i));
+                coverage.tunnels.extend(through.map(|i| i.name.clone()));
+            }
         }
+        // Listed directly by a later entry.
+        let direct = |interface: &Interface| entries.iter().any(|entry| lists(entry, interface));
+        let present = &coverage.present;
+        coverage.remembered.retain(|(index, _)| {
+            let interface = present.iter().find(|interface| interface.index == *index);
+            !interface.is_some_and(direct)
+        });
         coverage
+    }
+
+    fn add(&mut self, interface: &Interface) {
+        if !self.is_present(interface.index) {
+            self.present.push(interface.clone());
+        }
     }
 
     pub fn is_present(&self, index: u32) -> bool {
@@ -45,48 +186,81 @@ impl Coverage {
             .any(|interface| interface.index == index)
     }
 
-    /// Whether an interface of the policy may be on the host under another name: one that is filtered
-    /// and not listed is then better left so.
-    pub fn may_be_renamed(&self) -> bool {
-        self.missing
-            .iter()
-            .any(|entry| matches!(entry, Listed::Name(_)))
+    /// Whether only memory says that this interface is meant. It may have become somebody else's, so that what
+    /// is wrong with it is an error, but refuses nothing.
+    pub fn is_remembered(&self, index: u32) -> bool {
+        self.remembered.iter().any(|(found, _)| *found == index)
     }
 
-    /// Interfaces that are filtered although the policy does not list them, by index.
-    pub fn unlisted(&self, pinned: &[Pinned]) -> Vec<u32> {
-        let indexes = pinned.iter().map(|pinned| pinned.interface);
-        indexes.filter(|&index| !self.is_present(index)).collect()
-    }
-
-    /// Interfaces that are there, and on which this agent's program does not run. `ours`: its id.
-    pub fn errors(&self, pinned: &[Pinned], ours: u32) -> Vec<String> {
-        let errors = self.present.iter().filter_map(|interface| {
-            let name = &interface.name;
-            let Some(xdp) = interface.xdp else {
-                return Some(format!(
-                    "interface {name} is not filtered: no XDP program is attached"
-                ));
-            };
-            let link = pinned
-                .iter()
-                .find(|pinned| pinned.interface == interface.index);
-            let whole = xdp.program_id == ours && link.is_some_and(|link| link.program_id == ours);
-            (!whole).then(|| {
-                format!(
-                    "interface {name} runs XDP program {}, not this agent's ({ours})",
-                    xdp.program_id
-                )
-            })
-        });
-        errors.collect()
-    }
-
-    /// Warnings of interfaces by which other hosts may reach a database past the filter. One without
-    /// an address of its own counts too: Linux takes packets for any local address on every
-    /// interface.
-    pub fn warnings(&self, host: &[Interface]) -> Vec<String> {
+    /// Interfaces that are filtered although the policy does not list them.
+    pub fn unlisted<'a>(&self, pinned: &[Pinned], host: &'a [Interface]) -> Vec<&'a Interface> {
+        let is_pinned = |index| pinned.iter().any(|pinned| pinned.interface == index);
         host.iter()
+            .filter(|interface| is_pinned(interface.index) && !self.is_present(interface.index))
+            .collect()
+    }
+
+    /// Listed interfaces that are there, and on which this agent's program does not run. `ours`: its id.
+    pub fn errors(&self, pinned: &[Pinned], ours: u32) -> Vec<String> {
+        let listed = self.present.iter().filter(|i| !self.is_remembered(i.index));
+        listed
+            .filter_map(|interface| unfiltered(interface, pinned, ours))
+            .collect()
+    }
+
+    /// Why what is present and listed, or was listed before, is not filtered; and if nothing at all is, that.
+    pub fn not_enforced(&self, pinned: &[Pinned], ours: u32) -> Vec<String> {
+        let present = self.present.iter();
+        let unfiltered = present.filter_map(|interface| unfiltered(interface, pinned, ours));
+        self.inert(pinned, ours)
+            .into_iter()
+            .chain(unfiltered)
+            .collect()
+    }
+
+    /// Names of the interfaces on which this agent's program runs.
+    pub fn filtered(&self, pinned: &[Pinned], ours: u32) -> Vec<&str> {
+        let filtered = self
+            .present
+            .iter()
+            .filter(|i| unfiltered(i, pinned, ours).is_none());
+        filtered.map(|interface| interface.name.as_str()).collect()
+    }
+
+    /// The error of a policy that protects databases, and whose program runs on no interface at all.
+    pub fn inert(&self, pinned: &[Pinned], ours: u32) -> Option<String> {
+        let lists_any = !self.present.is_empty() || !self.missing.is_empty();
+        if !lists_any || !self.filtered(pinned, ours).is_empty() {
+            return None;
+        }
+        let why: Vec<String> = self.missing.iter().map(describe_missing).collect();
+        let why = if why.is_empty() {
+            String::new()
+        } else {
+            format!(": {}", why.join(", "))
+        };
+        Some(format!(
+            "nothing is filtered, and the databases are open{why}; `interfaces` must list the \
+             interface through which they are reached"
+        ))
+    }
+
+    /// Warnings of interfaces by which other hosts may reach a database past the filter, and of those that
+    /// are filtered for what an entry stood for before. One without an address of its own counts too: Linux
+    /// takes packets for any local address on every interface.
+    pub fn warnings(&self, host: &[Interface]) -> Vec<String> {
+        let stand_in = self.remembered.iter().filter_map(|(index, entry)| {
+            let interface = self.present.iter().find(|found| found.index == *index)?;
+            Some(describe_stand_in(&interface.name, entry))
+        });
+        let tunnels = self.tunnels.iter().map(|name| {
+            format!(
+                "a default route leads through {name}, which cannot be filtered: `default` does not \
+                 stand for it"
+            )
+        });
+        let past = host
+            .iter()
             .filter(|interface| interface.up && !interface.loopback)
             // The ports of a bridge deliver through the bridge.
             .filter(|interface| !interface.has_master || !interface.addresses.is_empty())
@@ -106,25 +280,116 @@ impl Coverage {
                     "interface {name}{addresses} is not in `interfaces`: databases may be \
                      reachable through it"
                 )
-            })
-            .collect()
+            });
+        stand_in.chain(tunnels).chain(past).collect()
     }
 }
 
-fn lists(entry: &Listed, interface: &Interface) -> bool {
-    // A pattern is not meant to name what cannot be filtered.
-    let filterable = interface.ethernet && !interface.loopback;
-    match entry {
-        Listed::Name(name) => interface.name == *name,
-        Listed::Pattern(pattern) => filterable && pattern.matches(&interface.name),
-        Listed::DefaultRoute => interface.default_route,
+/// The interfaces whose filtering ends if `new` takes the place of `old`: those that an entry of the old
+/// policy alone lists, or listed when it was last looked at.
+pub struct Ended {
+    /// Names of the interfaces, those that are not on the host now included.
+    pub names: BTreeSet<String>,
+    /// Indexes of those that are on the host.
+    pub indexes: BTreeSet<u32>,
+}
+
+impl Ended {
+    pub fn between(
+        old: &Policy,
+        new: &Policy,
+        remembered: &Remembered,
+        host: &[Interface],
+    ) -> Self {
+        let gone = old.interfaces.iter();
+        let gone: Vec<Listed> = gone
+            .filter(|e| !new.interfaces.contains(e))
+            .cloned()
+            .collect();
+        let stays = Coverage::of_entries(&new.interfaces, remembered, host);
+        let mut ended = Self {
+            names: BTreeSet::new(),
+            indexes: BTreeSet::new(),
+        };
+        for interface in Coverage::of_entries(&gone, remembered, host).present {
+            if !stays.is_present(interface.index) {
+                ended.indexes.insert(interface.index);
+                ended.names.insert(interface.name);
+            }
+        }
+        for known in gone.iter().flat_map(|entry| remembered.of(entry)) {
+            let interface = Interface {
+                name: known.name.clone(),
+                ethernet: true,
+                ..Interface::default()
+            };
+            let stays = new.interfaces.iter().any(|entry| lists(entry, &interface));
+            if known.find(host).is_empty() && !stays {
+                ended.names.insert(known.name.clone());
+            }
+        }
+        ended
     }
+}
+
+/// Why an interface is not filtered; `None`: it is.
+fn unfiltered(interface: &Interface, pinned: &[Pinned], ours: u32) -> Option<String> {
+    let name = &interface.name;
+    let Some(xdp) = interface.xdp else {
+        return Some(format!(
+            "interface {name} is not filtered: no XDP program is attached"
+        ));
+    };
+    let link = pinned
+        .iter()
+        .find(|pinned| pinned.interface == interface.index);
+    let whole = xdp.program_id == ours && link.is_some_and(|link| link.program_id == ours);
+    (!whole).then(|| {
+        format!(
+            "interface {name} runs XDP program {}, not this agent's ({ours})",
+            xdp.program_id
+        )
+    })
+}
+
+/// Whether an entry matches an interface, as it is now.
+fn lists(entry: &Listed, interface: &Interface) -> bool {
+    let mut names = std::iter::once(&interface.name).chain(&interface.alternative_names);
+    match entry {
+        Listed::Name(name) => names.any(|other| other == name),
+        // A pattern is not meant to match what cannot be filtered, and a default route through it is a
+        // warning.
+        Listed::Pattern(pattern) => {
+            can_be_filtered(interface) && names.any(|name| pattern.matches(name))
+        }
+        Listed::DefaultRoute => can_be_filtered(interface) && interface.default_route,
+    }
+}
+
+/// The filter reads Ethernet frames.
+fn can_be_filtered(interface: &Interface) -> bool {
+    interface.ethernet && !interface.loopback
 }
 
 pub fn describe_missing(entry: &Listed) -> String {
     match entry {
         Listed::Name(name) => format!("interface {name} is missing"),
         Listed::Pattern(pattern) => format!("no interface is named as in {pattern}"),
-        Listed::DefaultRoute => "no interface carries a default route".into(),
+        Listed::DefaultRoute => "no Ethernet interface carries a default route".into(),
+    }
+}
+
+fn describe_stand_in(name: &str, entry: &Listed) -> String {
+    match entry {
+        Listed::Name(listed) => format!(
+            "interface {listed} is missing; {name}, which has its hardware address, counts as {listed}: \
+             write {name} into `interfaces`"
+        ),
+        Listed::Pattern(pattern) => {
+            format!("interface {name} counts as listed by {pattern}, which its name matched before")
+        }
+        Listed::DefaultRoute => format!(
+            "interface {name} counts as listed by `default`: a default route led through it before"
+        ),
     }
 }

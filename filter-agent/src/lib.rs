@@ -3,6 +3,7 @@
 pub mod answer;
 pub mod cli;
 pub mod compile;
+pub mod confirmed;
 mod control;
 pub mod daemon;
 mod dns;
@@ -18,5 +19,6 @@ mod log;
 pub mod lookup;
 pub mod policy;
 pub mod probe;
+pub mod protection;
 pub mod region;
 pub mod report;

@@ -25,6 +25,8 @@ pub struct Status {
     pub regions: Vec<Region>,
     pub verified: Verified,
     pub warnings: Vec<String>,
+    /// Why the filter does not do, on every listed interface that is there, what the policy in force says.
+    pub not_enforced: Vec<String>,
     /// Where what is enforced is not what the policy says.
     pub errors: Vec<String>,
 }
@@ -212,6 +214,8 @@ pub struct Reloaded {
     pub plan: Plan,
     pub enforced: Enforced,
     pub verified: Verified,
+    /// What is wrong although the policy is enforced.
+    pub errors: Vec<String>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]

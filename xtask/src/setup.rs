@@ -34,7 +34,7 @@ const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 11] = [
+const RUN_PACKAGES: [&str; 12] = [
     "bpftool",
     "iproute2",
     "knot",
@@ -45,6 +45,7 @@ const RUN_PACKAGES: [&str; 11] = [
     "postgresql",
     "python3-asyncpg",
     "redis-server",
+    "strace",
     "unbound",
 ];
 
