@@ -125,10 +125,14 @@ fn default_route_decides_where_the_policy_says_default() {
     net.db.ip(
         "route delete default via 10.0.0.2 dev eth0\nroute delete default via fd00::2 dev eth0",
     );
-    assert!(wait_until(
-        || interfaces(&net) == [("eth1".into(), "native".into())]
-    ));
+    net.db.ip("route add 198.51.100.0/24 via 10.0.0.2 dev eth0");
+    let both = [("eth1", "native"), ("eth0", "native")];
+    let both = both.map(|(name, mode)| (name.to_owned(), mode.to_owned()));
+    assert!(wait_until(|| interfaces(&net) == both));
     assert_eq!(net.connect(DENIED4.into(), DB), Silence);
+    let warnings = net.agent_json(&["status"])["warnings"].to_string();
+    let expected = "eth0 counts as listed by `default`: a default route led through it before";
+    assert!(warnings.contains(expected), "{warnings}");
 }
 
 #[test]
@@ -144,7 +148,7 @@ fn renamed_interface_stays_filtered_and_is_reported() {
     let reload = net.agent(&["reload"]);
     let text = String::from_utf8(reload.stdout).unwrap();
     assert!(
-        text.contains("interface lan0 stays filtered although it is not listed"),
+        text.contains("eth0 is missing; lan0, which has its hardware address, counts as eth0"),
         "{text}"
     );
     assert_eq!(net.connect_all(&attempts), [Accepted, Silence]);

@@ -39,7 +39,10 @@ use nix::{
     },
     unistd::{Pid, geteuid, write},
 };
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
 use serde_json::Value;
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -390,6 +393,12 @@ impl Net {
         self.dir.join("state")
     }
 
+    /// Waits until the policy in force is on disk, which a start does not wait for.
+    pub fn wait_until_confirmed(&self) {
+        let confirmed = self.state_dir().join("confirmed.json");
+        assert!(wait_until(|| confirmed.exists()), "no policy was confirmed");
+    }
+
     pub fn bpffs(&self) -> PathBuf {
         self.dir.join("bpffs")
     }
@@ -423,11 +432,7 @@ impl Net {
         };
         command.args(arguments).current_dir(&self.dir);
         match arguments[0] {
-            "run" => command
-                .arg("--policy")
-                .arg(self.policy_path())
-                .arg("--state-dir")
-                .arg(self.state_dir()),
+            "run" => command.arg("--policy").arg(self.policy_path()),
             _ => &mut command,
         };
         if arguments[0] != "check" {
@@ -435,6 +440,7 @@ impl Net {
         }
         if let "run" | "check" | "status" | "detach" = arguments[0] {
             command.arg("--bpffs").arg(self.bpffs());
+            command.arg("--state-dir").arg(self.state_dir());
         }
         command
     }
@@ -519,8 +525,30 @@ impl Net {
 
     /// The same where every call of bpf(2) fails with this error.
     pub fn refusal_without_bpf(&self, error: Errno) -> String {
+        self.refusal_where_calls_fail(nix::libc::SYS_bpf, Vec::new(), error)
+    }
+
+    /// The same where every call of bpf(2) with this command fails with this error.
+    pub fn refusal_without_bpf_command(&self, command: u32, error: Errno) -> String {
+        let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+        let is_command = SeccompCondition::new(0, length, operator, command.into()).unwrap();
+        let rules = vec![SeccompRule::new(vec![is_command]).unwrap()];
+        self.refusal_where_calls_fail(nix::libc::SYS_bpf, rules, error)
+    }
+
+    /// The same where it cannot open a netlink socket.
+    pub fn refusal_without_netlink(&self) -> String {
+        let (length, operator) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
+        let netlink = AddressFamily::Netlink as u64;
+        let is_netlink = SeccompCondition::new(0, length, operator, netlink).unwrap();
+        let rules = vec![SeccompRule::new(vec![is_netlink]).unwrap()];
+        self.refusal_where_calls_fail(nix::libc::SYS_socket, rules, Errno::EPERM)
+    }
+
+    /// `rules`: which calls; none means all of them.
+    fn refusal_where_calls_fail(&self, call: i64, rules: Vec<SeccompRule>, error: Errno) -> String {
         let filter = SeccompFilter::new(
-            [(nix::libc::SYS_bpf, Vec::new())].into(),
+            [(call, rules)].into(),
             SeccompAction::Allow,
             SeccompAction::Errno(error as u32),
             std::env::consts::ARCH.try_into().unwrap(),
@@ -589,6 +617,43 @@ impl Net {
         (field("VmHWM"), field("VmRSS"))
     }
 
+    /// Lets every `socket` call of the running agent fail meanwhile: it can open no netlink socket.
+    pub fn without_sockets<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
+        let agent = self.agent.as_ref().expect("the agent runs");
+        let log = self.dir.join("strace");
+        let mut strace = Command::new("strace");
+        strace.args([
+            "-f",
+            "-p",
+            &agent.child.id().to_string(),
+            "-e",
+            "trace=socket",
+        ]);
+        strace
+            .args(["-e", "inject=socket:error=EPERM", "-o"])
+            .arg(&log);
+        strace.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut strace = strace.spawn().unwrap();
+        // Its first line says that it is attached.
+        let mut said = String::new();
+        let stderr = strace.stderr.take().unwrap();
+        BufReader::new(stderr).read_line(&mut said).unwrap();
+        assert!(said.contains("attached"), "{said}");
+        let result = meanwhile();
+        kill(
+            Pid::from_raw(i32::try_from(strace.id()).unwrap()),
+            Signal::SIGINT,
+        )
+        .unwrap();
+        strace.wait().unwrap();
+        let injected = fs::read_to_string(log).unwrap();
+        assert!(
+            injected.contains("(INJECTED)"),
+            "no call was made to fail: {injected}"
+        );
+        result
+    }
+
     /// SIGHUP, which makes the agent read the policy file again.
     pub fn hang_up(&self) {
         self.signal(Signal::SIGHUP);
@@ -629,6 +694,12 @@ impl Net {
     pub fn reload(&self, policy: &str) {
         self.write_policy(policy);
         self.agent_text(&["reload"]);
+    }
+
+    /// The same where it leaves something unguarded.
+    pub fn reload_unprotected(&self, policy: &str) {
+        self.write_policy(policy);
+        self.agent_text(&["reload", "--allow-unprotect"]);
     }
 
     /// Waits until no XDP program runs on an interface of the database host: the kernel frees the

@@ -559,7 +559,7 @@ fn hangup_applies_the_file_and_interfaces_come_and_go_with_it() {
         serde_json::json!([])
     );
     net.watch(&[]);
-    net.reload(&orders("native"));
+    net.reload_unprotected(&orders("native"));
     assert_eq!(connect(&net), Connection::Accepted);
     assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
 }
@@ -780,7 +780,7 @@ fn reloads_under_traffic_neither_refuse_an_allowed_source_nor_accept_a_denied_on
     net.count_syns(PORT);
     let allowed = Hammer::allowed(&net.client, &allowed);
     under_load(204, &[(&allowed, 200), (&denied, 200)], |round| {
-        net.reload(&policies[(round + 1) % policies.len()]);
+        net.reload_unprotected(&policies[(round + 1) % policies.len()]);
     });
     allowed.stop();
     denied.stop();

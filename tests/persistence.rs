@@ -14,6 +14,7 @@ use filter_tests::net::{
     ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected, dedicated,
     policy, under_load, wait_until,
 };
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use Connection::{Accepted, Silence};
@@ -142,20 +143,367 @@ fn restart_enforces_the_file_as_it_is_then() {
 }
 
 #[test]
-fn restart_with_a_bad_file_leaves_the_filter_as_it_is() {
+fn bad_file_at_a_start_means_the_confirmed_policy() {
     let mut net = start("bad-file");
     let _listener = net.listen(PORT);
+    let bad = [
+        // Cut off in the middle, after the interfaces, and before the first rule.
+        "interfaces: [eth0]\ndatabases: [{name: ord",
+        "interfaces: [eth0]\n",
+        "interfaces: [eth0]\ndatabases:\n",
+        "interfaces: [eth0]\ndatabases: []\n",
+        "interfaces: [eth0]\ndatabases: 7\n",
+        "",
+    ];
+    for text in bad {
+        net.write_policy(text);
+        let line = net.agent_error(&["reload"]);
+        assert!(line.contains("nothing is changed"), "{text}: {line}");
+        net.hang_up();
+        net.wait_for_line("reload refused");
+        net.kill();
+        net.start();
+        let status = net.agent(&["status"]);
+        let status = String::from_utf8(status.stdout).unwrap();
+        assert!(
+            status.contains("policy.yaml is not enforced"),
+            "{text}: {status}"
+        );
+        assert_open_to(&net, &ALLOWED);
+        net.agent_text(&["status", "--enforced"]);
+    }
+    // No file at all, and a host that booted: nothing is pinned.
+    fs::remove_file(net.policy_path()).unwrap();
     net.kill();
-    net.write_policy("interfaces: [eth0]\ndatabases: 7\n");
-    net.refusal(&[]);
+    net.watch(&[]);
+    fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
+    net.start();
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     assert_open_to(&net, &ALLOWED);
+    net.reload(&orders(&ALLOWED));
+    assert_eq!(net.agent_json(&["status"])["errors"], json!([]));
+}
+
+#[test]
+fn bad_file_where_nothing_is_kept_leaves_the_pins_as_they_are() {
+    let mut net = start("nothing-kept");
+    let _listener = net.listen(PORT);
+    net.kill();
+    fs::remove_dir_all(net.state_dir()).unwrap();
+    net.write_policy("interfaces: [eth0]\n");
+    let line = net.refusal(&[]);
+    assert!(line.contains("what is pinned stays in force"), "{line}");
+    assert_open_to(&net, &ALLOWED);
+}
+
+#[test]
+fn confirmed_policy_that_cannot_be_read_is_not_taken_for_none() {
+    let mut net = start("unreadable-kept");
+    let _listener = net.listen(PORT);
+    net.wait_until_confirmed();
+    net.kill();
+    let kept = net.state_dir().join("confirmed.json");
+    let good = fs::read(&kept).unwrap();
+    // Valid, and it would open the port.
+    let other = policy("eth0", "native", &[dedicated("other", 5433, &ALLOWED, "")]);
+    net.write_policy(&other);
+    let spoilt: [(&str, &dyn Fn()); 3] = [
+        ("damaged", &|| {
+            fs::write(&kept, &good[..good.len() / 2]).unwrap()
+        }),
+        ("others could have written it", &|| {
+            fs::set_permissions(&kept, fs::Permissions::from_mode(0o664)).unwrap();
+        }),
+        ("not a regular file", &|| {
+            fs::remove_file(&kept).unwrap();
+            fs::create_dir(&kept).unwrap();
+        }),
+    ];
+    for (expected, spoil) in spoilt {
+        fs::write(&kept, &good).unwrap();
+        spoil();
+        let line = net.refusal(&[]);
+        assert!(
+            line.contains(expected) && line.contains("what is pinned stays"),
+            "{line}"
+        );
+        assert_open_to(&net, &ALLOWED);
+    }
+    // After a reboot nothing is pinned: the file is better than nothing, and says so until a reload.
+    net.watch(&[]);
+    fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
     net.write_policy(&orders(&ALLOWED));
     net.start();
-    net.write_policy("interfaces: [eth0]\ndatabases: 7\n");
-    net.agent_error(&["reload"]);
-    net.hang_up();
-    net.wait_for_line("reload refused");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     assert_open_to(&net, &ALLOWED);
+    let errors = net.agent_json(&["status"])["errors"].to_string();
+    assert!(errors.contains("not a regular file"), "{errors}");
+    fs::remove_dir(&kept).unwrap();
+    net.agent_text(&["reload"]);
+    assert_eq!(net.agent_json(&["status"])["errors"], json!([]));
+    assert!(kept.is_file());
+}
+
+#[test]
+fn detach_that_meets_something_foreign_changes_nothing() {
+    for agent_runs in [true, false] {
+        let mut net = start(&format!("foreign-pin-{agent_runs}"));
+        let _listener = net.listen(PORT);
+        net.wait_until_confirmed();
+        if !agent_runs {
+            net.kill();
+        }
+        let foreign = pins(&net).join("foreign");
+        fs::create_dir(&foreign).unwrap();
+        let line = net.agent_error(&["detach", "--yes"]);
+        assert!(
+            line.contains("foreign") && line.contains("nothing is changed"),
+            "{line}"
+        );
+        assert_open_to(&net, &ALLOWED);
+        net.agent_text(&["status", "--enforced"]);
+        fs::remove_dir(&foreign).unwrap();
+        net.agent_text(&["detach", "--yes"]);
+        if agent_runs {
+            assert!(net.wait_for_exit().success());
+        }
+        net.watch(&[]);
+        assert_eq!(net.connect(DENIED4.into(), DB), Accepted);
+    }
+}
+
+#[test]
+fn reload_that_unguards_is_refused_without_the_flag_and_survives_a_restart_with_it() {
+    let mut net = Net::new("unguard");
+    let _listeners = [net.listen(PORT), net.listen(PORT + 1)];
+    net.add_client();
+    let other = dedicated("other", PORT + 1, &ALLOWED, "");
+    let database = |more: &str| dedicated("orders", PORT, &ALLOWED, more);
+    let both = policy("eth0, eth1", "auto", &[database(""), other.clone()]);
+    net.write_policy(&both);
+    net.start();
+    let other_port = [(DENIED4.into(), SocketAddr::new(DB4.into(), PORT + 1))];
+    let narrow = format!("addresses: [{DB4}]");
+    let cases = [
+        (
+            policy("eth0, eth1", "auto", &[database("")]),
+            "database other (tcp/5433)",
+        ),
+        (
+            policy("eth0", "auto", &[database(""), other.clone()]),
+            "interface eth1",
+        ),
+        (
+            policy(
+                "eth0, eth1",
+                "auto",
+                &[database("monitor: true"), other.clone()],
+            ),
+            "database orders (`monitor: true` is new)",
+        ),
+        (
+            policy("eth0, eth1", "auto", &[database(&narrow), other.clone()]),
+            "database orders (tcp/5432 at addresses other than 10.0.0.1)",
+        ),
+        (
+            policy("eth0, eth1", "auto", &[]).replace("databases:\n", "databases: []\n"),
+            "database orders (tcp/5432), database other",
+        ),
+    ];
+    for (text, expected) in &cases {
+        net.write_policy(text);
+        let line = net.agent_error(&["reload"]);
+        assert!(
+            line.contains(expected) && line.contains("--allow-unprotect"),
+            "{line}"
+        );
+        let plan = net.agent_text(&["plan"]);
+        assert!(
+            plan.contains("a reload is refused") && plan.contains(expected),
+            "{plan}"
+        );
+        net.hang_up();
+        net.wait_for_line("reload refused, nothing is changed");
+        net.kill();
+        net.start();
+        let errors = net.agent_json(&["status"])["errors"].to_string();
+        assert!(errors.contains(expected), "{errors}");
+        assert_eq!(net.connect_all(&other_port), [Silence]);
+        assert_eq!(
+            net.agent_json(&["status"])["interfaces"]
+                .as_array()
+                .unwrap()
+                .len(),
+            2
+        );
+    }
+    // Configuration management says so in the file.
+    let mut managed = cases[0].0.clone();
+    managed.push_str("unprotected: [other]\n");
+    net.reload(&managed);
+    assert_eq!(net.connect_all(&other_port), [Accepted]);
+    net.reload(&both);
+    assert_eq!(net.connect_all(&other_port), [Silence]);
+    // With the flag it is done, and stays done over a restart.
+    for (text, _) in &cases[..2] {
+        net.write_policy(text);
+        net.agent_text(&["reload", "--allow-unprotect"]);
+        net.kill();
+        net.start();
+        assert_eq!(net.agent_json(&["status"])["errors"], json!([]));
+    }
+    assert_eq!(
+        net.agent_json(&["status"])["interfaces"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    net.assert_detached("eth1");
+}
+
+#[test]
+fn detach_forgets_the_confirmed_policy() {
+    for agent_runs in [true, false] {
+        let mut net = start(&format!("forget-{agent_runs}"));
+        if !agent_runs {
+            net.kill();
+        }
+        net.agent_text(&["detach", "--yes"]);
+        if agent_runs {
+            assert!(net.wait_for_exit().success());
+        }
+        assert!(!net.state_dir().join("confirmed.json").exists());
+        net.watch(&[]);
+        net.write_policy("interfaces: [eth0]\n");
+        let line = net.refusal(&[]);
+        assert!(line.contains("`databases` is missing"), "{line}");
+    }
+}
+
+#[test]
+fn state_directory_that_cannot_be_written_is_a_warning_and_stops_nothing() {
+    let mut net = Net::new("full-disk");
+    let _listener = net.listen(PORT);
+    fs::create_dir_all(net.state_dir()).unwrap();
+    let none = None::<&str>;
+    let full = Some("size=4k");
+    nix::mount::mount(
+        none,
+        &net.state_dir(),
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        full,
+    )
+    .unwrap();
+    fs::write(net.state_dir().join("full"), [0; 4096]).unwrap();
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    net.wait_for_line("warning: the policy in force is not kept for the next start");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert_open_to(&net, &ALLOWED);
+    net.watch(&[Protected::tcp(PORT, &[ALLOWED, DENIED].concat())]);
+    net.reload(&orders(&DENIED));
+    assert_open_to(&net, &DENIED);
+    let warnings = net.agent_json(&["status"])["warnings"].to_string();
+    assert!(warnings.contains("No space left"), "{warnings}");
+    fs::remove_file(net.state_dir().join("full")).unwrap();
+    net.agent_text(&["reload"]);
+    let kept = || net.agent_json(&["status"])["warnings"] == json!([]);
+    assert!(wait_until(kept));
+    nix::mount::umount(&net.state_dir()).unwrap();
+}
+
+#[test]
+fn policy_that_is_attached_nowhere_is_an_error() {
+    let mut net = Net::new("inert");
+    let nothing = policy("ens5", "auto", &[]).replace("databases:\n", "databases: []\n");
+    net.write_policy(&nothing);
+    net.start();
+    net.agent_text(&["status", "--enforced"]);
+    let inert = policy("ens5", "auto", &[dedicated("orders", PORT, &ALLOWED, "")]);
+    net.write_policy(&inert);
+    for _ in 0..2 {
+        let reload = net.agent(&["reload"]);
+        let text = String::from_utf8(reload.stdout).unwrap();
+        assert!(!reload.status.success(), "{text}");
+        assert!(
+            text.contains(
+                "error: nothing is filtered, and the databases are open: interface ens5 is missing"
+            ),
+            "{text}"
+        );
+        let line = net.agent_error(&["status", "--enforced"]);
+        assert!(line.contains("nothing is filtered"), "{line}");
+        net.kill();
+        net.start();
+        net.wait_for_line("error: nothing is filtered");
+    }
+    let policy_path = net.policy_path();
+    let check = net.agent(&["check", policy_path.to_str().unwrap(), "--host"]);
+    let text = String::from_utf8(check.stdout).unwrap();
+    assert!(
+        !check.status.success() && text.contains("error: interface ens5 is missing here"),
+        "{text}"
+    );
+    // It comes up while a database's unit waits.
+    let mut waiting = net.agent_command(&["status", "--enforced", "--wait", "60s"]);
+    let mut waiting = net.db.run(|| waiting.spawn().unwrap());
+    thread::sleep(Duration::from_millis(300));
+    assert!(waiting.try_wait().unwrap().is_none());
+    net.db.ip("link add ens5 type veth peer name far5");
+    assert!(waiting.wait().unwrap().success());
+}
+
+#[test]
+fn status_enforced_looks_by_itself_where_no_agent_runs() {
+    let mut net = start("enforced");
+    let enforced = ["status", "--enforced"];
+    assert_eq!(net.agent_text(&enforced), "enforced on eth0\n");
+    // One dead region is no reason for a database not to start.
+    let region = "regions: {dead: {file: /nonexistent}}\n";
+    let policy = orders(&ALLOWED).replace("rules: [", "rules: [{region: dead}, ");
+    net.kill();
+    net.write_policy(&format!("{region}{policy}"));
+    net.start();
+    assert!(!net.agent(&["status"]).status.success());
+    net.agent_text(&enforced);
+    net.kill();
+    assert_eq!(
+        net.agent_text(&enforced),
+        "enforced on eth0, without an agent\n"
+    );
+    // A hung agent is no agent.
+    net.start();
+    net.signal(Signal::SIGSTOP);
+    assert_eq!(
+        net.agent_text(&enforced),
+        "enforced on eth0, without an agent\n"
+    );
+    net.signal(Signal::SIGCONT);
+    net.kill();
+    // An interface that is listed and runs nothing.
+    net.db.ip("link delete eth0");
+    net.watch(&[]);
+    net.make_pair();
+    let line = net.agent_error(&enforced);
+    assert!(line.contains("eth0 is not filtered"), "{line}");
+    let line = net.agent_error(&["status", "--enforced", "--wait", "1s"]);
+    assert!(line.contains("eth0 is not filtered"), "{line}");
+    net.start();
+    net.agent_text(&enforced);
+    net.agent_text(&["detach", "--yes"]);
+    net.wait_for_exit();
+    let line = net.agent_error(&enforced);
+    assert!(line.contains("no policy was ever confirmed"), "{line}");
+    for wrong in ["abc", "-5s", "2h"] {
+        let output = net.agent(&["status", "--enforced", "--wait", wrong]);
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
+    }
+    assert_eq!(
+        net.agent(&["status", "--wait", "5s"]).status.code(),
+        Some(2)
+    );
 }
 
 #[test]
@@ -168,13 +516,15 @@ fn kills_at_random_moments_of_reloads_let_nobody_in_and_keep_nobody_out() {
     let here = format!("addresses: [{DB4}, '{DB6}', 10.0.1.1]");
     let many: Vec<String> = (0..200).map(|n| format!("10.3.{n}.0/24")).collect();
     let many = format!("cluster: [{}]", many.join(", "));
+    // The last one guards fewer addresses than the first.
+    let unprotected = "unprotected: [orders, renamed]\n";
     let policies = [
         dedicated("orders", PORT, &ALLOWED, ""),
         dedicated("orders", PORT, &wide, ""),
         dedicated("renamed", PORT, &ALLOWED, &many),
         dedicated("orders", PORT, &ALLOWED, &here),
     ]
-    .map(|database| policy("eth0, eth1", "native", &[database]));
+    .map(|database| policy("eth0, eth1", "native", &[database]) + unprotected);
     net.write_policy(&policies[0]);
     net.start();
     let stranger = "10.0.1.2".parse().unwrap();
@@ -363,11 +713,7 @@ fn detach_removes_every_trace() {
             assert!(net.wait_for_exit().success());
         }
         assert!(!net.bpffs().join("filter-agent").exists());
-        let output = net
-            .db
-            .output(Command::new("ip").args(["link", "show", "eth0"]));
-        let link = String::from_utf8(output.stdout).unwrap();
-        assert!(link.contains("eth0") && !link.contains("xdp"), "{link}");
+        net.assert_detached("eth0");
         net.watch(&[]);
         assert_eq!(net.connect(DENIED4.into(), DB), Accepted);
         net.watch(&[Protected::tcp(PORT, &ALLOWED)]);

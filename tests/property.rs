@@ -127,6 +127,9 @@ fn random_policy(rng: &mut Rng) -> String {
         let region = pick(rng, &["office", "cloud"]);
         writeln!(text, "      - {{region: {region}}}").unwrap();
     }
+    if text.ends_with("databases:\n") {
+        text.insert_str(text.len() - 1, " []");
+    }
     text
 }
 

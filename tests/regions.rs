@@ -537,8 +537,8 @@ fn state_directory_that_cannot_be_written_is_warned_of() {
     wait_for_prefixes(&net, "x", &GOOD);
     who_gets_in(&net);
     let warned = || {
-        net.agent_text(&["status"])
-            .contains("warning: region x: write ")
+        let output = net.agent(&["status"]);
+        String::from_utf8_lossy(&output.stdout).contains("warning: region x: write ")
     };
     assert!(wait_until(warned));
     net.wait_for_line("warning: region x: write ");

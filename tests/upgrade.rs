@@ -13,6 +13,7 @@ use filter_tests::net::{
     ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected,
     agent_binary, dedicated, next_layout_binary, policy, under_load, wait_until,
 };
+use nix::errno::Errno;
 use serde_json::json;
 
 use Connection::{Accepted, Silence};
@@ -127,24 +128,22 @@ fn upgrade_that_brings_another_policy_enforces_it_at_the_switch() {
 }
 
 #[test]
-fn upgrade_with_a_bad_policy_leaves_the_old_one_in_force() {
+fn upgrade_with_a_bad_policy_enforces_the_confirmed_one() {
     let mut net = start("layout-bad");
     let _server = net.echo(PORT);
+    net.wait_until_confirmed();
     net.kill();
     net.binary = next_layout_binary().to_owned();
     net.write_policy("interfaces: [eth0]\ndatabases: [{name: orders}]\n");
-    net.refusal(&[]);
+    net.start();
     let (allowed, denied) = attempts();
     assert_eq!(net.connect_all(&allowed), [Accepted, Accepted]);
     assert_eq!(net.connect_all(&denied), [Silence, Silence]);
-    let left = net.agent(&["status"]);
-    let left = String::from_utf8(left.stderr).unwrap();
-    assert!(
-        left.contains("the last policy stays in force on eth0"),
-        "{left}"
-    );
+    assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
+    let errors = net.agent_json(&["status"])["errors"].to_string();
+    assert!(errors.contains("is not enforced"), "{errors}");
     net.write_policy(&orders(&ALLOWED));
-    net.start();
+    net.agent_text(&["reload"]);
     assert_filtered(&net);
 }
 
@@ -169,6 +168,29 @@ fn upgrade_that_is_killed_at_any_moment_is_finished_by_the_next_start() {
     assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
     inside.stop();
     outside.stop();
+    assert_filtered(&net);
+}
+
+#[test]
+fn takeover_that_cannot_update_a_link_leaves_the_old_program_and_maps_in_force() {
+    const BPF_LINK_UPDATE: u32 = 29;
+    let mut net = start("layout-no-update");
+    let _server = net.echo(PORT);
+    let (allowed, denied) = attempts();
+    let inside = Hammer::allowed(&net.client, &allowed);
+    let outside = Hammer::denied(&net.client, &denied);
+    net.kill();
+    net.binary = next_layout_binary().to_owned();
+    for error in [Errno::ENOMEM, Errno::EBUSY, Errno::EPERM] {
+        let line = net.refusal_without_bpf_command(BPF_LINK_UPDATE, error);
+        assert!(line.contains("what layout"), "{line}");
+        assert!(layouts(&net).contains(&format!("v{LAYOUT}")), "{error}");
+        assert_eq!(net.connect_all(&denied), [Silence, Silence], "{error}");
+    }
+    net.start();
+    inside.stop();
+    outside.stop();
+    assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
     assert_filtered(&net);
 }
 
