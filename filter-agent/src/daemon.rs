@@ -266,9 +266,6 @@ pub async fn run(options: Options) -> Result<()> {
     let (writer, writing) = unbounded_channel();
     let writes = tokio::spawn(write(options.state_dir.clone(), writing, events.clone()));
 
-    if let Err(error) = kept::remove_unfinished(&options.state_dir) {
-        log(&format!("warning: {error:#}"));
-    }
     let clock = Clock::start();
     let start = Start::choose(&options).await?;
     let (bpffs, max_prefixes) = (options.bpffs.clone(), options.max_prefixes);
@@ -283,6 +280,10 @@ pub async fn run(options: Options) -> Result<()> {
         },
         first_regions(&options, &start.first().policy, watches.as_ref(), clock),
     )?;
+    // Only now is it certain that no other agent writes there.
+    if let Err(error) = kept::remove_unfinished(&options.state_dir) {
+        log(&format!("warning: {error:#}"));
+    }
     let agent = Agent::start(
         options.clone(),
         clock,
@@ -781,9 +782,7 @@ impl Agent {
     /// it refuses nothing, since it is done.
     async fn look(&mut self) -> Vec<String> {
         let mut errors = Vec::new();
-        if let Err(error) = self.verify().await {
-            errors.push(format!("verify what is enforced: {error:#}"));
-        }
+        self.verify().await;
         match self.summary().await {
             Ok((summary, inert)) => {
                 log(&summary);
@@ -972,9 +971,7 @@ impl Agent {
             match self.apply() {
                 Ok(()) => {
                     log(&describe(name, &done));
-                    if let Err(error) = self.verify().await {
-                        log(&format!("error: {error:#}"));
-                    }
+                    self.verify().await;
                 }
                 Err(error) => {
                     done = Change::default();
@@ -1052,20 +1049,32 @@ impl Agent {
         self.written.insert(name.into(), now);
     }
 
-    /// Compares what the kernel does with what the policy says. An error is logged once.
-    async fn verify(&mut self) -> Result<()> {
-        let host = host::interfaces().await?;
-        let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
-        let verified = verify(&mut self.filter, &coverage, &self.compiled)?;
+    /// Compares what the kernel does with what the policy says. An error is logged once; that it cannot be
+    /// compared is one.
+    async fn verify(&mut self) {
+        let verified = self
+            .compare()
+            .await
+            .unwrap_or_else(|error| report::Verified {
+                at: Timestamp::now(),
+                probes: 0,
+                errors: vec![format!("verify what is enforced: {error:#}")],
+            });
         for error in &verified.errors {
             if !self.verified.errors.contains(error) {
                 log(&format!("error: {error}"));
             }
         }
         self.verified = verified;
+    }
+
+    async fn compare(&mut self) -> Result<report::Verified> {
+        let host = host::interfaces().await?;
+        let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
+        let verified = verify(&mut self.filter, &coverage, &self.compiled)?;
         let pinned = self.filter.pinned()?.into_iter().map(|link| link.interface);
         self.covered = pinned.filter(|&index| coverage.is_present(index)).collect();
-        Ok(())
+        Ok(verified)
     }
 
     /// Whether an interface that was filtered runs another program now, or none.
@@ -1087,8 +1096,8 @@ impl Agent {
         if thorough || self.lost_an_interface().await {
             self.heal().await;
         }
-        if thorough && let Err(error) = self.verify().await {
-            log(&format!("error: {error:#}"));
+        if thorough {
+            self.verify().await;
         }
     }
 
@@ -1144,9 +1153,7 @@ impl Agent {
             .update(&self.loaded.policy, &host, is_filtered);
         self.confirm(None);
         if attached {
-            if let Err(error) = self.verify().await {
-                log(&format!("error: {error:#}"));
-            }
+            self.verify().await;
             if let Ok((summary, _)) = self.summary().await {
                 tell_systemd(&[NotifyState::Status(&summary)]);
             }
@@ -1175,9 +1182,7 @@ impl Agent {
                 log(&format!(
                     "rules that expired at {expiry} no longer allow anybody"
                 ));
-                if let Err(error) = self.verify().await {
-                    log(&format!("error: {error:#}"));
-                }
+                self.verify().await;
             }
             Err(error) => {
                 log(&format!("error: take out expired rules: {error:#}"));
@@ -1190,7 +1195,7 @@ impl Agent {
     /// Read back from the kernel, every time: netlink, the links and the counters.
     pub async fn status(&mut self, reverify: bool) -> Result<report::Status> {
         if reverify {
-            self.verify().await?;
+            self.verify().await;
         }
         let host = host::interfaces().await?;
         let (pinned, ours) = (self.filter.pinned()?, self.filter.program_id()?);

@@ -30,7 +30,9 @@ struct Known {
 }
 
 /// Kinds of interfaces that have the hardware address of another one, which they are made over.
-const BORROWERS: [&str; 6] = ["bond", "bridge", "ipvlan", "macvlan", "team", "vlan"];
+const BORROWERS: [&str; 8] = [
+    "bond", "bridge", "dsa", "ipvlan", "macvlan", "macvtap", "team", "vlan",
+];
 
 impl Known {
     fn of(interface: &Interface) -> Self {
