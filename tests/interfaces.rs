@@ -271,6 +271,19 @@ fn check_of_the_host_tells_what_attaching_would_meet_and_touches_nothing() {
     net.write_policy(&orders("eth0"));
     net.start();
     net.agent_text(&check);
+    // Without permission to look at the pins, the agent's own program is not taken for another's.
+    let mut unprivileged = Command::new("setpriv");
+    unprivileged.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+    unprivileged
+        .arg(agent_binary())
+        .args(check)
+        .arg("--bpffs")
+        .arg(net.bpffs());
+    unprivileged.arg("--state-dir").arg(net.state_dir());
+    let output = net.db.output(&mut unprivileged);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("run this as root"), "{text}");
+    assert!(!text.contains("another XDP program"), "{text}");
     let stranger = Net::new("check-host-stranger");
     let mut command = Command::new(agent_binary());
     command.args(check).arg("--bpffs").arg(stranger.bpffs());

@@ -746,3 +746,24 @@ fn program_cannot_be_taken_off_with_ip_link() {
     assert!(!net.db.output(&mut command).status.success());
     assert_open_to(&net, &ALLOWED);
 }
+
+#[test]
+fn socket_path_of_another_file_is_left_alone_and_a_missing_socket_ends_no_agent_badly() {
+    let mut net = start("socket");
+    let _listener = net.listen(PORT);
+    fs::remove_file(net.socket()).unwrap();
+    net.terminate();
+    assert_open_to(&net, &ALLOWED);
+    fs::write(net.socket(), "not yours").unwrap();
+    let line = net.refusal(&[]);
+    assert!(line.contains("control.sock is not a socket"), "{line}");
+    assert_eq!(fs::read_to_string(net.socket()).unwrap(), "not yours");
+    assert_open_to(&net, &ALLOWED);
+    fs::remove_file(net.socket()).unwrap();
+    net.start();
+    // Another agent's by now.
+    fs::remove_file(net.socket()).unwrap();
+    let _other = std::os::unix::net::UnixListener::bind(net.socket()).unwrap();
+    net.terminate();
+    assert!(net.socket().exists());
+}

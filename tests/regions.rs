@@ -457,6 +457,23 @@ fn built_in_region_is_looked_up_where_the_host_looks_names_up() {
 }
 
 #[test]
+fn constant_region_is_not_looked_up() {
+    let mut net = Net::new("constant-region");
+    // Private, and broad: what the guards of look-ups refuse is the operator's to write.
+    let text = policy("  x: {prefixes: [10.0.0.0/8, 203.0.113.0/24]}");
+    net.write_policy(&text);
+    net.start();
+    assert_eq!(net.agent_text(&["refresh"]), "no rule names a region\n");
+    let error = net.agent_error(&["refresh", "x"]);
+    assert!(
+        error.contains("the prefixes of region x stand in the policy"),
+        "{error}"
+    );
+    assert_eq!(region(&net, "x")["failing"], false);
+    assert_eq!(net.agent_json(&["status"])["errors"], serde_json::json!([]));
+}
+
+#[test]
 fn restart_without_a_network_enforces_what_was_kept() {
     let mut net = Net::new("kept");
     let _listener = net.listen(PORT);

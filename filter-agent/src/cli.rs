@@ -646,8 +646,14 @@ async fn check(
 fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
     let kernel = filter::check_kernel(bpffs).err();
     let mut refusals: Vec<String> = kernel.iter().map(|error| format!("{error:#}")).collect();
-    // Only root may look.
-    let ours = filter::left_in_force(bpffs).unwrap_or_default();
+    let ours = match filter::left_in_force(bpffs) {
+        Ok(ours) => ours,
+        // Our own program must not be taken for another's.
+        Err(error) => {
+            refusals.push(format!("{error:#}: run this as root"));
+            return refusals;
+        }
+    };
     let others = coverage.present.iter();
     let others = others.filter(|interface| !ours.contains(&interface.index));
     let others = others.filter_map(|interface| filter::check_free(interface).err());

@@ -3,8 +3,9 @@
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     fs,
+    io::{self, Read as _},
     net::IpAddr,
-    os::unix::fs::DirBuilderExt as _,
+    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
@@ -84,12 +85,26 @@ impl Loaded {
     }
 }
 
+/// Longest policy file, in bytes, as for lists of prefixes. Devices and pipes may have no end.
+const MAX_POLICY: u64 = 64 << 20;
+
 /// Reads a policy file.
 ///
 /// # Errors
 /// Everything wrong with the file, a line each.
 pub fn load(file: &Path) -> Result<Loaded> {
-    let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    let read = || -> Result<String> {
+        let mut text = String::new();
+        let length = fs::File::open(file)?
+            .take(MAX_POLICY + 1)
+            .read_to_string(&mut text)?;
+        ensure!(
+            length as u64 <= MAX_POLICY,
+            "it is longer than {MAX_POLICY} bytes"
+        );
+        Ok(text)
+    };
+    let text = read().with_context(|| format!("read {}", file.display()))?;
     load_text(file, text)
 }
 
@@ -280,6 +295,7 @@ pub async fn run(options: Options) -> Result<()> {
         },
         first_regions(&options, &start.first().policy, watches.as_ref(), clock),
     )?;
+    let own_socket = identity(&options.socket);
     // Only now is it certain that no other agent writes there.
     if let Err(error) = kept::remove_unfinished(&options.state_dir) {
         log(&format!("warning: {error:#}"));
@@ -391,7 +407,21 @@ pub async fn run(options: Options) -> Result<()> {
     }
     // The agent held the writer's other end.
     let _ = tokio::time::timeout(LAST_WORDS, writes).await;
-    fs::remove_file(&options.socket).with_context(|| format!("remove {}", options.socket.display()))
+    // A socket that somebody else removed is no reason to fail, nor one that is another agent's by now one to remove.
+    let is_ours = identity(&options.socket).is_some_and(|socket| Some(socket) == own_socket);
+    if is_ours && let Err(error) = fs::remove_file(&options.socket) {
+        log(&format!(
+            "warning: remove {}: {error}",
+            options.socket.display()
+        ));
+    }
+    Ok(())
+}
+
+/// The device and inode of a file; `None`: there is none, or it cannot be examined.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
 }
 
 /// How long a directory is left alone after a change: programs that replace files make several.
@@ -607,8 +637,21 @@ async fn listen(socket: &Path) -> Result<UnixListener> {
         let made = builder.recursive(true).mode(0o750).create(directory);
         made.with_context(|| format!("create {}", directory.display()))?;
     }
-    // Left by an agent that was killed.
-    let _ = fs::remove_file(socket);
+    // Left by an agent that was killed. Anything else is somebody's.
+    match fs::symlink_metadata(socket) {
+        Ok(metadata) => {
+            ensure!(
+                metadata.file_type().is_socket(),
+                "{} is not a socket: name another path, or move it away",
+                socket.display()
+            );
+            fs::remove_file(socket).with_context(|| format!("remove {}", socket.display()))?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("examine {}", socket.display()));
+        }
+    }
     // No moment at which others could connect: the mode is right from the start.
     let mask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
     let listener = UnixListener::bind(socket);
@@ -855,6 +898,10 @@ impl Agent {
             let known = list(self.regions.keys());
             bail!("no rule names region {name}; there are rules with {known}");
         };
+        ensure!(
+            !state.region.is_constant(),
+            "the prefixes of region {name} stand in the policy: there is nothing to look up"
+        );
         // The answer says when to ask again.
         state.next = None;
         self.questions += 1;
@@ -2015,7 +2062,13 @@ impl Shared {
             let mut agent = self.agent().await?;
             let names = match region {
                 Some(name) => vec![name],
-                None => agent.regions.keys().cloned().collect(),
+                // The prefixes of constant regions stand in the policy: there is nothing to look up, and the guards of
+                // look-ups would refuse what the operator wrote.
+                None => {
+                    let states = agent.regions.iter();
+                    let changing = states.filter(|(_, state)| !state.region.is_constant());
+                    changing.map(|(name, _)| name.clone()).collect()
+                }
             };
             names.iter().map(|name| agent.question(name)).collect()
         };

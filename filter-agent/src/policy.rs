@@ -217,6 +217,11 @@ impl Guards {
 }
 
 impl Region {
+    /// Whether its prefixes stand in the policy.
+    pub fn is_constant(&self) -> bool {
+        matches!(self.source, RegionSource::Prefixes(_))
+    }
+
     fn new(source: RegionSource) -> Self {
         Self {
             guards: Guards::default_for(&source),

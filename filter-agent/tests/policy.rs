@@ -3,8 +3,11 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use filter_agent::policy::{
-    self, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Tls, Transport,
+use filter_agent::{
+    daemon,
+    policy::{
+        self, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Tls, Transport,
+    },
 };
 use filter_common::{Engine, Protocol};
 
@@ -245,4 +248,11 @@ fn no_mutation_of_a_policy_makes_the_parser_panic() {
         let text = String::from_utf8_lossy(&bytes);
         let _ = policy::parse(&text);
     }
+}
+
+#[test]
+fn policy_without_an_end_is_refused() {
+    let error = daemon::load(std::path::Path::new("/dev/zero")).err();
+    let error = format!("{:#}", error.expect("a device is no policy"));
+    assert!(error.contains("it is longer than"), "{error}");
 }
