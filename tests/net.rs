@@ -1401,6 +1401,13 @@ fn build_agent(below: &str, arguments: &[&str]) -> PathBuf {
         build.arg("--release");
     }
     build.current_dir(env!("CARGO_MANIFEST_DIR"));
+    // These describe this package to us. Build scripts of dependencies run again wherever they differ.
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            build.env_remove(&name);
+        }
+    }
     let status = build.status().unwrap();
     assert!(status.success(), "cargo cannot build filter-agent");
     target

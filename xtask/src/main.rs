@@ -160,8 +160,17 @@ fn target_directory() -> Result<PathBuf> {
         .to_owned())
 }
 
+/// Without the variables that describe this package to us: build scripts of dependencies run again
+/// wherever they differ, and everything would be compiled again.
 fn cargo() -> Command {
-    Command::new("cargo")
+    let mut command = Command::new("cargo");
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&name);
+        }
+    }
+    command
 }
 
 /// Runs a command on our own terminal and fails with the command line when it fails.
