@@ -752,7 +752,7 @@ async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforc
     })
 }
 
-/// Repeats a look until it succeeds, for so long; the last error counts.
+/// Repeats a look until it succeeds or the limit has passed. Returns the last error.
 async fn wait_for<T, F: Future<Output = Result<T>>>(
     limit: Duration,
     mut look: impl FnMut() -> F,

@@ -25,16 +25,16 @@ pub fn path(state_dir: &Path) -> PathBuf {
     state_dir.join("confirmed.json")
 }
 
-/// What is kept; `None`: nothing is.
+/// The confirmed policy; `None`: none is kept.
 ///
 /// # Errors
-/// What is wrong with the file, with its path.
+/// A file that cannot be read or is not ours, with its path.
 pub fn read(state_dir: &Path) -> Result<Option<Confirmed>> {
     read_file(&path(state_dir), unseal)
 }
 
 /// # Errors
-/// What kept it from reaching the disk; what was there before still is.
+/// A write that failed; the file is then unchanged.
 pub fn write(state_dir: &Path, confirmed: &Confirmed) -> Result<()> {
     write_file(state_dir, &path(state_dir), &seal(confirmed)?)
 }

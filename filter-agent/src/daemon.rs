@@ -540,7 +540,7 @@ fn regions_directory(state_dir: &Path) -> PathBuf {
     state_dir.join("regions")
 }
 
-/// What goes to disk.
+/// A write to the state directory.
 enum Write {
     Region(Box<Keep>),
     /// `None`: nothing is to be kept any more.
@@ -583,7 +583,7 @@ async fn write(
                 });
                 let outcome = outcome.await.context("write to disk").flatten();
                 let outcome = match written {
-                    // Whoever waits reports it.
+                    // The receiver reports it.
                     Some(written) => match written.send(outcome) {
                         Ok(()) => continue,
                         Err(outcome) => outcome,
