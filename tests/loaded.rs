@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use filter_agent::{
     compile::{Regions, compile},
-    filter::{Counts, Filter},
+    kernel::filter::{Counts, Filter},
     policy::{self, Policy},
-    region,
+    region::state as region,
 };
 use jiff::Timestamp;
 

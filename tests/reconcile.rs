@@ -5,10 +5,10 @@ use std::net::Ipv4Addr;
 use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
     compile::{Compiled, Regions, compile},
-    filter::Filter,
-    image::Difference,
+    kernel::filter::Filter,
+    kernel::image::Difference,
+    kernel::probe::{frame, probes},
     policy,
-    probe::{frame, probes},
 };
 use filter_common::{LAYOUT, Protocol, SLOT_BITS, Source4, slot_key};
 use filter_tests::bpffs::Bpffs;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use fastrand::Rng;
-use filter_agent::filter::Ran;
+use filter_agent::kernel::filter::Ran;
 use filter_common::{Fate, Reason};
 use filter_tests::loaded::Loaded;
 

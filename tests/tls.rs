@@ -11,8 +11,8 @@ use std::{
 };
 
 use filter_agent::{
-    filter::{Attached, Filter},
     host::Interface,
+    kernel::filter::{Attached, Filter},
     policy::Mode,
 };
 use filter_tests::{

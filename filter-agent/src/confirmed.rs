@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    interfaces::Remembered,
+    host::coverage::Remembered,
     kept::{read_file, seal, unseal, write_file},
 };
 

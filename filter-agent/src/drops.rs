@@ -6,7 +6,7 @@ use filter_common::Reason;
 use jiff::Timestamp;
 
 use crate::{
-    filter::{Counts, Dropped},
+    kernel::filter::{Counts, Dropped},
     report,
 };
 

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
-use crate::{policy::RegionSource, region::Set};
+use crate::{policy::RegionSource, region::state::Set};
 
 /// Longest file that is read, in bytes: a hundred for each of a million prefixes.
 const MAX_FILE: u64 = 100 << 20;

@@ -1,24 +1,16 @@
 //! The agent, from a policy file to entries in the kernel. See `docs/ARCHITECTURE.md`.
 
-pub mod answer;
 pub mod cli;
 pub mod compile;
 pub mod confirmed;
 mod control;
 pub mod daemon;
-mod dns;
-pub mod driver;
 pub mod drops;
-pub mod filter;
-pub mod format;
 pub mod host;
-pub mod image;
-pub mod interfaces;
 pub mod kept;
+pub mod kernel;
 mod log;
-pub mod lookup;
 pub mod policy;
-pub mod probe;
 pub mod protection;
 pub mod region;
 pub mod report;

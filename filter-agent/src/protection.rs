@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use crate::{
     host::Interface,
-    interfaces::{Ended, Remembered},
+    host::coverage::{Ended, Remembered},
     policy::{Database, Policy},
 };
 

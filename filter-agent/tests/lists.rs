@@ -4,10 +4,10 @@
 use std::path::Path;
 
 use filter_agent::{
-    format::{self, List},
     kept,
     policy::{self, RegionSource, Select},
-    region::Set,
+    region::lists::{self, List},
+    region::state::Set,
 };
 use ipnet::IpNet;
 
@@ -134,7 +134,7 @@ const PUBLISHED: [(&str, &str, &[&str], Option<u64>); 16] = [
 #[test]
 fn every_published_format_is_read() {
     for (file, fields, expected, serial) in PUBLISHED {
-        let mut list = format::read(&sample(file), &select(fields))
+        let mut list = lists::read(&sample(file), &select(fields))
             .unwrap_or_else(|error| panic!("{file}, {fields}: {error:#}"));
         let mut prefixes: Vec<IpNet> = expected.iter().map(|p| p.parse().unwrap()).collect();
         list.prefixes.sort_unstable();
@@ -199,13 +199,13 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
         ),
     ];
     for (body, fields, expected) in cases {
-        let error = format::read(body, &select(fields)).unwrap_err();
+        let error = lists::read(body, &select(fields)).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains(expected), "{fields}: {error}");
         assert!(error.len() < 300, "{error}");
     }
     // A list whose selection is empty: the region's name is misspelt, or all of it is gone.
-    let nothing = format::read(
+    let nothing = lists::read(
         &sample("aws.json"),
         &select("format: aws, region: eu-west-33"),
     );
@@ -229,7 +229,7 @@ fn selection_cannot_be_escaped_from() {
             service: None,
         };
         assert!(
-            format::read(&sample("aws.json"), &select).is_err(),
+            lists::read(&sample("aws.json"), &select).is_err(),
             "{value}"
         );
     }
@@ -239,18 +239,18 @@ fn selection_cannot_be_escaped_from() {
 fn lists_of_windows_editors_are_read() {
     let body = b"\xef\xbb\xbf192.0.2.0/24\r\n2001:db8::/32\r\n";
     assert_eq!(
-        format::read(body, &select("format: text"))
+        lists::read(body, &select("format: text"))
             .unwrap()
             .prefixes
             .len(),
         2
     );
-    assert_eq!(format::read_file(body).unwrap().len(), 2);
+    assert_eq!(lists::read_file(body).unwrap().len(), 2);
 }
 
 #[test]
 fn own_file_is_spelled_as_the_policy() {
-    let error = |body: &[u8]| format!("{:#}", format::read_file(body).unwrap_err());
+    let error = |body: &[u8]| format!("{:#}", lists::read_file(body).unwrap_err());
     let bare = error(b"# office\n192.0.2.0/24\n203.0.113.7\n");
     assert!(
         bare.contains("line 3") && bare.contains("write 203.0.113.7/32"),
@@ -306,9 +306,9 @@ fn no_mutation_of_a_list_makes_a_reader_panic_or_gives_what_is_no_prefix() {
         let body = mutate(&mut random, &files);
         let mut results: Vec<_> = (0..3)
             .map(|_| &selections[random.usize(..selections.len())])
-            .map(|select| format::read(&body, select).map(|list| list.prefixes))
+            .map(|select| lists::read(&body, select).map(|list| list.prefixes))
             .collect();
-        results.push(format::read_file(&body));
+        results.push(lists::read_file(&body));
         for result in results {
             match result {
                 Ok(prefixes) => {

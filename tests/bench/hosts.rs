@@ -15,7 +15,7 @@ use aya::{Ebpf, programs::Xdp};
 use aya_obj::programs::XdpAttachType;
 use filter_agent::{
     compile::{Regions, compile},
-    filter::Filter,
+    kernel::filter::Filter,
     policy,
 };
 use filter_tests::net::{Net, succeed};

@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum, builder::RangedU64ValueParser};
-use filter_agent::filter::Filter;
+use filter_agent::kernel::filter::Filter;
 use filter_tests::bpffs::Bpffs;
 use ipnet::IpNet;
 use nix::{

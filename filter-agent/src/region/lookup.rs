@@ -20,9 +20,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use crate::{
-    dns,
-    format::{self, List},
     policy::{Guards, RegionSource, Url, spelled},
+    region::dns,
+    region::lists::{self, List},
 };
 
 /// Longest body of a published list, decompressed, in bytes: four times the longest that is published
@@ -181,7 +181,7 @@ fn read(path: &Path, before: Option<&Version>) -> Result<Answer> {
         metadata.len()
     );
     let body = fs::read(path).with_context(|| format!("read {}", path.display()))?;
-    let prefixes = format::read_file(&body).with_context(|| format!("read {}", path.display()))?;
+    let prefixes = lists::read_file(&body).with_context(|| format!("read {}", path.display()))?;
     Ok(Answer::Found(Found {
         prefixes,
         version,
@@ -286,7 +286,7 @@ async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer> {
     }
     // A long list takes a while to read: the agent's only thread has other things to do.
     let select = url.select.clone();
-    let list = tokio::task::spawn_blocking(move || format::read(&body, &select));
+    let list = tokio::task::spawn_blocking(move || lists::read(&body, &select));
     let List { prefixes, serial } = list.await.context("read the list")??;
     Ok(Answer::Found(Found {
         prefixes,

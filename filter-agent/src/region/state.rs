@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    lookup::{Answer, Found, Version},
     policy::{Guards, Model, Policy, Region, RegionSource, Source, spelled},
+    region::lookup::{Answer, Found, Version},
 };
 
 /// Regions that rules name, by name.

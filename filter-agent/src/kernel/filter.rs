@@ -40,10 +40,10 @@ use nix::{
 };
 
 use crate::{
-    answer::answer,
     compile::Compiled,
     host::{AttachedXdp, Interface},
-    image::{Change, Difference, Image, Step, changes},
+    kernel::answer::answer,
+    kernel::image::{Change, Difference, Image, Step, changes},
     policy::Mode,
 };
 

@@ -26,12 +26,13 @@ use tokio::net::UnixStream;
 use crate::{
     confirmed,
     daemon::{self, Loaded, Options},
-    driver::{self, Driver},
-    filter, host,
-    interfaces::{Coverage, Remembered, describe_missing},
+    host,
+    host::coverage::{Coverage, Remembered, describe_missing},
+    host::driver::{self, Driver},
+    kernel::filter,
     log::{self, log},
     policy::{self, Listed, RegionSource},
-    region::{self, Regions},
+    region::state::{self as region, Regions},
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
 };
 

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    filter::Pinned,
     host::Interface,
+    kernel::filter::Pinned,
     policy::{Listed, Policy},
 };
 

@@ -1,5 +1,8 @@
 //! The host's network interfaces, as the kernel's route netlink reports them.
 
+pub mod coverage;
+pub mod driver;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},

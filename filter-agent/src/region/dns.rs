@@ -24,8 +24,8 @@ use ipnet::IpNet;
 use rustls::RootCertStore;
 
 use crate::{
-    lookup::{Found, roots, tls},
     policy::{Dns, Nameserver, Transport},
+    region::lookup::{Found, roots, tls},
 };
 
 /// CNAME records followed from one name.
