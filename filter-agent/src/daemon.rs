@@ -2,8 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    fs,
-    io::{self, Read as _},
+    fs, io,
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
     path::{Path, PathBuf},
@@ -41,7 +40,8 @@ use crate::{
     kernel::image::Difference,
     kernel::probe,
     log::log,
-    policy::{self, Guards, Model, Policy, Region, RegionSource, Rule},
+    policy::{Guards, Model, Policy, Region, RegionSource, Rule},
+    policy_file::PolicyFile,
     protection,
     region::lookup::{self, Answer, Version},
     region::state::{self as region, Change, Regions, Set},
@@ -68,64 +68,6 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// Prefixes of one address family that a policy may have; `None`: the default.
     pub max_prefixes: Option<u32>,
-}
-
-/// A policy file, read and found valid.
-pub struct Loaded {
-    pub file: PathBuf,
-    pub text: String,
-    pub policy: Policy,
-    pub warnings: Vec<String>,
-    accepted: Timestamp,
-    since: Instant,
-}
-
-impl Loaded {
-    pub fn compile(&self, regions: &Regions) -> Compiled {
-        compile(&self.policy, &region::prefixes(regions), Timestamp::now())
-    }
-}
-
-/// Longest policy file, in bytes, as for lists of prefixes. Devices and pipes may have no end.
-const MAX_POLICY: u64 = 64 << 20;
-
-/// Reads a policy file.
-///
-/// # Errors
-/// Everything wrong with the file, a line each.
-pub fn load(file: &Path) -> Result<Loaded> {
-    let read = || -> Result<String> {
-        let mut text = String::new();
-        let length = fs::File::open(file)?
-            .take(MAX_POLICY + 1)
-            .read_to_string(&mut text)?;
-        ensure!(
-            length as u64 <= MAX_POLICY,
-            "it is longer than {MAX_POLICY} bytes"
-        );
-        Ok(text)
-    };
-    let text = read().with_context(|| format!("read {}", file.display()))?;
-    load_text(file, text)
-}
-
-/// The same of a text that was read already.
-fn load_text(file: &Path, text: String) -> Result<Loaded> {
-    let accepted = Timestamp::now();
-    let since = Instant::now();
-    let named = |problem: policy::Problem| format!("{}: {problem}", file.display());
-    let (policy, problems) = policy::parse(&text).map_err(|problems| {
-        let lines: Vec<String> = problems.into_iter().map(named).collect();
-        anyhow!(lines.join("\n"))
-    })?;
-    Ok(Loaded {
-        file: file.to_owned(),
-        text,
-        policy,
-        warnings: problems.into_iter().map(named).collect(),
-        accepted,
-        since,
-    })
 }
 
 /// Asks what must be known of a policy's regions before it can be in force.
@@ -232,7 +174,7 @@ enum Event {
 pub struct Agent {
     pub options: Options,
     filter: Filter,
-    pub loaded: Loaded,
+    pub loaded: PolicyFile,
     pub regions: Regions,
     compiled: Compiled,
     clock: Clock,
@@ -434,7 +376,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Policies that a start may enforce, and what the last agent left on disk.
 struct Start {
     /// The best first. Each but the policy file itself with the reason why it is not the file.
-    candidates: VecDeque<(Loaded, Option<String>)>,
+    candidates: VecDeque<(PolicyFile, Option<String>)>,
     confirmed: Option<Confirmed>,
     /// The confirmed policy, parsed.
     before: Option<Policy>,
@@ -449,11 +391,13 @@ impl Start {
     /// # Errors
     /// Neither can be enforced. What is pinned stays as it is.
     async fn choose(options: &Options) -> Result<Self> {
-        let file = load(&options.policy);
+        let file = PolicyFile::read(&options.policy);
         let path = confirmed::path(&options.state_dir);
         let kept = confirmed::read(&options.state_dir).and_then(|confirmed| {
             let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
-            let before = text.map(|text| load_text(&path, text)).transpose()?;
+            let before = text
+                .map(|text| PolicyFile::parse(&path, text))
+                .transpose()?;
             Ok((confirmed, before))
         });
         let mut unreadable = None;
@@ -524,7 +468,7 @@ impl Start {
         Ok(start)
     }
 
-    fn first(&self) -> &Loaded {
+    fn first(&self) -> &PolicyFile {
         &self.candidates[0].0
     }
 }
@@ -814,7 +758,7 @@ impl Agent {
         }
         let summary = format!(
             "enforcing {}: {} and {} on {on}, in {:.1} ms",
-            self.loaded.file.display(),
+            self.loaded.path.display(),
             counted(self.compiled.databases.len(), "database", "databases"),
             counted(prefixes, "prefix", "prefixes"),
             self.enforced.enforced_ms,
@@ -841,7 +785,7 @@ impl Agent {
     /// Enforces a policy, with what was answered about its regions, or leaves all as it is.
     async fn enforce(
         &mut self,
-        loaded: Loaded,
+        loaded: PolicyFile,
         answers: BTreeMap<String, Result<Answer>>,
         allow_unprotect: bool,
     ) -> Result<report::Reloaded> {
@@ -1210,7 +1154,11 @@ impl Agent {
 
     /// Has the kernel enforce the policy with its regions as they are now.
     fn apply(&mut self) -> Result<()> {
-        let compiled = self.loaded.compile(&self.regions);
+        let compiled = compile(
+            &self.loaded.policy,
+            &region::prefixes(&self.regions),
+            Timestamp::now(),
+        );
         self.filter.apply(&compiled)?;
         self.enforced.next_expiry = compiled.next_expiry;
         self.compiled = compiled;
@@ -1248,7 +1196,7 @@ impl Agent {
         let host = host::interfaces().await?;
         let (pinned, ours) = (self.filter.pinned()?, self.filter.program_id()?);
         let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
-        let mut warnings = warnings(&self.loaded, &self.compiled);
+        let mut warnings = self.loaded.warnings(&self.compiled);
         warnings.extend(coverage.warnings(&host));
         warnings.extend(unlisted(&self.loaded.policy, &coverage, &pinned, &host));
         warnings.extend(self.region_warnings());
@@ -1307,9 +1255,9 @@ impl Agent {
             let allowed = counts.get(&name).into_iter().flatten();
             report::Database {
                 name: database.name.clone(),
-                ports: ports(database),
+                ports: database.guarded_ports(),
                 addresses: database.addresses.clone(),
-                model: model(database).into(),
+                model: database.model.name().into(),
                 monitor: database.monitor,
                 rules: entries.rules.len(),
                 prefixes: entries.prefixes(),
@@ -1642,12 +1590,12 @@ impl std::fmt::Display for TakeOverFailed {
 /// What was refused. The kernel enforces what it did before; but not where the error is a `TakeOverFailed`.
 async fn enforce(
     filter: &mut Filter,
-    loaded: &Loaded,
+    loaded: &PolicyFile,
     regions: &Regions,
     occasion: Occasion<'_>,
     remembered: &mut Remembered,
 ) -> Result<Committed> {
-    let compiled = loaded.compile(regions);
+    let compiled = compile(&loaded.policy, &region::prefixes(regions), Timestamp::now());
     let compiled_ms = milliseconds(loaded.since);
     let host = host::interfaces().await?;
     filter.adopt_moved(&host)?;
@@ -1745,7 +1693,7 @@ async fn enforce(
     }
     remembered.update(&loaded.policy, &host, |_| true);
     let enforced = report::Enforced {
-        file: loaded.file.clone(),
+        file: loaded.path.clone(),
         accepted: loaded.accepted,
         compiled_ms,
         enforced_ms: milliseconds(loaded.since),
@@ -1816,14 +1764,14 @@ fn unlisted(
 /// rules. Only where a reload names one that never was there is that a mistake.
 fn interfaces(
     filter: &Filter,
-    loaded: &Loaded,
+    loaded: &PolicyFile,
     compiled: &Compiled,
     occasion: &Occasion<'_>,
     remembered: &Remembered,
     host: &[Interface],
 ) -> Result<(report::Plan, Coverage)> {
     let coverage = Coverage::of(&loaded.policy, remembered, host);
-    let mut warnings = warnings(loaded, compiled);
+    let mut warnings = loaded.warnings(compiled);
     warnings.extend(coverage.warnings(host));
     for entry in &coverage.missing {
         let what = interfaces::describe_missing(entry);
@@ -1859,7 +1807,7 @@ fn interfaces(
     let stay: Vec<Interface> = stay.collect();
     warnings.extend(unlisted(&loaded.policy, &coverage, &pinned, &stay));
     let plan = report::Plan {
-        file: loaded.file.clone(),
+        file: loaded.path.clone(),
         difference: Difference::default(),
         attached,
         detached,
@@ -1916,30 +1864,6 @@ fn attachment(interface: &Interface, how: &Attached) -> String {
             format!("attached to {name} in generic mode, since native mode was refused: {refusal}")
         }
     }
-}
-
-/// `tcp/5432`, for each port.
-pub fn ports(database: &policy::Database) -> Vec<String> {
-    let protocol = database.protocol.name();
-    database
-        .ports
-        .iter()
-        .map(|port| format!("{protocol}/{port}"))
-        .collect()
-}
-
-pub fn model(database: &policy::Database) -> &'static str {
-    match database.model {
-        Model::Dedicated { .. } => "dedicated",
-        Model::Shared { .. } => "shared",
-    }
-}
-
-/// What is notable in a policy and its regions, whatever the host.
-pub fn warnings(loaded: &Loaded, compiled: &Compiled) -> Vec<String> {
-    let mut warnings = loaded.warnings.clone();
-    warnings.extend(compiled.warnings.iter().cloned());
-    warnings
 }
 
 fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
@@ -2013,8 +1937,8 @@ impl Shared {
     }
 
     /// A policy file and what must be asked about its regions, without the agent meanwhile.
-    async fn prepare(&self, file: &Path) -> Result<(Loaded, BTreeMap<String, Result<Answer>>)> {
-        let loaded = load(file)?;
+    async fn prepare(&self, file: &Path) -> Result<(PolicyFile, BTreeMap<String, Result<Answer>>)> {
+        let loaded = PolicyFile::read(file)?;
         let (ask, watches) = {
             let agent = self.agent().await?;
             (
@@ -2036,7 +1960,11 @@ impl Shared {
         let agent = self.agent().await?;
         let now = agent.clock.now();
         let regions = region::next(&loaded.policy, &agent.regions, answers, now)?;
-        let compiled = loaded.compile(&regions);
+        let compiled = compile(
+            &loaded.policy,
+            &region::prefixes(&regions),
+            Timestamp::now(),
+        );
         let host = host::interfaces().await?;
         let (before, known) = (&agent.loaded.policy, &agent.remembered);
         let occasion = Occasion::Reload {

@@ -11,6 +11,7 @@ pub mod kept;
 pub mod kernel;
 mod log;
 pub mod policy;
+pub mod policy_file;
 pub mod protection;
 pub mod region;
 pub mod report;

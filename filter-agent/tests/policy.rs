@@ -4,10 +4,10 @@
 use std::{fs, path::PathBuf, time::Duration};
 
 use filter_agent::{
-    daemon,
     policy::{
         self, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Tls, Transport,
     },
+    policy_file::PolicyFile,
 };
 use filter_common::{Engine, Protocol};
 
@@ -252,7 +252,7 @@ fn no_mutation_of_a_policy_makes_the_parser_panic() {
 
 #[test]
 fn policy_without_an_end_is_refused() {
-    let error = daemon::load(std::path::Path::new("/dev/zero")).err();
+    let error = PolicyFile::read(std::path::Path::new("/dev/zero")).err();
     let error = format!("{:#}", error.expect("a device is no policy"));
     assert!(error.contains("it is longer than"), "{error}");
 }

@@ -24,14 +24,16 @@ use signal_hook::{consts::SIGPIPE, flag::register_conditional_shutdown};
 use tokio::net::UnixStream;
 
 use crate::{
+    compile::compile,
     confirmed,
-    daemon::{self, Loaded, Options},
+    daemon::{self, Options},
     host,
     host::coverage::{Coverage, Remembered, describe_missing},
     host::driver::{self, Driver},
     kernel::filter,
     log::{self, log},
     policy::{self, Listed, RegionSource},
+    policy_file::PolicyFile,
     region::state::{self as region, Regions},
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
 };
@@ -51,7 +53,7 @@ struct Cli {
 }
 
 #[derive(Args)]
-struct PolicyFile {
+struct PolicyPath {
     /// The policy file.
     #[arg(long, default_value = "/etc/filter-agent/policy.yaml")]
     policy: PathBuf,
@@ -90,7 +92,7 @@ enum Command {
     /// Enforce the policy and keep it enforced; the filter stays when this stops.
     Run {
         #[command(flatten)]
-        policy: PolicyFile,
+        policy: PolicyPath,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -113,7 +115,7 @@ enum Command {
         #[arg(long)]
         host: bool,
         #[command(flatten)]
-        policy: PolicyFile,
+        policy: PolicyPath,
         #[command(flatten)]
         bpffs: Bpffs,
         #[command(flatten)]
@@ -537,7 +539,7 @@ async fn check(
     places: Option<(&Path, &Path)>,
     output: &Output,
 ) -> Result<ExitCode> {
-    let loaded = daemon::load(file)?;
+    let loaded = PolicyFile::read(file)?;
     let known = Regions::new();
     let mut ask = region::to_ask(&loaded.policy, &known);
     let is_file = |name: &str| {
@@ -547,9 +549,13 @@ async fn check(
     ask.retain(|name, _| resolve || is_file(name));
     let answers = daemon::look_up(&loaded.policy, ask, None).await;
     let regions = region::next(&loaded.policy, &known, answers, Timestamp::now())?;
-    let compiled = loaded.compile(&regions);
+    let compiled = compile(
+        &loaded.policy,
+        &region::prefixes(&regions),
+        Timestamp::now(),
+    );
     let host = host::interfaces().await?;
-    let mut warnings = daemon::warnings(&loaded, &compiled);
+    let mut warnings = loaded.warnings(&compiled);
     let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
     warnings.extend(unknown.map(|(name, state)| {
         let source = &state.region.source;
@@ -598,14 +604,16 @@ async fn check(
         }
         None => warnings.extend(missing),
     }
-    let Loaded { file, policy, .. } = loaded;
+    let PolicyFile {
+        path: file, policy, ..
+    } = loaded;
     let databases = policy.databases.iter().map(|database| {
         let entries = &compiled.databases[&database.name];
         CheckedDatabase {
             name: database.name.clone(),
-            ports: daemon::ports(database),
+            ports: database.guarded_ports(),
             addresses: database.addresses.clone(),
-            model: daemon::model(database).into(),
+            model: database.model.name().into(),
             monitor: database.monitor,
             rules: entries.rules.iter().map(ToString::to_string).collect(),
             prefixes: entries.prefixes(),

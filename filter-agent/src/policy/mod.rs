@@ -298,6 +298,27 @@ pub enum Source {
 }
 
 /// As the policy file spells it, and as a rule is named everywhere: `203.0.113.0/24`, `region osc-fr1`.
+impl Database {
+    /// `tcp/5432`, for each port.
+    pub fn guarded_ports(&self) -> Vec<String> {
+        let protocol = self.protocol.name();
+        self.ports
+            .iter()
+            .map(|port| format!("{protocol}/{port}"))
+            .collect()
+    }
+}
+
+impl Model {
+    /// As the policy file spells it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Dedicated { .. } => "dedicated",
+            Self::Shared { .. } => "shared",
+        }
+    }
+}
+
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
