@@ -1,20 +1,158 @@
-//! The control socket: requests in HTTP, answers in JSON.
+//! The control socket: requests in HTTP, answers in JSON. It reaches the agent by events and snapshots, and the
+//! kernel by jobs for the thread that owns the filter.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, Result};
 use axum::{
     Json, Router,
+    body::{Body, to_bytes},
     extract::{Query, State},
-    http::StatusCode,
+    http::{Request, StatusCode},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use jiff::Timestamp;
 use serde::Deserialize;
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{Notify, Semaphore, mpsc::UnboundedSender, oneshot, watch},
+};
+use tower_service::Service as _;
 
-use crate::{daemon::Shared, report};
+use crate::{
+    agent::{self, Event, ReloadOptions, Reply},
+    enforcer::{Handle, Observed},
+    log::Entry,
+    report,
+    snapshot::Snapshot,
+};
 
-/// An error as the control socket tells it.
+/// Connections at a time. More wait: descriptors for the checks must be left.
+const MAX_CONNECTIONS: usize = 32;
+
+/// Time allowed to a client to send its request's head, its body, and to read the answer.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause after an error of `accept`, such as no descriptor left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Longest body of a request, in bytes: a policy file.
+const MAX_BODY: usize = 64 << 20;
+
+/// What the routes need.
+#[derive(Clone)]
+struct Shared {
+    events: UnboundedSender<Event>,
+    snapshot: watch::Receiver<Snapshot>,
+    enforcer: Handle,
+}
+
+impl Shared {
+    /// Has the agent answer a request.
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> agent::Request) -> Result<T> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.events.send(Event::Request(request(reply)));
+        answer.await.context("the agent is ending").flatten()
+    }
+
+    async fn observe(&self, verify: bool) -> Result<Observed> {
+        let observed = self.enforcer.call(move |enforcer| enforcer.observe(verify));
+        let (observed, entries) = observed.await.flatten()?;
+        entries.into_iter().for_each(Entry::log);
+        Ok(observed)
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+}
+
+/// The server on the control socket.
+pub struct Server {
+    stop: Arc<Notify>,
+    connections: Arc<Semaphore>,
+}
+
+impl Server {
+    pub fn start(
+        listener: UnixListener,
+        events: UnboundedSender<Event>,
+        snapshot: watch::Receiver<Snapshot>,
+        enforcer: Handle,
+    ) -> Self {
+        let server = Self {
+            stop: Arc::default(),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        };
+        let router = router(Shared {
+            events,
+            snapshot,
+            enforcer,
+        });
+        let (stop, connections) = (server.stop.clone(), server.connections.clone());
+        tokio::spawn(async move {
+            loop {
+                let Ok(permit) = connections.clone().acquire_owned().await else {
+                    return;
+                };
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    () = stop.notified() => return,
+                };
+                match accepted {
+                    Ok((stream, _)) => {
+                        let router = router.clone();
+                        tokio::spawn(async move {
+                            serve(stream, router).await;
+                            drop(permit);
+                        });
+                    }
+                    Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+                }
+            }
+        });
+        server
+    }
+
+    /// Takes no more connections, and lets those that are open end, for a bounded time.
+    pub async fn stop(self, timeout: Duration) {
+        self.stop.notify_one();
+        let all = self.connections.acquire_many(MAX_CONNECTIONS as u32);
+        let _ = tokio::time::timeout(timeout, all).await;
+    }
+}
+
+/// Serves one request. A client that sends slowly or does not read is given up.
+async fn serve(stream: UnixStream, router: Router) {
+    let answered = Arc::new(Notify::new());
+    let noted = answered.clone();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (mut router, answered) = (router.clone(), noted.clone());
+        async move {
+            let response = router.call(request.map(Body::new)).await;
+            answered.notify_one();
+            response
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(CLIENT_TIMEOUT)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        // What is wrong with it concerns the client alone.
+        _ = connection => {}
+        () = async {
+            answered.notified().await;
+            tokio::time::sleep(CLIENT_TIMEOUT).await;
+        } => {}
+    }
+}
+
+/// An error as the control socket reports it.
 struct Failed(anyhow::Error);
 
 impl IntoResponse for Failed {
@@ -32,14 +170,14 @@ impl From<anyhow::Error> for Failed {
 
 type Answer<T> = Result<Json<T>, Failed>;
 
-pub fn router(shared: Shared) -> Router {
+fn router(shared: Shared) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/rules", get(rules))
         .route("/regions", get(regions))
         .route("/explain", get(explain))
         .route("/drops", get(drops))
-        .route("/plan", get(plan))
+        .route("/plan", get(plan).post(plan_text))
         .route("/reload", post(reload))
         .route("/refresh", post(refresh))
         .route("/detach", post(detach))
@@ -56,7 +194,8 @@ async fn status(
     State(shared): State<Shared>,
     Query(query): Query<StatusQuery>,
 ) -> Answer<report::Status> {
-    Ok(Json(shared.agent().await?.status(query.verify).await?))
+    let observed = shared.observe(query.verify).await?;
+    Ok(Json(shared.snapshot().status(&observed)))
 }
 
 #[derive(Deserialize)]
@@ -69,13 +208,13 @@ async fn rules(
     State(shared): State<Shared>,
     Query(query): Query<DatabaseQuery>,
 ) -> Answer<Vec<report::Rule>> {
-    Ok(Json(
-        shared.agent().await?.rules(query.database.as_deref())?,
-    ))
+    let observed = shared.observe(false).await?;
+    let rules = observed.rules(query.database.as_deref(), Timestamp::now())?;
+    Ok(Json(rules))
 }
 
 async fn regions(State(shared): State<Shared>) -> Answer<Vec<report::Region>> {
-    Ok(Json(shared.agent().await?.regions()))
+    Ok(Json(shared.snapshot().regions()))
 }
 
 #[derive(Deserialize)]
@@ -88,51 +227,74 @@ async fn explain(
     State(shared): State<Shared>,
     Query(query): Query<ExplainQuery>,
 ) -> Answer<Vec<report::Explanation>> {
-    let mut agent = shared.agent().await?;
-    Ok(Json(
-        agent.explain(query.source, query.database.as_deref())?,
-    ))
+    let ExplainQuery { source, database } = query;
+    let explained = shared
+        .enforcer
+        .call(move |enforcer| enforcer.explain(source, database.as_deref()));
+    Ok(Json(explained.await.flatten()?))
 }
 
 async fn drops(
     State(shared): State<Shared>,
     Query(query): Query<DatabaseQuery>,
 ) -> Answer<report::Drops> {
-    Ok(Json(
-        shared.agent().await?.drops(query.database.as_deref())?,
-    ))
+    let drops = shared
+        .enforcer
+        .call(move |enforcer| enforcer.drops(query.database.as_deref()));
+    Ok(Json(drops.await.flatten()?))
+}
+
+async fn plan(State(shared): State<Shared>) -> Answer<report::Plan> {
+    let plan = shared.ask(|reply| agent::Request::Plan {
+        text: None,
+        path: None,
+        reply,
+    });
+    Ok(Json(plan.await?))
 }
 
 #[derive(Deserialize)]
 struct PlanQuery {
-    /// `None`: the policy file of the daemon.
-    file: Option<PathBuf>,
+    /// Names the text in messages.
+    file: PathBuf,
 }
 
-async fn plan(
+async fn plan_text(
     State(shared): State<Shared>,
     Query(query): Query<PlanQuery>,
+    body: Body,
 ) -> Answer<report::Plan> {
-    Ok(Json(shared.plan(query.file).await?))
+    let read = tokio::time::timeout(CLIENT_TIMEOUT, to_bytes(body, MAX_BODY)).await;
+    let text = read
+        .context("read the policy: it took too long to arrive")?
+        .context("read the policy")?;
+    let text = String::from_utf8(text.into()).context("read the policy: it is not UTF-8")?;
+    let plan = shared.ask(|reply| agent::Request::Plan {
+        text: Some(text),
+        path: Some(query.file),
+        reply,
+    });
+    Ok(Json(plan.await?))
 }
 
 #[derive(Deserialize)]
 struct ReloadQuery {
-    /// Judge connections from before TLS was forced, too.
     #[serde(default)]
     existing: bool,
-    /// What was guarded may be left open.
     #[serde(default)]
     allow_unprotect: bool,
 }
 
-/// A task of its own: a client that goes away must not stop it half way.
 async fn reload(
     State(shared): State<Shared>,
     Query(query): Query<ReloadQuery>,
 ) -> Answer<report::Reloaded> {
-    let reloaded = tokio::spawn(shared.reload(query.existing, query.allow_unprotect)).await;
-    Ok(Json(reloaded.context("reload").flatten()?))
+    let options = ReloadOptions {
+        existing: query.existing,
+        allow_unprotect: query.allow_unprotect,
+    };
+    let reloaded = shared.ask(|reply| agent::Request::Reload { options, reply });
+    Ok(Json(reloaded.await?))
 }
 
 #[derive(Deserialize)]
@@ -143,16 +305,20 @@ struct RefreshQuery {
     accept: bool,
 }
 
-/// As `reload`.
 async fn refresh(
     State(shared): State<Shared>,
     Query(query): Query<RefreshQuery>,
 ) -> Answer<Vec<report::Refreshed>> {
-    let refreshed = tokio::spawn(shared.refresh(query.region, query.accept)).await;
-    Ok(Json(refreshed.context("refresh").flatten()?))
+    let refreshed = shared.ask(|reply| agent::Request::Refresh {
+        region: query.region,
+        accept: query.accept,
+        reply,
+    });
+    Ok(Json(refreshed.await?))
 }
 
 /// Answers with the names of the interfaces that are no longer filtered.
 async fn detach(State(shared): State<Shared>) -> Answer<Vec<String>> {
-    Ok(Json(shared.detach().await?))
+    let names = shared.ask(|reply| agent::Request::Detach { reply });
+    Ok(Json(names.await?))
 }

@@ -1,17 +1,24 @@
 //! The agent, from a policy file to entries in the kernel. See `docs/ARCHITECTURE.md`.
 
+pub mod agent;
 pub mod cli;
+pub mod clock;
 pub mod compile;
-pub mod confirmed;
 mod control;
 pub mod daemon;
 pub mod drops;
+pub mod enforcer;
 pub mod host;
-pub mod kept;
 pub mod kernel;
 mod log;
+mod look_ups;
 pub mod policy;
 pub mod policy_file;
 pub mod protection;
+pub mod reconcile;
 pub mod region;
 pub mod report;
+mod snapshot;
+mod start;
+pub mod store;
+mod verify;

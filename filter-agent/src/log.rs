@@ -1,8 +1,8 @@
-//! The log on stderr. A reader that stops or ends neither stops nor ends the agent: a thread writes
-//! lines from a bounded queue, and counts those that are lost.
+//! The log: to the journal with its fields where one reads stderr, else as lines on stderr. A reader that stops
+//! or ends neither stops nor ends the agent: a thread writes from a bounded queue, and counts what is lost.
 
 use std::{
-    io, mem, panic,
+    fmt, io, mem, panic,
     sync::{
         OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -12,32 +12,122 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Lines that wait while stderr takes none.
-const MAX_QUEUED_LINES: usize = 1024;
+use log::{Level, LevelFilter, Record};
+use systemd_journal_logger::{JournalLog, connected_to_journal};
+
+/// Entries that wait while nobody takes them.
+const MAX_QUEUED_ENTRIES: usize = 1024;
 
 /// Time allowed for the rest of the log at shutdown.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-static QUEUE: OnceLock<SyncSender<String>> = OnceLock::new();
+/// Begins the line by which a command reports its failure.
+const NAME: &str = "filter-agent: ";
 
-/// Queued lines that the thread has not yet written or given up.
+static QUEUE: OnceLock<SyncSender<Entry>> = OnceLock::new();
+
+/// Queued entries that the thread has not yet written or given up.
 static PENDING: AtomicUsize = AtomicUsize::new(0);
 
-/// Lines for which the queue had no room, not yet counted as lost by the thread.
+/// Entries for which the queue had no room, not yet counted as lost by the thread.
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
-/// Logs a line. Never blocks and never panics.
-pub fn log(line: &str) {
-    let queue = QUEUE.get_or_init(start);
-    // Counted before it is queued: the writer must not subtract it first.
-    PENDING.fetch_add(1, Ordering::AcqRel);
-    if queue.try_send(format!("{line}\n")).is_err() {
-        PENDING.fetch_sub(1, Ordering::AcqRel);
-        DROPPED.fetch_add(1, Ordering::Relaxed);
+/// A line of the log, with the fields that the journal gets beside it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    pub level: Level,
+    pub text: String,
+    /// By their names in the journal: upper case.
+    pub fields: Vec<(&'static str, String)>,
+}
+
+impl Entry {
+    pub fn error(text: impl Into<String>) -> Self {
+        Self::new(Level::Error, text)
+    }
+
+    pub fn warning(text: impl Into<String>) -> Self {
+        Self::new(Level::Warn, text)
+    }
+
+    pub fn info(text: impl Into<String>) -> Self {
+        Self::new(Level::Info, text)
+    }
+
+    fn new(level: Level, text: impl Into<String>) -> Self {
+        Self {
+            level,
+            text: text.into(),
+            fields: Vec::new(),
+        }
+    }
+
+    pub fn with(mut self, field: &'static str, value: impl Into<String>) -> Self {
+        self.fields.push((field, value.into()));
+        self
+    }
+
+    /// Logs it. Never blocks and never panics.
+    pub fn log(self) {
+        let queue = QUEUE.get_or_init(start);
+        // Counted before it is queued: the writer must not subtract it first.
+        PENDING.fetch_add(1, Ordering::AcqRel);
+        if queue.try_send(self).is_err() {
+            PENDING.fetch_sub(1, Ordering::AcqRel);
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
     }
 }
 
-/// Waits until the queued lines are written, for a bounded time.
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.level {
+            // The last line of a command.
+            _ if self.text.starts_with(NAME) => f.write_str(&self.text),
+            Level::Error => write!(f, "error: {}", self.text),
+            Level::Warn => write!(f, "warning: {}", self.text),
+            _ => f.write_str(&self.text),
+        }
+    }
+}
+
+/// Takes what libraries log as warnings and errors.
+struct Libraries;
+
+impl log::Log for Libraries {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= Level::Warn
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if self.enabled(record.metadata()) {
+            let text = format!("{}: {}", record.target(), record.args()).replace('\n', " ");
+            Entry::new(record.level(), text).log();
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Sends the warnings and errors of libraries, and panics, to this log.
+pub fn install() {
+    // Fails where another logger is installed: then that one takes them.
+    if log::set_logger(&Libraries).is_ok() {
+        log::set_max_level(LevelFilter::Warn);
+    }
+    // The standard hook waits for stderr.
+    panic::set_hook(Box::new(|panic| {
+        Entry::error(panic.to_string().replace('\n', " ")).log();
+        flush();
+    }));
+}
+
+/// Reports the error that a command fails with.
+pub fn failure(error: &anyhow::Error) {
+    Entry::error(format!("{NAME}{error:#}")).log();
+}
+
+/// Waits until the queued entries are written, for a bounded time.
 pub fn flush() {
     let deadline = Instant::now() + FLUSH_TIMEOUT;
     while PENDING.load(Ordering::Acquire) > 0 && Instant::now() < deadline {
@@ -45,63 +135,84 @@ pub fn flush() {
     }
 }
 
-fn start() -> SyncSender<String> {
-    let (queue, lines) = sync_channel(MAX_QUEUED_LINES);
-    // Without the thread every line is lost, and nothing else.
-    let _ = thread::Builder::new()
-        .name("log".into())
-        .spawn(move || write_lines(&lines, io::stderr()));
-    // The standard hook waits for stderr.
-    panic::set_hook(Box::new(|panic| {
-        log(&panic.to_string().replace('\n', " "));
-        flush();
-    }));
+fn start() -> SyncSender<Entry> {
+    let (queue, entries) = sync_channel(MAX_QUEUED_ENTRIES);
+    // Without the thread every entry is lost, and nothing else.
+    let _ = thread::Builder::new().name("log".into()).spawn(move || {
+        let journal = connected_to_journal()
+            .then(|| JournalLog::new().ok())
+            .flatten();
+        write_entries(
+            &entries,
+            Writer {
+                journal,
+                stderr: io::stderr(),
+                is_cut: false,
+                lost: 0,
+            },
+        );
+    });
     queue
 }
 
-fn write_lines(lines: &Receiver<String>, stderr: impl io::Write) {
-    let mut writer = Writer {
-        stderr,
-        is_cut: false,
-        lost: 0,
-    };
+fn write_entries(entries: &Receiver<Entry>, mut writer: Writer<impl io::Write>) {
     let mut tried = 0;
     loop {
-        let mut next = lines.try_recv();
-        if next == Err(TryRecvError::Empty) {
-            // Dropped lines are newer than all that were queued before them.
+        let mut next = entries.try_recv();
+        if let Err(TryRecvError::Empty) = next {
+            // Dropped entries are newer than all that were queued before them.
             writer.lost += DROPPED.swap(0, Ordering::Relaxed);
             writer.report_lost();
             PENDING.fetch_sub(mem::take(&mut tried), Ordering::AcqRel);
-            next = lines.recv().map_err(TryRecvError::from);
+            next = entries.recv().map_err(TryRecvError::from);
         }
-        let Ok(line) = next else { return };
+        let Ok(entry) = next else { return };
         tried += 1;
         writer.report_lost();
-        if !writer.write(line) {
+        if !writer.write(&entry) {
             writer.lost += 1;
         }
     }
 }
 
 struct Writer<W> {
+    journal: Option<JournalLog>,
     stderr: W,
     /// Whether the last line was written in part, as on a full disk.
     is_cut: bool,
-    /// Lines not yet reported as lost.
+    /// Entries not yet reported as lost.
     lost: u64,
 }
 
 impl<W: io::Write> Writer<W> {
     fn report_lost(&mut self) {
         let lost = self.lost;
-        if lost > 0 && self.write(format!("{lost} lines of the log were lost\n")) {
+        let entry = || Entry::info(format!("{lost} lines of the log were lost"));
+        if lost > 0 && self.write(&entry()) {
             self.lost = 0;
         }
     }
 
+    /// Returns whether the entry was written.
+    fn write(&mut self, entry: &Entry) -> bool {
+        if let Some(journal) = &self.journal {
+            let sent = journal.journal_send(
+                &Record::builder()
+                    .level(entry.level)
+                    .target("filter_agent")
+                    .args(format_args!("{}", entry.text))
+                    .key_values(&entry.fields.as_slice())
+                    .build(),
+            );
+            if sent.is_ok() {
+                return true;
+            }
+        }
+        self.write_line(format!("{entry}\n"))
+    }
+
     /// Writes a line by one call, if the system takes it whole. Returns whether it was written.
-    fn write(&mut self, mut line: String) -> bool {
+    fn write_line(&mut self, mut line: String) -> bool {
         if self.is_cut {
             line.insert(0, '\n');
         }
@@ -150,27 +261,28 @@ mod tests {
     #[test]
     fn line_that_was_cut_ends_before_the_next_one() {
         let mut writer = Writer {
+            journal: None,
             stderr: Disk {
-                room: 9,
+                room: 16,
                 content: Vec::new(),
             },
             is_cut: false,
             lost: 0,
         };
-        assert!(writer.write("first\n".into()));
-        assert!(!writer.write("second\n".into()));
-        assert!(!writer.write("third\n".into()));
+        assert!(writer.write(&Entry::error("first")));
+        assert!(!writer.write(&Entry::info("second")));
+        assert!(!writer.write(&Entry::info("third")));
         writer.lost = 2;
         writer.report_lost();
         assert_eq!(writer.lost, 2);
         writer.stderr.room = 1000;
         writer.report_lost();
-        assert!(writer.write("fourth\n".into()));
+        assert!(writer.write(&Entry::warning("fourth")));
         assert_eq!(writer.lost, 0);
         let content = String::from_utf8(writer.stderr.content).unwrap();
         assert_eq!(
             content,
-            "first\nsec\n2 lines of the log were lost\nfourth\n"
+            "error: first\nsec\n2 lines of the log were lost\nwarning: fourth\n"
         );
     }
 }

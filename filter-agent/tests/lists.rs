@@ -4,10 +4,10 @@
 use std::path::Path;
 
 use filter_agent::{
-    kept,
     policy::{self, RegionSource, Select},
     region::lists::{self, List},
     region::state::Set,
+    store,
 };
 use ipnet::IpNet;
 
@@ -351,14 +351,14 @@ fn kept_set() -> (RegionSource, Set) {
 #[test]
 fn kept_set_comes_back_as_it_was() {
     let (source, set) = kept_set();
-    let text = kept::encode("office", &source, &set).unwrap();
-    assert_eq!(kept::decode(&text, "office", &source).unwrap(), set);
-    let other = kept::decode(&text, "osc-fr1", &source)
+    let text = store::encode("office", &source, &set).unwrap();
+    assert_eq!(store::decode(&text, "office", &source).unwrap(), set);
+    let other = store::decode(&text, "osc-fr1", &source)
         .unwrap_err()
         .to_string();
     assert_eq!(other, "it is of region office");
     let elsewhere = RegionSource::File("/etc/other.txt".into());
-    let other = kept::decode(&text, "office", &elsewhere)
+    let other = store::decode(&text, "office", &elsewhere)
         .unwrap_err()
         .to_string();
     assert!(other.starts_with("it is of another source"), "{other}");
@@ -368,50 +368,21 @@ fn kept_set_comes_back_as_it_was() {
 fn no_mutation_of_a_kept_set_is_taken_for_another() {
     let mut random = fastrand::Rng::with_seed(7);
     let (source, set) = kept_set();
-    let text = kept::encode("office", &source, &set).unwrap();
+    let text = store::encode("office", &source, &set).unwrap();
     for place in 0..text.len() {
         for bit in 0..8 {
             let mut flipped = text.clone();
             flipped[place] ^= 1 << bit;
-            if let Ok(decoded) = kept::decode(&flipped, "office", &source) {
+            if let Ok(decoded) = store::decode(&flipped, "office", &source) {
                 assert_eq!(decoded, set, "bit {bit} of byte {place}");
             }
         }
-        assert!(kept::decode(&text[..place], "office", &source).is_err());
+        assert!(store::decode(&text[..place], "office", &source).is_err());
     }
     for _ in 0..20_000 {
         let mutated = mutate(&mut random, std::slice::from_ref(&text));
-        if let Ok(decoded) = kept::decode(&mutated, "office", &source) {
+        if let Ok(decoded) = store::decode(&mutated, "office", &source) {
             assert_eq!(decoded, set);
         }
     }
-}
-
-#[test]
-fn kept_file_of_somebody_else_or_open_to_others_is_ignored() {
-    use std::os::unix::fs::{PermissionsExt as _, symlink};
-    let directory = tempfile::tempdir().unwrap();
-    let directory = directory.path();
-    let (source, set) = kept_set();
-    assert!(kept::read(directory, "office", &source).unwrap().is_none());
-    kept::write(directory, "office", &source, &set).unwrap();
-    assert_eq!(kept::read(directory, "office", &source).unwrap(), Some(set));
-    let path = directory.join("office.json");
-    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
-
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o622)).unwrap();
-    let error = format!(
-        "{:#}",
-        kept::read(directory, "office", &source).unwrap_err()
-    );
-    assert!(error.contains("others could have written it"), "{error}");
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-    symlink(&path, directory.join("other.json")).unwrap();
-    let error = format!("{:#}", kept::read(directory, "other", &source).unwrap_err());
-    assert!(error.contains("it is not a regular file"), "{error}");
-
-    kept::keep_only(directory, |name| name == "office").unwrap();
-    let left: Vec<_> = std::fs::read_dir(directory).unwrap().collect();
-    assert_eq!(left.len(), 1);
 }

@@ -14,6 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use comfy_table::{ContentArrangement, Table, presets};
+use futures_util::future::join_all;
 use http_body_util::{BodyExt as _, Empty};
 use hyper::{Method, Request, body::Bytes};
 use hyper_util::rt::TokioIo;
@@ -25,17 +26,18 @@ use tokio::net::UnixStream;
 
 use crate::{
     compile::compile,
-    confirmed,
     daemon::{self, Options},
     host,
     host::coverage::{Coverage, Remembered, describe_missing},
     host::driver::{self, Driver},
     kernel::filter,
-    log::{self, log},
+    log,
     policy::{self, Listed, RegionSource},
     policy_file::PolicyFile,
+    region::lookup::{self, Answer, Version},
     region::state::{self as region, Regions},
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
+    store,
 };
 
 /// Widest line that a command prints.
@@ -241,14 +243,20 @@ pub fn command() -> clap::Command {
 /// Parses the command line and does what it says. Usage errors exit 2 in here.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
+    log::install();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let done = runtime
         .context("start the async runtime")
-        .and_then(|runtime| runtime.block_on(execute(command)));
+        .and_then(|runtime| {
+            let done = runtime.block_on(execute(command));
+            // What hangs on a file system is not waited for.
+            runtime.shutdown_background();
+            done
+        });
     let code = done.unwrap_or_else(|error| {
-        log(&format!("filter-agent: {error:#}"));
+        log::failure(&error);
         ExitCode::FAILURE
     });
     log::flush();
@@ -533,6 +541,19 @@ struct CheckedDatabase {
 
 /// Asks no agent: the file may be meant for another host. Nor the network, unless it is told to.
 /// `places`: the BPF file system and the state directory, to look whether this host can enforce the file.
+/// Looks up what must be known of a policy's regions before it can be in force.
+async fn look_up(
+    policy: &policy::Policy,
+    ask: BTreeMap<&str, Option<Version>>,
+) -> BTreeMap<String, Result<Answer>> {
+    let answers = ask.into_iter().map(|(name, version)| async move {
+        let policy::Region { source, guards } = &policy.regions[name];
+        let answer = lookup::ask(source, guards, version.as_ref(), None).await;
+        (name.to_owned(), answer)
+    });
+    join_all(answers).await.into_iter().collect()
+}
+
 async fn check(
     file: &Path,
     resolve: bool,
@@ -547,7 +568,7 @@ async fn check(
         matches!(region.source, RegionSource::File(_))
     };
     ask.retain(|name, _| resolve || is_file(name));
-    let answers = daemon::look_up(&loaded.policy, ask, None).await;
+    let answers = look_up(&loaded.policy, ask).await;
     let regions = region::next(&loaded.policy, &known, answers, Timestamp::now())?;
     let compiled = compile(
         &loaded.policy,
@@ -562,7 +583,7 @@ async fn check(
         format!("region {name} ({source}) is not looked up here, unless with --resolve")
     }));
     let kept = match places {
-        Some((_, state_dir)) => confirmed::read(state_dir),
+        Some((_, state_dir)) => store::read_confirmed(state_dir),
         None => Ok(None),
     };
     let mut errors = Vec::new();
@@ -731,7 +752,7 @@ async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforc
             .filter(|link| link.interface == interface.index);
         links.any(|link| xdp == Some(link.program_id))
     };
-    let kept = confirmed::read(state_dir)?;
+    let kept = store::read_confirmed(state_dir)?;
     let kept = kept.context("no agent answers, and no policy was ever confirmed on this host")?;
     let (policy, _) = policy::parse(&kept.policy).map_err(|problems| {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
@@ -1329,7 +1350,7 @@ async fn detach(yes: bool, socket: &Socket, bpffs: &Path, state_dir: &Path) -> R
         Ok(_) => ask::<Vec<String>>(socket, Method::POST, "/detach").await?,
         Err(_) => {
             let interfaces = filter::remove(bpffs)?;
-            confirmed::remove(state_dir).context(
+            store::forget_confirmed(state_dir).context(
                 "detached: nothing is filtered any more; but the next start may enforce it again",
             )?;
             interfaces.into_iter().map(interface_name).collect()

@@ -78,20 +78,46 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Every interface of this network namespace.
-///
-/// # Errors
-/// No whole list: what cannot be seen must not be taken for what is not there.
-pub async fn interfaces() -> Result<Vec<Interface>> {
-    whole(list_interfaces).await
+/// A route netlink socket to ask over.
+pub struct Netlink {
+    handle: Handle,
 }
 
-/// The XDP programs that run, by interface index: what `interfaces` returns too, at less cost.
+impl Netlink {
+    /// # Errors
+    /// No socket.
+    pub fn connect() -> Result<Self> {
+        // The end of each dump is reported, so that one cut short is noticed.
+        let (mut connection, handle, _) =
+            rtnetlink::new_connection().context("open a route netlink socket")?;
+        connection.set_forward_done(true);
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// Every interface of this network namespace.
+    ///
+    /// # Errors
+    /// No whole list: what cannot be seen must not be taken for what is not there.
+    pub async fn interfaces(&self) -> Result<Vec<Interface>> {
+        whole(|| list_interfaces(&self.handle)).await
+    }
+
+    /// The XDP programs that run, by interface index: what `interfaces` returns too, at less cost.
+    ///
+    /// # Errors
+    /// As `interfaces`.
+    pub async fn programs(&self) -> Result<BTreeMap<u32, AttachedXdp>> {
+        whole(|| list_programs(&self.handle)).await
+    }
+}
+
+/// `Netlink::interfaces`, over a socket for this once.
 ///
 /// # Errors
-/// As `interfaces`.
-pub async fn programs() -> Result<BTreeMap<u32, AttachedXdp>> {
-    whole(list_programs).await
+/// As there.
+pub async fn interfaces() -> Result<Vec<Interface>> {
+    Netlink::connect()?.interfaces().await
 }
 
 /// Repeats a look that the kernel interrupted.
@@ -105,10 +131,9 @@ async fn whole<T, F: Future<Output = Result<T>>>(look: impl FnMut() -> F) -> Res
         .await
 }
 
-async fn list_interfaces() -> Result<Vec<Interface>> {
-    let handle = connect()?;
+async fn list_interfaces(handle: &Handle) -> Result<Vec<Interface>> {
     let mut addresses: BTreeMap<u32, Vec<IpAddr>> = BTreeMap::new();
-    for message in dump_addresses(&handle)
+    for message in dump_addresses(handle)
         .await
         .context("list the host's addresses")?
     {
@@ -120,10 +145,10 @@ async fn list_interfaces() -> Result<Vec<Interface>> {
                 .extend(local_address(&message));
         }
     }
-    let default_routes = default_routes(&handle)
+    let default_routes = default_routes(handle)
         .await
         .context("list the host's routes")?;
-    let links = dump_links(&handle)
+    let links = dump_links(handle)
         .await
         .context("list the host's interfaces")?;
     let interfaces = links.into_iter().map(|message| {
@@ -160,8 +185,8 @@ async fn list_interfaces() -> Result<Vec<Interface>> {
     Ok(interfaces.collect())
 }
 
-async fn list_programs() -> Result<BTreeMap<u32, AttachedXdp>> {
-    let links = dump_links(&connect()?)
+async fn list_programs(handle: &Handle) -> Result<BTreeMap<u32, AttachedXdp>> {
+    let links = dump_links(handle)
         .await
         .context("list the host's interfaces")?;
     let mut programs = BTreeMap::new();
@@ -176,15 +201,6 @@ async fn list_programs() -> Result<BTreeMap<u32, AttachedXdp>> {
         programs.extend(xdp.map(|xdp| (message.header.index, xdp)));
     }
     Ok(programs)
-}
-
-/// A connection for dumps: the end of each is reported, so that one cut short is noticed.
-fn connect() -> Result<Handle> {
-    let (mut connection, handle, _) =
-        rtnetlink::new_connection().context("open a route netlink socket")?;
-    connection.set_forward_done(true);
-    tokio::spawn(connection);
-    Ok(handle)
 }
 
 async fn dump_addresses(handle: &Handle) -> Result<Vec<AddressMessage>> {

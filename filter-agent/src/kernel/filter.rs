@@ -247,6 +247,9 @@ pub struct TakenOver {
 /// was only counted, not enforced.
 pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
 
+/// Packets allowed, by database and text of the rule's key.
+pub type Hits = BTreeMap<(String, String), u64>;
+
 /// Connections by database, what became of them, and whether that was only monitored.
 pub type Fates = BTreeMap<(String, Fate, bool), u64>;
 
@@ -845,14 +848,14 @@ impl Filter {
     }
 
     /// Packets allowed, by database and text of the rule's key.
-    pub fn hits(&self) -> Result<BTreeMap<(String, String), u64>> {
+    pub fn hits(&self) -> Result<Hits> {
         let databases: BTreeMap<u16, &str> = self
             .held
             .slots_by_name()
             .into_iter()
             .map(|(database, slot)| (slot, database))
             .collect();
-        let mut hits = BTreeMap::new();
+        let mut hits = Hits::new();
         for (id, name) in &self.held.rules {
             if let (Some(database), Some(rule)) = (databases.get(&name.slot), name.text()) {
                 let packets = self.hits_of(*id, false)? + self.hits_of(*id, true)?;

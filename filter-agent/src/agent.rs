@@ -1,0 +1,1162 @@
+//! The agent's state, and what becomes of it when something happens: events in, effects out. It does no I/O and
+//! reads no clock; one change is under way at a time, and what would change something meanwhile waits.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    mem,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+
+use crate::{
+    clock::{Ends, Now},
+    compile,
+    enforcer::Checked,
+    host::coverage::Remembered,
+    log::Entry,
+    look_ups::{LookUp, LookUps, Purpose},
+    policy::RegionSource,
+    policy_file::PolicyFile,
+    reconcile::{Committed, Occasion, Refused, list},
+    region::{
+        lookup::Answer,
+        state::{self as region, Change, Regions, State},
+    },
+    report,
+    snapshot::{Snapshot, consequence},
+    store::{Confirmed, Record, Write},
+};
+
+/// Pauses before a change that the kernel refused is tried again.
+const FIRST_RETRY: Duration = Duration::from_secs(10);
+const LONGEST_RETRY: Duration = Duration::from_mins(5);
+
+/// How often a set that stays the same is written to disk, for the time it was confirmed.
+const SAVE_AGAIN: Duration = Duration::from_mins(10);
+
+/// Time that an answer waits for the disk. A disk that hangs is not waited for.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Longest time between two ticks: the host's clock may be set meanwhile.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// Prefixes that one line of the log lists; the rest are only counted.
+const MAX_LOGGED_PREFIXES: usize = 5;
+
+/// Everything that happens.
+#[derive(Debug)]
+pub enum Event {
+    Request(Request),
+    /// SIGHUP: a reload that nobody waits for.
+    Hangup,
+    PolicyRead {
+        proposal: u64,
+        file: Result<PolicyFile>,
+    },
+    LookedUp {
+        number: u64,
+        answer: Result<Answer>,
+    },
+    /// A region's file; `None`: any of them.
+    FileChanged(Option<PathBuf>),
+    Committed(Result<(Committed, Checked), Refused>),
+    Detached(Result<Vec<String>>),
+    Checked(Checked),
+    Saved {
+        record: Record,
+        result: Result<()>,
+    },
+    /// Time passes.
+    Tick,
+}
+
+pub type Reply<T> = oneshot::Sender<Result<T>>;
+
+/// A request of a client that waits for the reply.
+#[derive(Debug)]
+pub enum Request {
+    Reload {
+        options: ReloadOptions,
+        reply: Reply<report::Reloaded>,
+    },
+    Plan {
+        /// `None`: the text of the agent's own policy file.
+        text: Option<String>,
+        /// The file's name in messages.
+        path: Option<PathBuf>,
+        reply: Reply<report::Plan>,
+    },
+    Refresh {
+        /// `None`: every region that is looked up.
+        region: Option<String>,
+        accept: bool,
+        reply: Reply<Vec<report::Refreshed>>,
+    },
+    Detach {
+        reply: Reply<Vec<String>>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ReloadOptions {
+    /// Judge connections from before TLS was forced, too.
+    pub existing: bool,
+    /// Leave unguarded what the policy in force guards and the new one does not.
+    pub allow_unprotect: bool,
+}
+
+/// What is to be done for the agent.
+#[derive(Debug)]
+pub enum Effect {
+    /// Read and check a policy; `text`: it is here already. Answered by `PolicyRead`.
+    ReadPolicy {
+        proposal: u64,
+        path: PathBuf,
+        text: Option<String>,
+    },
+    /// Answered by `LookedUp`.
+    LookUp(LookUp),
+    /// Answered by `Committed`.
+    Commit {
+        order: Order,
+        occasion: Occasion,
+        existing: bool,
+    },
+    Plan {
+        order: Order,
+        reply: Reply<report::Plan>,
+    },
+    /// Answered by `Detached`.
+    Detach,
+    /// Answered by `Saved`.
+    Save(Write),
+    Log(Entry),
+    /// One line for the service manager.
+    Status(String),
+    /// What is listed and exists is enforced, for the first time.
+    Ready,
+    /// The filter was detached: the agent ends.
+    Stop,
+}
+
+/// What is to be enforced.
+#[derive(Clone, Debug)]
+pub struct Order {
+    pub file: Arc<PolicyFile>,
+    pub prefixes: compile::Regions,
+    /// Rules that end by then are left out.
+    pub at: Timestamp,
+}
+
+/// A policy that waits for its file or its regions.
+#[derive(Debug)]
+struct Proposal {
+    aim: Aim,
+    file: Option<Arc<PolicyFile>>,
+    answers: BTreeMap<String, Result<Answer>>,
+}
+
+#[derive(Debug)]
+enum Aim {
+    /// `reply`: `None` for SIGHUP.
+    Reload {
+        options: ReloadOptions,
+        reply: Option<Reply<report::Reloaded>>,
+    },
+    Plan {
+        reply: Reply<report::Plan>,
+    },
+}
+
+/// The change that is under way.
+#[derive(Debug)]
+enum UnderWay {
+    Change { regions: Regions, cause: Cause },
+    Detach { reply: Reply<Vec<String>> },
+}
+
+#[derive(Debug)]
+enum Cause {
+    Reload {
+        file: Arc<PolicyFile>,
+        asked: Vec<String>,
+        reply: Option<Reply<report::Reloaded>>,
+    },
+    Region {
+        name: String,
+        change: Change,
+        waiters: Vec<u64>,
+    },
+    Time {
+        changes: Vec<(String, Change)>,
+        /// When the rules that are taken out ended.
+        ended: Option<Timestamp>,
+    },
+}
+
+/// A change that the kernel refused, and that is tried again.
+#[derive(Debug)]
+struct Stuck {
+    error: String,
+    failures: usize,
+    next: Timestamp,
+    /// Whether the maps hold something else than what they held before.
+    not_taken_back: bool,
+}
+
+/// A request to look regions up.
+#[derive(Debug)]
+struct Refresh {
+    waiting: BTreeSet<String>,
+    done: BTreeMap<String, report::Refreshed>,
+    reply: Reply<Vec<report::Refreshed>>,
+}
+
+/// A reply that waits for the confirmed policy to be on disk.
+#[derive(Debug)]
+struct Late {
+    until: Timestamp,
+    answer: LateAnswer,
+}
+
+#[derive(Debug)]
+enum LateAnswer {
+    Reloaded(Box<report::Reloaded>, Reply<report::Reloaded>),
+    Detached(Vec<String>, Reply<Vec<String>>),
+}
+
+/// What a start found and enforced.
+#[derive(Debug)]
+pub struct Started {
+    pub path: PathBuf,
+    pub file: Arc<PolicyFile>,
+    pub regions: Regions,
+    /// Regions whose set is not what is on disk.
+    pub unsaved: BTreeSet<String>,
+    pub committed: Committed,
+    pub checked: Checked,
+    /// As it is on disk.
+    pub confirmed: Option<Confirmed>,
+    /// Why the policy file is not the policy in force.
+    pub instead_of_file: Option<String>,
+    /// Why the confirmed policy could not be read, to compare the file with.
+    pub unreadable: Option<String>,
+}
+
+pub struct Agent {
+    /// The policy file that a reload reads.
+    path: PathBuf,
+    file: Arc<PolicyFile>,
+    enforced: report::Enforced,
+    regions: Regions,
+    remembered: Remembered,
+    now: Now,
+    started: Timestamp,
+    ends: Ends,
+    look_ups: LookUps,
+    under_way: Option<UnderWay>,
+    /// Events that wait for the change that is under way.
+    deferred: VecDeque<Event>,
+    proposals: BTreeMap<u64, Proposal>,
+    /// Reloads that wait for the one that is proposed.
+    reloads: VecDeque<(ReloadOptions, Option<Reply<report::Reloaded>>)>,
+    refreshes: BTreeMap<u64, Refresh>,
+    stuck: Option<Stuck>,
+    /// The confirmed policy that was given to the store last.
+    confirmed: Option<Confirmed>,
+    /// When each region's set was given to the store last.
+    saved: BTreeMap<String, Timestamp>,
+    /// Why records are not on disk.
+    unsaved: BTreeMap<Record, String>,
+    instead_of_file: Option<String>,
+    unreadable: Option<String>,
+    late: Vec<Late>,
+    is_ready: bool,
+    is_detached: bool,
+    effects: Vec<Effect>,
+}
+
+impl Agent {
+    /// The agent after a start, and what is to be done first.
+    pub fn start(started: Started, now: Now) -> (Self, Vec<Effect>) {
+        let Started {
+            path,
+            file,
+            regions,
+            unsaved,
+            committed,
+            checked,
+            confirmed,
+            instead_of_file,
+            unreadable,
+        } = started;
+        let mut agent = Self {
+            path,
+            file,
+            enforced: committed.enforced,
+            regions,
+            remembered: Remembered::default(),
+            now,
+            started: now.wall,
+            ends: Ends::start(now),
+            look_ups: LookUps::default(),
+            under_way: None,
+            deferred: VecDeque::new(),
+            proposals: BTreeMap::new(),
+            reloads: VecDeque::new(),
+            refreshes: BTreeMap::new(),
+            stuck: None,
+            confirmed,
+            saved: BTreeMap::new(),
+            unsaved: BTreeMap::new(),
+            instead_of_file,
+            unreadable,
+            late: Vec::new(),
+            is_ready: false,
+            is_detached: false,
+            effects: Vec::new(),
+        };
+        if let Some(reason) = &agent.instead_of_file {
+            let error = format!("{reason}; the confirmed policy is enforced instead");
+            agent.log(Entry::error(error));
+        }
+        agent.log_all(committed.entries);
+        for error in committed.errors {
+            agent.log(Entry::error(error));
+        }
+        if let Some(unreadable) = agent.unreadable.clone() {
+            agent.log(Entry::error(unreadable));
+        }
+        for name in agent.regions.keys().cloned().collect::<Vec<_>>() {
+            if unsaved.contains(&name) {
+                agent.save_region(&name, true);
+            } else {
+                agent.saved.insert(name, now.steady);
+            }
+        }
+        agent.forget_unused();
+        agent.checked(checked);
+        agent.tick();
+        let effects = mem::take(&mut agent.effects);
+        (agent, effects)
+    }
+
+    /// Takes an event. Returns what is to be done for it.
+    pub fn handle(&mut self, event: Event, now: Now) -> Vec<Effect> {
+        self.now = now;
+        self.take(event);
+        while self.under_way.is_none()
+            && let Some(event) = self.deferred.pop_front()
+        {
+            self.take(event);
+        }
+        mem::take(&mut self.effects)
+    }
+
+    fn take(&mut self, event: Event) {
+        // Replies are dropped, which their clients see.
+        if self.is_detached && !matches!(event, Event::Saved { .. } | Event::Tick) {
+            return;
+        }
+        match event {
+            Event::Committed(result) => self.committed(result),
+            Event::Detached(result) => self.detached(result),
+            Event::Checked(checked) => {
+                self.checked(checked);
+            }
+            Event::Saved { record, result } => self.saved(&record, result),
+            Event::Tick => self.tick(),
+            event if self.under_way.is_some() => self.deferred.push_back(event),
+            Event::Request(Request::Reload { options, reply }) => {
+                self.reload(options, Some(reply));
+            }
+            Event::Hangup => self.reload(ReloadOptions::default(), None),
+            Event::Request(Request::Plan { text, path, reply }) => {
+                self.propose(Aim::Plan { reply }, path, text);
+            }
+            Event::Request(Request::Refresh {
+                region,
+                accept,
+                reply,
+            }) => self.refresh(region, accept, reply),
+            Event::Request(Request::Detach { reply }) => {
+                self.under_way = Some(UnderWay::Detach { reply });
+                self.effects.push(Effect::Detach);
+            }
+            Event::PolicyRead { proposal, file } => self.policy_read(proposal, file),
+            Event::LookedUp { number, answer } => self.looked_up(number, answer),
+            Event::FileChanged(path) => self.file_changed(path.as_deref()),
+        }
+    }
+
+    fn log(&mut self, entry: Entry) {
+        self.effects.push(Effect::Log(entry));
+    }
+
+    fn log_all(&mut self, entries: Vec<Entry>) {
+        self.effects.extend(entries.into_iter().map(Effect::Log));
+    }
+
+    // Proposals: a reload or a plan, until it is decided.
+
+    fn reload(&mut self, options: ReloadOptions, reply: Option<Reply<report::Reloaded>>) {
+        let is_reload = |proposal: &Proposal| matches!(proposal.aim, Aim::Reload { .. });
+        if self.proposals.values().any(is_reload) {
+            self.reloads.push_back((options, reply));
+        } else {
+            self.propose(Aim::Reload { options, reply }, None, None);
+        }
+    }
+
+    fn propose(&mut self, aim: Aim, path: Option<PathBuf>, text: Option<String>) {
+        let number = self.look_ups.number();
+        let proposal = Proposal {
+            aim,
+            file: None,
+            answers: BTreeMap::new(),
+        };
+        self.proposals.insert(number, proposal);
+        self.effects.push(Effect::ReadPolicy {
+            proposal: number,
+            path: path.unwrap_or_else(|| self.path.clone()),
+            text,
+        });
+    }
+
+    fn policy_read(&mut self, number: u64, file: Result<PolicyFile>) {
+        let Some(proposal) = self.proposals.get_mut(&number) else {
+            return;
+        };
+        let file = match file {
+            Ok(file) => Arc::new(file),
+            Err(error) => return self.refuse(number, error),
+        };
+        proposal.file = Some(file.clone());
+        for (name, version) in region::to_ask(&file.policy, &self.regions) {
+            let look_up = LookUp {
+                number: self.look_ups.begin_for_proposal(number, name),
+                name: name.into(),
+                region: file.policy.regions[name].clone(),
+                version,
+            };
+            self.effects.push(Effect::LookUp(look_up));
+        }
+        self.decide(number);
+    }
+
+    /// Makes a change of a proposal, or a plan, once all that was asked about its regions is there.
+    fn decide(&mut self, number: u64) {
+        if self.look_ups.is_waiting(number) {
+            return;
+        }
+        let Some(Proposal {
+            aim,
+            file: Some(file),
+            answers,
+        }) = self.proposals.remove(&number)
+        else {
+            return;
+        };
+        let asked = answers.keys().cloned().collect();
+        let next = region::next(&file.policy, &self.regions, answers, self.now.steady);
+        let order = |regions: &Regions, at| Order {
+            file: file.clone(),
+            prefixes: region::prefixes(regions),
+            at,
+        };
+        match (aim, next) {
+            (Aim::Reload { options, reply }, Ok(regions)) => {
+                // A reload computes the ends anew, by the host's clock.
+                let order = order(&regions, self.now.wall);
+                let occasion = Occasion::Reload {
+                    allow_unprotect: options.allow_unprotect,
+                };
+                let cause = Cause::Reload { file, asked, reply };
+                self.change(regions, cause, order, occasion, options.existing);
+            }
+            (Aim::Plan { reply }, Ok(regions)) => self.effects.push(Effect::Plan {
+                order: order(&regions, self.now.wall),
+                reply,
+            }),
+            (aim, Err(error)) => self.refuse_aim(aim, error),
+        }
+    }
+
+    fn refuse(&mut self, number: u64, error: anyhow::Error) {
+        self.look_ups.drop_proposal(number);
+        if let Some(proposal) = self.proposals.remove(&number) {
+            self.refuse_aim(proposal.aim, error);
+        }
+    }
+
+    fn refuse_aim(&mut self, aim: Aim, error: anyhow::Error) {
+        match aim {
+            Aim::Plan { reply } => send(reply, Err(error)),
+            Aim::Reload { reply, .. } => self.refuse_reload(reply, Refused::from(error)),
+        }
+    }
+
+    fn refuse_reload(&mut self, reply: Option<Reply<report::Reloaded>>, refused: Refused) {
+        let error = refused.describe("reload");
+        self.log(Entry::error(format!("{error:#}")));
+        if let Some(reply) = reply {
+            send(reply, Err(error));
+        }
+        self.next_reload();
+    }
+
+    fn next_reload(&mut self) {
+        if let Some((options, reply)) = self.reloads.pop_front() {
+            self.reload(options, reply);
+        }
+    }
+
+    // Changes.
+
+    fn change(
+        &mut self,
+        regions: Regions,
+        cause: Cause,
+        order: Order,
+        occasion: Occasion,
+        existing: bool,
+    ) {
+        self.under_way = Some(UnderWay::Change { regions, cause });
+        self.effects.push(Effect::Commit {
+            order,
+            occasion,
+            existing,
+        });
+    }
+
+    /// A change of the regions or by time, under the policy in force.
+    fn change_regions(&mut self, regions: Regions, cause: Cause) {
+        let order = Order {
+            file: self.file.clone(),
+            prefixes: region::prefixes(&regions),
+            at: self.ends.now(self.now),
+        };
+        self.change(regions, cause, order, Occasion::Change, false);
+    }
+
+    fn committed(&mut self, result: Result<(Committed, Checked), Refused>) {
+        let Some(UnderWay::Change { regions, cause }) = self.under_way.take() else {
+            return;
+        };
+        match result {
+            Ok((committed, checked)) => {
+                if self.stuck.take().is_some() {
+                    self.log(Entry::info("the kernel takes changes again"));
+                }
+                let before = mem::replace(&mut self.regions, regions);
+                self.enforced.next_expiry = committed.enforced.next_expiry;
+                match cause {
+                    Cause::Reload { file, asked, reply } => {
+                        self.reloaded(file, &asked, &before, committed, checked, reply);
+                    }
+                    Cause::Region {
+                        name,
+                        change,
+                        waiters,
+                    } => {
+                        self.log(describe(&name, &change));
+                        self.log_all(committed.entries);
+                        self.checked(checked);
+                        self.region_done(&name, before.get(&name), change, &waiters);
+                    }
+                    Cause::Time { changes, ended } => {
+                        if let Some(ended) = ended {
+                            self.log(Entry::info(format!(
+                                "rules that expired at {ended} no longer allow anybody"
+                            )));
+                        }
+                        self.log_all(committed.entries);
+                        for (name, change) in changes {
+                            self.log(describe(&name, &change));
+                            self.region_done(&name, before.get(&name), change, &[]);
+                        }
+                        self.checked(checked);
+                    }
+                }
+            }
+            Err(refused) => self.refused(cause, refused),
+        }
+    }
+
+    fn refused(&mut self, cause: Cause, refused: Refused) {
+        let not_taken_back = refused.not_taken_back.is_some();
+        match cause {
+            Cause::Reload { reply, .. } => {
+                if not_taken_back {
+                    let error = format!("{:#}", refused.error);
+                    self.retry_later(error, true);
+                }
+                self.refuse_reload(reply, refused);
+            }
+            Cause::Region { name, waiters, .. } => {
+                let error = format!("{:#}", refused.describe("change"));
+                let before = self.regions.get(&name).cloned();
+                if let Some(state) = self.regions.get_mut(&name) {
+                    state.fail(error.clone(), self.now.steady);
+                }
+                if not_taken_back {
+                    self.retry_later(error, true);
+                }
+                self.region_done(&name, before.as_ref(), Change::default(), &waiters);
+            }
+            Cause::Time { ended, .. } => {
+                let what = match ended {
+                    Some(_) => "take out expired rules",
+                    None => "take out what is allowed no longer",
+                };
+                let error = format!("{what}: {:#}", refused.describe("change"));
+                self.retry_later(error, not_taken_back);
+            }
+        }
+    }
+
+    /// Tries a change that time makes again, after a pause that grows.
+    fn retry_later(&mut self, error: String, not_taken_back: bool) {
+        let before = self.stuck.take();
+        if before.as_ref().is_none_or(|before| before.error != error) {
+            self.log(Entry::error(error.clone()));
+        }
+        let failures = before.as_ref().map_or(0, |before| before.failures);
+        let mut pauses = ExponentialBuilder::new()
+            .with_min_delay(FIRST_RETRY)
+            .with_max_delay(LONGEST_RETRY)
+            .without_max_times()
+            .build();
+        // Past the longest pause one more changes nothing.
+        let pause = pauses.nth(failures.min(16)).unwrap_or(LONGEST_RETRY);
+        self.stuck = Some(Stuck {
+            error,
+            failures: failures + 1,
+            next: self.now.steady + pause.min(LONGEST_RETRY),
+            not_taken_back: not_taken_back || before.is_some_and(|before| before.not_taken_back),
+        });
+    }
+
+    fn reloaded(
+        &mut self,
+        file: Arc<PolicyFile>,
+        asked: &[String],
+        before: &Regions,
+        committed: Committed,
+        checked: Checked,
+        reply: Option<Reply<report::Reloaded>>,
+    ) {
+        self.file = file;
+        self.enforced = committed.enforced;
+        self.instead_of_file = None;
+        self.unreadable = None;
+        self.ends = Ends::start(self.now);
+        // What was asked before is overtaken, or about a region that is no longer what it was.
+        let regions = &self.regions;
+        let ended = self.look_ups.end(|name| {
+            let source = |regions: &Regions| regions.get(name).map(|s| s.region.source.clone());
+            asked.iter().any(|asked| asked == name) || source(regions) != source(before)
+        });
+        let ended: Vec<u64> = ended.into_iter().flat_map(|(_, waiters)| waiters).collect();
+        for name in asked {
+            let same = before.get(name).zip(self.regions.get(name));
+            let same = same.is_some_and(|(before, now)| before.holds_the_same(now));
+            let is_saved = same && !self.unsaved.contains_key(&Record::Region(name.clone()));
+            self.save_region(name, !is_saved);
+        }
+        let is_used = |name: &String| self.regions.contains_key(name);
+        self.saved.retain(|name, _| is_used(name));
+        self.unsaved
+            .retain(|record, _| !matches!(record, Record::Region(name) if !is_used(name)));
+        self.forget_unused();
+        self.log_all(committed.entries);
+        for error in &committed.errors {
+            self.log(Entry::error(error.clone()));
+        }
+        let verified = checked.verified.clone();
+        let is_saving = self.checked(checked);
+        let names: Vec<String> = before.keys().cloned().collect();
+        for name in names {
+            self.refreshed(&name, &Change::default(), &ended);
+        }
+        if let Some(reply) = reply {
+            let reloaded = report::Reloaded {
+                plan: committed.report,
+                enforced: self.enforced.clone(),
+                verified,
+                errors: committed.errors,
+            };
+            let late = Late {
+                until: self.now.steady + SAVE_TIMEOUT,
+                answer: LateAnswer::Reloaded(Box::new(reloaded), reply),
+            };
+            // A restart right after a reload starts with what the reload enforced.
+            if is_saving {
+                self.late.push(late);
+            } else {
+                self.answer(late);
+            }
+        }
+        self.next_reload();
+    }
+
+    // Regions.
+
+    fn look_up(&mut self, name: &str, accept: bool, waiter: Option<u64>) {
+        let Some(state) = self.regions.get_mut(name) else {
+            return;
+        };
+        // The answer says when to ask again.
+        state.next = None;
+        let look_up = LookUp {
+            number: self.look_ups.begin(name, accept, waiter),
+            name: name.into(),
+            region: state.region.clone(),
+            version: state.version().cloned(),
+        };
+        self.effects.push(Effect::LookUp(look_up));
+    }
+
+    fn looked_up(&mut self, number: u64, answer: Result<Answer>) {
+        match self.look_ups.finish(number) {
+            None => {}
+            Some(Purpose::Proposal { number, name }) => {
+                if let Some(proposal) = self.proposals.get_mut(&number) {
+                    proposal.answers.insert(name, answer);
+                    self.decide(number);
+                }
+            }
+            Some(Purpose::Region {
+                name,
+                accept,
+                waiters,
+            }) => {
+                let Some(before) = self.regions.get(&name).cloned() else {
+                    return;
+                };
+                let mut state = before.clone();
+                let change = state.take(answer, accept, self.now.steady);
+                // A file may have changed again since it was read.
+                state.next = [state.next, before.next].into_iter().flatten().min();
+                if change.is_empty() {
+                    self.regions.insert(name.clone(), state);
+                    self.region_done(&name, Some(&before), change, &waiters);
+                } else {
+                    let mut regions = self.regions.clone();
+                    regions.insert(name.clone(), state);
+                    let cause = Cause::Region {
+                        name,
+                        change,
+                        waiters,
+                    };
+                    self.change_regions(regions, cause);
+                }
+            }
+        }
+    }
+
+    fn file_changed(&mut self, path: Option<&Path>) {
+        let is_meant = |source: &RegionSource| match source {
+            RegionSource::File(file) => path.is_none_or(|path| path == file),
+            _ => false,
+        };
+        for state in self.regions.values_mut() {
+            if is_meant(&state.region.source) {
+                state.next = Some(self.now.steady);
+            }
+        }
+        // What was read for a policy that is not in force yet is out of date as well.
+        for (&number, proposal) in &mut self.proposals {
+            let Some(file) = &proposal.file else { continue };
+            let used: BTreeSet<&String> = region::used(&file.policy).collect();
+            for name in used {
+                let Some(region) = file.policy.regions.get(name) else {
+                    continue;
+                };
+                if is_meant(&region.source) {
+                    proposal.answers.remove(name);
+                    self.effects.push(Effect::LookUp(LookUp {
+                        number: self.look_ups.begin_for_proposal(number, name),
+                        name: name.clone(),
+                        region: region.clone(),
+                        version: None,
+                    }));
+                }
+            }
+        }
+        self.tick();
+    }
+
+    /// Logs what a look-up came to, keeps it, and tells who waits for it.
+    fn region_done(&mut self, name: &str, before: Option<&State>, change: Change, waiters: &[u64]) {
+        if let Some(state) = self.regions.get(name) {
+            let failed = before.filter(|before| before.failing);
+            let failed = failed.and_then(|before| before.error.as_ref());
+            let entry = match (&failed, &state.error) {
+                // Once, however often it is tried again.
+                (failed, Some(error)) if state.failing => failed
+                    .is_none_or(|failed| failed.text != error.text)
+                    .then(|| {
+                        let consequence = consequence(state, self.now);
+                        Entry::warning(format!("region {name}: {}; {consequence}", error.text))
+                    }),
+                (Some(_), _) => Some(Entry::info(format!("region {name}: answers again"))),
+                (None, _) => None,
+            };
+            if let Some(entry) = entry {
+                self.log(entry.with("REGION", name));
+            }
+        }
+        self.save_region(name, !change.is_empty());
+        self.refreshed(name, &change, waiters);
+    }
+
+    fn refresh(
+        &mut self,
+        region: Option<String>,
+        accept: bool,
+        reply: Reply<Vec<report::Refreshed>>,
+    ) {
+        let names = match self.to_refresh(region) {
+            Ok(names) => names,
+            Err(error) => return send(reply, Err(error)),
+        };
+        if names.is_empty() {
+            return send(reply, Ok(Vec::new()));
+        }
+        let number = self.look_ups.number();
+        let refresh = Refresh {
+            waiting: names.iter().cloned().collect(),
+            done: BTreeMap::new(),
+            reply,
+        };
+        self.refreshes.insert(number, refresh);
+        for name in names {
+            self.look_up(&name, accept, Some(number));
+        }
+    }
+
+    /// The regions that a request means. Constant ones are not looked up: their prefixes stand in the policy.
+    fn to_refresh(&self, region: Option<String>) -> Result<Vec<String>> {
+        let Some(name) = region else {
+            let states = self.regions.iter();
+            let changing = states.filter(|(_, state)| !state.region.is_constant());
+            return Ok(changing.map(|(name, _)| name.clone()).collect());
+        };
+        match self.regions.get(&name) {
+            None if self.regions.is_empty() => {
+                bail!("no rule names region {name}, nor any other region")
+            }
+            None => {
+                let known = list(self.regions.keys());
+                bail!("no rule names region {name}; rules name {known}")
+            }
+            Some(state) => ensure!(
+                !state.region.is_constant(),
+                "the prefixes of region {name} stand in the policy: there is nothing to look up"
+            ),
+        }
+        Ok(vec![name])
+    }
+
+    /// Notes for those that wait for a region what its look-up came to.
+    fn refreshed(&mut self, name: &str, change: &Change, waiters: &[u64]) {
+        for number in waiters {
+            let Some(refresh) = self.refreshes.get_mut(number) else {
+                continue;
+            };
+            if !refresh.waiting.remove(name) {
+                continue;
+            }
+            let state = self.regions.get(name);
+            let error = match state {
+                Some(state) if state.failing => state.error.as_ref().map(|e| e.text.clone()),
+                Some(_) => None,
+                None => Some("no rule names it any more".into()),
+            };
+            let set = state.and_then(|state| state.set.as_ref());
+            let refreshed = report::Refreshed {
+                region: name.into(),
+                prefixes: set.map_or(0, |set| set.prefixes.len()),
+                added: change.added.clone(),
+                left: change.left.clone(),
+                removed: change.removed.clone(),
+                error,
+            };
+            refresh.done.insert(name.into(), refreshed);
+            if refresh.waiting.is_empty()
+                && let Some(refresh) = self.refreshes.remove(number)
+            {
+                send(refresh.reply, Ok(refresh.done.into_values().collect()));
+            }
+        }
+    }
+
+    // Time.
+
+    /// What time alone brings: look-ups that are due, prefixes and rules that end, replies that waited enough.
+    fn tick(&mut self) {
+        let now = self.now.steady;
+        for late in self
+            .late
+            .extract_if(.., |late| late.until <= now)
+            .collect::<Vec<_>>()
+        {
+            self.answer(late);
+        }
+        if self.under_way.is_some() || self.is_detached {
+            return;
+        }
+        let due = self.regions.iter().filter(|(name, state)| {
+            state.next.is_some_and(|next| next <= now) && !self.look_ups.is_under_way(name)
+        });
+        for name in due.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            self.look_up(&name, false, None);
+        }
+        if self.stuck.as_ref().is_some_and(|stuck| stuck.next > now) {
+            return;
+        }
+        let mut regions = self.regions.clone();
+        let mut changes = Vec::new();
+        for (name, state) in &mut regions {
+            if state.next_tick().is_some_and(|next| next <= now) {
+                changes.push((name.clone(), state.tick(now)));
+            }
+        }
+        let ends = self.ends.now(self.now);
+        let ended = self.enforced.next_expiry.filter(|&next| next <= ends);
+        let must_repair = self
+            .stuck
+            .as_ref()
+            .is_some_and(|stuck| stuck.not_taken_back);
+        if !changes.is_empty() || ended.is_some() || must_repair {
+            self.change_regions(regions, Cause::Time { changes, ended });
+        }
+    }
+
+    /// How long until the next tick.
+    pub fn until_tick(&self, now: Now) -> Duration {
+        let late = self.late.iter().map(|late| late.until);
+        let regions = self.regions.iter().flat_map(|(name, state)| {
+            let next = state.next.filter(|_| !self.look_ups.is_under_way(name));
+            let retry = self.stuck.as_ref().map(|stuck| stuck.next);
+            [
+                next,
+                state
+                    .next_tick()
+                    .max(retry.filter(|_| state.next_tick().is_some())),
+            ]
+        });
+        let next = regions.flatten().chain(late).min();
+        let until = |instant: Timestamp, now: Timestamp| {
+            Duration::try_from(instant.duration_since(now)).unwrap_or_default()
+        };
+        let mut wait = next.map_or(LONGEST_WAIT, |next| until(next, now.steady));
+        if self.under_way.is_some() {
+            wait = LONGEST_WAIT;
+        } else if let (Some(expiry), None) = (self.enforced.next_expiry, &self.stuck) {
+            wait = wait.min(until(expiry, now.wall));
+        }
+        wait.min(LONGEST_WAIT)
+    }
+
+    // What the kernel and the disk report.
+
+    /// Returns whether the confirmed policy is on its way to disk.
+    fn checked(&mut self, checked: Checked) -> bool {
+        self.remembered = checked.remembered;
+        self.log_all(checked.entries);
+        self.effects.extend(checked.summary.map(Effect::Status));
+        if !self.is_ready && checked.verified.errors.is_empty() {
+            self.is_ready = true;
+            self.effects.push(Effect::Ready);
+        }
+        self.confirm()
+    }
+
+    /// Has the policy in force written to disk, with what its entries of `interfaces` stand for, if that is not
+    /// what was written last. Returns whether it is. What cannot be read is left for the operator to see until
+    /// a reload.
+    fn confirm(&mut self) -> bool {
+        let confirmed = Confirmed {
+            policy: self.file.text.clone(),
+            interfaces: self.remembered.clone(),
+        };
+        let is_saved = self.confirmed.as_ref() == Some(&confirmed)
+            && !self.unsaved.contains_key(&Record::Confirmed);
+        if self.unreadable.is_some() || is_saved {
+            return false;
+        }
+        self.confirmed = Some(confirmed.clone());
+        self.effects
+            .push(Effect::Save(Write::Confirmed(Some(confirmed))));
+        true
+    }
+
+    /// Has a region's set written to disk, if it changed or its time there is old.
+    fn save_region(&mut self, name: &str, changed: bool) {
+        let now = self.now.steady;
+        let is_old = |saved: &Timestamp| *saved + SAVE_AGAIN <= now;
+        let Some(state) = self.regions.get(name) else {
+            return;
+        };
+        let is_due = changed || self.saved.get(name).is_none_or(is_old);
+        let (true, false, Some(set)) = (is_due, state.region.is_constant(), &state.set) else {
+            return;
+        };
+        self.effects.push(Effect::Save(Write::Region {
+            name: name.into(),
+            source: state.region.source.clone(),
+            set: set.clone(),
+        }));
+        self.saved.insert(name.into(), now);
+    }
+
+    /// Of regions that no rule names any more nothing is kept: it would be out of date when one does.
+    fn forget_unused(&mut self) {
+        let names = self.regions.keys().cloned().collect();
+        self.effects.push(Effect::Save(Write::Regions(names)));
+    }
+
+    fn saved(&mut self, record: &Record, result: Result<()>) {
+        let what = |error: &str| match record {
+            Record::Confirmed => {
+                format!("the policy in force is not kept for the next start: {error}")
+            }
+            Record::Region(name) => format!("region {name}: {error}"),
+            Record::Regions => error.to_owned(),
+        };
+        let late: Vec<Late> = match record {
+            Record::Confirmed => mem::take(&mut self.late),
+            _ => Vec::new(),
+        };
+        match result {
+            Ok(()) => {
+                if let (Some(_), Record::Region(name)) = (self.unsaved.remove(record), record) {
+                    let entry = format!("region {name}: its set is kept on disk again");
+                    self.log(Entry::info(entry).with("REGION", name));
+                }
+            }
+            Err(error) => {
+                let error = what(&format!("{error:#}"));
+                if self.unsaved.get(record) != Some(&error) {
+                    self.log(Entry::warning(error.clone()));
+                }
+                self.unsaved.insert(record.clone(), error);
+            }
+        }
+        for late in late {
+            self.answer(late);
+        }
+    }
+
+    fn detached(&mut self, result: Result<Vec<String>>) {
+        let Some(UnderWay::Detach { reply }) = self.under_way.take() else {
+            return;
+        };
+        match result {
+            Ok(names) => {
+                self.is_detached = true;
+                self.effects.push(Effect::Save(Write::Confirmed(None)));
+                self.late.push(Late {
+                    until: self.now.steady + SAVE_TIMEOUT,
+                    answer: LateAnswer::Detached(names, reply),
+                });
+            }
+            Err(error) => {
+                self.log(Entry::error(format!("detach: {error:#}")));
+                send(reply, Err(error));
+            }
+        }
+    }
+
+    /// Sends a reply that waited for the disk.
+    fn answer(&mut self, late: Late) {
+        let is_late = late.until <= self.now.steady;
+        let error = self.unsaved.get(&Record::Confirmed).cloned();
+        match late.answer {
+            LateAnswer::Reloaded(mut reloaded, reply) => {
+                reloaded.plan.warnings.extend(error);
+                send(reply, Ok(*reloaded));
+            }
+            LateAnswer::Detached(names, reply) => {
+                let kept = match error {
+                    None if is_late => {
+                        Some("remove the confirmed policy: the disk takes too long".into())
+                    }
+                    error => error,
+                };
+                let result = match kept {
+                    None => Ok(names),
+                    Some(error) => Err(anyhow!(error)).context(
+                        "detached: nothing is filtered any more; but the next start may enforce it again",
+                    ),
+                };
+                send(reply, result);
+                self.effects.push(Effect::Stop);
+            }
+        }
+    }
+
+    /// The agent as plain values, for readers.
+    pub fn snapshot(&self) -> Snapshot {
+        let stuck = self.stuck.as_ref().map(|stuck| stuck.error.clone());
+        let errors = [&self.instead_of_file, &self.unreadable, &stuck];
+        Snapshot {
+            now: self.now,
+            started: self.started,
+            file: self.file.clone(),
+            enforced: self.enforced.clone(),
+            regions: self.regions.clone(),
+            errors: errors.into_iter().flatten().cloned().collect(),
+            unsaved: self.unsaved.values().cloned().collect(),
+        }
+    }
+
+    pub fn enforced(&self) -> &report::Enforced {
+        &self.enforced
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// For the log's last line.
+    pub fn describe_stop(&self) -> String {
+        if self.is_detached {
+            return "detached; nothing is filtered any more".into();
+        }
+        let names = list(self.file.policy.interfaces.iter());
+        format!("stopping; the filter stays in force on {names}")
+    }
+}
+
+/// A client that went away does not wait for its reply.
+fn send<T>(reply: Reply<T>, result: Result<T>) {
+    let _ = reply.send(result);
+}
+
+/// What changed of a region, in one line.
+fn describe(name: &str, change: &Change) -> Entry {
+    let part = |what: &str, prefixes: &[ipnet::IpNet]| {
+        let named = list(prefixes.iter().take(MAX_LOGGED_PREFIXES));
+        match prefixes.len() {
+            0 => None,
+            count @ ..=MAX_LOGGED_PREFIXES => Some(format!("{count} {what} ({named})")),
+            count => Some(format!("{count} {what} ({named} and more)")),
+        }
+    };
+    let parts = [
+        part("added", &change.added),
+        part("left, still allowed for a time", &change.left),
+        part("removed", &change.removed),
+    ];
+    let text = format!("region {name}: {}", list(parts.into_iter().flatten()));
+    Entry::info(text).with("REGION", name)
+}

@@ -1,0 +1,598 @@
+//! The thread that owns the filter. It alone writes to the kernel, one job after another, so that the main loop
+//! never waits for it; between jobs it looks after what is attached.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+
+use crate::{
+    drops::Drops,
+    host::{
+        Interface, Netlink,
+        coverage::{Coverage, Remembered, describe_missing},
+    },
+    kernel::filter::{Attached, Counts, Fates, Filter, Hits, Pinned},
+    log::Entry,
+    reconcile::{
+        self, Committed, Desired, Facts, InForce, Occasion, Refused, counted, describe_attachment,
+        list,
+    },
+    report, verify,
+};
+
+/// Time that a job may take before the thread counts as stuck: a million prefixes take a few seconds.
+const STUCK_AFTER: Duration = Duration::from_secs(60);
+
+pub struct Enforcer {
+    filter: Filter,
+    netlink: NetlinkReader,
+    in_force: InForce,
+    verified: report::Verified,
+    /// Indexes of the interfaces that were filtered when all was looked at last.
+    covered: BTreeSet<u32>,
+    /// Why listed interfaces are not filtered, by index: each is logged once.
+    unfiltered: BTreeMap<u32, String>,
+    /// What keeps the checks from looking or repairing; logged once.
+    complaints: BTreeSet<String>,
+    repairs: u64,
+    drops: Drops,
+}
+
+/// What came of a look at what is attached.
+#[derive(Debug)]
+pub struct Checked {
+    pub remembered: Remembered,
+    pub entries: Vec<Entry>,
+    /// The last comparison of what the kernel does with the policy.
+    pub verified: report::Verified,
+    /// One line for the service manager, if it may have changed.
+    pub summary: Option<String>,
+}
+
+/// What the kernel does now, read back.
+#[derive(Debug)]
+pub struct Observed {
+    pub in_force: InForce,
+    pub host: Vec<Interface>,
+    pub pinned: Vec<Pinned>,
+    /// The id of this agent's program.
+    pub program_id: u32,
+    pub counts: Counts,
+    pub fates: Fates,
+    pub hits: Hits,
+    pub repairs: u64,
+    pub verified: report::Verified,
+    pub complaints: Vec<String>,
+}
+
+/// Reads the host's interfaces over one socket that stays open: a host that runs out of descriptors must not
+/// stop the checks.
+struct NetlinkReader {
+    runtime: tokio::runtime::Runtime,
+    netlink: Option<Netlink>,
+}
+
+impl NetlinkReader {
+    fn open() -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("start the runtime that reads netlink")?;
+        let netlink = runtime.block_on(async { Netlink::connect() })?;
+        Ok(Self {
+            runtime,
+            netlink: Some(netlink),
+        })
+    }
+
+    fn read<T>(&mut self, look: impl AsyncFn(&Netlink) -> Result<T>) -> Result<T> {
+        // After an error a new socket is opened.
+        let netlink = self.netlink.take();
+        self.runtime.block_on(async {
+            let netlink = match netlink {
+                Some(netlink) => netlink,
+                None => Netlink::connect()?,
+            };
+            let found = look(&netlink).await?;
+            self.netlink = Some(netlink);
+            Ok(found)
+        })
+    }
+
+    fn interfaces(&mut self) -> Result<Vec<Interface>> {
+        self.read(async |netlink| netlink.interfaces().await)
+    }
+}
+
+impl Enforcer {
+    /// Loads the program over the maps that are pinned, or over new ones; it enforces what they hold.
+    ///
+    /// # Errors
+    /// As `Filter::open`.
+    pub fn open(
+        bpffs: &Path,
+        max_prefixes: Option<u32>,
+        tls_connections: u32,
+        in_force: InForce,
+    ) -> Result<Self> {
+        let filter = Filter::open(bpffs, max_prefixes, tls_connections)?;
+        let now = Timestamp::now();
+        Ok(Self {
+            netlink: NetlinkReader::open()?,
+            drops: Drops::since(now, filter.counts()?),
+            filter,
+            in_force,
+            verified: report::Verified {
+                at: now,
+                probes: 0,
+                errors: Vec::new(),
+            },
+            covered: BTreeSet::new(),
+            unfiltered: BTreeMap::new(),
+            complaints: BTreeSet::new(),
+            repairs: 0,
+        })
+    }
+
+    fn facts<'a>(
+        &'a self,
+        occasion: &'a Occasion,
+        host: &'a [Interface],
+        pinned: &'a [Pinned],
+    ) -> Facts<'a> {
+        Facts {
+            before: match occasion {
+                Occasion::Start { before } => before.as_ref(),
+                _ => Some(&self.in_force.file.policy),
+            },
+            remembered: &self.in_force.remembered,
+            host,
+            pinned,
+        }
+    }
+
+    fn prepare(
+        &self,
+        desired: Desired,
+        occasion: &Occasion,
+        host: &[Interface],
+    ) -> Result<reconcile::Plan> {
+        let pinned = self.filter.pinned()?;
+        reconcile::prepare(
+            desired,
+            occasion,
+            &self.facts(occasion, host, &pinned),
+            |interface, mode| self.filter.check_interface(interface, mode),
+            |compiled| self.filter.plan(compiled),
+        )
+    }
+
+    /// What a change would do; nothing is changed.
+    ///
+    /// # Errors
+    /// As `commit`, as far as it can be known before.
+    pub fn plan(&mut self, desired: Desired) -> Result<report::Plan> {
+        let host = self.netlink.interfaces()?;
+        let occasion = Occasion::Reload {
+            allow_unprotect: true,
+        };
+        let plan = self.prepare(desired, &occasion, &host)?;
+        let mut report = plan.report;
+        if !plan.unguarded.is_empty() {
+            let why = reconcile::describe_unguarded(&plan.unguarded);
+            report.warnings.push(format!("a reload is refused: {why}"));
+        }
+        Ok(report)
+    }
+
+    /// Makes the kernel enforce `desired`, and compares what it does with that.
+    ///
+    /// # Errors
+    /// What was refused.
+    pub fn commit(
+        &mut self,
+        desired: Desired,
+        occasion: &Occasion,
+    ) -> Result<(Committed, Checked), Refused> {
+        // A change of regions only writes maps, and can be made while netlink fails.
+        let is_change = matches!(occasion, Occasion::Change);
+        let host = if is_change {
+            Vec::new()
+        } else {
+            let host = self.netlink.interfaces()?;
+            self.filter.adopt_moved(&host)?;
+            host
+        };
+        let file = desired.file.clone();
+        let plan = self.prepare(desired, occasion, &host)?;
+        let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
+        self.in_force.file = file;
+        self.in_force.compiled = committed.compiled.clone();
+        if !is_change {
+            let policy = &self.in_force.file.policy;
+            self.in_force.remembered.update(policy, &host, |_| true);
+        }
+        let mut entries = Vec::new();
+        self.verify(&mut entries);
+        let mut summary = None;
+        if !is_change {
+            match self.summary(&committed.enforced) {
+                Ok((text, inert)) => {
+                    entries.push(Entry::info(text.clone()));
+                    summary = Some(text);
+                    committed.errors.extend(inert);
+                }
+                Err(error) => committed.errors.push(format!("{error:#}")),
+            }
+        }
+        let checked = self.checked(entries, summary);
+        Ok((committed, checked))
+    }
+
+    fn checked(&self, entries: Vec<Entry>, summary: Option<String>) -> Checked {
+        Checked {
+            remembered: self.in_force.remembered.clone(),
+            entries,
+            verified: self.verified.clone(),
+            summary,
+        }
+    }
+
+    /// What is enforced, in one line, and what is wrong where nothing is.
+    fn summary(&mut self, enforced: &report::Enforced) -> Result<(String, Option<String>)> {
+        let host = self.netlink.interfaces()?;
+        let InForce {
+            file,
+            compiled,
+            remembered,
+        } = &self.in_force;
+        let prefixes: usize = compiled.databases.values().map(|e| e.prefixes()).sum();
+        let coverage = Coverage::of(&file.policy, remembered, &host);
+        let (pinned, ours) = (self.filter.pinned()?, self.filter.program_id()?);
+        let mut on = coverage.filtered(&pinned, ours).join(", ");
+        if on.is_empty() {
+            on = "no interface".into();
+        }
+        if !coverage.missing.is_empty() {
+            on = format!(
+                "{on} ({})",
+                list(coverage.missing.iter().map(describe_missing))
+            );
+        }
+        let summary = format!(
+            "enforcing {}: {} and {} on {on}, in {:.1} ms",
+            file.path.display(),
+            counted(compiled.databases.len(), "database", "databases"),
+            counted(prefixes, "prefix", "prefixes"),
+            enforced.enforced_ms,
+        );
+        Ok((summary, coverage.inert(&pinned, ours)))
+    }
+
+    /// Looks after the filter, which anybody with the right to can take off an interface without a word from the
+    /// kernel. `thorough`: also runs the probes, and looks at everything even if nothing seems lost.
+    pub fn check(&mut self, thorough: bool, enforced: &report::Enforced) -> Checked {
+        let mut entries = Vec::new();
+        let mut summary = None;
+        if thorough || self.lost_an_interface() {
+            let attached = self.heal(&mut entries);
+            if thorough || attached {
+                self.verify(&mut entries);
+            }
+            if attached {
+                summary = self.summary(enforced).ok().map(|(summary, _)| summary);
+            }
+        }
+        let collected = self.collect_drops();
+        self.note("drops", collected, &mut entries);
+        self.checked(entries, summary)
+    }
+
+    /// Logs an error of the checks once, until it is over or another.
+    fn note(&mut self, what: &str, result: Result<()>, entries: &mut Vec<Entry>) {
+        let prefix = format!("{what}: ");
+        let error = result.err().map(|error| format!("{prefix}{error:#}"));
+        let is_known = error.as_ref().is_some_and(|e| self.complaints.contains(e));
+        self.complaints.retain(|known| !known.starts_with(&prefix));
+        if let Some(error) = error {
+            if !is_known {
+                entries.push(Entry::error(error[prefix.len()..].to_owned()));
+            }
+            self.complaints.insert(error);
+        }
+    }
+
+    /// Whether an interface that was filtered runs another program now, or none; that it cannot be seen counts
+    /// as lost.
+    fn lost_an_interface(&mut self) -> bool {
+        let programs = self.netlink.read(async |netlink| netlink.programs().await);
+        let (Ok(programs), Ok(ours)) = (programs, self.filter.program_id()) else {
+            return true;
+        };
+        let runs_ours = |index| {
+            programs
+                .get(index)
+                .is_some_and(|xdp| xdp.program_id == ours)
+        };
+        !self.covered.iter().all(runs_ours)
+    }
+
+    /// Attaches again wherever a listed interface came back or lost its link. Returns whether it did.
+    fn heal(&mut self, entries: &mut Vec<Entry>) -> bool {
+        let host = match self.netlink.interfaces() {
+            Ok(host) => host,
+            Err(error) => {
+                self.note("look", Err(error), entries);
+                return false;
+            }
+        };
+        self.note("look", Ok(()), entries);
+        let moved = self.filter.adopt_moved(&host);
+        self.note("pins", moved, entries);
+        let mut attached = false;
+        // An index that is free may be another interface's next.
+        let is_here = |index: &u32| host.iter().any(|interface| interface.index == *index);
+        self.covered.retain(is_here);
+        self.unfiltered.retain(|index, _| is_here(index));
+        let policy = &self.in_force.file.policy;
+        let coverage = Coverage::of(policy, &self.in_force.remembered, &host);
+        for interface in &coverage.present {
+            let healed = match self.filter.check_interface(interface, policy.mode) {
+                Ok(()) => self.filter.attach(interface, policy.mode),
+                Err(error) => Err(error),
+            };
+            match healed {
+                Ok(how) => {
+                    self.unfiltered.remove(&interface.index);
+                    if how != Attached::Kept {
+                        entries.push(describe_attachment(interface, &how));
+                        attached = true;
+                        self.repairs += u64::from(self.covered.contains(&interface.index));
+                    }
+                }
+                Err(error) => {
+                    let error = format!("{} is not filtered: {error:#}", interface.name);
+                    if self.unfiltered.get(&interface.index) != Some(&error) {
+                        entries.push(
+                            Entry::error(error.clone()).with("INTERFACE", interface.name.clone()),
+                        );
+                    }
+                    self.unfiltered.insert(interface.index, error);
+                }
+            }
+        }
+        let is_filtered = |index| !self.unfiltered.contains_key(&index);
+        self.in_force.remembered.update(policy, &host, is_filtered);
+        attached
+    }
+
+    /// Compares what the kernel does with what the policy says. An error is logged once; that it cannot be
+    /// compared is one.
+    fn verify(&mut self, entries: &mut Vec<Entry>) {
+        let verified = self.compare().unwrap_or_else(|error| report::Verified {
+            at: Timestamp::now(),
+            probes: 0,
+            errors: vec![format!("verify what is enforced: {error:#}")],
+        });
+        for error in &verified.errors {
+            if !self.verified.errors.contains(error) {
+                entries.push(Entry::error(error.clone()));
+            }
+        }
+        self.verified = verified;
+    }
+
+    fn compare(&mut self) -> Result<report::Verified> {
+        let host = self.netlink.interfaces()?;
+        let InForce {
+            file, remembered, ..
+        } = &self.in_force;
+        let coverage = Coverage::of(&file.policy, remembered, &host);
+        let verified = verify::verify(&mut self.filter, &coverage, &self.in_force)?;
+        let pinned = self.filter.pinned()?.into_iter().map(|link| link.interface);
+        self.covered = pinned.filter(|&index| coverage.is_present(index)).collect();
+        Ok(verified)
+    }
+
+    fn collect_drops(&mut self) -> Result<()> {
+        let dropped = self.filter.dropped()?;
+        self.drops.add(dropped, Timestamp::now());
+        Ok(())
+    }
+
+    /// Reads back what the kernel does. `verify`: runs the probes first.
+    ///
+    /// # Errors
+    /// What cannot be read.
+    pub fn observe(&mut self, verify: bool) -> Result<(Observed, Vec<Entry>)> {
+        let mut entries = Vec::new();
+        if verify {
+            self.verify(&mut entries);
+        }
+        let observed = Observed {
+            in_force: self.in_force.clone(),
+            host: self.netlink.interfaces()?,
+            pinned: self.filter.pinned()?,
+            program_id: self.filter.program_id()?,
+            counts: self.filter.counts()?,
+            fates: self.filter.fates()?,
+            hits: self.filter.hits()?,
+            repairs: self.repairs,
+            verified: self.verified.clone(),
+            complaints: self.complaints.iter().cloned().collect(),
+        };
+        Ok((observed, entries))
+    }
+
+    /// # Errors
+    /// As `verify::explain`.
+    pub fn explain(
+        &mut self,
+        source: IpAddr,
+        database: Option<&str>,
+    ) -> Result<Vec<report::Explanation>> {
+        verify::explain(&mut self.filter, &self.in_force, source, database)
+    }
+
+    /// Who was turned away, up to now.
+    ///
+    /// # Errors
+    /// A database that the policy does not have.
+    pub fn drops(&mut self, database: Option<&str>) -> Result<report::Drops> {
+        self.in_force.check_database(database)?;
+        self.collect_drops()?;
+        Ok(self.drops.report(&self.filter.counts()?, database))
+    }
+
+    /// Judges the connections that were under way before TLS was forced by what they send next.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn judge_existing(&mut self) -> Result<()> {
+        self.filter.judge_existing()
+    }
+
+    /// Stops filtering. Returns the names of the interfaces that are no longer filtered.
+    ///
+    /// # Errors
+    /// What keeps it from being done.
+    pub fn detach(&mut self) -> Result<Vec<String>> {
+        let host = self.netlink.interfaces()?;
+        let indexes = self.filter.remove()?;
+        let filtered = host.into_iter();
+        let filtered = filtered.filter(|interface| indexes.contains(&interface.index));
+        Ok(filtered.map(|interface| interface.name).collect())
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut Enforcer) + Send>;
+
+/// The way to the thread.
+#[derive(Clone)]
+pub struct Handle {
+    jobs: Sender<Job>,
+    work: Arc<Work>,
+}
+
+/// What the thread does, for those that do not wait for it.
+#[derive(Default)]
+struct Work {
+    /// When the job under way began.
+    since: Mutex<Option<Instant>>,
+    /// Whether a check waits or is under way.
+    is_checking: AtomicBool,
+    has_ended: AtomicBool,
+}
+
+impl Work {
+    fn since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Handle {
+    /// Opens the filter on a thread of its own.
+    ///
+    /// # Errors
+    /// As `Enforcer::open`.
+    pub async fn start(open: impl FnOnce() -> Result<Enforcer> + Send + 'static) -> Result<Self> {
+        let (jobs, received) = channel();
+        let (opened, opening) = oneshot::channel();
+        let work = Arc::new(Work::default());
+        let handle = Self {
+            jobs,
+            work: work.clone(),
+        };
+        thread::Builder::new()
+            .name("enforcer".into())
+            .spawn(move || match open() {
+                Ok(enforcer) => {
+                    // The receiver waits for it.
+                    let _ = opened.send(Ok(()));
+                    let _ended = Ended(&work);
+                    serve(enforcer, &received, &work);
+                }
+                Err(error) => {
+                    let _ = opened.send(Err(error));
+                }
+            })
+            .context("start the thread that owns the filter")?;
+        opening.await.context("open the filter").flatten()?;
+        Ok(handle)
+    }
+
+    /// Has a job done, after those that came before it.
+    pub fn send(&self, job: impl FnOnce(&mut Enforcer) + Send + 'static) {
+        // Fails where the thread has ended, which `has_ended` reports.
+        let _ = self.jobs.send(Box::new(job));
+    }
+
+    /// Has a job done, and waits for its result.
+    ///
+    /// # Errors
+    /// A thread that has ended.
+    pub async fn call<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Enforcer) -> T + Send + 'static,
+    ) -> Result<T> {
+        let (done, result) = oneshot::channel();
+        self.send(move |enforcer| {
+            let _ = done.send(job(enforcer));
+        });
+        result
+            .await
+            .context("the thread that owns the filter has ended; the filter stays in force")
+    }
+
+    /// Has a check made, unless one is still to be made.
+    pub fn check(&self, check: impl FnOnce(&mut Enforcer) + Send + 'static) {
+        if !self.work.is_checking.swap(true, Ordering::AcqRel) {
+            let work = self.work.clone();
+            self.send(move |enforcer| {
+                check(enforcer);
+                work.is_checking.store(false, Ordering::Release);
+            });
+        }
+    }
+
+    /// Whether a job takes far too long.
+    pub fn is_stuck(&self) -> bool {
+        let since = *self.work.since();
+        since.is_some_and(|since| since.elapsed() > STUCK_AFTER)
+    }
+
+    /// Whether the thread has ended, which it does only by a panic.
+    pub fn has_ended(&self) -> bool {
+        self.work.has_ended.load(Ordering::Acquire)
+    }
+}
+
+/// Notes the end of the thread, by a panic too.
+struct Ended<'a>(&'a Work);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.has_ended.store(true, Ordering::Release);
+    }
+}
+
+fn serve(mut enforcer: Enforcer, jobs: &Receiver<Job>, work: &Work) {
+    while let Ok(job) = jobs.recv() {
+        *work.since() = Some(Instant::now());
+        job(&mut enforcer);
+        *work.since() = None;
+    }
+}

@@ -1,0 +1,447 @@
+//! One change of what the kernel enforces: `prepare` finds out what it would do and refuses what can be refused
+//! without touching the kernel, `commit` does it. Start, restart, reload, region changes and ends of rules all
+//! come here.
+
+use std::{collections::BTreeSet, io, sync::Arc};
+
+use anyhow::{Result, bail, ensure};
+use nix::errno::Errno;
+
+use crate::{
+    compile::Compiled,
+    host::{
+        Interface,
+        coverage::{Coverage, Ended, Remembered, describe_missing},
+    },
+    kernel::{
+        filter::{Applied, Attached, Filter, Pinned, TakenOver},
+        image::Difference,
+    },
+    log::Entry,
+    policy::{Mode, Policy},
+    policy_file::PolicyFile,
+    protection, report,
+};
+
+/// A policy with its regions' prefixes, ready to be enforced.
+#[derive(Clone, Debug)]
+pub struct Desired {
+    pub file: Arc<PolicyFile>,
+    pub compiled: Arc<Compiled>,
+    /// From the time at which the file was read, in milliseconds.
+    pub compiled_ms: f64,
+}
+
+/// What the kernel enforces.
+#[derive(Clone, Debug)]
+pub struct InForce {
+    pub file: Arc<PolicyFile>,
+    pub compiled: Arc<Compiled>,
+    /// What the entries of `interfaces` stand for.
+    pub remembered: Remembered,
+}
+
+/// On what occasion something is enforced.
+#[derive(Clone, Debug)]
+pub enum Occasion {
+    /// `before`: the confirmed policy, if one is kept.
+    Start { before: Option<Policy> },
+    Reload {
+        /// Whether the new policy may leave unguarded what the one in force guards.
+        allow_unprotect: bool,
+    },
+    /// Of regions, or an end of rules: the policy is the one in force.
+    Change,
+}
+
+/// What is known of the host and the kernel before a change.
+pub struct Facts<'a> {
+    /// The policy that the new one replaces.
+    pub before: Option<&'a Policy>,
+    pub remembered: &'a Remembered,
+    /// A whole dump.
+    pub host: &'a [Interface],
+    pub pinned: &'a [Pinned],
+}
+
+/// A change that was not refused.
+#[derive(Debug)]
+pub struct Plan {
+    pub report: report::Plan,
+    /// What the change would leave unguarded.
+    pub unguarded: Vec<String>,
+    desired: Desired,
+    is_start: bool,
+    /// Listed interfaces that may be filtered.
+    attach: Vec<Interface>,
+    /// Of these, the ones that only memory lists: what is wrong with them refuses nothing.
+    remembered: BTreeSet<u32>,
+    /// Interfaces whose filtering ends.
+    detach: BTreeSet<u32>,
+    filtered: BTreeSet<u32>,
+}
+
+/// A change that was made.
+#[derive(Debug)]
+pub struct Committed {
+    pub report: report::Plan,
+    pub compiled: Arc<Compiled>,
+    pub enforced: report::Enforced,
+    /// What the log says of it.
+    pub entries: Vec<Entry>,
+    /// What went wrong after it was made, which refuses nothing.
+    pub errors: Vec<String>,
+    /// The links of an older agent that could not be switched: each interface is filtered by the program and
+    /// maps that it has.
+    pub not_taken_over: Option<anyhow::Error>,
+}
+
+/// A change that was not made.
+#[derive(Debug)]
+pub struct Refused {
+    pub error: anyhow::Error,
+    /// Why the kernel does not enforce exactly what it did before, although it should.
+    pub not_taken_back: Option<anyhow::Error>,
+}
+
+impl From<anyhow::Error> for Refused {
+    fn from(error: anyhow::Error) -> Self {
+        Self {
+            error,
+            not_taken_back: None,
+        }
+    }
+}
+
+impl Refused {
+    /// The error with what it means for what is in force. `what`: the change, as in `reload`.
+    pub fn describe(self, what: &str) -> anyhow::Error {
+        match self.not_taken_back {
+            None => self
+                .error
+                .context(format!("{what} refused, nothing is changed")),
+            Some(more) => self.error.context(format!(
+                "{what} refused, but what was written by then could not be taken back ({more:#}); the \
+                 agent tries again"
+            )),
+        }
+    }
+}
+
+/// What a change would do. `check` returns why an interface cannot be filtered, `difference` what the maps would
+/// change: both look at the kernel, and neither changes anything.
+///
+/// # Errors
+/// Everything for which the change is refused, as far as it can be known before it is made.
+pub fn prepare(
+    desired: Desired,
+    occasion: &Occasion,
+    facts: &Facts<'_>,
+    check: impl Fn(&Interface, Mode) -> Result<()>,
+    difference: impl FnOnce(&Compiled) -> Result<Difference>,
+) -> Result<Plan> {
+    let Facts {
+        before,
+        remembered,
+        host,
+        pinned,
+    } = *facts;
+    let difference = difference(&desired.compiled)?;
+    let filtered = indexes(pinned);
+    let mut report = report::Plan {
+        file: desired.file.path.clone(),
+        difference,
+        attached: Vec::new(),
+        detached: Vec::new(),
+        warnings: Vec::new(),
+    };
+    if let Occasion::Change = occasion {
+        return Ok(Plan {
+            report,
+            unguarded: Vec::new(),
+            desired,
+            is_start: false,
+            attach: Vec::new(),
+            remembered: BTreeSet::new(),
+            detach: BTreeSet::new(),
+            filtered,
+        });
+    }
+    let policy = &desired.file.policy;
+    let coverage = Coverage::of(policy, remembered, host);
+    report.warnings = desired.file.warnings(&desired.compiled);
+    report.warnings.extend(coverage.warnings(host));
+    for entry in &coverage.missing {
+        let what = describe_missing(entry);
+        // One that is missing is filtered when it appears: at boot it may come later, and one that vanished must
+        // not keep the others from their rules. Only where a reload names one that never was there is that
+        // a mistake.
+        let is_new = before.is_some_and(|before| !before.interfaces.contains(entry));
+        if matches!(occasion, Occasion::Reload { .. }) && is_new {
+            let names = list(host.iter().map(|interface| &interface.name));
+            bail!("{what} on this host, which has {names}");
+        }
+        report
+            .warnings
+            .push(format!("{what}; it is filtered as soon as it is there"));
+    }
+    let unguarded = before.map(|before| protection::ended(before, policy, remembered, host));
+    let unguarded = unguarded.unwrap_or_default();
+    if let Occasion::Reload {
+        allow_unprotect: false,
+    } = occasion
+    {
+        ensure!(unguarded.is_empty(), describe_unguarded(&unguarded));
+    }
+    let mut attach = Vec::new();
+    let mut only_remembered = BTreeSet::new();
+    for interface in &coverage.present {
+        let is_remembered = coverage.is_remembered(interface.index);
+        match check(interface, policy.mode) {
+            Ok(()) => attach.push(interface.clone()),
+            Err(error) if is_remembered => report.warnings.push(not_filtered(interface, &error)),
+            Err(error) => return Err(error),
+        }
+        if is_remembered {
+            only_remembered.insert(interface.index);
+        }
+    }
+    let name_if = |wanted: &dyn Fn(u32) -> bool| -> Vec<String> {
+        let found = host.iter().filter(|interface| wanted(interface.index));
+        found.map(|interface| interface.name.clone()).collect()
+    };
+    let detach = ended(policy, &coverage, facts);
+    let stay: Vec<Interface> = host
+        .iter()
+        .filter(|interface| !detach.contains(&interface.index))
+        .cloned()
+        .collect();
+    report
+        .warnings
+        .extend(unlisted(policy, &coverage, pinned, &stay));
+    report.attached = name_if(&|index| coverage.is_present(index) && !filtered.contains(&index));
+    report.detached = name_if(&|index| detach.contains(&index));
+    Ok(Plan {
+        report,
+        unguarded,
+        is_start: matches!(occasion, Occasion::Start { .. }),
+        desired,
+        attach,
+        remembered: only_remembered,
+        detach,
+        filtered,
+    })
+}
+
+/// Makes the kernel enforce what was prepared.
+///
+/// # Errors
+/// What was refused. The kernel enforces what it did before, unless the error says otherwise.
+pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Committed, Refused> {
+    let Plan {
+        mut report,
+        unguarded: _,
+        desired,
+        is_start,
+        attach,
+        remembered,
+        detach,
+        filtered,
+    } = plan;
+    let mode = desired.file.policy.mode;
+    // The maps first: no program runs on maps that do not hold the policy yet.
+    let applied = filter.apply(&desired.compiled)?;
+    let mut attached = Vec::new();
+    for interface in attach {
+        match filter.attach(&interface, mode) {
+            Ok(Attached::Kept) => {}
+            Ok(how) => attached.push((interface, how)),
+            // Others are not kept from their rules by one that has vanished since the host was looked at, or
+            // that only memory lists.
+            Err(error) if has_vanished(&error) || remembered.contains(&interface.index) => {
+                report.warnings.push(not_filtered(&interface, &error));
+            }
+            Err(error) => return Err(take_back(filter, applied, &attached, &filtered, error)),
+        }
+    }
+    // The commit. The kernel enforces the new policy on every listed interface that is there, and adds were made
+    // before removals. Above this line whatever fails is taken back and refuses the change. Below it nothing
+    // may return an error, ask whether to go on, or look at a file: what goes wrong is reported beside the
+    // change, which stands.
+    let mut entries = Vec::new();
+    let mut errors = Vec::new();
+    let mut not_taken_over = None;
+    if is_start {
+        match filter.take_over() {
+            Ok(taken) => entries.extend(taken.iter().map(describe_takeover)),
+            Err(error) => not_taken_over = Some(error),
+        }
+    }
+    for (interface, how) in &attached {
+        entries.push(describe_attachment(interface, how));
+    }
+    report.attached = attached
+        .iter()
+        .map(|(interface, _)| interface.name.clone())
+        .collect();
+    report.detached.clear();
+    for index in detach {
+        let name = host.iter().find(|interface| interface.index == index);
+        match filter.detach(index) {
+            Ok(()) => report.detached.extend(name.map(|found| found.name.clone())),
+            Err(error) => errors.push(format!("{error:#}")),
+        }
+    }
+    report.difference = applied.difference;
+    let warnings = report.warnings.iter();
+    entries.extend(warnings.map(|warning| Entry::warning(warning.clone())));
+    Ok(Committed {
+        enforced: report::Enforced {
+            file: desired.file.path.clone(),
+            accepted: desired.file.accepted,
+            compiled_ms: desired.compiled_ms,
+            enforced_ms: desired.file.since.elapsed().as_secs_f64() * 1000.0,
+            next_expiry: desired.compiled.next_expiry,
+        },
+        compiled: desired.compiled,
+        report,
+        entries,
+        errors,
+        not_taken_over,
+    })
+}
+
+/// Takes back what was done of a change. The maps first: what is filtered must not go on with a policy that was
+/// refused. A link that was put back where one was lost stays.
+fn take_back(
+    filter: &mut Filter,
+    applied: Applied,
+    attached: &[(Interface, Attached)],
+    filtered: &BTreeSet<u32>,
+    error: anyhow::Error,
+) -> Refused {
+    let mut not_taken_back = filter.undo(applied).err();
+    let new = attached.iter().map(|(interface, _)| interface.index);
+    for index in new.filter(|index| !filtered.contains(index)) {
+        if let Err(error) = filter.detach(index) {
+            not_taken_back = Some(match not_taken_back {
+                Some(first) => first.context(format!("{error:#}")),
+                None => error,
+            });
+        }
+    }
+    Refused {
+        error,
+        not_taken_back,
+    }
+}
+
+/// Whether the interface is not there any more.
+fn has_vanished(error: &anyhow::Error) -> bool {
+    let gone = [Errno::ENODEV as i32, Errno::ENXIO as i32];
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| {
+            cause
+                .raw_os_error()
+                .is_some_and(|code| gone.contains(&code))
+        })
+    })
+}
+
+fn not_filtered(interface: &Interface, error: &anyhow::Error) -> String {
+    format!("{} is not filtered: {error:#}", interface.name)
+}
+
+fn indexes(pinned: &[Pinned]) -> BTreeSet<u32> {
+    pinned.iter().map(|pinned| pinned.interface).collect()
+}
+
+/// Indexes of the interfaces that are to be filtered no longer: what the policy before listed and the new one
+/// does not. None while an entry of the new policy has no interface: that one may be there under another name.
+fn ended(policy: &Policy, coverage: &Coverage, facts: &Facts<'_>) -> BTreeSet<u32> {
+    match facts.before {
+        Some(before) if coverage.missing.is_empty() => {
+            let ended = Ended::between(before, policy, facts.remembered, facts.host).indexes;
+            &ended & &indexes(facts.pinned)
+        }
+        _ => BTreeSet::new(),
+    }
+}
+
+/// Why a policy is refused that would leave something unguarded.
+pub fn describe_unguarded(unguarded: &[String]) -> String {
+    format!(
+        "it would end the protection of {}; if that is meant: `filter-agent reload \
+         --allow-unprotect`, or list them under `unprotected:` in the policy",
+        unguarded.join(", ")
+    )
+}
+
+/// Warnings of interfaces that are filtered although the policy does not list them.
+pub fn unlisted(
+    policy: &Policy,
+    coverage: &Coverage,
+    pinned: &[Pinned],
+    host: &[Interface],
+) -> Vec<String> {
+    // Where nothing is protected, the program passes everything.
+    if policy.databases.is_empty() {
+        return Vec::new();
+    }
+    let unlisted = coverage.unlisted(pinned, host).into_iter();
+    let why = if coverage.missing.is_empty() {
+        "until `filter-agent detach`".into()
+    } else {
+        format!(
+            "since {}",
+            list(coverage.missing.iter().map(describe_missing))
+        )
+    };
+    let warnings = unlisted.map(|interface| {
+        let name = &interface.name;
+        format!("interface {name} stays filtered although it is not listed, {why}")
+    });
+    warnings.collect()
+}
+
+fn describe_takeover(taken: &TakenOver) -> Entry {
+    let TakenOver {
+        layout,
+        links,
+        counters,
+    } = taken;
+    let interfaces = counted(*links, "interface", "interfaces");
+    let counters = if *counters { "go on" } else { "begin at 0" };
+    Entry::info(format!(
+        "took over from an agent of layout {layout}: {interfaces} switched, counters {counters}"
+    ))
+}
+
+/// The log's line of an attachment: a fall-back to generic mode must not go unnoticed.
+pub fn describe_attachment(interface: &Interface, how: &Attached) -> Entry {
+    let name = &interface.name;
+    Entry::info(match how {
+        Attached::Kept => format!("{name} is filtered as before"),
+        Attached::Native => format!("attached to {name} in native mode"),
+        Attached::Generic { refusal: None } => format!("attached to {name} in generic mode"),
+        Attached::Generic {
+            refusal: Some(refusal),
+        } => {
+            format!("attached to {name} in generic mode, since native mode was refused: {refusal}")
+        }
+    })
+    .with("INTERFACE", name.clone())
+}
+
+/// `1 prefix`, `2 prefixes`.
+pub fn counted(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
+pub fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
+    items
+        .map(|item| item.to_string())
+        .collect::<Vec<_>>()
+        .join(", ")
+}

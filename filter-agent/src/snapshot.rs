@@ -1,0 +1,267 @@
+//! The agent's state as plain values, and the reports made from them: readers never touch the agent. Pure.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use filter_common::Reason;
+use jiff::{Timestamp, Unit};
+
+use crate::{
+    clock::Now,
+    compile::{RuleKey, is_expired},
+    enforcer::Observed,
+    host::coverage::{Coverage, describe_missing},
+    policy::{Model, Region, Rule},
+    policy_file::PolicyFile,
+    reconcile::{InForce, counted, unlisted},
+    region::state::{Regions, State},
+    report,
+};
+
+/// What the agent wants and knows, at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    pub now: Now,
+    pub started: Timestamp,
+    pub file: Arc<PolicyFile>,
+    pub enforced: report::Enforced,
+    pub regions: Regions,
+    /// What is wrong although it was enforced as far as it could be.
+    pub errors: Vec<String>,
+    /// What a restart would not find on disk, and why.
+    pub unsaved: Vec<String>,
+}
+
+impl Snapshot {
+    /// The status: what the kernel does, beside what it should do.
+    pub fn status(&self, observed: &Observed) -> report::Status {
+        let Observed {
+            in_force,
+            host,
+            pinned,
+            program_id: ours,
+            ..
+        } = observed;
+        let policy = &in_force.file.policy;
+        let coverage = Coverage::of(policy, &in_force.remembered, host);
+        let mut warnings = in_force.file.warnings(&in_force.compiled);
+        warnings.extend(coverage.warnings(host));
+        warnings.extend(unlisted(policy, &coverage, pinned, host));
+        warnings.extend(self.region_warnings());
+        warnings.extend(self.unsaved.iter().cloned());
+        let mut not_enforced = coverage.not_enforced(pinned, *ours);
+        for error in &observed.verified.errors {
+            if !not_enforced.contains(error) {
+                not_enforced.push(error.clone());
+            }
+        }
+        let mut errors = self.errors.clone();
+        errors.extend(self.region_errors());
+        errors.extend(coverage.missing.iter().map(describe_missing));
+        errors.extend(not_enforced.iter().cloned());
+        errors.extend(observed.complaints.iter().cloned());
+        let present = coverage.present.iter().map(|interface| {
+            let xdp = interface.xdp.filter(|xdp| xdp.program_id == *ours);
+            report::Interface {
+                name: interface.name.clone(),
+                mode: xdp.map(|xdp| if xdp.native { "native" } else { "generic" }.into()),
+                program_id: xdp.map(|xdp| xdp.program_id),
+            }
+        });
+        let missing = coverage.missing.iter().map(|entry| report::Interface {
+            name: entry.to_string(),
+            mode: None,
+            program_id: None,
+        });
+        let interfaces = present.chain(missing).collect();
+        report::Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            started: self.started,
+            policy: self.enforced.clone(),
+            interfaces,
+            repairs: observed.repairs,
+            databases: observed.databases(),
+            unattributed: observed.packets(None, false),
+            unattributed_would_drop: observed.packets(None, true),
+            regions: self.regions(),
+            verified: observed.verified.clone(),
+            warnings,
+            not_enforced,
+            errors,
+        }
+    }
+
+    /// Every region of the policy; those that no rule names are not looked up.
+    pub fn regions(&self) -> Vec<report::Region> {
+        let region = |(name, region): (&String, &Region)| {
+            let state = self.regions.get(name);
+            let set = state.and_then(|state| state.set.as_ref());
+            let on_host = |at: Timestamp| self.now.on_host(at);
+            let retiring = set.map(|set| set.retiring.as_slice()).unwrap_or_default();
+            let error = state.and_then(|state| state.error.as_ref());
+            report::Region {
+                name: name.clone(),
+                source: region.source.to_string(),
+                used: state.is_some(),
+                prefixes: set.map(|set| set.prefixes.to_vec()).unwrap_or_default(),
+                retiring: retiring
+                    .iter()
+                    .map(|&(prefix, until)| report::Retiring {
+                        prefix,
+                        until: on_host(until),
+                    })
+                    .collect(),
+                confirmed: set.map(|set| on_host(set.confirmed)),
+                next: state.and_then(|state| state.next).map(on_host),
+                failing: state.is_some_and(|state| state.failing),
+                error: error.map(|error| report::Error {
+                    at: on_host(error.at),
+                    text: error.text.clone(),
+                }),
+                change: state.and_then(|state| state.change.as_ref()).map(|change| {
+                    report::Change {
+                        at: change.at.map(on_host),
+                        added: change.added.clone(),
+                        left: change.left.clone(),
+                        removed: change.removed.clone(),
+                    }
+                }),
+            }
+        };
+        self.file.policy.regions.iter().map(region).collect()
+    }
+
+    /// Regions in use that allow nobody.
+    fn region_errors(&self) -> impl Iterator<Item = String> {
+        let without = self.regions.iter().filter(|(_, state)| state.set.is_none());
+        without.map(|(name, state)| {
+            let why = match &state.error {
+                Some(error) => &error.text,
+                None => "not looked up yet",
+            };
+            format!("region {name} has no addresses and allows nobody: {why}")
+        })
+    }
+
+    /// Regions whose last look-up failed.
+    fn region_warnings(&self) -> impl Iterator<Item = String> {
+        self.regions.iter().filter_map(|(name, state)| {
+            let (true, Some(_), Some(error)) = (state.failing, &state.set, &state.error) else {
+                return None;
+            };
+            let consequence = consequence(state, self.now);
+            Some(format!("region {name}: {}; {consequence}", error.text))
+        })
+    }
+}
+
+/// What a region that fails means for the sources that it allows.
+pub fn consequence(state: &State, now: Now) -> String {
+    match &state.set {
+        Some(set) => {
+            let confirmed = now.on_host(set.confirmed);
+            format!(
+                "the last good set stays in force ({}, confirmed {})",
+                counted(set.prefixes.len(), "prefix", "prefixes"),
+                confirmed.round(Unit::Second).unwrap_or(confirmed)
+            )
+        }
+        None => "it has no addresses and allows nobody".into(),
+    }
+}
+
+impl Observed {
+    /// Packets that were not allowed, by reason. `database`: `None` for those aimed at none in particular.
+    /// `monitored`: those that were only counted, and passed.
+    fn packets(&self, database: Option<&str>, monitored: bool) -> BTreeMap<String, u64> {
+        let counts = self.counts.iter().filter(|((name, reason, counted), _)| {
+            name.as_deref() == database && *reason != Reason::Allowed && *counted == monitored
+        });
+        counts
+            .map(|((_, reason, _), packets)| (reason.name().into(), *packets))
+            .collect()
+    }
+
+    fn connections(&self, database: &str, monitored: bool) -> BTreeMap<String, u64> {
+        let fates = self.fates.iter();
+        let fates =
+            fates.filter(|((name, _, counted), _)| name == database && *counted == monitored);
+        fates
+            .map(|((_, fate, _), connections)| (fate.name().into(), *connections))
+            .collect()
+    }
+
+    fn databases(&self) -> Vec<report::Database> {
+        let InForce { file, compiled, .. } = &self.in_force;
+        let databases = file.policy.databases.iter().filter_map(|database| {
+            let entries = compiled.databases.get(&database.name)?;
+            let name = &database.name;
+            let allowed = |(counted, _): &(&(Option<String>, Reason, bool), &u64)| {
+                counted.0.as_ref() == Some(name) && counted.1 == Reason::Allowed
+            };
+            Some(report::Database {
+                name: name.clone(),
+                ports: database.guarded_ports(),
+                addresses: database.addresses.clone(),
+                model: database.model.name().into(),
+                monitor: database.monitor,
+                rules: entries.rules.len(),
+                prefixes: entries.prefixes(),
+                passed: self.counts.iter().filter(allowed).map(|(_, n)| n).sum(),
+                dropped: self.packets(Some(name), false),
+                would_drop: self.packets(Some(name), true),
+                force_tls: database.tls.is_some(),
+                connections: self.connections(name, false),
+                monitored_connections: self.connections(name, true),
+            })
+        });
+        databases.collect()
+    }
+
+    /// The rules with their hits. Rules that have expired are listed too: they are in the file.
+    ///
+    /// # Errors
+    /// A database that the policy does not have.
+    pub fn rules(
+        &self,
+        database: Option<&str>,
+        now: Timestamp,
+    ) -> anyhow::Result<Vec<report::Rule>> {
+        let in_force = &self.in_force;
+        in_force.check_database(database)?;
+        let mut rules = Vec::new();
+        let databases = in_force.file.policy.databases.iter();
+        for database in databases.filter(|d| database.is_none_or(|name| name == d.name)) {
+            let Some(entries) = in_force.compiled.databases.get(&database.name) else {
+                continue;
+            };
+            let prefixes = entries.prefixes_by_rule();
+            let line = |key: &RuleKey, number: Option<usize>, rule: Option<&Rule>| {
+                let place = entries.rules.iter().position(|rule| rule == key);
+                let hits = self.hits.get(&(database.name.clone(), key.text()));
+                report::Rule {
+                    database: database.name.clone(),
+                    number,
+                    source: key.to_string(),
+                    label: rule.and_then(|rule| rule.label.clone()),
+                    expires: rule.and_then(|rule| rule.expires),
+                    expired: rule.is_some_and(|rule| is_expired(rule, now)),
+                    prefixes: place.map_or(0, |place| prefixes[place]),
+                    hits: hits.copied().unwrap_or_default(),
+                }
+            };
+            for key in &entries.rules {
+                if !matches!(key, RuleKey::Rule(_)) {
+                    rules.push(line(key, None, None));
+                }
+            }
+            if let Model::Dedicated { rules: written } = &database.model {
+                for (number, rule) in (1..).zip(written) {
+                    let key = RuleKey::Rule(rule.source.clone());
+                    rules.push(line(&key, Some(number), Some(rule)));
+                }
+            }
+        }
+        Ok(rules)
+    }
+}

@@ -1,0 +1,322 @@
+//! A start: which policy it enforces, and with which regions.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use inotify::Watches;
+
+use crate::{
+    agent::{Order, Started},
+    clock::{Clock, Now},
+    compile::{Compiled, compile},
+    daemon::{Options, given_up_after},
+    enforcer::{Enforcer, Handle},
+    host::{self, coverage::Remembered},
+    kernel::filter,
+    log::Entry,
+    policy::{Policy, Region, RegionSource},
+    policy_file::PolicyFile,
+    protection,
+    reconcile::{Desired, InForce, Occasion, describe_unguarded},
+    region::{
+        lookup,
+        state::{self as region, Regions},
+    },
+    store::{self, Confirmed},
+};
+
+/// Time allowed for a file to be read at a start.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Policies that a start may enforce, and what the last agent left on disk.
+struct Choice {
+    /// The best first. Each but the policy file itself with the reason why it is not the file.
+    candidates: VecDeque<(Arc<PolicyFile>, Option<String>)>,
+    confirmed: Option<Confirmed>,
+    /// The confirmed policy, parsed.
+    before: Option<Policy>,
+    /// Why what is kept cannot be read: the file cannot be compared with it.
+    unreadable: Option<String>,
+}
+
+impl Choice {
+    /// The policy file, if it is valid and leaves guarded what the confirmed policy guards; else, and where
+    /// this host refuses the file, the confirmed policy.
+    ///
+    /// # Errors
+    /// Neither can be enforced. What is pinned stays as it is.
+    async fn make(options: &Options) -> Result<Self> {
+        let file = read_policy(&options.policy).await;
+        let directory = options.state_dir.clone();
+        let kept = given_up_after(READ_TIMEOUT, "read the confirmed policy", move || {
+            let confirmed = store::read_confirmed(&directory)?;
+            let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
+            let path = store::confirmed_path(&directory);
+            let before = text
+                .map(|text| PolicyFile::parse(&path, text))
+                .transpose()?;
+            Ok((confirmed, before))
+        })
+        .await;
+        let path = store::confirmed_path(&options.state_dir);
+        let mut unreadable = None;
+        let (confirmed, before) = match kept {
+            Ok((confirmed, before)) => (confirmed, before.map(Arc::new)),
+            // What it guards may be guarded no longer by the file.
+            Err(error) if !filter::left_in_force(&options.bpffs)?.is_empty() => {
+                return Err(error.context(format!(
+                    "start refused; what is pinned stays in force, without an agent: if the policy file is \
+                     right, remove {}",
+                    path.display()
+                )));
+            }
+            Err(error) => {
+                unreadable = Some(format!(
+                    "{error:#}; if the policy file is right, `filter-agent reload`"
+                ));
+                (None, None)
+            }
+        };
+        let mut choice = Self {
+            candidates: VecDeque::new(),
+            before: before.as_ref().map(|before| before.policy.clone()),
+            confirmed,
+            unreadable,
+        };
+        let name = options.policy.display();
+        let refusal = match (file, &choice.confirmed, &before) {
+            (Ok(file), Some(confirmed), Some(_)) if file.text == confirmed.policy => {
+                choice.candidates.push_back((file, None));
+                return Ok(choice);
+            }
+            (Ok(file), Some(confirmed), Some(before)) => {
+                let host = host::interfaces().await?;
+                let known = &confirmed.interfaces;
+                let ended = protection::ended(&before.policy, &file.policy, known, &host);
+                if ended.is_empty() {
+                    choice.candidates.push_back((file, None));
+                    None
+                } else {
+                    Some(format!(
+                        "{name} is not enforced: {}",
+                        describe_unguarded(&ended)
+                    ))
+                }
+            }
+            (Ok(file), ..) => {
+                choice.candidates.push_back((file, None));
+                return Ok(choice);
+            }
+            (Err(error), ..) if before.is_none() => {
+                return Err(match filter::left_in_force(&options.bpffs) {
+                    Ok(interfaces) if !interfaces.is_empty() => error
+                        .context("start refused; what is pinned stays in force, without an agent"),
+                    _ => error,
+                });
+            }
+            (Err(error), ..) => {
+                let error = format!("{error:#}").replace('\n', "; ");
+                Some(format!(
+                    "{name} is not enforced: {error}; correct it, then `filter-agent reload`"
+                ))
+            }
+        };
+        choice
+            .candidates
+            .extend(before.map(|before| (before, refusal)));
+        Ok(choice)
+    }
+}
+
+async fn read_policy(path: &Path) -> Result<Arc<PolicyFile>> {
+    let path = path.to_owned();
+    let what = format!("read {}", path.display());
+    let file = given_up_after(READ_TIMEOUT, &what, move || PolicyFile::read(&path));
+    file.await.map(Arc::new)
+}
+
+/// A filter that is loaded over what is pinned, and what is to be enforced.
+pub struct Opened {
+    pub enforcer: Handle,
+    choice: Choice,
+    regions: Regions,
+    unsaved: BTreeSet<String>,
+}
+
+/// Chooses the policy and loads the filter. Nothing is enforced yet.
+///
+/// # Errors
+/// No policy, or no filter. What is pinned stays as it is.
+pub async fn open(options: &Options, clock: Clock, watches: Option<&Watches>) -> Result<Opened> {
+    let choice = Choice::make(options).await?;
+    let first = choice.candidates.front();
+    let first = first.context("find a policy to enforce")?.0.clone();
+    let (bpffs, max_prefixes) = (options.bpffs.clone(), options.max_prefixes);
+    let in_force = InForce {
+        file: first.clone(),
+        compiled: Arc::new(Compiled::default()),
+        remembered: choice
+            .confirmed
+            .as_ref()
+            .map_or_else(Remembered::default, |kept| kept.interfaces.clone()),
+    };
+    let connections = first.policy.tls_connections;
+    // Long lists are read while the kernel checks the program.
+    let (enforcer, regions) = tokio::join!(
+        Handle::start(move || Enforcer::open(&bpffs, max_prefixes, connections, in_force)),
+        first_regions(options, &first.policy, watches, clock.now()),
+    );
+    let enforcer = enforcer?;
+    let (regions, unsaved) = regions?;
+    Ok(Opened {
+        enforcer,
+        choice,
+        regions,
+        unsaved,
+    })
+}
+
+/// Enforces the best policy that this host takes.
+///
+/// # Errors
+/// What keeps every candidate from being enforced. What is pinned stays as it is.
+pub async fn enforce(
+    opened: Opened,
+    options: &Options,
+    clock: Clock,
+    watches: Option<&Watches>,
+) -> Result<Started> {
+    let Opened {
+        enforcer,
+        choice,
+        mut regions,
+        mut unsaved,
+    } = opened;
+    let Choice {
+        mut candidates,
+        confirmed,
+        before,
+        unreadable,
+    } = choice;
+    let occasion = Occasion::Start { before };
+    let mut refused = None;
+    let (file, instead_of_file, committed, checked) = loop {
+        let Some((file, reason)) = candidates.pop_front() else {
+            return Err(refused.unwrap_or_else(|| anyhow!("there is no policy to enforce")));
+        };
+        if let Some(refused) = &refused {
+            let again = first_regions(options, &file.policy, watches, clock.now()).await;
+            (regions, unsaved) = again.with_context(|| format!("{refused:#}"))?;
+        }
+        let order = Order {
+            file: file.clone(),
+            prefixes: region::prefixes(&regions),
+            at: clock.now().wall,
+        };
+        let desired = compile_order(order).await?;
+        let occasion = occasion.clone();
+        let committed = enforcer
+            .call(move |enforcer| enforcer.commit(desired, &occasion))
+            .await?;
+        match committed {
+            Ok((committed, checked)) => {
+                // Another policy would not mend that, and this one is enforced as far as it went.
+                if let Some(error) = committed.not_taken_over {
+                    return Err(error.context("take over what an agent of another layout enforces"));
+                }
+                let reason = reason.or(refused.map(|error: anyhow::Error| {
+                    let file = options.policy.display();
+                    format!("{file} is not enforced: {error:#}")
+                }));
+                break (file, reason, committed, checked);
+            }
+            Err(error) => {
+                let error = match error.not_taken_back {
+                    None => error.error,
+                    Some(more) => error.error.context(format!(
+                        "what was written could not be taken back: {more:#}"
+                    )),
+                };
+                refused = refused.or(Some(error));
+            }
+        }
+    };
+    Ok(Started {
+        path: options.policy.clone(),
+        file,
+        regions,
+        unsaved,
+        committed,
+        checked,
+        confirmed,
+        instead_of_file,
+        unreadable,
+    })
+}
+
+/// Compiles on a thread of its own: long lists take a while.
+///
+/// # Errors
+/// A compiler that panicked.
+pub async fn compile_order(order: Order) -> Result<Desired> {
+    let compiled = tokio::task::spawn_blocking(move || {
+        let compiled = Arc::new(compile(&order.file.policy, &order.prefixes, order.at));
+        Desired {
+            compiled_ms: order.file.since.elapsed().as_secs_f64() * 1000.0,
+            compiled,
+            file: order.file,
+        }
+    });
+    compiled.await.context("compile the policy")
+}
+
+/// The regions at a start, as they were kept, and files as they are now; and the names of those whose set is not
+/// the one on disk. The network may not be there yet: what needs it comes later.
+async fn first_regions(
+    options: &Options,
+    policy: &Policy,
+    watches: Option<&Watches>,
+    now: Now,
+) -> Result<(Regions, BTreeSet<String>)> {
+    let now = now.steady;
+    let mut regions = region::next(policy, &Regions::new(), BTreeMap::new(), now)?;
+    let mut unsaved = BTreeSet::new();
+    for (name, state) in &mut regions {
+        let Region { source, guards } = state.region.clone();
+        if let RegionSource::Prefixes(_) = source {
+            continue;
+        }
+        let (directory, wanted) = (options.state_dir.clone(), (name.clone(), source.clone()));
+        let what = format!("read the set that was kept of region {name}");
+        let kept = given_up_after(READ_TIMEOUT, &what, move || {
+            store::read_region(&directory, &wanted.0, &wanted.1)
+        });
+        let restored = kept.await.and_then(|set| {
+            let Some(set) = set else { return Ok(()) };
+            let restored = state.restore(set, now);
+            restored.context("the set that was kept on disk is ignored")
+        });
+        if let Err(error) = restored {
+            let entry = Entry::warning(format!("region {name}: {error:#}"));
+            entry.with("REGION", name).log();
+        }
+        if let RegionSource::File(_) = source {
+            let kept = state.clone();
+            let answer = lookup::ask(&source, &guards, state.version(), watches).await;
+            state.take(answer, false, now);
+            if !state.holds_the_same(&kept) {
+                unsaved.insert(name.clone());
+            }
+            if let (true, Some(error)) = (state.failing, &state.error) {
+                let entry = Entry::warning(format!("region {name}: {}", error.text));
+                entry.with("REGION", name).log();
+            }
+        }
+    }
+    Ok((regions, unsaved))
+}

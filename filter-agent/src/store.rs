@@ -1,0 +1,558 @@
+//! The state directory: what outlasts a restart of the host. One agent has it at a time; each file is whole or
+//! unchanged, and believed only if it is this agent's own. One thread writes; of several versions of a record
+//! that wait for a slow disk only the latest is written.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::value::RawValue;
+
+use crate::{host::coverage::Remembered, policy::RegionSource, region::state::Set};
+
+/// Longest file that is read, in bytes: a hundred for each of a million prefixes.
+const MAX_FILE: u64 = 100 << 20;
+
+/// The confirmed policy: the text that was in force last, for a start at which the file cannot be enforced, and
+/// the interfaces that its entries stood for, for a boot at which no route is there yet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Confirmed {
+    /// The text of the policy file.
+    pub policy: String,
+    pub interfaces: Remembered,
+}
+
+/// What is kept under a name of its own.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Record {
+    Confirmed,
+    /// A region's last good set.
+    Region(String),
+    /// The regions of which anything is kept.
+    Regions,
+}
+
+/// What to write of a record.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Write {
+    /// `None`: no policy is kept any more.
+    Confirmed(Option<Confirmed>),
+    Region {
+        name: String,
+        source: RegionSource,
+        set: Set,
+    },
+    /// Nothing is kept of any other region.
+    Regions(BTreeSet<String>),
+}
+
+impl Write {
+    pub fn record(&self) -> Record {
+        match self {
+            Self::Confirmed(_) => Record::Confirmed,
+            Self::Region { name, .. } => Record::Region(name.clone()),
+            Self::Regions(_) => Record::Regions,
+        }
+    }
+}
+
+/// The state directory of the agent that runs.
+pub struct Store {
+    directory: PathBuf,
+    queue: Arc<Queue>,
+    /// `None`: the directory is not there yet, and cannot be made; tried again before each write.
+    lock: Arc<Mutex<Option<Flock<File>>>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    records: BTreeMap<Record, Write>,
+    is_writing: bool,
+}
+
+impl Queue {
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        // Nothing between lock and unlock leaves it half changed.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Store {
+    /// Takes the directory for this agent, and removes what writes that were cut off left there. `warn` gets what
+    /// keeps the directory from being used now.
+    ///
+    /// # Errors
+    /// Another agent that has it.
+    pub fn open(directory: &Path, warn: impl FnOnce(&anyhow::Error)) -> Result<Self> {
+        let lock = match lock(directory) {
+            Ok(lock) => {
+                let regions = directory.join("regions");
+                let removed =
+                    remove_unfinished(directory).and_then(|()| remove_unfinished(&regions));
+                if let Err(error) = removed {
+                    warn(&error);
+                }
+                Some(lock)
+            }
+            Err(error) if error.is::<Taken>() => return Err(error),
+            Err(error) => {
+                warn(&error);
+                None
+            }
+        };
+        Ok(Self {
+            directory: directory.to_owned(),
+            queue: Arc::default(),
+            lock: Arc::new(Mutex::new(lock)),
+        })
+    }
+
+    /// Begins to write. `done` is called, on the writer's thread, with what came of each write.
+    ///
+    /// # Errors
+    /// No thread.
+    pub fn start(&self, done: impl Fn(Record, Result<()>) + Send + 'static) -> Result<()> {
+        let (directory, queue) = (self.directory.clone(), self.queue.clone());
+        let locked = self.lock.clone();
+        let serve = move || {
+            loop {
+                let mut waiting = queue.waiting();
+                waiting.is_writing = false;
+                queue.changed.notify_all();
+                let (record, next) = loop {
+                    match waiting.records.pop_first() {
+                        Some(next) => break next,
+                        None => {
+                            let woken = queue.changed.wait(waiting);
+                            waiting = woken.unwrap_or_else(PoisonError::into_inner);
+                        }
+                    }
+                };
+                waiting.is_writing = true;
+                drop(waiting);
+                let mut locked = locked.lock().unwrap_or_else(PoisonError::into_inner);
+                let result = match &*locked {
+                    Some(_) => Ok(()),
+                    None => lock(&directory).map(|lock| *locked = Some(lock)),
+                };
+                drop(locked);
+                let result = result.and_then(|()| write(&directory, &next));
+                done(record, result);
+            }
+        };
+        thread::Builder::new()
+            .name("store".into())
+            .spawn(serve)
+            .context("start the thread that writes to disk")?;
+        Ok(())
+    }
+
+    /// Has a record written, in place of a version that still waits.
+    pub fn save(&self, write: Write) {
+        self.queue.waiting().records.insert(write.record(), write);
+        self.queue.changed.notify_all();
+    }
+
+    /// Waits until all is written, for a bounded time; whether it is. A disk that hangs is given up.
+    pub fn finish(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut waiting = self.queue.waiting();
+        while waiting.is_writing || !waiting.records.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let woken = self.queue.changed.wait_timeout(waiting, left);
+            waiting = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+/// Another agent has the state directory.
+#[derive(Debug)]
+struct Taken(PathBuf);
+
+impl std::fmt::Display for Taken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let directory = self.0.display();
+        write!(
+            f,
+            "another filter-agent keeps its state in {directory}: stop it first, or give each its own \
+             `--state-dir`"
+        )
+    }
+}
+
+impl std::error::Error for Taken {}
+
+/// Makes the directory and locks it; the kernel lets go however the agent ends.
+fn lock(directory: &Path) -> Result<Flock<File>> {
+    let mut builder = fs::DirBuilder::new();
+    let made = builder.recursive(true).mode(0o700).create(directory);
+    made.with_context(|| format!("create {}", directory.display()))?;
+    let file = File::open(directory).with_context(|| format!("open {}", directory.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+        Errno::EWOULDBLOCK => Taken(directory.to_owned()).into(),
+        error => anyhow::Error::new(error).context(format!("lock {}", directory.display())),
+    })
+}
+
+pub fn confirmed_path(directory: &Path) -> PathBuf {
+    directory.join("confirmed.json")
+}
+
+fn region_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join("regions").join(format!("{name}.json"))
+}
+
+/// The confirmed policy; `None`: none is kept.
+///
+/// # Errors
+/// A file that cannot be read or is not ours, with its path.
+pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
+    read(&confirmed_path(directory), unseal)
+}
+
+/// The set that was kept of a region; `None`: none was.
+///
+/// # Errors
+/// What is wrong with it, with its path.
+pub fn read_region(directory: &Path, name: &str, source: &RegionSource) -> Result<Option<Set>> {
+    read(&region_path(directory, name), |text| {
+        decode(text, name, source)
+    })
+}
+
+/// Removes the confirmed policy, if one is kept, where no agent runs.
+///
+/// # Errors
+/// A file that stays: the next start could enforce it. An agent that runs.
+pub fn forget_confirmed(directory: &Path) -> Result<()> {
+    if !directory
+        .try_exists()
+        .with_context(|| format!("examine {}", directory.display()))?
+    {
+        return Ok(());
+    }
+    let _lock = lock(directory)?;
+    write(directory, &Write::Confirmed(None))
+}
+
+fn write(directory: &Path, write: &Write) -> Result<()> {
+    let regions = directory.join("regions");
+    match write {
+        Write::Confirmed(Some(confirmed)) => {
+            write_file(directory, &confirmed_path(directory), &seal(confirmed)?)
+        }
+        Write::Confirmed(None) => {
+            let path = confirmed_path(directory);
+            remove(&path).with_context(|| {
+                format!(
+                    "remove {}, which the next start would enforce",
+                    path.display()
+                )
+            })
+        }
+        Write::Region { name, source, set } => {
+            let text = encode(name, source, set)?;
+            write_file(&regions, &region_path(directory, name), &text)
+        }
+        Write::Regions(names) => {
+            for path in files(&regions)? {
+                let name = path.file_stem().and_then(|stem| stem.to_str());
+                let is_record = path.extension().is_some_and(|end| end == "json");
+                if is_record && !name.is_some_and(|name| names.contains(name)) {
+                    remove(&path).with_context(|| format!("remove {}", path.display()))?;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+/// The text of a record, and a sum that tells whether it is still what was written.
+#[derive(Deserialize, Serialize)]
+struct Sealed<'a> {
+    crc32: u32,
+    #[serde(borrow)]
+    kept: &'a RawValue,
+}
+
+#[derive(Deserialize, Serialize)]
+struct Kept<T, S> {
+    region: T,
+    /// As the policy had it: the set of another source is not this region's.
+    source: T,
+    set: S,
+}
+
+/// A record with its checksum, as JSON.
+fn seal<T: Serialize>(record: &T) -> Result<Vec<u8>> {
+    let kept = serde_json::value::to_raw_value(record).context("write a record as JSON")?;
+    let sealed = Sealed {
+        crc32: crc32fast::hash(kept.get().as_bytes()),
+        kept: &kept,
+    };
+    serde_json::to_vec(&sealed).context("write a record as JSON")
+}
+
+/// # Errors
+/// A text that is not what `seal` made of such a record.
+fn unseal<T: DeserializeOwned>(text: &[u8]) -> Result<T> {
+    let sealed: Sealed<'_> = serde_json::from_slice(text).context("it is damaged")?;
+    let sum = crc32fast::hash(sealed.kept.get().as_bytes());
+    ensure!(sum == sealed.crc32, "it is damaged: its checksum differs");
+    serde_json::from_str(sealed.kept.get()).context("it is of another version")
+}
+
+/// The text of the file that keeps a region's set.
+///
+/// # Errors
+/// What serde_json refuses; there is nothing in a set that it would.
+pub fn encode(name: &str, source: &RegionSource, set: &Set) -> Result<Vec<u8>> {
+    let source = serde_json::to_string(source).context("write the source as JSON")?;
+    seal(&Kept {
+        region: name,
+        source: source.as_str(),
+        set,
+    })
+}
+
+/// # Errors
+/// Why the text is not what `encode` made for this region and source.
+pub fn decode(text: &[u8], name: &str, source: &RegionSource) -> Result<Set> {
+    let kept: Kept<String, Set> = unseal(text)?;
+    ensure!(kept.region == name, "it is of region {}", kept.region);
+    let source = serde_json::to_string(source).context("write the source as JSON")?;
+    ensure!(
+        kept.source == source,
+        "it is of another source: {}",
+        kept.source
+    );
+    Ok(kept.set)
+}
+
+/// A file of the state directory; `None`: there is none.
+///
+/// # Errors
+/// A file that others could have written, or that `decode` refuses, with its path.
+fn read<T>(path: &Path, decode: impl FnOnce(&[u8]) -> Result<T>) -> Result<Option<T>> {
+    let metadata = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        metadata => metadata.with_context(|| format!("read {}", path.display()))?,
+    };
+    let own = nix::unistd::geteuid().as_raw();
+    let record = || {
+        ensure!(metadata.is_file(), "it is not a regular file");
+        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+        if owner != own || mode & 0o022 != 0 {
+            bail!("others could have written it (owner {owner}, mode {mode:o})");
+        }
+        ensure!(metadata.len() <= MAX_FILE, "it is too long");
+        decode(&fs::read(path)?)
+    };
+    let record = record().with_context(|| format!("{} is ignored", path.display()))?;
+    Ok(Some(record))
+}
+
+/// Writes a file, mode 0600.
+///
+/// # Errors
+/// What kept the text from reaching the disk; the file is then what it was.
+fn write_file(directory: &Path, path: &Path, text: &[u8]) -> Result<()> {
+    let written = || -> Result<()> {
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(directory)?;
+        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        file.write_all(text)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        // The name too has to outlast a crash of the host.
+        File::open(directory)?.sync_all()?;
+        Ok(())
+    };
+    written().with_context(|| format!("write {}", path.display()))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Removes the temporary files of writes that were cut off.
+fn remove_unfinished(directory: &Path) -> Result<()> {
+    for path in files(directory)? {
+        let name = path.file_name().unwrap_or_default();
+        if name.to_string_lossy().starts_with(".tmp") {
+            remove(&path).with_context(|| format!("remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// The files of a directory; none where there is no such directory.
+fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let list = || -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(directory)?
+            .map(|entry| Ok(entry?.path()))
+            .collect()
+    };
+    match list() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        files => files.with_context(|| format!("list {}", directory.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        os::unix::fs::{PermissionsExt as _, symlink},
+        sync::mpsc::channel,
+    };
+
+    use super::*;
+
+    fn region(name: &str, prefix: &str) -> Write {
+        Write::Region {
+            name: name.into(),
+            source: source(),
+            set: set(prefix),
+        }
+    }
+
+    fn source() -> RegionSource {
+        RegionSource::File("/etc/office.txt".into())
+    }
+
+    fn set(prefix: &str) -> Set {
+        Set {
+            members: [prefix.parse().unwrap()].into(),
+            retiring: Vec::new(),
+            confirmed: "2026-01-01T00:00:00Z".parse().unwrap(),
+            serial: None,
+            version: None,
+            prefixes: [].into(),
+        }
+    }
+
+    fn error<T: std::fmt::Debug>(result: Result<T>) -> String {
+        format!("{:#}", result.unwrap_err())
+    }
+
+    #[test]
+    fn file_of_somebody_else_or_open_to_others_is_ignored() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        let read = |name| read_region(directory, name, &source());
+        assert!(read("office").unwrap().is_none());
+        write(directory, &region("office", "192.0.2.0/24")).unwrap();
+        assert_eq!(read("office").unwrap(), Some(set("192.0.2.0/24")));
+        let path = region_path(directory, "office");
+        let mode = fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o622)).unwrap();
+        let open = error(read("office"));
+        assert!(open.contains("others could have written it"), "{open}");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        symlink(&path, region_path(directory, "other")).unwrap();
+        let link = error(read("other"));
+        assert!(link.contains("it is not a regular file"), "{link}");
+    }
+
+    /// Fault A8: pruning removed what another write had not finished.
+    #[test]
+    fn unused_regions_are_removed_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        for name in ["office", "old"] {
+            write(directory, &region(name, "192.0.2.0/24")).unwrap();
+        }
+        let unfinished = directory.join("regions/.tmpAbCdEf");
+        fs::write(&unfinished, "half").unwrap();
+        write(directory, &Write::Regions(["office".into()].into())).unwrap();
+        assert!(region_path(directory, "office").exists());
+        assert!(!region_path(directory, "old").exists());
+        assert!(unfinished.exists());
+        drop(Store::open(directory, |error| panic!("{error:#}")).unwrap());
+        assert!(!unfinished.exists());
+    }
+
+    /// Fault B11.
+    #[test]
+    fn second_agent_is_refused_the_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = Store::open(directory.path(), |error| panic!("{error:#}")).unwrap();
+        let second = Store::open(directory.path(), |error| panic!("{error:#}"));
+        assert!(error(second.map(drop)).contains("another filter-agent keeps its state in"));
+        assert!(error(forget_confirmed(directory.path())).contains("another filter-agent"));
+        drop(first);
+        drop(Store::open(directory.path(), |error| panic!("{error:#}")).unwrap());
+    }
+
+    /// Fault B19: what waited for a disk that hangs grew without end.
+    #[test]
+    fn latest_version_is_written_and_the_ones_before_it_are_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path(), |error| panic!("{error:#}")).unwrap();
+        for number in 0..1000 {
+            store.save(region("office", &format!("192.0.{}.0/24", number % 250)));
+        }
+        store.save(region("office", "198.51.100.0/24"));
+        store.save(Write::Confirmed(None));
+        let (done, written) = channel();
+        store
+            .start(move |record, result| done.send((record, result.is_ok())).unwrap())
+            .unwrap();
+        assert!(store.finish(Duration::from_secs(60)));
+        let office = Record::Region("office".into());
+        let written: Vec<_> = written.try_iter().collect();
+        assert_eq!(written, [(Record::Confirmed, true), (office, true)]);
+        let read = read_region(directory.path(), "office", &source()).unwrap();
+        assert_eq!(read, Some(set("198.51.100.0/24")));
+    }
+
+    #[test]
+    fn directory_that_cannot_be_made_yet_is_taken_when_it_can() {
+        let base = tempfile::tempdir().unwrap();
+        let place = base.path().join("state");
+        fs::write(&place, "in the way").unwrap();
+        let mut warned = false;
+        let store = Store::open(&place, |_| warned = true).unwrap();
+        assert!(warned);
+        let (done, written) = channel();
+        store
+            .start(move |_, result| done.send(result.is_ok()).unwrap())
+            .unwrap();
+        store.save(Write::Confirmed(Some(Confirmed::default())));
+        assert!(!written.recv().unwrap());
+        fs::remove_file(&place).unwrap();
+        store.save(Write::Confirmed(Some(Confirmed::default())));
+        assert!(written.recv().unwrap());
+        assert_eq!(read_confirmed(&place).unwrap(), Some(Confirmed::default()));
+        let second = Store::open(&place, |error| panic!("{error:#}"));
+        assert!(error(second.map(drop)).contains("another filter-agent"));
+    }
+}

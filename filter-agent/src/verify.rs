@@ -1,0 +1,135 @@
+//! Whether the kernel does what the policy says: probe packets through the attached program, the kernel's maps,
+//! and what is attached.
+
+use std::net::IpAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use filter_common::Reason;
+use jiff::Timestamp;
+
+use crate::{
+    compile::RuleKey,
+    host::coverage::Coverage,
+    kernel::{filter::Filter, probe},
+    policy::{Model, Rule},
+    reconcile::{InForce, list},
+    report,
+};
+
+/// Runs the attached program on probe packets, and compares what is attached with what should be.
+///
+/// # Errors
+/// What kept it from being compared.
+pub fn verify(
+    filter: &mut Filter,
+    coverage: &Coverage,
+    in_force: &InForce,
+) -> Result<report::Verified> {
+    let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
+    let probes = probe::probes(&in_force.compiled);
+    for probe in &probes {
+        let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
+        let judged = filter.judge(&probe.database, probe.source, probe.monitor)?;
+        let passes = filter.probe(&frame, &judged)?;
+        let allowed = judged.reason == Reason::Allowed;
+        if allowed != probe.allowed || passes != (probe.allowed || probe.monitor) {
+            errors.push(format!(
+                "database {}: a packet from {} to port {} {} although the policy {} it",
+                probe.database,
+                probe.source,
+                probe.port,
+                if passes { "passes" } else { "is dropped" },
+                if probe.allowed {
+                    "allows"
+                } else {
+                    "does not allow"
+                },
+            ));
+        }
+    }
+    Ok(report::Verified {
+        at: Timestamp::now(),
+        probes: probes.len(),
+        errors,
+    })
+}
+
+/// The verdicts on a source. The verdict comes from the attached program, the rule from the kernel's map; that
+/// the two agree is checked.
+///
+/// # Errors
+/// A database that the policy does not have, or that has no address of the source's family.
+pub fn explain(
+    filter: &mut Filter,
+    in_force: &InForce,
+    source: IpAddr,
+    database: Option<&str>,
+) -> Result<Vec<report::Explanation>> {
+    in_force.check_database(database)?;
+    let mut explanations = Vec::new();
+    for (name, entries) in &in_force.compiled.databases {
+        if database.is_some_and(|database| database != name) {
+            continue;
+        }
+        let Some(destination) = probe::destination(entries, source) else {
+            ensure!(
+                database.is_none(),
+                "database {name} has no address of {source}'s family"
+            );
+            continue;
+        };
+        let judged = filter.judge(name, source, entries.monitor)?;
+        let port = *entries.ports.first().context("find a port")?;
+        let frame = probe::frame(entries.protocol, source, destination, port);
+        let passes = filter.probe(&frame, &judged)?;
+        ensure!(
+            passes == judged.passes(),
+            "the attached program and the kernel's maps disagree on {source} at database {name}"
+        );
+        let rule = judged
+            .rule_text
+            .and_then(|text| entries.rules.iter().find(|rule| rule.text() == text));
+        let written = rule.and_then(|key| in_force.written(name, key));
+        explanations.push(report::Explanation {
+            database: name.clone(),
+            source,
+            passes,
+            monitor: entries.monitor,
+            reason: judged.reason.name().into(),
+            force_tls: entries.tls.is_some() && !judged.exempt,
+            rule: rule.map(ToString::to_string),
+            label: written.and_then(|rule| rule.label.clone()),
+            expires: written.and_then(|rule| rule.expires),
+        });
+    }
+    Ok(explanations)
+}
+
+impl InForce {
+    /// # Errors
+    /// A database that the policy does not have, with those it has.
+    pub fn check_database(&self, database: Option<&str>) -> Result<()> {
+        let Some(name) = database else { return Ok(()) };
+        let databases = &self.compiled.databases;
+        ensure!(
+            !databases.is_empty(),
+            "no database {name} in the policy, which has none"
+        );
+        ensure!(
+            databases.contains_key(name),
+            "no database {name} in the policy, which has {}",
+            list(databases.keys())
+        );
+        Ok(())
+    }
+
+    /// The rule of the policy file behind a key.
+    fn written(&self, database: &str, key: &RuleKey) -> Option<&Rule> {
+        let databases = &self.file.policy.databases;
+        let database = databases.iter().find(|written| written.name == database)?;
+        let (Model::Dedicated { rules }, RuleKey::Rule(source)) = (&database.model, key) else {
+            return None;
+        };
+        rules.iter().find(|rule| rule.source == *source)
+    }
+}
