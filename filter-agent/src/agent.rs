@@ -12,23 +12,24 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use jiff::Timestamp;
-use tokio::sync::oneshot;
 
 use crate::{
     clock::{Ends, Now},
-    compile,
     enforcer::Checked,
+    event::{Effect, Event, Order, ReloadOptions, Reply, Request},
     host::coverage::Remembered,
     log::Entry,
     look_ups::{LookUp, LookUps, Purpose},
     policy::RegionSource,
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused, list},
+    refreshes::Refreshes,
     region::{
         lookup::Answer,
         state::{self as region, Change, Regions, State},
     },
     report,
+    saves::Saves,
     snapshot::{Snapshot, consequence},
     store::{Confirmed, Record, Write},
 };
@@ -36,9 +37,6 @@ use crate::{
 /// Pauses before a change that the kernel refused is tried again.
 const FIRST_RETRY: Duration = Duration::from_secs(10);
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
-
-/// How often a set that stays the same is written to disk, for the time it was confirmed.
-const SAVE_AGAIN: Duration = Duration::from_mins(10);
 
 /// Time that an answer waits for the disk. A disk that hangs is not waited for.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -48,111 +46,6 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 /// Prefixes that one line of the log lists; the rest are only counted.
 const MAX_LOGGED_PREFIXES: usize = 5;
-
-/// Everything that happens.
-#[derive(Debug)]
-pub enum Event {
-    Request(Request),
-    /// SIGHUP: a reload that nobody waits for.
-    Hangup,
-    PolicyRead {
-        proposal: u64,
-        file: Result<PolicyFile>,
-    },
-    LookedUp {
-        number: u64,
-        answer: Result<Answer>,
-    },
-    /// A region's file; `None`: any of them.
-    FileChanged(Option<PathBuf>),
-    Committed(Result<(Committed, Checked), Refused>),
-    Detached(Result<Vec<String>>),
-    Checked(Checked),
-    Saved {
-        record: Record,
-        result: Result<()>,
-    },
-    /// Time passes.
-    Tick,
-}
-
-pub type Reply<T> = oneshot::Sender<Result<T>>;
-
-/// A request of a client that waits for the reply.
-#[derive(Debug)]
-pub enum Request {
-    Reload {
-        options: ReloadOptions,
-        reply: Reply<report::Reloaded>,
-    },
-    Plan {
-        /// `None`: the text of the agent's own policy file.
-        text: Option<String>,
-        /// The file's name in messages.
-        path: Option<PathBuf>,
-        reply: Reply<report::Plan>,
-    },
-    Refresh {
-        /// `None`: every region that is looked up.
-        region: Option<String>,
-        accept: bool,
-        reply: Reply<Vec<report::Refreshed>>,
-    },
-    Detach {
-        reply: Reply<Vec<String>>,
-    },
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ReloadOptions {
-    /// Judge connections from before TLS was forced, too.
-    pub existing: bool,
-    /// Leave unguarded what the policy in force guards and the new one does not.
-    pub allow_unprotect: bool,
-}
-
-/// What is to be done for the agent.
-#[derive(Debug)]
-pub enum Effect {
-    /// Read and check a policy; `text`: it is here already. Answered by `PolicyRead`.
-    ReadPolicy {
-        proposal: u64,
-        path: PathBuf,
-        text: Option<String>,
-    },
-    /// Answered by `LookedUp`.
-    LookUp(LookUp),
-    /// Answered by `Committed`.
-    Commit {
-        order: Order,
-        occasion: Occasion,
-        existing: bool,
-    },
-    Plan {
-        order: Order,
-        reply: Reply<report::Plan>,
-    },
-    /// Answered by `Detached`.
-    Detach,
-    /// Answered by `Saved`.
-    Save(Write),
-    Log(Entry),
-    /// One line for the service manager.
-    Status(String),
-    /// What is listed and exists is enforced, for the first time.
-    Ready,
-    /// The filter was detached: the agent ends.
-    Stop,
-}
-
-/// What is to be enforced.
-#[derive(Clone, Debug)]
-pub struct Order {
-    pub file: Arc<PolicyFile>,
-    pub prefixes: compile::Regions,
-    /// Rules that end by then are left out.
-    pub at: Timestamp,
-}
 
 /// A policy that waits for its file or its regions.
 #[derive(Debug)]
@@ -210,14 +103,6 @@ struct Stuck {
     not_taken_back: bool,
 }
 
-/// A request to look regions up.
-#[derive(Debug)]
-struct Refresh {
-    waiting: BTreeSet<String>,
-    done: BTreeMap<String, report::Refreshed>,
-    reply: Reply<Vec<report::Refreshed>>,
-}
-
 /// A reply that waits for the confirmed policy to be on disk.
 #[derive(Debug)]
 struct Late {
@@ -266,14 +151,9 @@ pub struct Agent {
     proposals: BTreeMap<u64, Proposal>,
     /// Reloads that wait for the one that is proposed.
     reloads: VecDeque<(ReloadOptions, Option<Reply<report::Reloaded>>)>,
-    refreshes: BTreeMap<u64, Refresh>,
+    refreshes: Refreshes,
     stuck: Option<Stuck>,
-    /// The confirmed policy that was given to the store last.
-    confirmed: Option<Confirmed>,
-    /// When each region's set was given to the store last.
-    saved: BTreeMap<String, Timestamp>,
-    /// Why records are not on disk.
-    unsaved: BTreeMap<Record, String>,
+    saves: Saves,
     instead_of_file: Option<String>,
     unreadable: Option<String>,
     late: Vec<Late>,
@@ -296,6 +176,8 @@ impl Agent {
             instead_of_file,
             unreadable,
         } = started;
+        let saved = regions.keys().filter(|name| !unsaved.contains(*name));
+        let saves = Saves::new(confirmed, saved.cloned(), now.steady);
         let mut agent = Self {
             path,
             file,
@@ -310,11 +192,9 @@ impl Agent {
             deferred: VecDeque::new(),
             proposals: BTreeMap::new(),
             reloads: VecDeque::new(),
-            refreshes: BTreeMap::new(),
+            refreshes: Refreshes::default(),
             stuck: None,
-            confirmed,
-            saved: BTreeMap::new(),
-            unsaved: BTreeMap::new(),
+            saves,
             instead_of_file,
             unreadable,
             late: Vec::new(),
@@ -333,12 +213,8 @@ impl Agent {
         if let Some(unreadable) = agent.unreadable.clone() {
             agent.log(Entry::error(unreadable));
         }
-        for name in agent.regions.keys().cloned().collect::<Vec<_>>() {
-            if unsaved.contains(&name) {
-                agent.save_region(&name, true);
-            } else {
-                agent.saved.insert(name, now.steady);
-            }
+        for name in &unsaved {
+            agent.save_region(name, true);
         }
         agent.forget_unused();
         agent.checked(checked);
@@ -497,7 +373,7 @@ impl Agent {
 
     fn refuse_aim(&mut self, aim: Aim, error: anyhow::Error) {
         match aim {
-            Aim::Plan { reply } => send(reply, Err(error)),
+            Aim::Plan { reply } => reply.send(Err(error)),
             Aim::Reload { reply, .. } => self.refuse_reload(reply, Refused::from(error)),
         }
     }
@@ -506,7 +382,7 @@ impl Agent {
         let error = refused.describe("reload");
         self.log(Entry::error(format!("{error:#}")));
         if let Some(reply) = reply {
-            send(reply, Err(error));
+            reply.send(Err(error));
         }
         self.next_reload();
     }
@@ -667,13 +543,10 @@ impl Agent {
         for name in asked {
             let same = before.get(name).zip(self.regions.get(name));
             let same = same.is_some_and(|(before, now)| before.holds_the_same(now));
-            let is_saved = same && !self.unsaved.contains_key(&Record::Region(name.clone()));
+            let error = self.saves.error(&Record::Region(name.clone()));
+            let is_saved = same && error.is_none();
             self.save_region(name, !is_saved);
         }
-        let is_used = |name: &String| self.regions.contains_key(name);
-        self.saved.retain(|name, _| is_used(name));
-        self.unsaved
-            .retain(|record, _| !matches!(record, Record::Region(name) if !is_used(name)));
         self.forget_unused();
         self.log_all(committed.entries);
         for error in &committed.errors {
@@ -681,9 +554,9 @@ impl Agent {
         }
         let verified = checked.verified.clone();
         let is_saving = self.checked(checked);
-        let names: Vec<String> = before.keys().cloned().collect();
-        for name in names {
-            self.refreshed(&name, &Change::default(), &ended);
+        for name in before.keys() {
+            let state = self.regions.get(name);
+            self.refreshes.done(name, state, &Change::default(), &ended);
         }
         if let Some(reply) = reply {
             let reloaded = report::Reloaded {
@@ -814,7 +687,8 @@ impl Agent {
             }
         }
         self.save_region(name, !change.is_empty());
-        self.refreshed(name, &change, waiters);
+        self.refreshes
+            .done(name, self.regions.get(name), &change, waiters);
     }
 
     fn refresh(
@@ -825,18 +699,13 @@ impl Agent {
     ) {
         let names = match self.to_refresh(region) {
             Ok(names) => names,
-            Err(error) => return send(reply, Err(error)),
+            Err(error) => return reply.send(Err(error)),
         };
         if names.is_empty() {
-            return send(reply, Ok(Vec::new()));
+            return reply.send(Ok(Vec::new()));
         }
         let number = self.look_ups.number();
-        let refresh = Refresh {
-            waiting: names.iter().cloned().collect(),
-            done: BTreeMap::new(),
-            reply,
-        };
-        self.refreshes.insert(number, refresh);
+        self.refreshes.begin(number, &names, reply);
         for name in names {
             self.look_up(&name, accept, Some(number));
         }
@@ -863,39 +732,6 @@ impl Agent {
             ),
         }
         Ok(vec![name])
-    }
-
-    /// Notes for those that wait for a region what its look-up came to.
-    fn refreshed(&mut self, name: &str, change: &Change, waiters: &[u64]) {
-        for number in waiters {
-            let Some(refresh) = self.refreshes.get_mut(number) else {
-                continue;
-            };
-            if !refresh.waiting.remove(name) {
-                continue;
-            }
-            let state = self.regions.get(name);
-            let error = match state {
-                Some(state) if state.failing => state.error.as_ref().map(|e| e.text.clone()),
-                Some(_) => None,
-                None => Some("no rule names it any more".into()),
-            };
-            let set = state.and_then(|state| state.set.as_ref());
-            let refreshed = report::Refreshed {
-                region: name.into(),
-                prefixes: set.map_or(0, |set| set.prefixes.len()),
-                added: change.added.clone(),
-                left: change.left.clone(),
-                removed: change.removed.clone(),
-                error,
-            };
-            refresh.done.insert(name.into(), refreshed);
-            if refresh.waiting.is_empty()
-                && let Some(refresh) = self.refreshes.remove(number)
-            {
-                send(refresh.reply, Ok(refresh.done.into_values().collect()));
-            }
-        }
     }
 
     // Time.
@@ -988,71 +824,37 @@ impl Agent {
             policy: self.file.text.clone(),
             interfaces: self.remembered.clone(),
         };
-        let is_saved = self.confirmed.as_ref() == Some(&confirmed)
-            && !self.unsaved.contains_key(&Record::Confirmed);
-        if self.unreadable.is_some() || is_saved {
+        if self.unreadable.is_some() {
             return false;
         }
-        self.confirmed = Some(confirmed.clone());
-        self.effects
-            .push(Effect::Save(Write::Confirmed(Some(confirmed))));
-        true
+        let write = self.saves.confirm(confirmed);
+        let is_saving = write.is_some();
+        self.effects.extend(write.map(Effect::Save));
+        is_saving
     }
 
     /// Has a region's set written to disk, if it changed or its time there is old.
     fn save_region(&mut self, name: &str, changed: bool) {
-        let now = self.now.steady;
-        let is_old = |saved: &Timestamp| *saved + SAVE_AGAIN <= now;
         let Some(state) = self.regions.get(name) else {
             return;
         };
-        let is_due = changed || self.saved.get(name).is_none_or(is_old);
-        let (true, false, Some(set)) = (is_due, state.region.is_constant(), &state.set) else {
-            return;
-        };
-        self.effects.push(Effect::Save(Write::Region {
-            name: name.into(),
-            source: state.region.source.clone(),
-            set: set.clone(),
-        }));
-        self.saved.insert(name.into(), now);
+        let write = self.saves.region(name, state, changed, self.now.steady);
+        self.effects.extend(write.map(Effect::Save));
     }
 
-    /// Of regions that no rule names any more nothing is kept: it would be out of date when one does.
     fn forget_unused(&mut self) {
         let names = self.regions.keys().cloned().collect();
-        self.effects.push(Effect::Save(Write::Regions(names)));
+        let write = self.saves.keep_only(names);
+        self.effects.push(Effect::Save(write));
     }
 
     fn saved(&mut self, record: &Record, result: Result<()>) {
-        let what = |error: &str| match record {
-            Record::Confirmed => {
-                format!("the policy in force is not kept for the next start: {error}")
+        let entry = self.saves.written(record, result);
+        self.effects.extend(entry.map(Effect::Log));
+        if *record == Record::Confirmed {
+            for late in mem::take(&mut self.late) {
+                self.answer(late);
             }
-            Record::Region(name) => format!("region {name}: {error}"),
-            Record::Regions => error.to_owned(),
-        };
-        let late: Vec<Late> = match record {
-            Record::Confirmed => mem::take(&mut self.late),
-            _ => Vec::new(),
-        };
-        match result {
-            Ok(()) => {
-                if let (Some(_), Record::Region(name)) = (self.unsaved.remove(record), record) {
-                    let entry = format!("region {name}: its set is kept on disk again");
-                    self.log(Entry::info(entry).with("REGION", name));
-                }
-            }
-            Err(error) => {
-                let error = what(&format!("{error:#}"));
-                if self.unsaved.get(record) != Some(&error) {
-                    self.log(Entry::warning(error.clone()));
-                }
-                self.unsaved.insert(record.clone(), error);
-            }
-        }
-        for late in late {
-            self.answer(late);
         }
     }
 
@@ -1071,7 +873,7 @@ impl Agent {
             }
             Err(error) => {
                 self.log(Entry::error(format!("detach: {error:#}")));
-                send(reply, Err(error));
+                reply.send(Err(error));
             }
         }
     }
@@ -1079,11 +881,11 @@ impl Agent {
     /// Sends a reply that waited for the disk.
     fn answer(&mut self, late: Late) {
         let is_late = late.until <= self.now.steady;
-        let error = self.unsaved.get(&Record::Confirmed).cloned();
+        let error = self.saves.error(&Record::Confirmed).cloned();
         match late.answer {
             LateAnswer::Reloaded(mut reloaded, reply) => {
                 reloaded.plan.warnings.extend(error);
-                send(reply, Ok(*reloaded));
+                reply.send(Ok(*reloaded));
             }
             LateAnswer::Detached(names, reply) => {
                 let kept = match error {
@@ -1098,7 +900,7 @@ impl Agent {
                         "detached: nothing is filtered any more; but the next start may enforce it again",
                     ),
                 };
-                send(reply, result);
+                reply.send(result);
                 self.effects.push(Effect::Stop);
             }
         }
@@ -1115,7 +917,7 @@ impl Agent {
             enforced: self.enforced.clone(),
             regions: self.regions.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
-            unsaved: self.unsaved.values().cloned().collect(),
+            unsaved: self.saves.errors().cloned().collect(),
         }
     }
 
@@ -1135,11 +937,6 @@ impl Agent {
         let names = list(self.file.policy.interfaces.iter());
         format!("stopping; the filter stays in force on {names}")
     }
-}
-
-/// A client that went away does not wait for its reply.
-fn send<T>(reply: Reply<T>, result: Result<T>) {
-    let _ = reply.send(result);
 }
 
 /// What changed of a region, in one line.

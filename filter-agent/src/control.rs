@@ -23,8 +23,8 @@ use tokio::{
 use tower_service::Service as _;
 
 use crate::{
-    agent::{self, Event, ReloadOptions, Reply},
     enforcer::{Handle, Observed},
+    event::{self, Event, ReloadOptions, Reply},
     log::Entry,
     report,
     snapshot::Snapshot,
@@ -52,9 +52,9 @@ struct Shared {
 
 impl Shared {
     /// Has the agent answer a request.
-    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> agent::Request) -> Result<T> {
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> event::Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.events.send(Event::Request(request(reply)));
+        let _ = self.events.send(Event::Request(request(Reply(reply))));
         answer.await.context("the agent is ending").flatten()
     }
 
@@ -245,7 +245,7 @@ async fn drops(
 }
 
 async fn plan(State(shared): State<Shared>) -> Answer<report::Plan> {
-    let plan = shared.ask(|reply| agent::Request::Plan {
+    let plan = shared.ask(|reply| event::Request::Plan {
         text: None,
         path: None,
         reply,
@@ -269,7 +269,7 @@ async fn plan_text(
         .context("read the policy: it took too long to arrive")?
         .context("read the policy")?;
     let text = String::from_utf8(text.into()).context("read the policy: it is not UTF-8")?;
-    let plan = shared.ask(|reply| agent::Request::Plan {
+    let plan = shared.ask(|reply| event::Request::Plan {
         text: Some(text),
         path: Some(query.file),
         reply,
@@ -293,7 +293,7 @@ async fn reload(
         existing: query.existing,
         allow_unprotect: query.allow_unprotect,
     };
-    let reloaded = shared.ask(|reply| agent::Request::Reload { options, reply });
+    let reloaded = shared.ask(|reply| event::Request::Reload { options, reply });
     Ok(Json(reloaded.await?))
 }
 
@@ -309,7 +309,7 @@ async fn refresh(
     State(shared): State<Shared>,
     Query(query): Query<RefreshQuery>,
 ) -> Answer<Vec<report::Refreshed>> {
-    let refreshed = shared.ask(|reply| agent::Request::Refresh {
+    let refreshed = shared.ask(|reply| event::Request::Refresh {
         region: query.region,
         accept: query.accept,
         reply,
@@ -319,6 +319,6 @@ async fn refresh(
 
 /// Answers with the names of the interfaces that are no longer filtered.
 async fn detach(State(shared): State<Shared>) -> Answer<Vec<String>> {
-    let names = shared.ask(|reply| agent::Request::Detach { reply });
+    let names = shared.ask(|reply| event::Request::Detach { reply });
     Ok(Json(names.await?))
 }

@@ -3,11 +3,11 @@
 use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::{FutureExt as _, Stream, StreamExt as _};
 use inotify::{Inotify, Watches};
 use sd_notify::NotifyState;
@@ -16,20 +16,23 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{
         mpsc::{UnboundedSender, unbounded_channel},
-        oneshot, watch,
+        watch,
     },
     time::MissedTickBehavior,
 };
 
+pub use crate::start::Options;
 use crate::{
-    agent::{Agent, Effect, Event},
+    agent::Agent,
     clock::Clock,
     control,
     enforcer::Handle,
+    event::{Effect, Event},
     host,
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
+    reading::read_within,
     reconcile::Refused,
     region::lookup,
     start::{compile_order, enforce, open},
@@ -48,49 +51,6 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Time allowed for the policy file to be read.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Threads that hung file systems may hold at a time.
-const MAX_GIVEN_UP: usize = 16;
-
-static READERS: tokio::sync::Semaphore = tokio::sync::Semaphore::const_new(MAX_GIVEN_UP);
-
-/// Where the daemon finds and keeps things.
-#[derive(Clone, Debug)]
-pub struct Options {
-    pub policy: PathBuf,
-    pub socket: PathBuf,
-    pub bpffs: PathBuf,
-    /// Where what outlasts a restart of the host is kept.
-    pub state_dir: PathBuf,
-    /// Prefixes of one address family that a policy may have; `None`: the default.
-    pub max_prefixes: Option<u32>,
-}
-
-/// Reads a file on a thread that is given up after a while: nothing ends a read of a file system that hangs.
-///
-/// # Errors
-/// What `read` returns; too many such threads that hang.
-pub async fn given_up_after<T: Send + 'static>(
-    timeout: Duration,
-    what: &str,
-    read: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    let permit = READERS.try_acquire().map_err(|_| {
-        anyhow!("{what}: too many files are being read from file systems that hang")
-    })?;
-    let (done, result) = oneshot::channel();
-    std::thread::Builder::new()
-        .name("reader".into())
-        .spawn(move || {
-            let _permit = permit;
-            let _ = done.send(read());
-        })
-        .with_context(|| format!("{what}: start a thread"))?;
-    match tokio::time::timeout(timeout, result).await {
-        Ok(result) => result.with_context(|| what.to_owned()).flatten(),
-        Err(_) => bail!("{what}: no answer within {} s", timeout.as_secs()),
-    }
-}
 
 /// Attaches, fills, and stays until it is told to stop; the filter stays longer.
 ///
@@ -238,7 +198,7 @@ impl Performer {
                         Some(text) => PolicyFile::parse(&path, text),
                         None => PolicyFile::read(&path),
                     };
-                    let file = given_up_after(READ_TIMEOUT, &what, read).await;
+                    let file = read_within(READ_TIMEOUT, &what, read).await;
                     let _ = events.send(Event::PolicyRead { proposal, file });
                 });
             }
@@ -273,11 +233,9 @@ impl Performer {
                 tokio::spawn(async move {
                     match compile_order(order).await {
                         Ok(desired) => enforcer.send(move |enforcer| {
-                            let _ = reply.send(enforcer.plan(desired));
+                            reply.send(enforcer.plan(desired));
                         }),
-                        Err(error) => {
-                            let _ = reply.send(Err(error));
-                        }
+                        Err(error) => reply.send(Err(error)),
                     }
                 });
             }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -11,17 +11,18 @@ use anyhow::{Context as _, Result, anyhow};
 use inotify::Watches;
 
 use crate::{
-    agent::{Order, Started},
+    agent::Started,
     clock::{Clock, Now},
     compile::{Compiled, compile},
-    daemon::{Options, given_up_after},
     enforcer::{Enforcer, Handle},
+    event::Order,
     host::{self, coverage::Remembered},
     kernel::filter,
     log::Entry,
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
     protection,
+    reading::read_within,
     reconcile::{Desired, InForce, Occasion, describe_unguarded},
     region::{
         lookup,
@@ -32,6 +33,18 @@ use crate::{
 
 /// Time allowed for a file to be read at a start.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where the daemon finds and keeps things.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub policy: PathBuf,
+    pub socket: PathBuf,
+    pub bpffs: PathBuf,
+    /// Where what outlasts a restart of the host is kept.
+    pub state_dir: PathBuf,
+    /// Prefixes of one address family that a policy may have; `None`: the default.
+    pub max_prefixes: Option<u32>,
+}
 
 /// Policies that a start may enforce, and what the last agent left on disk.
 struct Choice {
@@ -53,7 +66,7 @@ impl Choice {
     async fn make(options: &Options) -> Result<Self> {
         let file = read_policy(&options.policy).await;
         let directory = options.state_dir.clone();
-        let kept = given_up_after(READ_TIMEOUT, "read the confirmed policy", move || {
+        let kept = read_within(READ_TIMEOUT, "read the confirmed policy", move || {
             let confirmed = store::read_confirmed(&directory)?;
             let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
             let path = store::confirmed_path(&directory);
@@ -136,7 +149,7 @@ impl Choice {
 async fn read_policy(path: &Path) -> Result<Arc<PolicyFile>> {
     let path = path.to_owned();
     let what = format!("read {}", path.display());
-    let file = given_up_after(READ_TIMEOUT, &what, move || PolicyFile::read(&path));
+    let file = read_within(READ_TIMEOUT, &what, move || PolicyFile::read(&path));
     file.await.map(Arc::new)
 }
 
@@ -293,7 +306,7 @@ async fn first_regions(
         }
         let (directory, wanted) = (options.state_dir.clone(), (name.clone(), source.clone()));
         let what = format!("read the set that was kept of region {name}");
-        let kept = given_up_after(READ_TIMEOUT, &what, move || {
+        let kept = read_within(READ_TIMEOUT, &what, move || {
             store::read_region(&directory, &wanted.0, &wanted.1)
         });
         let restored = kept.await.and_then(|set| {

@@ -1,0 +1,132 @@
+//! What happens to the agent, and what is to be done for it.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Result;
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+
+use crate::{
+    compile,
+    enforcer::Checked,
+    log::Entry,
+    look_ups::LookUp,
+    policy_file::PolicyFile,
+    reconcile::{Committed, Occasion, Refused},
+    region::lookup::Answer,
+    report,
+    store::{Record, Write},
+};
+
+/// Everything that happens.
+#[derive(Debug)]
+pub enum Event {
+    Request(Request),
+    /// SIGHUP: a reload that nobody waits for.
+    Hangup,
+    PolicyRead {
+        proposal: u64,
+        file: Result<PolicyFile>,
+    },
+    LookedUp {
+        number: u64,
+        answer: Result<Answer>,
+    },
+    /// A region's file; `None`: any of them.
+    FileChanged(Option<PathBuf>),
+    Committed(Result<(Committed, Checked), Refused>),
+    Detached(Result<Vec<String>>),
+    Checked(Checked),
+    Saved {
+        record: Record,
+        result: Result<()>,
+    },
+    /// Time passes.
+    Tick,
+}
+
+/// Takes the answer to a request. A client that went away does not wait for it.
+#[derive(Debug)]
+pub struct Reply<T>(pub oneshot::Sender<Result<T>>);
+
+impl<T> Reply<T> {
+    pub fn send(self, result: Result<T>) {
+        let _ = self.0.send(result);
+    }
+}
+
+/// A request of a client that waits for the reply.
+#[derive(Debug)]
+pub enum Request {
+    Reload {
+        options: ReloadOptions,
+        reply: Reply<report::Reloaded>,
+    },
+    Plan {
+        /// `None`: the text of the agent's own policy file.
+        text: Option<String>,
+        /// The file's name in messages.
+        path: Option<PathBuf>,
+        reply: Reply<report::Plan>,
+    },
+    Refresh {
+        /// `None`: every region that is looked up.
+        region: Option<String>,
+        accept: bool,
+        reply: Reply<Vec<report::Refreshed>>,
+    },
+    Detach {
+        reply: Reply<Vec<String>>,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ReloadOptions {
+    /// Judge connections from before TLS was forced, too.
+    pub existing: bool,
+    /// Leave unguarded what the policy in force guards and the new one does not.
+    pub allow_unprotect: bool,
+}
+
+/// What is to be done for the agent.
+#[derive(Debug)]
+pub enum Effect {
+    /// Read and check a policy; `text`: it is here already. Answered by `PolicyRead`.
+    ReadPolicy {
+        proposal: u64,
+        path: PathBuf,
+        text: Option<String>,
+    },
+    /// Answered by `LookedUp`.
+    LookUp(LookUp),
+    /// Answered by `Committed`.
+    Commit {
+        order: Order,
+        occasion: Occasion,
+        existing: bool,
+    },
+    Plan {
+        order: Order,
+        reply: Reply<report::Plan>,
+    },
+    /// Answered by `Detached`.
+    Detach,
+    /// Answered by `Saved`.
+    Save(Write),
+    Log(Entry),
+    /// One line for the service manager.
+    Status(String),
+    /// What is listed and exists is enforced, for the first time.
+    Ready,
+    /// The filter was detached: the agent ends.
+    Stop,
+}
+
+/// What is to be enforced.
+#[derive(Clone, Debug)]
+pub struct Order {
+    pub file: Arc<PolicyFile>,
+    pub prefixes: compile::Regions,
+    /// Rules that end by then are left out.
+    pub at: Timestamp,
+}

@@ -1,0 +1,126 @@
+//! What is on disk, and what is on its way there. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use anyhow::Result;
+use jiff::Timestamp;
+
+use crate::{
+    log::Entry,
+    region::state::State,
+    store::{Confirmed, Record, Write},
+};
+
+/// How often a set that stays the same is written to disk, for the time it was confirmed.
+const SAVE_AGAIN: Duration = Duration::from_mins(10);
+
+#[derive(Debug)]
+pub struct Saves {
+    /// The confirmed policy that was given to the store last.
+    confirmed: Option<Confirmed>,
+    /// When each region's set was given to the store last.
+    regions: BTreeMap<String, Timestamp>,
+    /// Why records are not on disk.
+    errors: BTreeMap<Record, String>,
+}
+
+impl Saves {
+    /// `confirmed`: as it is on disk. `regions`: those whose set is on disk.
+    pub fn new(
+        confirmed: Option<Confirmed>,
+        regions: impl Iterator<Item = String>,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            confirmed,
+            regions: regions.map(|name| (name, now)).collect(),
+            errors: BTreeMap::new(),
+        }
+    }
+
+    /// The write that keeps the policy in force for the next start; `None`: it is on disk.
+    pub fn confirm(&mut self, confirmed: Confirmed) -> Option<Write> {
+        let is_saved =
+            self.confirmed.as_ref() == Some(&confirmed) && self.error(&Record::Confirmed).is_none();
+        if is_saved {
+            return None;
+        }
+        self.confirmed = Some(confirmed.clone());
+        Some(Write::Confirmed(Some(confirmed)))
+    }
+
+    /// The write of a region's set, if it changed or its time on disk is old.
+    pub fn region(
+        &mut self,
+        name: &str,
+        state: &State,
+        changed: bool,
+        now: Timestamp,
+    ) -> Option<Write> {
+        let is_old = |saved: &Timestamp| *saved + SAVE_AGAIN <= now;
+        let set = state.set.as_ref()?;
+        let is_due = changed || self.regions.get(name).is_none_or(is_old);
+        if !is_due || state.region.is_constant() {
+            return None;
+        }
+        self.regions.insert(name.into(), now);
+        Some(Write::Region {
+            name: name.into(),
+            source: state.region.source.clone(),
+            set: set.clone(),
+        })
+    }
+
+    /// The write that leaves nothing of other regions: it would be out of date when a rule names one again.
+    pub fn keep_only(&mut self, names: BTreeSet<String>) -> Write {
+        self.regions.retain(|name, _| names.contains(name));
+        let is_gone =
+            |record: &Record| matches!(record, Record::Region(name) if !names.contains(name));
+        self.errors.retain(|record, _| !is_gone(record));
+        Write::Regions(names)
+    }
+
+    /// Notes what came of a write. Returns what the log says of it.
+    pub fn written(&mut self, record: &Record, result: Result<()>) -> Option<Entry> {
+        let entry = |entry: Entry| match record {
+            Record::Region(name) => entry.with("REGION", name),
+            _ => entry,
+        };
+        match result {
+            Ok(()) => {
+                self.errors.remove(record)?;
+                Some(entry(Entry::info(match record {
+                    Record::Confirmed => "the policy in force is kept for the next start".into(),
+                    Record::Region(name) => {
+                        format!("region {name}: its set is kept on disk again")
+                    }
+                    Record::Regions => "the sets of unused regions are removed".into(),
+                })))
+            }
+            Err(error) => {
+                let error = match record {
+                    Record::Confirmed => {
+                        format!("the policy in force is not kept for the next start: {error:#}")
+                    }
+                    Record::Region(name) => format!("region {name}: {error:#}"),
+                    Record::Regions => format!("{error:#}"),
+                };
+                let is_new = self.error(record) != Some(&error);
+                self.errors.insert(record.clone(), error.clone());
+                is_new.then(|| entry(Entry::warning(error)))
+            }
+        }
+    }
+
+    /// Why a record is not on disk; `None`: it is, or is on its way.
+    pub fn error(&self, record: &Record) -> Option<&String> {
+        self.errors.get(record)
+    }
+
+    pub fn errors(&self) -> impl Iterator<Item = &String> {
+        self.errors.values()
+    }
+}
