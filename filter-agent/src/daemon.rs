@@ -33,12 +33,15 @@ use crate::{
     confirmed::{self, Confirmed},
     control,
     drops::Drops,
-    host::coverage::{self as interfaces, Coverage, Ended, Remembered},
+    host::coverage::{self as interfaces, Coverage, Ended, Pinned, Remembered},
     host::{self, Interface},
     kept,
-    kernel::filter::{self, Attached, Filter, Pinned, TakenOver},
-    kernel::image::Difference,
-    kernel::probe,
+    kernel::{
+        difference::Difference,
+        filter::Filter,
+        links::{Attached, TakenOver},
+        pins, probe,
+    },
     log::log,
     policy::{Guards, Model, Policy, Region, RegionSource, Rule},
     policy_file::PolicyFile,
@@ -404,7 +407,7 @@ impl Start {
         let (confirmed, before) = match kept {
             Ok(kept) => kept,
             // What it guards may be guarded no longer by the file.
-            Err(error) if !filter::left_in_force(&options.bpffs)?.is_empty() => {
+            Err(error) if !pins::left_in_force(&options.bpffs)?.is_empty() => {
                 return Err(error.context(format!(
                     "start refused; what is pinned stays in force, without an agent: if the policy file is \
                      right, remove {}",
@@ -449,7 +452,7 @@ impl Start {
                 return Ok(start);
             }
             (Err(error), ..) if before.is_none() => {
-                return Err(match filter::left_in_force(&options.bpffs) {
+                return Err(match pins::left_in_force(&options.bpffs) {
                     Ok(interfaces) if !interfaces.is_empty() => error
                         .context("start refused; what is pinned stays in force, without an agent"),
                     _ => error,
