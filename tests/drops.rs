@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use filter_agent::kernel::filter::Dropped;
+use filter_agent::kernel::samples::Dropped;
 use filter_common::{KNOWN_SOURCES, Reason, SAMPLES_GRANTED};
 use filter_tests::{
     frames::{Packet, Protocol, Rng},

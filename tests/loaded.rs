@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use filter_agent::{
     compile::{Regions, compile},
-    kernel::filter::{Counts, Filter},
+    kernel::{counters::Counts, filter::Filter},
     policy::{self, Policy},
     region::state as region,
 };

@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use filter_agent::{kernel::filter::Counts, policy::parse_cidr};
+use filter_agent::{kernel::counters::Counts, policy::parse_cidr};
 use filter_common::Reason;
 use filter_tests::{
     frames::{self, Addressing, Packet, Protocol, Rng},

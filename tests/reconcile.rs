@@ -5,9 +5,11 @@ use std::net::Ipv4Addr;
 use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
     compile::{Compiled, Regions, compile},
-    kernel::filter::Filter,
-    kernel::image::Difference,
-    kernel::probe::{frame, probes},
+    kernel::{
+        difference::Difference,
+        filter::Filter,
+        probe::{frame, probes},
+    },
     policy,
 };
 use filter_common::{LAYOUT, Protocol, SLOT_BITS, Source4, slot_key};

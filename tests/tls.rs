@@ -12,7 +12,7 @@ use std::{
 
 use filter_agent::{
     host::Interface,
-    kernel::filter::{Attached, Filter},
+    kernel::{filter::Filter, links::Attached},
     policy::Mode,
 };
 use filter_tests::{

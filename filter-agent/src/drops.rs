@@ -6,7 +6,7 @@ use filter_common::Reason;
 use jiff::Timestamp;
 
 use crate::{
-    kernel::filter::{Counts, Dropped},
+    kernel::{counters::Counts, samples::Dropped},
     report,
 };
 

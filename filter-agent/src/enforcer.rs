@@ -22,9 +22,13 @@ use crate::{
     drops::Drops,
     host::{
         Interface, Netlink,
-        coverage::{Coverage, Remembered, describe_missing},
+        coverage::{Coverage, Pinned, Remembered, describe_missing},
     },
-    kernel::filter::{Attached, Counts, Fates, Filter, Hits, Pinned},
+    kernel::{
+        counters::{Counts, Fates, Hits},
+        filter::Filter,
+        links::Attached,
+    },
     log::Entry,
     reconcile::{
         self, Committed, Desired, Facts, InForce, Occasion, Refused, counted, describe_attachment,

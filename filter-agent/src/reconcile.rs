@@ -11,11 +11,12 @@ use crate::{
     compile::Compiled,
     host::{
         Interface,
-        coverage::{Coverage, Ended, Remembered, describe_missing},
+        coverage::{Coverage, Ended, Pinned, Remembered, describe_missing},
     },
     kernel::{
-        filter::{Applied, Attached, Filter, Pinned, TakenOver},
-        image::Difference,
+        difference::Difference,
+        filter::{Applied, Filter},
+        links::{Attached, TakenOver},
     },
     log::Entry,
     policy::{Mode, Policy},

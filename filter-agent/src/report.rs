@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::image::Difference;
+use crate::kernel::difference::Difference;
 
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Status {

@@ -17,7 +17,7 @@ use crate::{
     enforcer::{Enforcer, Handle},
     event::Order,
     host::{self, coverage::Remembered},
-    kernel::filter,
+    kernel::pins,
     log::Entry,
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
@@ -81,7 +81,7 @@ impl Choice {
         let (confirmed, before) = match kept {
             Ok((confirmed, before)) => (confirmed, before.map(Arc::new)),
             // What it guards may be guarded no longer by the file.
-            Err(error) if !filter::left_in_force(&options.bpffs)?.is_empty() => {
+            Err(error) if !pins::left_in_force(&options.bpffs)?.is_empty() => {
                 return Err(error.context(format!(
                     "start refused; what is pinned stays in force, without an agent: if the policy file is \
                      right, remove {}",
@@ -126,7 +126,7 @@ impl Choice {
                 return Ok(choice);
             }
             (Err(error), ..) if before.is_none() => {
-                return Err(match filter::left_in_force(&options.bpffs) {
+                return Err(match pins::left_in_force(&options.bpffs) {
                     Ok(interfaces) if !interfaces.is_empty() => error
                         .context("start refused; what is pinned stays in force, without an agent"),
                     _ => error,

@@ -15,7 +15,7 @@ use filter_common::{ANSWER_LENGTH, ANSWERS, Answer, Guard, MAX_VLAN_TAGS};
 
 use crate::{
     parse::load,
-    tls::{Passage, passage},
+    scratch::{Headers, Scratch, scratch},
 };
 
 /// By engine; written by the agent.
@@ -46,18 +46,6 @@ const TO_CLIENT: u32 = Ending::ToClient as u32;
 const RESET_SERVER: u32 = Ending::ResetServer as u32;
 const EMPTIED: u32 = Ending::Emptied as u32;
 
-/// The headers of an answer, while they are put together.
-#[repr(C)]
-pub struct Headers {
-    ethernet: [u8; 12],
-    tag: [u8; 4],
-    ethertype: [u8; 2],
-    v4: [u8; 20],
-    v6: [u8; 8],
-    pseudo: [u8; 12],
-    tcp: [u8; 20],
-}
-
 /// What the packet becomes.
 struct Shape {
     to_client: bool,
@@ -67,14 +55,14 @@ struct Shape {
 }
 
 /// Rewrites the packet as its ending says; zero where it cannot: where there are IP options or extension
-/// headers. Verified by itself, as `tls::judge_passage`.
+/// headers. Verified by itself, as `tls::judge_segment`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
-    let Some(passage) = passage() else {
+    let Some(scratch) = scratch() else {
         return 0;
     };
-    let tcp = &passage.tcp;
+    let tcp = &scratch.tcp;
     let shape = match ending {
         TO_CLIENT => Shape {
             to_client: true,
@@ -84,7 +72,7 @@ pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
         },
         RESET_SERVER => Shape {
             to_client: false,
-            sequence: passage.reset_at,
+            sequence: scratch.reset_at,
             // Without ACK: the client acknowledges what the server has not sent, and connection
             // tracking on the way would not let that through.
             acknowledgement: 0,
@@ -98,20 +86,20 @@ pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
         },
         _ => return 0,
     };
-    rewrite(&XdpContext::new(ctx), passage, &shape)
+    rewrite(&XdpContext::new(ctx), scratch, &shape)
         .is_some()
         .into()
 }
 
 #[inline(always)]
-fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()> {
-    let is_v4 = passage.is_v4 != 0;
-    let network = passage.network as usize;
+fn rewrite(ctx: &XdpContext, scratch: &mut Scratch, shape: &Shape) -> Option<()> {
+    let is_v4 = scratch.is_v4 != 0;
+    let network = scratch.network as usize;
     let transport = network + if is_v4 { 20 } else { 40 };
-    if passage.place.transport as usize != transport {
+    if scratch.place.transport as usize != transport {
         return None;
     }
-    let answer = ANSWERS_BY_ENGINE.get(Guard(passage.guard).engine())?;
+    let answer = ANSWERS_BY_ENGINE.get(Guard(scratch.guard).engine())?;
     let speaks = shape.to_client && answer.length as usize == ANSWER_LENGTH;
     let flags = match (shape.to_client, speaks) {
         (false, _) => shape.flags,
@@ -125,8 +113,8 @@ fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()>
     };
     let moved = resize(ctx, transport + length)?;
     // First, since what follows is written over where it was.
-    link_header(ctx, &mut passage.headers, network, moved, shape.to_client)?;
-    let [p0, p1, d0, d1] = passage.tcp.ports.to_ne_bytes();
+    link_header(ctx, &mut scratch.headers, network, moved, shape.to_client)?;
+    let [p0, p1, d0, d1] = scratch.tcp.ports.to_ne_bytes();
     let [s0, s1, s2, s3] = shape.sequence.to_be_bytes();
     let [a0, a1, a2, a3] = shape.acknowledgement.to_be_bytes();
     let [p0, p1, d0, d1] = if shape.to_client {
@@ -134,15 +122,15 @@ fn rewrite(ctx: &XdpContext, passage: &mut Passage, shape: &Shape) -> Option<()>
     } else {
         [p0, p1, d0, d1]
     };
-    let headers = &mut passage.headers;
+    let headers = &mut scratch.headers;
     headers.tcp = [
         p0, p1, d0, d1, s0, s1, s2, s3, a0, a1, a2, a3, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0,
     ];
     let [high, low] = (length as u16).to_be_bytes();
     let (source, destination) = if shape.to_client {
-        (&passage.connection.destination, &passage.connection.source)
+        (&scratch.connection.destination, &scratch.connection.source)
     } else {
-        (&passage.connection.source, &passage.connection.destination)
+        (&scratch.connection.source, &scratch.connection.destination)
     };
     let mut sum = if is_v4 {
         let [s0, s1, s2, s3] = source[3].to_ne_bytes();

@@ -7,6 +7,7 @@
 mod answer;
 mod parse;
 mod rules;
+mod scratch;
 mod tls;
 
 use answer::Ending;

@@ -6,7 +6,7 @@
 
 use aya_ebpf::{
     bindings::xdp_md,
-    btf_maps::{Array, LruHashMap, PerCpuArray},
+    btf_maps::{Array, LruHashMap},
     helpers::generated::bpf_ktime_get_boot_ns,
     macros::btf_map,
     programs::XdpContext,
@@ -17,8 +17,9 @@ use filter_common::{
 };
 
 use crate::{
-    answer::{self, Ending, Headers},
-    parse::{Place, Segment, Tcp, load, network, tcp},
+    answer::{self, Ending},
+    parse::{Segment, Tcp, load, network, tcp},
+    scratch::{Scratch, scratch},
 };
 
 /// Connections to ports where TLS is forced.
@@ -82,37 +83,6 @@ enum Verdict {
 const PASS: Verdict = Verdict::Pass(None);
 const UNCLEAR: Verdict = Verdict::Refuse(Reason::TlsUnclear, Ending::Dropped, None);
 const FAILED: Verdict = Verdict::Refuse(Reason::NoPolicy, Ending::Dropped, None);
-
-/// A segment to a port where TLS is forced, for functions that the kernel verifies by themselves: one
-/// that is inlined, or static, is verified again for every way that leads to it. They take it from the
-/// map, since Linux 6.1 lets no argument of theirs be a map's key.
-#[repr(C)]
-pub struct Passage {
-    pub connection: Connection,
-    pub place: Place,
-    pub is_v4: u32,
-    pub guard: u32,
-    /// Where the IP header is, in bytes from the packet's beginning.
-    pub network: u32,
-    /// What `judge_passage` finds: the header, and where the server's side of the stream is reset.
-    pub tcp: Tcp,
-    pub reset_at: u32,
-    /// Where a new stream is put together, and an answer's headers.
-    stream: Stream,
-    pub headers: Headers,
-}
-
-/// The segment that this CPU judges: the stack, of 512 bytes, has no room for it.
-#[btf_map]
-static PASSAGES: PerCpuArray<Passage, 1> = PerCpuArray::new();
-
-#[inline(always)]
-pub fn passage() -> Option<&'static mut Passage> {
-    let passage = PASSAGES.get_ptr_mut(0)?;
-    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
-    // this CPU uses it until the segment is done with, and no two functions use it at a time.
-    Some(unsafe { &mut *passage })
-}
 
 /// What became of a segment, in one number: what such a function returns.
 #[derive(Clone, Copy)]
@@ -182,13 +152,13 @@ impl Judged {
 /// not just dropped.
 #[inline(always)]
 pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
-    let Some(passage) = passage() else {
+    let Some(scratch) = scratch() else {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None);
     };
-    passage.place = segment.place;
-    passage.guard = guard.0;
-    passage.is_v4 = segment.addresses.is_v4.into();
-    let judged = Judged(judge_passage(ctx.ctx));
+    scratch.place = segment.place;
+    scratch.guard = guard.0;
+    scratch.is_v4 = segment.addresses.is_v4.into();
+    let judged = Judged(judge_tls(ctx.ctx));
     let ending = judged.ending();
     if ending == Ending::Dropped as u32 || guard.is_monitor() {
         return judged;
@@ -201,29 +171,29 @@ pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
 
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_passage(ctx: *mut xdp_md) -> u32 {
-    let Some(passage) = passage() else {
+extern "C" fn judge_tls(ctx: *mut xdp_md) -> u32 {
+    let Some(scratch) = scratch() else {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None).0;
     };
     let context = XdpContext::new(ctx);
     let refused = |reason| Judged::new(Some((reason, Ending::Dropped)), None).0;
-    let is_v4 = passage.is_v4 != 0;
-    let Some(network) = network(&context, &passage.place, is_v4) else {
+    let is_v4 = scratch.is_v4 != 0;
+    let Some(network) = network(&context, &scratch.place, is_v4) else {
         return refused(Reason::BadHeader);
     };
-    passage.network = network.offset as u32;
-    passage.connection.source = network.source;
-    passage.connection.destination = network.destination;
-    let Some(tcp) = tcp(&context, &passage.place) else {
+    scratch.network = network.offset as u32;
+    scratch.connection.source = network.source;
+    scratch.connection.destination = network.destination;
+    let Some(tcp) = tcp(&context, &scratch.place) else {
         return refused(Reason::BadHeader);
     };
     // The rest of a fragmented segment passes unseen.
     if !network.is_whole {
         return refused(Reason::TlsUnclear);
     }
-    passage.connection.ports = tcp.ports;
-    passage.tcp = tcp;
-    let judged = match judge_tcp(&context, passage) {
+    scratch.connection.ports = tcp.ports;
+    scratch.tcp = tcp;
+    let judged = match judge_tcp(&context, scratch) {
         Verdict::Pass(fate) => Judged::new(None, fate),
         Verdict::Refuse(reason, ending, fate) => Judged::new(Some((reason, ending)), fate),
     };
@@ -247,26 +217,26 @@ fn forget(stream: &mut Stream) {
 }
 
 #[inline(always)]
-fn judge_tcp(ctx: &XdpContext, passage: &mut Passage) -> Verdict {
-    let guard = Guard(passage.guard);
-    let tcp = &passage.tcp;
+fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
+    let guard = Guard(scratch.guard);
+    let tcp = &scratch.tcp;
     // Urgent data is taken out of the stream, which moves what follows.
     if tcp.flags & URG != 0 {
         return UNCLEAR;
     }
-    let connection = &passage.connection;
+    let connection = &scratch.connection;
     let stream = STREAMS.get_ptr_mut(connection);
     if tcp.flags & (SYN | ACK) == SYN {
-        return begin(passage, stream);
+        return begin(scratch, stream);
     }
     let Some(stream) = stream else {
-        return adopt(ctx, passage);
+        return adopt(ctx, scratch);
     };
     // SAFETY: an element of a preallocated map; it may be given to another connection while it is
     // read, which a stream that is evicted under load has to bear.
     let stream = unsafe { &mut *stream };
     if stream.state & Stream::REFUSED != 0 {
-        passage.reset_at = stream.refused_at;
+        scratch.reset_at = stream.refused_at;
         return go_on_refusing(stream, tcp);
     }
     if tcp.length == 0 {
@@ -331,22 +301,22 @@ fn nanoseconds() -> u64 {
 /// A SYN. The server may have taken an earlier one with another sequence number, and refuses this one
 /// then: as long as that could be, both have to hold.
 #[inline(always)]
-fn begin(passage: &mut Passage, stream: Option<*mut Stream>) -> Verdict {
+fn begin(scratch: &mut Scratch, stream: Option<*mut Stream>) -> Verdict {
     // TCP Fast Open: a client sends the data again, without the SYN.
-    if passage.tcp.length != 0 {
+    if scratch.tcp.length != 0 {
         return UNCLEAR;
     }
     let now = (nanoseconds() / 1_000_000_000) as u32 + 1;
     let opening = Opening {
-        first: passage.tcp.sequence.wrapping_add(1),
+        first: scratch.tcp.sequence.wrapping_add(1),
         began: now,
         form: 0,
     };
     let Some(stream) = stream else {
-        forget(&mut passage.stream);
-        passage.stream.openings[0] = opening;
-        passage.stream.state = 0;
-        return remember(passage, PASS);
+        forget(&mut scratch.stream);
+        scratch.stream.openings[0] = opening;
+        scratch.stream.state = 0;
+        return remember(scratch, PASS);
     };
     // SAFETY: as in `judge_tcp`.
     let stream = unsafe { &mut *stream };
@@ -368,35 +338,35 @@ fn begin(passage: &mut Passage, stream: Option<*mut Stream>) -> Verdict {
 
 /// A segment of a connection whose SYN was not seen, or is forgotten.
 #[inline(always)]
-fn adopt(ctx: &XdpContext, passage: &mut Passage) -> Verdict {
-    let tcp = &passage.tcp;
+fn adopt(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
+    let tcp = &scratch.tcp;
     if tcp.length == 0 {
         return PASS;
     }
-    let guard = Guard(passage.guard);
-    forget(&mut passage.stream);
+    let guard = Guard(scratch.guard);
+    forget(&mut scratch.stream);
     let until = ADOPT_UNTIL.get(guard.slot().into());
     if until.is_some_and(|&until| nanoseconds() < until) {
-        passage.stream.state = Stream::UNJUDGED;
-        return remember(passage, Verdict::Pass(Some(Fate::Unjudged)));
+        scratch.stream.state = Stream::UNJUDGED;
+        return remember(scratch, Verdict::Pass(Some(Fate::Unjudged)));
     }
     if tcp.length < 5 {
         return UNCLEAR;
     }
     // A connection that was forgotten was idle, and goes on with a whole record (RFC 8446 5.1).
     if let Some([20..=23, 3, 0..=4, 0..=0x48, _]) = load::<5>(ctx, tcp.payload as usize) {
-        passage.stream.state = Stream::JUDGED;
-        return remember(passage, PASS);
+        scratch.stream.state = Stream::JUDGED;
+        return remember(scratch, PASS);
     }
-    passage.stream.state = 0;
-    let verdict = refuse(guard, &mut passage.stream, tcp);
-    remember(passage, verdict)
+    scratch.stream.state = 0;
+    let verdict = refuse(guard, &mut scratch.stream, tcp);
+    remember(scratch, verdict)
 }
 
-/// Puts the stream of a passage among those that are known.
+/// Stores the new stream.
 #[inline(always)]
-fn remember(passage: &Passage, verdict: Verdict) -> Verdict {
-    let (connection, stream) = (&passage.connection, &passage.stream);
+fn remember(scratch: &Scratch, verdict: Verdict) -> Verdict {
+    let (connection, stream) = (&scratch.connection, &scratch.stream);
     match STREAMS.insert(connection, stream, 0) {
         Ok(()) => verdict,
         Err(_) => FAILED,

@@ -30,7 +30,7 @@ use crate::{
     host,
     host::coverage::{Coverage, Remembered, describe_missing},
     host::driver::{self, Driver},
-    kernel::filter,
+    kernel::{links, pins, program},
     log,
     policy::{self, Listed, RegionSource},
     policy_file::PolicyFile,
@@ -497,7 +497,7 @@ async fn ask<T: DeserializeOwned>(socket: &Socket, method: Method, path: &str) -
 
 /// Without an agent the filter may well be in force, which is what matters.
 fn tell_what_is_left(error: anyhow::Error, bpffs: &Path) -> anyhow::Error {
-    match filter::left_in_force(bpffs) {
+    match pins::left_in_force(bpffs) {
         Ok(interfaces) if interfaces.is_empty() => error.context("nothing is filtered"),
         Ok(interfaces) => {
             let names: Vec<String> = interfaces.into_iter().map(interface_name).collect();
@@ -674,9 +674,9 @@ async fn check(
 
 /// What on this host would refuse a start.
 fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
-    let kernel = filter::check_kernel(bpffs).err();
+    let kernel = program::check_kernel(bpffs).err();
     let mut refusals: Vec<String> = kernel.iter().map(|error| format!("{error:#}")).collect();
-    let ours = match filter::left_in_force(bpffs) {
+    let ours = match pins::left_in_force(bpffs) {
         Ok(ours) => ours,
         // Our own program must not be taken for another's.
         Err(error) => {
@@ -686,7 +686,7 @@ fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
     };
     let others = coverage.present.iter();
     let others = others.filter(|interface| !ours.contains(&interface.index));
-    let others = others.filter_map(|interface| filter::check_free(interface).err());
+    let others = others.filter_map(|interface| links::check_free(interface).err());
     refusals.extend(others.map(|error| format!("{error:#}")));
     refusals
 }
@@ -743,7 +743,7 @@ async fn enforced(socket: &Socket, bpffs: &Path, state_dir: &Path) -> Result<Enf
 }
 
 async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
-    let pinned = filter::pinned(bpffs)?;
+    let pinned = pins::pinned(bpffs)?;
     let host = host::interfaces().await?;
     let runs = |interface: &host::Interface| {
         let xdp = interface.xdp.map(|xdp| xdp.program_id);
@@ -1349,7 +1349,7 @@ async fn detach(yes: bool, socket: &Socket, bpffs: &Path, state_dir: &Path) -> R
     let names = match UnixStream::connect(&socket.socket).await {
         Ok(_) => ask::<Vec<String>>(socket, Method::POST, "/detach").await?,
         Err(_) => {
-            let interfaces = filter::remove(bpffs)?;
+            let interfaces = pins::remove(bpffs)?;
             store::forget_confirmed(state_dir).context(
                 "detached: nothing is filtered any more; but the next start may enforce it again",
             )?;

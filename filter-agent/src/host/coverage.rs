@@ -7,9 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     host::Interface,
-    kernel::filter::Pinned,
     policy::{Listed, Policy},
 };
+
+/// A pinned link, and the program that runs on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pinned {
+    pub interface: u32,
+    pub program_id: u32,
+}
 
 /// Interfaces that are remembered of one entry although they are not on the host: the latest.
 const MAX_ABSENT: usize = 16;

@@ -1,6 +1,17 @@
 //! The kernel's side of the filter: the only user of aya.
 
 mod answer;
+mod bloom;
+pub mod change;
+pub mod counters;
+pub mod difference;
 pub mod filter;
 pub mod image;
+mod layout;
+pub mod links;
+mod maps;
+pub mod pins;
 pub mod probe;
+pub mod program;
+pub mod samples;
+pub mod steps;

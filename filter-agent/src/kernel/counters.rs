@@ -1,0 +1,223 @@
+//! Counters of packets, rules and connections, without the agent's own probes.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::{
+    maps::{Array, Map, MapData, MapInfo, PerCpuArray, PerCpuValues},
+    util::nr_cpus,
+};
+use filter_common::{
+    ANY_SLOT, COUNTERS, Fate, Name, Reason, counter_index, counters_of, fate_index, hit_index,
+};
+
+use crate::kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps};
+
+/// Packets by database (`None`: aimed at no database in particular), reason, and whether the reason
+/// was only counted, not enforced.
+pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
+
+/// Packets allowed, by database and text of the rule's key.
+pub type Hits = BTreeMap<(String, String), u64>;
+
+/// Connections by database, what became of them, and whether that was only monitored.
+pub type Fates = BTreeMap<(String, Fate, bool), u64>;
+
+impl Maps {
+    /// Packets counted since the maps were made, the agent's own probes taken out.
+    pub(super) fn counts(&self, image: &Image) -> Result<Counts> {
+        let mut counts = Counts::new();
+        let any = (u32::from(ANY_SLOT), Name::FREE);
+        for (slot, name) in [any].iter().chain(&image.slots) {
+            for reason in Reason::ALL {
+                for monitored in [false, true] {
+                    let index = counter_index(*slot as u16, reason, monitored);
+                    let mut packets = self.count(&self.counts, index, index)?;
+                    if reason == Reason::Allowed {
+                        let rules = image.rules.iter();
+                        for (id, _) in rules.filter(|(_, rule)| u32::from(rule.slot) == *slot) {
+                            packets += self.hits_of(*id, monitored)?;
+                        }
+                    }
+                    if packets > 0 {
+                        let database = name.text().map(str::to_owned);
+                        counts.insert((database, reason, monitored), packets);
+                    }
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Connections counted since the maps were made.
+    pub(super) fn fates(&self, image: &Image) -> Result<Fates> {
+        let mut fates = Fates::new();
+        for (slot, name) in &image.slots {
+            let Some(database) = name.text() else {
+                continue;
+            };
+            for fate in Fate::ALL {
+                for monitored in [false, true] {
+                    let index = fate_index(*slot as u16, fate, monitored);
+                    let connections = self.count(&self.counts, index, index)?;
+                    if connections > 0 {
+                        fates.insert((database.to_owned(), fate, monitored), connections);
+                    }
+                }
+            }
+        }
+        Ok(fates)
+    }
+
+    /// Packets allowed, by database and text of the rule's key.
+    pub(super) fn hits(&self, image: &Image) -> Result<Hits> {
+        let databases: BTreeMap<u16, &str> = image
+            .slots_by_name()
+            .into_iter()
+            .map(|(database, slot)| (slot, database))
+            .collect();
+        let mut hits = BTreeMap::new();
+        for (id, name) in &image.rules {
+            if let (Some(database), Some(rule)) = (databases.get(&name.slot), name.text()) {
+                let packets = self.hits_of(*id, false)? + self.hits_of(*id, true)?;
+                hits.insert(((*database).to_owned(), rule.to_owned()), packets);
+            }
+        }
+        Ok(hits)
+    }
+
+    fn hits_of(&self, rule: u32, monitored: bool) -> Result<u64> {
+        let index = hit_index(rule, monitored);
+        self.count(&self.hits, index, COUNTERS + index)
+    }
+
+    /// One counter, summed over the CPUs. `probes`: its place in the map of probes.
+    fn count(&self, map: &PerCpuArray<MapData, u64>, index: u32, probes: u32) -> Result<u64> {
+        let packets: u64 = map.get(&index, 0).context("read a counter")?.iter().sum();
+        if packets == 0 {
+            return Ok(0);
+        }
+        let probes = self.probes.get(&probes, 0).context("read the probes")?;
+        Ok(packets.saturating_sub(probes))
+    }
+
+    /// Adds a probe packet to those that are taken out of a counter.
+    pub(super) fn record_probe(&mut self, index: u32) -> Result<()> {
+        let probes = self.probes.get(&index, 0)?;
+        Ok(self.probes.set(index, probes + 1, 0)?)
+    }
+
+    /// Adopts the counters of another layout's maps, by the names of databases and rules; whether
+    /// they are such as this layout's.
+    pub(super) fn carry_counters(&mut self, pins: &Path, held: &Image) -> Result<bool> {
+        let names = ["SLOT_NAMES", "RULE_NAMES", "COUNTS", "HITS", "PROBES"];
+        let mut sizes = BTreeMap::new();
+        for shape in SHAPES.iter().filter(|shape| names.contains(&shape.name)) {
+            let Ok(info) = MapInfo::from_pin(pins.join(shape.name)) else {
+                return Ok(false);
+            };
+            if !shape.holds_the_same(&info) {
+                return Ok(false);
+            }
+            sizes.insert(shape.name, info.max_entries());
+        }
+        // Before layout 3 the packets of a rule were counted otherwise.
+        if sizes["HITS"] != hit_index(sizes["RULE_NAMES"], false) {
+            return Ok(false);
+        }
+        let open = |name: &str| MapData::from_pin(pins.join(name));
+        let slot_names: Array<_, Name> = Map::Array(open("SLOT_NAMES")?).try_into()?;
+        let rule_names: Array<_, Name> = Map::Array(open("RULE_NAMES")?).try_into()?;
+        let counts: PerCpuArray<_, u64> = Map::PerCpuArray(open("COUNTS")?).try_into()?;
+        let hits: PerCpuArray<_, u64> = Map::PerCpuArray(open("HITS")?).try_into()?;
+        let probes: Array<_, u64> = Map::Array(open("PROBES")?).try_into()?;
+        let new_slots = held.slots_by_name();
+        let mut slots = BTreeMap::from([(u32::from(ANY_SLOT), ANY_SLOT)]);
+        for old in 1..sizes["SLOT_NAMES"] {
+            let name = slot_names.get(&old, 0)?;
+            let new = name.text().and_then(|name| new_slots.get(name));
+            slots.extend(new.map(|&new| (old, new)));
+        }
+        for (&old, &new) in &slots {
+            for (from, to) in counters_of(old as u16).zip(counters_of(new)) {
+                self.counts.set(to, counts.get(&from, 0)?, 0)?;
+                self.probes.set(to, probes.get(&from, 0)?, 0)?;
+            }
+        }
+        for old in 0..sizes["RULE_NAMES"] {
+            let name = rule_names.get(&old, 0)?;
+            let Some(&slot) = slots.get(&u32::from(name.slot)) else {
+                continue;
+            };
+            let same = |(_, new): &&(u32, Name)| new.slot == slot && new.text() == name.text();
+            if name != Name::FREE
+                && let Some(&(new, _)) = held.rules.iter().find(same)
+            {
+                for monitored in [false, true] {
+                    let (old, new) = (hit_index(old, monitored), hit_index(new, monitored));
+                    self.hits.set(new, hits.get(&old, 0)?, 0)?;
+                    let probed = probes.get(&(sizes["COUNTS"] + old), 0)?;
+                    self.probes.set(COUNTERS + new, probed, 0)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Zeroes the counters of slots and rule ids that `new` begins to use.
+    pub(super) fn clear_counters(&mut self, held: &Image, new: &Image) -> Result<()> {
+        let cpus = nr_cpus().map_err(|(file, error)| anyhow!(error).context(file))?;
+        let zero = || PerCpuValues::try_from(vec![0_u64; cpus]).context("make a zero counter");
+        let is_new =
+            |held: &[(u32, Name)], id: u32| held.binary_search_by_key(&id, |e| e.0).is_err();
+        for &(slot, _) in new
+            .slots
+            .iter()
+            .filter(|entry| is_new(&held.slots, entry.0))
+        {
+            for index in counters_of(slot as u16) {
+                self.counts
+                    .set(index, zero()?, 0)
+                    .context("clear a counter")?;
+                self.probes.set(index, 0, 0).context("clear a counter")?;
+            }
+        }
+        for &(id, _) in new
+            .rules
+            .iter()
+            .filter(|entry| is_new(&held.rules, entry.0))
+        {
+            for index in [false, true].map(|monitored| hit_index(id, monitored)) {
+                self.hits
+                    .set(index, zero()?, 0)
+                    .context("clear a counter")?;
+                self.probes
+                    .set(COUNTERS + index, 0, 0)
+                    .context("clear a counter")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the hits of the rules that `after` no longer has to their databases' counters.
+    pub(super) fn keep_hits(&mut self, before: &Image, after: &Image) -> Result<()> {
+        for change in changes(&before.rules, &after.rules) {
+            let (Some(rule), None) = (change.old, change.new) else {
+                continue;
+            };
+            for monitored in [false, true] {
+                let from = hit_index(change.key, monitored);
+                let to = counter_index(rule.slot, Reason::Allowed, monitored);
+                let hits = self.hits.get(&from, 0)?;
+                let counts = self.counts.get(&to, 0)?;
+                let sums = counts.iter().zip(hits.iter()).map(|(a, b)| a + b);
+                let sums: Vec<u64> = sums.collect();
+                self.counts.set(to, PerCpuValues::try_from(sums)?, 0)?;
+                let probes = self.probes.get(&to, 0)?;
+                let probes = probes + self.probes.get(&(COUNTERS + from), 0)?;
+                self.probes.set(to, probes, 0)?;
+            }
+        }
+        Ok(())
+    }
+}

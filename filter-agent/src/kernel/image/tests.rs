@@ -1,0 +1,279 @@
+use std::net::Ipv4Addr;
+
+use filter_common::{Protocol, near_place};
+
+use super::*;
+use crate::{
+    compile::{Entries, RuleKey},
+    kernel::{
+        change::Change,
+        difference::{DatabaseDifference, Difference},
+        steps::Step,
+    },
+    policy::Source,
+};
+
+/// The maps while steps are written to them, judged as the packet path does.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Kernel {
+    slots: BTreeMap<u32, Name>,
+    rules: BTreeMap<u32, Name>,
+    allowed4: BTreeMap<(u16, Ipv4Net), u32>,
+    allowed6: BTreeMap<(u16, Ipv6Net), u32>,
+    near: BTreeMap<u32, NearLine>,
+    locals: BTreeMap<LocalKey, Guard>,
+    ports: BTreeMap<u32, Guard>,
+    protocols: u32,
+}
+
+impl Kernel {
+    fn write(&mut self, step: &Step) {
+        fn put<K: Copy + Ord, V: Copy + PartialEq + std::fmt::Debug>(
+            map: &mut BTreeMap<K, V>,
+            change: &Change<K, V>,
+        ) {
+            assert_eq!(map.remove(&change.key), change.old);
+            if let Some(new) = change.new {
+                map.insert(change.key, new);
+            }
+        }
+        match step {
+            Step::Slot(change) => put(&mut self.slots, change),
+            Step::Rule(change) => put(&mut self.rules, change),
+            Step::Allowed4(change) => put(&mut self.allowed4, change),
+            Step::Allowed6(change) => put(&mut self.allowed6, change),
+            Step::Near(change) => put(&mut self.near, change),
+            Step::Local(change) => put(&mut self.locals, change),
+            Step::Port(change) => put(&mut self.ports, change),
+            &Step::Protocols { old, new } => {
+                assert_eq!(self.protocols, old);
+                self.protocols = new;
+            }
+        }
+    }
+
+    fn image(&self) -> Image {
+        fn list<K: Copy, V: Copy>(map: &BTreeMap<K, V>) -> Vec<(K, V)> {
+            map.iter().map(|(key, value)| (*key, *value)).collect()
+        }
+        Image {
+            slots: list(&self.slots),
+            rules: list(&self.rules),
+            allowed4: list(&self.allowed4),
+            allowed6: list(&self.allowed6),
+            near: list(&self.near),
+            locals: list(&self.locals),
+            ports: list(&self.ports),
+            protocols: self.protocols,
+        }
+    }
+
+    fn passes(&self, source: Ipv4Addr, destination: Ipv4Addr, port: u16) -> bool {
+        let port = port_index(Protocol::Tcp, port);
+        let Some(&guard) = self.ports.get(&port) else {
+            return true;
+        };
+        let guard = if guard.is_by_address() {
+            let address = mapped(destination.octets());
+            match self.locals.get(&LocalKey { address, port }) {
+                Some(&guard) => guard,
+                None => return true,
+            }
+        } else {
+            guard
+        };
+        let mut allowed = self.allowed4.keys();
+        let allowed = allowed.any(|(slot, net)| *slot == guard.slot() && net.contains(&source));
+        let (line, word, bits) = near_place(source.to_bits().to_be(), true);
+        let line = self.near.get(&line);
+        let near = line.is_some_and(|line| line[word] & bits == bits);
+        (near || guard.is_wide()) && allowed || guard.is_monitor()
+    }
+}
+
+const LOCALS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2)];
+const PORTS: [u16; 3] = [1, 2, 3];
+
+fn source(random: &mut fastrand::Rng) -> Ipv4Addr {
+    Ipv4Addr::new(192, 0, 2, random.u8(..16))
+}
+
+/// Up to three databases that share no port of an address, open to parts of 192.0.2.0/28.
+fn compiled(random: &mut fastrand::Rng) -> Compiled {
+    let mut compiled = Compiled::default();
+    let mut free: Vec<(u16, Option<Ipv4Addr>)> = PORTS
+        .iter()
+        .flat_map(|&port| {
+            if random.bool() {
+                vec![(port, None)]
+            } else {
+                LOCALS.iter().map(|&local| (port, Some(local))).collect()
+            }
+        })
+        .collect();
+    random.shuffle(&mut free);
+    for name in ["a", "b", "c"] {
+        let Some((port, local)) = free.pop().filter(|_| random.u8(..4) > 0) else {
+            continue;
+        };
+        let mut v4: Vec<(Ipv4Net, u16)> = (0..random.u16(..5))
+            .map(|rule| {
+                let length = match random.u8(..8) {
+                    0 => random.u8(..8),
+                    1 => random.u8(20..28),
+                    _ => random.u8(28..=32),
+                };
+                let net = Ipv4Net::new(source(random), length).unwrap();
+                (net.trunc(), rule)
+            })
+            .collect();
+        v4.sort();
+        v4.dedup_by_key(|&mut (net, _)| net);
+        let rules: Vec<RuleKey> = v4
+            .iter()
+            .map(|&(net, _)| RuleKey::Rule(Source::Cidr(net.into())))
+            .collect();
+        for (place, (_, rule)) in v4.iter_mut().enumerate() {
+            *rule = place as u16;
+        }
+        let entries = Entries {
+            protocol: Protocol::Tcp,
+            ports: vec![port],
+            addresses: local.map(IpAddr::from).into_iter().collect(),
+            monitor: random.u8(..4) == 0,
+            tls: None,
+            rules,
+            v4,
+            v6: vec![],
+        };
+        compiled.databases.insert(name.into(), entries);
+    }
+    compiled
+}
+
+fn packets() -> impl Iterator<Item = (Ipv4Addr, Ipv4Addr, u16)> {
+    (0..16)
+        .map(|last| Ipv4Addr::new(192, 0, 2, last))
+        .flat_map(|source| LOCALS.map(|local| (source, local)))
+        .flat_map(|(source, local)| PORTS.map(|port| (source, local, port)))
+}
+
+#[test]
+fn at_every_step_what_both_policies_pass_passes_and_what_both_drop_is_dropped() {
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut kernel = Kernel::default();
+    for _ in 0..500 {
+        let held = kernel.image();
+        let new = Image::of(&compiled(&mut random), &held).unwrap();
+        let before = kernel.clone();
+        let mut after = kernel.clone();
+        let mut steps = held.steps_to(&new);
+        for group in steps.chunk_by_mut(Step::is_independent_of) {
+            random.shuffle(group);
+        }
+        steps.iter().for_each(|step| after.write(step));
+        assert_eq!(after.image(), new);
+        for (done, step) in steps.iter().enumerate() {
+            kernel.write(step);
+            for (source, local, port) in packets() {
+                let judged = |kernel: &Kernel| kernel.passes(source, local, port);
+                if judged(&before) == judged(&after) {
+                    let place = format!("{source} to {local}:{port} after step {done}");
+                    assert_eq!(judged(&kernel), judged(&after), "{place} of {steps:#?}");
+                }
+            }
+            let mut undone = kernel.clone();
+            for step in steps[..=done].iter().rev() {
+                undone.write(&step.reversed());
+            }
+            assert_eq!(undone, before);
+        }
+    }
+}
+
+fn one(name: &str, prefixes: &[&str]) -> (String, Entries) {
+    let rules = prefixes.iter().map(|text| text.parse().unwrap());
+    let entries = Entries {
+        protocol: Protocol::Tcp,
+        ports: vec![5432],
+        addresses: vec![],
+        monitor: false,
+        tls: None,
+        rules: rules.map(|net| RuleKey::Rule(Source::Cidr(net))).collect(),
+        v4: (0..)
+            .zip(prefixes)
+            .map(|(i, text)| (text.parse().unwrap(), i))
+            .collect(),
+        v6: vec![],
+    };
+    (name.into(), entries)
+}
+
+fn only(database: (String, Entries)) -> Compiled {
+    Compiled {
+        databases: [database].into(),
+        ..Compiled::default()
+    }
+}
+
+#[test]
+fn slots_and_rule_ids_stay_with_their_names_and_are_not_reused_at_once() {
+    let first = Image::of(
+        &only(one("a", &["192.0.2.0/25", "198.51.100.0/24"])),
+        &Image::default(),
+    );
+    let first = first.unwrap();
+    let second = Image::of(
+        &only(one("a", &["198.51.100.0/24", "203.0.113.0/24"])),
+        &first,
+    );
+    let second = second.unwrap();
+    assert_eq!(first.slots, second.slots);
+    assert_eq!(first.rules[1], second.rules[0]);
+    assert_ne!(first.rules[0].0, second.rules[1].0);
+    let other = Image::of(&only(one("b", &["192.0.2.0/25"])), &first).unwrap();
+    assert_ne!(first.slots[0].0, other.slots[0].0);
+    assert!(first.rules.iter().all(|(id, _)| *id != other.rules[0].0));
+}
+
+#[test]
+fn slot_that_only_entries_without_a_name_use_is_not_given_away() {
+    let torn = Image {
+        allowed4: vec![((1, "0.0.0.0/0".parse().unwrap()), 0)],
+        ..Image::default()
+    };
+    let image = Image::of(&only(one("a", &[])), &torn).unwrap();
+    assert_eq!(image.slots[0].0, 2);
+}
+
+#[test]
+fn port_shared_by_address_is_of_no_database_and_monitored_only_if_all_are() {
+    let mut compiled = only(one("a", &[]));
+    let (_, mut entries) = one("b", &[]);
+    entries.addresses = vec![LOCALS[1].into()];
+    compiled.databases.insert("b".into(), entries);
+    let first = compiled.databases.get_mut("a").unwrap();
+    first.addresses = vec![LOCALS[0].into()];
+    first.monitor = true;
+    let port = |compiled: &Compiled| Image::of(compiled, &Image::default()).unwrap().ports[0].1;
+    assert!(port(&compiled).is_by_address() && port(&compiled).slot() == 0);
+    assert!(!port(&compiled).is_monitor());
+    compiled.databases.get_mut("b").unwrap().monitor = true;
+    assert!(port(&compiled).is_monitor());
+}
+
+#[test]
+fn difference_names_prefixes_and_ports_by_database() {
+    let held = Image::of(&only(one("a", &["192.0.2.0/25"])), &Image::default()).unwrap();
+    let new = Image::of(&only(one("a", &["198.51.100.0/24"])), &held).unwrap();
+    let difference = held.difference(&new);
+    let expected = DatabaseDifference {
+        added: vec!["198.51.100.0/24".parse().unwrap()],
+        removed: vec!["192.0.2.0/25".parse().unwrap()],
+        ..DatabaseDifference::default()
+    };
+    assert_eq!(difference.databases, [("a".into(), expected)].into());
+    let gone = held.difference(&Image::default());
+    assert_eq!(gone.databases["a"].unguarded, ["tcp/5432"]);
+    assert_eq!(held.difference(&held), Difference::default());
+}

@@ -1,0 +1,337 @@
+//! The links between the program and the interfaces.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use aya::programs::{
+    XdpMode,
+    links::{FdLink, PinnedLink},
+};
+use filter_common::LAYOUT;
+use nix::errno::Errno;
+
+use crate::{
+    host::{AttachedXdp, Interface, coverage::Pinned},
+    kernel::{
+        filter::Filter,
+        pins::{
+            AWAY_LINK, NEW_LINK, entries, exists, layouts, link_name, linked_program,
+            own_directory, pinned_in, remove_directory, remove_pins, set_aside,
+        },
+        program::program,
+    },
+    policy::Mode,
+};
+
+/// How `attach` came to run the program on an interface.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Attached {
+    /// The link was there; it runs the current program now.
+    Kept,
+    Native,
+    /// `refusal`: why not native, where native was tried.
+    Generic {
+        refusal: Option<String>,
+    },
+}
+
+/// What was taken over from an agent of another layout.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TakenOver {
+    pub layout: u32,
+    /// Interfaces whose program was switched.
+    pub links: usize,
+    /// Whether counters go on where they were.
+    pub counters: bool,
+}
+
+impl Filter {
+    /// Runs the program on `interface`: over the link that is pinned for it where it is whole, else
+    /// over a new one that is pinned.
+    pub fn attach(&mut self, interface: &Interface, mode: Mode) -> Result<Attached> {
+        let pin = self.link_pin(interface.index);
+        if let Some(found) = self.find_link(interface.index)?
+            && self.is_whole(interface)?
+        {
+            // One of another layout is switched when the maps are full, by `take_over`.
+            if found != pin {
+                return Ok(Attached::Kept);
+            }
+            let ours = Some(self.program_id()?);
+            if interface.xdp.map(|xdp| xdp.program_id) != ours {
+                self.update(&pin)
+                    .with_context(|| format!("update the program on {}", interface.name))?;
+            }
+            return Ok(Attached::Kept);
+        }
+        // The pin that is there is of a link that was detached by force, which the new one replaces, or of one whose
+        // interface is in another network namespace and left its index to this one.
+        if exists(&pin)? {
+            match self.update(&pin) {
+                Ok(()) => set_aside(&pin, &self.pins)?,
+                Err(error) if is_detached(&error) => {}
+                Err(error) => return Err(error.context(format!("update {}", pin.display()))),
+            }
+        }
+        let native = match mode {
+            Mode::Generic => None,
+            Mode::Auto | Mode::Native => match self.attach_new(interface, XdpMode::Driver, &pin) {
+                Ok(()) => return Ok(Attached::Native),
+                Err(error) => Some(error),
+            },
+        };
+        if mode == Mode::Native
+            && let Some(error) = native
+        {
+            return Err(error.context(format!("attach to {} in native mode", interface.name)));
+        }
+        let refusal = native.map(|error| format!("{:#}", error.root_cause()));
+        match self.attach_new(interface, XdpMode::Skb, &pin) {
+            Ok(()) => Ok(Attached::Generic { refusal }),
+            Err(error) => {
+                let native = refusal.map(|refusal| format!(" (native mode: {refusal})"));
+                let native = native.unwrap_or_default();
+                let name = &interface.name;
+                Err(error.context(format!("attach to {name} in generic mode{native}")))
+            }
+        }
+    }
+
+    fn attach_new(&mut self, interface: &Interface, mode: XdpMode, pin: &Path) -> Result<()> {
+        let program = program(&mut self.ebpf)?;
+        let id = program.attach_to_if_index(interface.index, mode)?;
+        let link = program.take_link(id)?;
+        // Where the kernel refuses a link with EINVAL, aya attaches over netlink instead, which does
+        // not outlive the agent. Such an attachment is no FdLink, and is undone as it is dropped.
+        let link = FdLink::try_from(link)
+            .map_err(|_| anyhow!("the driver refuses a BPF link (EINVAL)"))?;
+        let new = self.pins.join(format!("{NEW_LINK}{}", interface.index));
+        link.pin(&new)
+            .with_context(|| format!("pin the link at {}", new.display()))?;
+        fs::rename(&new, pin)
+            .with_context(|| format!("rename {} to {}", new.display(), pin.display()))
+    }
+
+    /// Replaces the program on a pinned link atomically (BPF_LINK_UPDATE, kernel 5.9): no packet meets
+    /// an interface without one.
+    fn update(&mut self, pin: &Path) -> Result<()> {
+        let link = FdLink::from(PinnedLink::from_pin(pin)?);
+        let program = program(&mut self.ebpf)?;
+        let id = program.attach_to_link(link.try_into()?)?;
+        // The pin keeps the link; this agent needs no file descriptor of it.
+        drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    /// Brings pins, which are named by interface index, in line with the host: a link whose interface is gone is
+    /// removed, and the link of an interface that was in another network namespace, and is back under another
+    /// index, gets its name. A link whose interface is elsewhere stays: it is filtered there.
+    pub fn adopt_moved(&mut self, host: &[Interface]) -> Result<()> {
+        let mut away = Vec::new();
+        for pin in entries(&self.pins)? {
+            let name = pin
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            let index = name
+                .strip_prefix("link_")
+                .and_then(|index| index.parse().ok());
+            let is_gone = index.is_some_and(|index: u32| !host.iter().any(|i| i.index == index));
+            if is_gone || name.starts_with(AWAY_LINK) {
+                match self.update(&pin) {
+                    Ok(()) => away.push(pin),
+                    Err(error) if is_detached(&error) => fs::remove_file(&pin)
+                        .with_context(|| format!("remove {}", pin.display()))?,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        if away.is_empty() {
+            return Ok(());
+        }
+        let ours = self.program_id()?;
+        let mut back = Vec::new();
+        for interface in host
+            .iter()
+            .filter(|i| i.xdp.is_some_and(|xdp| xdp.program_id == ours))
+        {
+            if self.find_link(interface.index)?.is_none() {
+                back.push(interface.index);
+            }
+        }
+        // Of several the kernel does not say which is which.
+        if let ([pin], [index]) = (away.as_slice(), back.as_slice()) {
+            let to = self.link_pin(*index);
+            fs::rename(pin, &to)
+                .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the link pinned for an interface is the one whose program runs there.
+    fn is_whole(&self, interface: &Interface) -> Result<bool> {
+        let Some(pin) = self.find_link(interface.index)? else {
+            return Ok(false);
+        };
+        let program_id = linked_program(&pin)?;
+        Ok(interface
+            .xdp
+            .is_some_and(|xdp| xdp.program_id == program_id))
+    }
+
+    /// The link that is pinned for an interface, by this layout or another.
+    fn find_link(&self, interface: u32) -> Result<Option<PathBuf>> {
+        let name = link_name(interface);
+        let others = self.other_layouts()?.into_iter();
+        let others = others.map(|(_, pins)| pins.join(&name));
+        for pin in std::iter::once(self.link_pin(interface)).chain(others) {
+            if exists(&pin)? {
+                return Ok(Some(pin));
+            }
+        }
+        Ok(None)
+    }
+
+    /// What agents of other layouts left, by layout.
+    fn other_layouts(&self) -> Result<Vec<(u32, PathBuf)>> {
+        let base = self.pins.parent().context("find the pins' directory")?;
+        let mut others = layouts(base)?;
+        others.retain(|(layout, _)| *layout != LAYOUT);
+        Ok(others)
+    }
+
+    /// Takes over what an agent of another layout left in force: carries its counters, switches each of
+    /// its links to this program atomically, and only then removes its maps. The maps must hold the
+    /// policy by now. Whenever it is cut off, the next start goes on with what is left.
+    ///
+    /// # Errors
+    /// A link that the kernel does not switch: it and the old maps stay as they are. Only a link whose
+    /// interface is certainly gone is removed.
+    pub fn take_over(&mut self) -> Result<Vec<TakenOver>> {
+        let mut taken = Vec::new();
+        for (layout, pins) in self.other_layouts()? {
+            own_directory(&pins)?;
+            // What the counters of a later layout mean this agent cannot know.
+            let counters = layout < LAYOUT && self.maps.carry_counters(&pins, &self.held)?;
+            let mut links = 0;
+            for pin in entries(&pins)? {
+                let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
+                    continue;
+                };
+                if !name.starts_with("link_") && !name.starts_with(AWAY_LINK) {
+                    continue;
+                }
+                let to = self.pins.join(name);
+                let is_taken = exists(&to)?;
+                match self.update(&pin) {
+                    // Another interface has this one's index by now.
+                    Ok(()) if is_taken => set_aside(&pin, &self.pins)?,
+                    Ok(()) => fs::rename(&pin, &to)
+                        .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?,
+                    Err(error) if is_detached(&error) => {
+                        fs::remove_file(&pin)
+                            .with_context(|| format!("remove {}", pin.display()))?;
+                        continue;
+                    }
+                    Err(error) => {
+                        return Err(error.context(format!(
+                            "switch {} to layout {LAYOUT}; what layout {layout} enforces stays in force",
+                            pin.display()
+                        )));
+                    }
+                }
+                links += 1;
+            }
+            remove_directory(&pins)?;
+            taken.push(TakenOver {
+                layout,
+                links,
+                counters,
+            });
+        }
+        Ok(taken)
+    }
+
+    /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
+    /// program but ours, in a mode that need not change.
+    pub fn check_interface(&self, interface: &Interface, mode: Mode) -> Result<()> {
+        let Some(xdp) = interface.xdp else {
+            return check_free(interface);
+        };
+        if !self.is_whole(interface)? {
+            return check_free(interface);
+        }
+        let name = &interface.name;
+        let attached = attached(xdp);
+        let keeps = match mode {
+            Mode::Auto => true,
+            Mode::Native => xdp.native,
+            Mode::Generic => !xdp.native,
+        };
+        ensure!(
+            keeps,
+            "{name} is filtered in {attached} mode, and changing the mode would open it for a \
+             moment: run `filter-agent detach` first"
+        );
+        Ok(())
+    }
+
+    /// Stops filtering an interface, whether or not it still exists.
+    pub fn detach(&mut self, interface: u32) -> Result<()> {
+        let pin = self.link_pin(interface);
+        fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))
+    }
+
+    /// Stops filtering everywhere and removes every pin, this filter's own included.
+    ///
+    /// # Errors
+    /// Something that is not ours among the pins, before any is removed.
+    pub fn remove(&self) -> Result<Vec<u32>> {
+        remove_pins(self.pins.parent().context("find the pins' directory")?)
+    }
+
+    /// The links that are pinned, with the programs the kernel says they run.
+    pub fn pinned(&self) -> Result<Vec<Pinned>> {
+        pinned_in(&self.pins)
+    }
+
+    fn link_pin(&self, interface: u32) -> PathBuf {
+        self.pins.join(link_name(interface))
+    }
+}
+
+/// Whether the program may be attached where this agent's does not run.
+///
+/// # Errors
+/// An interface that is not Ethernet, or on which somebody else's program runs.
+pub fn check_free(interface: &Interface) -> Result<()> {
+    let name = &interface.name;
+    ensure!(
+        interface.ethernet,
+        "{name} is not an Ethernet interface: the filter reads Ethernet frames only"
+    );
+    if let Some(xdp) = interface.xdp {
+        bail!(
+            "another XDP program (id {}, {} mode) is attached to {name}: detach it first, for \
+             example with `ip link set dev {name} xdp off`",
+            xdp.program_id,
+            attached(xdp)
+        );
+    }
+    Ok(())
+}
+
+fn attached(xdp: AttachedXdp) -> &'static str {
+    if xdp.native { "native" } else { "generic" }
+}
+
+/// Whether a link has no interface any more: it vanished, or the link was detached by force.
+fn is_detached(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<io::Error>();
+        cause.is_some_and(|cause| cause.raw_os_error() == Some(Errno::ENOLINK as i32))
+    })
+}

@@ -1,0 +1,304 @@
+//! The maps: opening, reading and writing them.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv6Addr},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+};
+use filter_common::{
+    Answer, Connection, Engine, Guard, LocalKey, MAX_LOCALS, NEAR_LINES, Name, NearLine, PORTS,
+    Port, RULE_IDS, SLOT_BITS, SLOTS, Source4, Source6, Stream, slot_key,
+};
+use ipnet::{Ipv4Net, Ipv6Net};
+
+use crate::kernel::{answer::answer, change::Change, image::Image, steps::Step};
+
+pub(super) struct Maps {
+    pub(super) ports: Array<MapData, Port>,
+    pub(super) locals: HashMap<MapData, LocalKey, Guard>,
+    pub(super) protocols: Array<MapData, u32>,
+    pub(super) allowed: Allowed,
+    pub(super) near: Array<MapData, NearLine>,
+    pub(super) epoch: Array<MapData, u32>,
+    pub(super) counts: PerCpuArray<MapData, u64>,
+    pub(super) hits: PerCpuArray<MapData, u64>,
+    pub(super) slot_names: Array<MapData, Name>,
+    pub(super) rule_names: Array<MapData, Name>,
+    pub(super) probes: Array<MapData, u64>,
+    pub(super) streams: HashMap<MapData, Connection, Stream>,
+    pub(super) adopt_until: Array<MapData, u64>,
+    pub(super) answers: Array<MapData, Answer>,
+    pub(super) granted: Array<MapData, u32>,
+    pub(super) sampled: RingBuf<MapData>,
+}
+
+impl Maps {
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        fn typed<T>(ebpf: &mut Ebpf, name: &str) -> Result<T>
+        where
+            T: TryFrom<Map, Error = MapError>,
+        {
+            let map = ebpf.take_map(name).context("find it in the BPF object");
+            map.and_then(|map| Ok(T::try_from(map)?))
+                .with_context(|| format!("open the BPF map {name}"))
+        }
+        Ok(Self {
+            ports: typed(ebpf, "PORT_GUARDS")?,
+            locals: typed(ebpf, "LOCAL_GUARDS")?,
+            protocols: typed(ebpf, "PROTOCOLS")?,
+            allowed: Allowed {
+                v4: typed(ebpf, "ALLOWED4")?,
+                v6: typed(ebpf, "ALLOWED6")?,
+            },
+            near: typed(ebpf, "NEAR")?,
+            epoch: typed(ebpf, "EPOCH")?,
+            counts: typed(ebpf, "COUNTS")?,
+            hits: typed(ebpf, "HITS")?,
+            slot_names: typed(ebpf, "SLOT_NAMES")?,
+            rule_names: typed(ebpf, "RULE_NAMES")?,
+            probes: typed(ebpf, "PROBES")?,
+            streams: typed(ebpf, "STREAMS")?,
+            adopt_until: typed(ebpf, "ADOPT_UNTIL")?,
+            answers: typed(ebpf, "ANSWERS_BY_ENGINE")?,
+            granted: typed(ebpf, ".bss")?,
+            sampled: typed(ebpf, "SAMPLED")?,
+        })
+    }
+
+    pub(super) fn write_answers(&mut self) -> Result<()> {
+        for engine in Engine::ALL {
+            self.answers
+                .set(engine as u32, answer(engine), 0)
+                .context("write what refused clients are told")?;
+        }
+        Ok(())
+    }
+
+    /// Until when, in nanoseconds since boot, connections of a slot that are found under way are let
+    /// run.
+    pub(super) fn set_adoption(&mut self, slot: u16, until: u64) -> Result<()> {
+        self.adopt_until
+            .set(slot.into(), until, 0)
+            .context("write until when connections are let run")
+    }
+
+    /// What an earlier agent left. Arrays are read whole: the kernel has no list of what is set in one.
+    pub(super) fn read(&self) -> Result<Image> {
+        self.try_read().context("read what the kernel holds")
+    }
+
+    fn try_read(&self) -> Result<Image, MapError> {
+        let mut image = Image {
+            protocols: self.protocols.get(&0, 0)?,
+            ..Image::default()
+        };
+        for slot in 1..SLOTS {
+            let name = self.slot_names.get(&slot, 0)?;
+            if name != Name::FREE {
+                image.slots.push((slot, name));
+            }
+        }
+        for id in 0..RULE_IDS {
+            let name = self.rule_names.get(&id, 0)?;
+            if name != Name::FREE {
+                image.rules.push((id, name));
+            }
+        }
+        for index in 0..PORTS {
+            let guard = self.ports.get(&index, 0)?.guard();
+            if !guard.is_none() {
+                image.ports.push((index, guard));
+            }
+        }
+        for line in 0..NEAR_LINES {
+            let near = self.near.get(&line, 0)?;
+            if near != NearLine::default() {
+                image.near.push((line, near));
+            }
+        }
+        for entry in self.locals.iter() {
+            image.locals.push(entry?);
+        }
+        for entry in self.allowed.v4.iter() {
+            let (key, id) = entry?;
+            let Source4 { slot, address } = key.data();
+            let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
+            // Only this agent writes the map, and only prefixes.
+            if let Ok(prefix) = Ipv4Net::new(address.into(), length) {
+                image
+                    .allowed4
+                    .push(((u32::from_be_bytes(slot) as u16, prefix), id));
+            }
+        }
+        for entry in self.allowed.v6.iter() {
+            let (key, id) = entry?;
+            let Source6 { slot, address } = key.data();
+            let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
+            if let Ok(prefix) = Ipv6Net::new(address.into(), length) {
+                image
+                    .allowed6
+                    .push(((u32::from_be_bytes(slot) as u16, prefix), id));
+            }
+        }
+        image.locals.sort_unstable_by_key(|&(key, _)| key);
+        image.allowed4.sort_unstable_by_key(|&(key, _)| key);
+        image.allowed6.sort_unstable_by_key(|&(key, _)| key);
+        Ok(image)
+    }
+
+    /// Ends what the packet path remembers of the tries.
+    pub(super) fn begin_epoch(&mut self, ports: &[(u32, Guard)]) -> Result<()> {
+        let epoch = self.epoch()?.wrapping_add(1);
+        self.epoch.set(0, epoch, 0).context("begin an epoch")?;
+        for &(port, guard) in ports {
+            self.ports
+                .set(port, Port::new(guard, epoch), 0)
+                .context("begin an epoch")?;
+        }
+        Ok(())
+    }
+
+    fn epoch(&self) -> Result<u32> {
+        self.epoch.get(&0, 0).context("read the epoch")
+    }
+
+    pub(super) fn write(&mut self, step: &Step) -> Result<()> {
+        match *step {
+            Step::Slot(ref change) => self
+                .slot_names
+                .set(change.key, change.new.unwrap_or(Name::FREE), 0)
+                .with_context(|| format!("write the name of slot {}", change.key)),
+            Step::Rule(ref change) => self
+                .rule_names
+                .set(change.key, change.new.unwrap_or(Name::FREE), 0)
+                .with_context(|| format!("write the name of rule {}", change.key)),
+            Step::Allowed4(_) | Step::Allowed6(_) => self.allowed.write(step),
+            Step::Near(ref change) => self
+                .near
+                .set(change.key, change.new.unwrap_or_default(), 0)
+                .context("write what is near the prefixes"),
+            Step::Local(Change { key, new, .. }) => match new {
+                Some(guard) => self.locals.insert(key, guard, 0),
+                None => absent_is_none(self.locals.remove(&key)).map(drop),
+            }
+            .with_context(|| {
+                let address = Ipv6Addr::from(key.address).to_canonical();
+                format!(
+                    "guard {address}: there is room for {MAX_LOCALS} local addresses times ports, \
+                     those of the old and the new policy together; reload in two steps"
+                )
+            }),
+            Step::Port(Change { key, new, .. }) => {
+                let epoch = self.epoch()?;
+                let port = new.map_or(Port::default(), |guard| Port::new(guard, epoch));
+                self.ports
+                    .set(key, port, 0)
+                    .with_context(|| format!("write the guard of port {}", key as u16))
+            }
+            Step::Protocols { new, .. } => self
+                .protocols
+                .set(0, new, 0)
+                .context("write the guarded protocols"),
+        }
+    }
+}
+
+/// The prefixes of every database, by address family.
+pub(super) struct Allowed {
+    v4: LpmTrie<MapData, Source4, u32>,
+    v6: LpmTrie<MapData, Source6, u32>,
+}
+
+impl Allowed {
+    /// A second way in to maps that are pinned.
+    pub(super) fn open(pins: &Path) -> Result<Self> {
+        let open = |name: &str| {
+            let map = MapData::from_pin(pins.join(name));
+            map.map(Map::LpmTrie)
+                .with_context(|| format!("open the map {name}"))
+        };
+        Ok(Self {
+            v4: open("ALLOWED4")?.try_into()?,
+            v6: open("ALLOWED6")?.try_into()?,
+        })
+    }
+
+    pub(super) fn write(&mut self, step: &Step) -> Result<()> {
+        match *step {
+            Step::Allowed4(Change { key, new, .. }) => {
+                let (slot, prefix) = key;
+                write_prefix(&mut self.v4, &source4(slot, prefix), new)
+                    .with_context(|| format!("write prefix {prefix}"))
+            }
+            Step::Allowed6(Change { key, new, .. }) => {
+                let (slot, prefix) = key;
+                write_prefix(&mut self.v6, &source6(slot, prefix), new)
+                    .with_context(|| format!("write prefix {prefix}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The value of the longest prefix of a slot that contains a source.
+    pub(super) fn find(&self, slot: u16, source: IpAddr) -> Result<Option<u32>> {
+        let found = match source {
+            IpAddr::V4(source) => self.v4.get(&source4(slot, Ipv4Net::from(source)), 0),
+            IpAddr::V6(source) => self.v6.get(&source6(slot, Ipv6Net::from(source)), 0),
+        };
+        absent_is_none(found).context("look the source up in the kernel")
+    }
+}
+
+/// Writes one entry and reads it back: inserts into a trie have been seen to fail under memory
+/// pressure, and a batch of them to be lost (kernel 6.18).
+fn write_prefix<K: aya::Pod>(
+    trie: &mut LpmTrie<MapData, K, u32>,
+    key: &Key<K>,
+    new: Option<u32>,
+) -> Result<()> {
+    let Some(id) = new else {
+        absent_is_none(trie.remove(key))?;
+        return Ok(());
+    };
+    trie.insert(key, id, 0)?;
+    // The longest match of a prefix that is in the trie is that prefix.
+    ensure!(
+        trie.get(key, 0)? == id,
+        "the kernel does not hold what was written"
+    );
+    Ok(())
+}
+
+/// aya names a missing key in three ways, by map type and call.
+pub(super) fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),
+        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn source4(slot: u16, prefix: Ipv4Net) -> Key<Source4> {
+    let source = Source4 {
+        slot: slot_key(slot),
+        address: prefix.network().octets(),
+    };
+    Key::new(SLOT_BITS + u32::from(prefix.prefix_len()), source)
+}
+
+fn source6(slot: u16, prefix: Ipv6Net) -> Key<Source6> {
+    let source = Source6 {
+        slot: slot_key(slot),
+        address: prefix.network().octets(),
+    };
+    Key::new(SLOT_BITS + u32::from(prefix.prefix_len()), source)
+}

@@ -1,0 +1,106 @@
+//! The writes that turn one image into another. Pure.
+
+use filter_common::{Guard, LocalKey, Name, NearLine};
+use ipnet::{Ipv4Net, Ipv6Net};
+
+use crate::kernel::{
+    bloom::union,
+    change::{Change, changes},
+    image::Image,
+};
+
+/// One write to one map. What is large is boxed: nearly all steps of a long list are prefixes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    Slot(Box<Change<u32, Name>>),
+    Rule(Box<Change<u32, Name>>),
+    Allowed4(Change<(u16, Ipv4Net), u32>),
+    Allowed6(Change<(u16, Ipv6Net), u32>),
+    Near(Box<Change<u32, NearLine>>),
+    Local(Change<LocalKey, Guard>),
+    Port(Change<u32, Guard>),
+    Protocols { old: u32, new: u32 },
+}
+
+impl Step {
+    /// Whether two neighbours may change places: both add prefixes of a family, or both remove them.
+    pub fn is_independent_of(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Allowed4(one), Self::Allowed4(other)) => one.removes() == other.removes(),
+            (Self::Allowed6(one), Self::Allowed6(other)) => one.removes() == other.removes(),
+            _ => false,
+        }
+    }
+
+    /// The step that takes this one back.
+    pub fn reversed(&self) -> Self {
+        fn swap<K: Copy, V: Copy>(change: &Change<K, V>) -> Change<K, V> {
+            Change {
+                key: change.key,
+                old: change.new,
+                new: change.old,
+            }
+        }
+        match self {
+            Self::Slot(change) => Self::Slot(swap(change).into()),
+            Self::Rule(change) => Self::Rule(swap(change).into()),
+            Self::Allowed4(change) => Self::Allowed4(swap(change)),
+            Self::Allowed6(change) => Self::Allowed6(swap(change)),
+            Self::Near(change) => Self::Near(swap(change).into()),
+            Self::Local(change) => Self::Local(swap(change)),
+            Self::Port(change) => Self::Port(swap(change)),
+            &Self::Protocols { old, new } => Self::Protocols { old: new, new: old },
+        }
+    }
+}
+
+impl Image {
+    /// The writes that turn a kernel that holds `self` into one that holds `new`, in the order in
+    /// which at every instant a source allowed by both passes and one denied by both is dropped:
+    /// what allows is added before a port is guarded by it, and removed after.
+    pub fn steps_to(&self, new: &Self) -> Vec<Step> {
+        let slots = changes(&self.slots, &new.slots);
+        let rules = changes(&self.rules, &new.rules);
+        let allowed4 = changes(&self.allowed4, &new.allowed4);
+        let allowed6 = changes(&self.allowed6, &new.allowed6);
+        let locals = changes(&self.locals, &new.locals);
+        let mut steps = Vec::with_capacity(allowed4.len() + allowed6.len());
+        steps.extend(set(&slots).map(|change| Step::Slot(change.into())));
+        steps.extend(set(&rules).map(|change| Step::Rule(change.into())));
+        let near = union(&self.near, &new.near);
+        steps.extend(
+            changes(&self.near, &near)
+                .into_iter()
+                .map(|change| Step::Near(change.into())),
+        );
+        steps.extend(set(&allowed4).map(Step::Allowed4));
+        steps.extend(set(&allowed6).map(Step::Allowed6));
+        steps.extend(set(&locals).map(Step::Local));
+        let both = self.protocols | new.protocols;
+        let protocols = |old, new| (old != new).then_some(Step::Protocols { old, new });
+        steps.extend(protocols(self.protocols, both));
+        steps.extend(changes(&self.ports, &new.ports).into_iter().map(Step::Port));
+        steps.extend(protocols(both, new.protocols));
+        steps.extend(removed(&locals).map(Step::Local));
+        steps.extend(removed(&allowed4).map(Step::Allowed4));
+        steps.extend(removed(&allowed6).map(Step::Allowed6));
+        steps.extend(
+            changes(&near, &new.near)
+                .into_iter()
+                .map(|change| Step::Near(change.into())),
+        );
+        steps.extend(removed(&rules).map(|change| Step::Rule(change.into())));
+        steps.extend(removed(&slots).map(|change| Step::Slot(change.into())));
+        steps
+    }
+}
+
+/// Changes that add an entry or give it another value.
+fn set<K: Copy, V: Copy>(changes: &[Change<K, V>]) -> impl Iterator<Item = Change<K, V>> {
+    changes.iter().copied().filter(|change| !change.removes())
+}
+
+/// Changes that take an entry away.
+fn removed<K: Copy, V: Copy>(changes: &[Change<K, V>]) -> impl Iterator<Item = Change<K, V>> {
+    changes.iter().copied().filter(|change| change.removes())
+}

@@ -1,0 +1,50 @@
+//! The per-CPU record of a segment while it is judged and answered: shared by `tls` and `answer`.
+
+use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
+use filter_common::{Connection, Stream};
+
+use crate::parse::{Place, Tcp};
+
+/// A segment to a port where TLS is forced. It is an argument of functions that the kernel verifies
+/// separately, passed through a map: Linux 6.1 does not accept their arguments as map keys. A function
+/// that is inlined or static is verified again on every path that leads to it.
+#[repr(C)]
+pub struct Scratch {
+    pub connection: Connection,
+    pub place: Place,
+    pub is_v4: u32,
+    pub guard: u32,
+    /// Offset of the IP header in the packet, in bytes.
+    pub network: u32,
+    /// Results of `tls::judge_tls`: the TCP header, and the sequence number at which the server's
+    /// side of the stream is reset.
+    pub tcp: Tcp,
+    pub reset_at: u32,
+    /// A new stream while it is put together.
+    pub stream: Stream,
+    pub headers: Headers,
+}
+
+/// The headers of an answer while they are put together.
+#[repr(C)]
+pub struct Headers {
+    pub ethernet: [u8; 12],
+    pub tag: [u8; 4],
+    pub ethertype: [u8; 2],
+    pub v4: [u8; 20],
+    pub v6: [u8; 8],
+    pub pseudo: [u8; 12],
+    pub tcp: [u8; 20],
+}
+
+/// The segment that this CPU judges. The stack, 512 bytes, is too small for it.
+#[btf_map]
+static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+#[inline(always)]
+pub fn scratch() -> Option<&'static mut Scratch> {
+    let scratch = SCRATCH.get_ptr_mut(0)?;
+    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
+    // this CPU uses it until the segment is done with, and no two functions use it at a time.
+    Some(unsafe { &mut *scratch })
+}
