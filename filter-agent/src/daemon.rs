@@ -43,7 +43,8 @@ use crate::{
     policy::{Guards, Model, Policy, Region, RegionSource, Rule},
     policy_file::PolicyFile,
     protection,
-    region::lookup::{self, Answer, Version},
+    region::answer::{Answer, Version},
+    region::lookup,
     region::state::{self as region, Change, Regions, Set},
     report,
 };
