@@ -12,8 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use filter_common::Reason;
-use futures_util::{FutureExt as _, Stream, StreamExt as _, future::join_all};
-use inotify::{Inotify, Watches};
+use futures_util::{FutureExt as _, StreamExt as _, future::join_all};
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp, Unit};
 use sd_notify::NotifyState;
@@ -44,6 +43,7 @@ use crate::{
     policy_file::PolicyFile,
     protection,
     region::answer::{Answer, Version},
+    region::files::Watcher,
     region::lookup,
     region::state::{self as region, Change, Regions, Set},
     report,
@@ -75,11 +75,11 @@ pub struct Options {
 pub async fn look_up(
     policy: &Policy,
     ask: BTreeMap<&str, Option<Version>>,
-    watches: Option<&Watches>,
+    watcher: Option<&Watcher>,
 ) -> BTreeMap<String, Result<Answer>> {
     let answers = ask.into_iter().map(|(name, version)| async move {
         let Region { source, guards } = &policy.regions[name];
-        let answer = lookup::ask(source, guards, version.as_ref(), watches).await;
+        let answer = lookup::ask(source, guards, version.as_ref(), watcher).await;
         (name.to_owned(), answer)
     });
     join_all(answers).await.into_iter().collect()
@@ -126,7 +126,7 @@ pub struct Question {
     source: RegionSource,
     guards: Guards,
     version: Option<Version>,
-    watches: Option<Watches>,
+    watcher: Option<Watcher>,
 }
 
 /// What came of a question.
@@ -144,10 +144,10 @@ impl Question {
             source,
             guards,
             version,
-            watches,
+            watcher,
         } = self;
         let asked = tokio::spawn(async move {
-            lookup::ask(&source, &guards, version.as_ref(), watches.as_ref()).await
+            lookup::ask(&source, &guards, version.as_ref(), watcher.as_ref()).await
         });
         // A library that panics over an answer is one more failed look-up.
         let answer = asked.await.context("look up").flatten();
@@ -179,7 +179,7 @@ pub struct Agent {
     pub regions: Regions,
     compiled: Compiled,
     clock: Clock,
-    pub watches: Option<Watches>,
+    pub watcher: Option<Watcher>,
     /// The question under way about each region.
     asked: BTreeMap<String, u64>,
     questions: u64,
@@ -217,7 +217,8 @@ pub async fn run(options: Options) -> Result<()> {
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
     let mut links = host::events()?;
-    let (watches, mut files) = file_events();
+    let (watcher, mut files) = Watcher::new();
+    let watcher = Some(watcher);
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
@@ -237,7 +238,7 @@ pub async fn run(options: Options) -> Result<()> {
             let filter = open.await.context("open the filter").flatten()?;
             anyhow::Ok((filter, listen(&options.socket).await?))
         },
-        first_regions(&options, &start.first().policy, watches.as_ref(), clock),
+        first_regions(&options, &start.first().policy, watcher.as_ref(), clock),
     )?;
     let own_socket = identity(&options.socket);
     // Only now is it certain that no other agent writes there.
@@ -250,7 +251,7 @@ pub async fn run(options: Options) -> Result<()> {
         filter,
         start,
         regions,
-        watches,
+        watcher,
         writer,
     );
     let agent = agent.await?;
@@ -296,10 +297,9 @@ pub async fn run(options: Options) -> Result<()> {
                     agent.heal().await;
                 }
             }
-            Some(()) = files.next() => {
-                while let Some(Some(())) = files.next().now_or_never() {}
+            Some(path) = files.next() => {
                 if let Ok(mut agent) = shared.agent().await {
-                    agent.files_changed();
+                    agent.file_changed(&path);
                 }
             }
             Some(event) = happened.recv() => {
@@ -368,7 +368,7 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// How long a directory is left alone after a change: programs that replace files make several.
+/// Time from a change of a file until it is read: programs that replace files make several.
 const SETTLE: Duration = Duration::from_millis(50);
 
 /// How long what is under way at the end may take.
@@ -542,21 +542,6 @@ async fn write(
     }
 }
 
-/// A stream that yields when a watched directory changes, and what to have watched with it. Where the
-/// kernel grants none, files are read again now and then.
-fn file_events() -> (Option<Watches>, impl Stream<Item = ()> + Unpin) {
-    let stream = Inotify::init().and_then(|inotify| inotify.into_event_stream([0; 4096]));
-    match stream {
-        Ok(stream) => (Some(stream.watches()), stream.map(|_| ()).left_stream()),
-        Err(error) => {
-            log(&format!(
-                "warning: files are not watched, only read again: {error}"
-            ));
-            (None, futures_util::stream::pending().right_stream())
-        }
-    }
-}
-
 /// Nothing happens where no service manager wants to know.
 fn tell_systemd(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
@@ -620,7 +605,7 @@ impl Agent {
         mut filter: Filter,
         start: Start,
         mut regions: Regions,
-        watches: Option<Watches>,
+        watcher: Option<Watcher>,
         writer: UnboundedSender<Write>,
     ) -> Result<Self> {
         let Start {
@@ -636,7 +621,7 @@ impl Agent {
                 return Err(refused.unwrap_or_else(|| anyhow!("there is no policy to enforce")));
             };
             if let Some(refused) = &refused {
-                let again = first_regions(&options, &loaded.policy, watches.as_ref(), clock).await;
+                let again = first_regions(&options, &loaded.policy, watcher.as_ref(), clock).await;
                 regions = again.with_context(|| format!("{refused:#}"))?;
             }
             let before = before.as_ref();
@@ -671,7 +656,7 @@ impl Agent {
             regions,
             compiled: committed.compiled,
             clock,
-            watches,
+            watcher,
             asked: BTreeMap::new(),
             questions: 0,
             written: BTreeMap::new(),
@@ -817,6 +802,14 @@ impl Agent {
         self.written.retain(|name, _| used(name));
         self.unwritten.retain(|name, _| used(name));
         self.forget_unused();
+        if let Some(watcher) = &self.watcher {
+            watcher.keep_only(|path| {
+                let sources = self.regions.values().map(|state| &state.region.source);
+                sources
+                    .into_iter()
+                    .any(|source| matches!(source, RegionSource::File(file) if file == path))
+            });
+        }
         let mut errors = committed.errors;
         errors.extend(self.look().await);
         for error in &errors {
@@ -858,7 +851,7 @@ impl Agent {
             source: state.region.source.clone(),
             guards: state.region.guards.clone(),
             version: state.version().cloned(),
-            watches: self.watches.clone(),
+            watcher: self.watcher.clone(),
         })
     }
 
@@ -886,10 +879,10 @@ impl Agent {
         Duration::try_from(next.duration_since(self.clock.now())).unwrap_or_default()
     }
 
-    fn files_changed(&mut self) {
+    fn file_changed(&mut self, path: &Path) {
         let soon = self.clock.now() + SETTLE;
         for state in self.regions.values_mut() {
-            if let RegionSource::File(_) = state.region.source {
+            if matches!(&state.region.source, RegionSource::File(file) if file == path) {
                 // Not later than planned: changes may follow each other without end.
                 state.next = Some(state.next.map_or(soon, |next| next.min(soon)));
             }
@@ -1483,7 +1476,7 @@ impl Agent {
 async fn first_regions(
     options: &Options,
     policy: &Policy,
-    watches: Option<&Watches>,
+    watcher: Option<&Watcher>,
     clock: Clock,
 ) -> Result<Regions> {
     let now = clock.now();
@@ -1503,7 +1496,7 @@ async fn first_regions(
             log(&format!("warning: region {name}: {error:#}"));
         }
         if let RegionSource::File(_) = source {
-            let answer = lookup::ask(&source, &guards, state.version(), watches).await;
+            let answer = lookup::ask(&source, &guards, state.version(), watcher).await;
             state.take(answer, false, now);
             if let (true, Some(error)) = (state.failing, &state.error) {
                 log(&format!("warning: region {name}: {}", error.text));
@@ -1940,14 +1933,14 @@ impl Shared {
     /// A policy file and what must be asked about its regions, without the agent meanwhile.
     async fn prepare(&self, file: &Path) -> Result<(PolicyFile, BTreeMap<String, Result<Answer>>)> {
         let loaded = PolicyFile::read(file)?;
-        let (ask, watches) = {
+        let (ask, watcher) = {
             let agent = self.agent().await?;
             (
                 region::to_ask(&loaded.policy, &agent.regions),
-                agent.watches.clone(),
+                agent.watcher.clone(),
             )
         };
-        let answers = look_up(&loaded.policy, ask, watches.as_ref()).await;
+        let answers = look_up(&loaded.policy, ask, watcher.as_ref()).await;
         Ok((loaded, answers))
     }
 

@@ -151,7 +151,11 @@ impl Guards {
             max_age: None,
             min_refresh: Duration::from_secs(if url { 10 } else { 1 }),
             max_refresh: Duration::from_mins(if url { 5 } else { 1 }),
-            timeout: Duration::from_secs(if url { 30 } else { 5 }),
+            timeout: Duration::from_secs(match source {
+                RegionSource::Url(_) => 30,
+                RegionSource::File(_) => 10,
+                RegionSource::Dns(_) | RegionSource::Prefixes(_) => 5,
+            }),
         }
     }
 }

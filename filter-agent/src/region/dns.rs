@@ -1,6 +1,6 @@
 //! DNS look-ups of a region: from names to addresses, through aliases.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::{StreamExt as _, future::try_join_all, stream::BoxStream};
@@ -21,11 +21,10 @@ use hickory_resolver::{
     system_conf::read_system_conf,
 };
 use ipnet::IpNet;
-use rustls::RootCertStore;
 
 use crate::{
     policy::{Dns, Nameserver, Transport},
-    region::{answer::Found, tls},
+    region::{answer::Found, threads, tls},
 };
 
 /// CNAME records followed from one name.
@@ -33,14 +32,17 @@ const MAX_ALIASES: usize = 8;
 
 /// The addresses of all the names together, or none of them.
 pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
-    let (servers, options) = resolver(dns, timeout)?;
+    let (servers, options) = resolver(dns, timeout).await?;
     let handle = OwnRecords(servers);
     if !dns.dnssec {
         return resolve_by(&handle, options, dns).await;
     }
     let anchors = match &dns.trust_anchor {
         Some(file) => {
-            TrustAnchors::from_file(file).with_context(|| format!("read {}", file.display()))?
+            let path = file.clone();
+            let read = threads::run(file, move || Ok(TrustAnchors::from_file(&path)?));
+            read.await
+                .with_context(|| format!("read {}", file.display()))?
         }
         None => TrustAnchors::default(),
     };
@@ -283,7 +285,7 @@ fn owners(name: &Name, answers: &[Record]) -> Vec<Name> {
 /// The name servers, and options of each query. Made anew for each look-up: `/etc/resolv.conf` may
 /// have changed. hickory's own `Resolver` is not used: it follows aliases without checking that they
 /// are the queried name's.
-fn resolver(
+async fn resolver(
     dns: &Dns,
     timeout: Duration,
 ) -> Result<(
@@ -291,7 +293,9 @@ fn resolver(
     DnsRequestOptions,
 )> {
     let (servers, mut options) = if dns.nameservers.is_empty() {
-        let (config, options) = read_system_conf().context("read /etc/resolv.conf")?;
+        let file = "/etc/resolv.conf";
+        let read = threads::run(Path::new(file), || Ok(read_system_conf()?));
+        let (config, options) = read.await.with_context(|| format!("read {file}"))?;
         (config.name_servers, options)
     } else {
         let servers = dns.nameservers.iter().map(name_server).collect();
@@ -308,15 +312,13 @@ fn resolver(
         .nameservers
         .iter()
         .any(|n| n.transport != Transport::Plain);
-    let roots = if encrypted {
-        tls::roots(dns.ca_file.as_deref())?
+    let config = if encrypted {
+        tls::client(dns.ca_file.as_deref()).await?
     } else {
-        RootCertStore::empty()
+        tls::none()?
     };
     let attempts = options.attempts;
-    let tls = TlsConfig {
-        config: tls::config(roots)?,
-    };
+    let tls = TlsConfig { config };
     let context = Arc::new(PoolContext::new(options, tls));
     let pool = NameServerPool::from_config(servers, context, TokioRuntimeProvider::default());
     Ok((RetryDnsHandle::new(pool, attempts), query))

@@ -32,7 +32,7 @@ pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer>
         attempt.follow()
     });
     let client = reqwest::Client::builder()
-        .tls_backend_preconfigured(tls::config(tls::roots(url.ca_file.as_deref())?)?)
+        .tls_backend_preconfigured(tls::client(url.ca_file.as_deref()).await?)
         .redirect(redirects)
         .user_agent(concat!("filter-agent/", env!("CARGO_PKG_VERSION")))
         .build()

@@ -1,14 +1,15 @@
 //! One look-up of a region: asks DNS, an HTTPS server or a file, now.
 
 use anyhow::{Context as _, Result, anyhow};
-use inotify::Watches;
 use tokio::sync::Semaphore;
 
 use crate::{
     policy::{Guards, RegionSource, spelled},
     region::{
         answer::{Answer, Found, Version},
-        dns, files, http,
+        dns,
+        files::{self, Watcher},
+        http,
     },
 };
 
@@ -18,7 +19,7 @@ static RESOLVING: Semaphore = Semaphore::const_new(16);
 /// Lists fetched at once: each takes memory for the body and what is read from it.
 static FETCHING: Semaphore = Semaphore::const_new(4);
 
-/// Asks a region's source. `before`: the version of the set that is known. `watches`: where to announce
+/// Asks a region's source. `before`: the version of the set that is known. `watcher`: where to announce
 /// changes of a file.
 ///
 /// # Errors
@@ -27,7 +28,7 @@ pub async fn ask(
     source: &RegionSource,
     guards: &Guards,
     before: Option<&Version>,
-    watches: Option<&Watches>,
+    watcher: Option<&Watcher>,
 ) -> Result<Answer> {
     let bounded = |permits: &'static Semaphore| async {
         permits.acquire().await.context("wait for other look-ups")
@@ -37,17 +38,7 @@ pub async fn ask(
             prefixes: prefixes.clone(),
             ..Found::default()
         })),
-        RegionSource::File(path) => {
-            // Watched before it is read: a change in between is announced.
-            let watched = watches.map_or(Ok(()), |watches| files::watch(path, watches));
-            let mut answer = files::read(path, before)?;
-            if watched.is_err() {
-                let (Answer::Found(Found { ask_again, .. }) | Answer::Unchanged { ask_again }) =
-                    &mut answer;
-                *ask_again = Some(guards.max_refresh);
-            }
-            Ok(answer)
-        }
+        RegionSource::File(path) => files::read(path, guards.timeout, before, watcher).await,
         RegionSource::Dns(source) => {
             let _permit = bounded(&RESOLVING).await?;
             let found =

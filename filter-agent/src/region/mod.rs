@@ -2,10 +2,11 @@
 
 pub mod answer;
 mod dns;
-mod files;
+pub mod files;
 mod guards;
 mod http;
 pub mod lists;
 pub mod lookup;
 pub mod state;
+mod threads;
 mod tls;

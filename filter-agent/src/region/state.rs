@@ -334,12 +334,11 @@ impl State {
             max_refresh,
             ..
         } = self.region.guards;
-        let delay = match (&self.region.source, ask_again) {
-            (RegionSource::Prefixes(_), _) => return None,
-            // Changes are announced, but no word comes of a file that stays as it is.
-            (RegionSource::File(_), None) if self.region.guards.max_age.is_none() => return None,
-            (_, ask_again) => ask_again.unwrap_or(max_refresh),
-        };
+        // Files too, although their changes are announced: inotify does not see those that another host makes.
+        if self.region.is_constant() {
+            return None;
+        }
+        let delay = ask_again.unwrap_or(max_refresh);
         Some(now + delay.clamp(min_refresh, max_refresh))
     }
 

@@ -8,7 +8,24 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject as _},
 };
 
-pub(super) fn config(roots: RootCertStore) -> Result<ClientConfig> {
+use crate::region::threads;
+
+/// Reads the trusted certificates, a file's or the system's, and sets up TLS with them.
+///
+/// # Errors
+/// They cannot be read, or there are none.
+pub(super) async fn client(ca_file: Option<&Path>) -> Result<ClientConfig> {
+    let place = ca_file.unwrap_or(Path::new("/etc/ssl/certs"));
+    let file = ca_file.map(Path::to_owned);
+    threads::run(place, move || config(roots(file.as_deref())?)).await
+}
+
+/// TLS that trusts nobody.
+pub(super) fn none() -> Result<ClientConfig> {
+    config(RootCertStore::empty())
+}
+
+fn config(roots: RootCertStore) -> Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -16,8 +33,7 @@ pub(super) fn config(roots: RootCertStore) -> Result<ClientConfig> {
     Ok(config.with_root_certificates(roots).with_no_client_auth())
 }
 
-/// The certificates that are trusted: a file's, or the system's.
-pub(super) fn roots(file: Option<&Path>) -> Result<RootCertStore> {
+fn roots(file: Option<&Path>) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     match file {
         Some(file) => {

@@ -417,6 +417,26 @@ fn file_says_at_once_what_it_means() {
 }
 
 #[test]
+fn file_is_looked_at_again_within_max_refresh_whatever_is_watched() {
+    let mut state = with_two("file: /etc/office.txt, max_refresh: 7s");
+    for answer in [
+        found(&TWO),
+        Ok(Answer::Unchanged { ask_again: None }),
+        Ok(Answer::Found(Found {
+            prefixes: list(&TWO),
+            ..Found::default()
+        })),
+    ] {
+        state.take(answer, false, seconds(100));
+        assert_eq!(state.next, Some(seconds(107)));
+    }
+    state.take(Err(anyhow!("no answer")), false, seconds(100));
+    assert!(state.next.unwrap() <= seconds(107));
+    let state = State::new(region("prefixes: [192.0.2.0/24]"), seconds(0));
+    assert_eq!(state.next, None);
+}
+
+#[test]
 fn kept_set_is_restored_unless_it_breaks_a_guard() {
     let mut state = with_two(DNS);
     state.take(found(&["192.0.2.10/32"]), false, seconds(20));
