@@ -25,7 +25,7 @@ use crate::{
     reconcile::{Committed, Occasion, Refused, list},
     refreshes::Refreshes,
     region::{
-        lookup::Answer,
+        answer::Answer,
         state::{self as region, Change, Regions, State},
     },
     report,
@@ -267,7 +267,7 @@ impl Agent {
             }
             Event::PolicyRead { proposal, file } => self.policy_read(proposal, file),
             Event::LookedUp { number, answer } => self.looked_up(number, answer),
-            Event::FileChanged(path) => self.file_changed(path.as_deref()),
+            Event::FileChanged(path) => self.file_changed(&path),
         }
     }
 
@@ -634,11 +634,9 @@ impl Agent {
         }
     }
 
-    fn file_changed(&mut self, path: Option<&Path>) {
-        let is_meant = |source: &RegionSource| match source {
-            RegionSource::File(file) => path.is_none_or(|path| path == file),
-            _ => false,
-        };
+    fn file_changed(&mut self, path: &Path) {
+        let is_meant =
+            |source: &RegionSource| matches!(source, RegionSource::File(file) if file == path);
         for state in self.regions.values_mut() {
             if is_meant(&state.region.source) {
                 state.next = Some(self.now.steady);
@@ -846,6 +844,15 @@ impl Agent {
         let names = self.regions.keys().cloned().collect();
         let write = self.saves.keep_only(names);
         self.effects.push(Effect::Save(write));
+        let sources = self.regions.values().map(|state| &state.region.source);
+        let proposed = self.proposals.values().filter_map(|p| p.file.as_ref());
+        let proposed = proposed.flat_map(|file| file.policy.regions.values());
+        let sources = sources.chain(proposed.map(|region| &region.source));
+        let files = sources.filter_map(|source| match source {
+            RegionSource::File(file) => Some(file.clone()),
+            _ => None,
+        });
+        self.effects.push(Effect::Watch(files.collect()));
     }
 
     fn saved(&mut self, record: &Record, result: Result<()>) {

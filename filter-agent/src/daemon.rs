@@ -8,8 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use futures_util::{FutureExt as _, Stream, StreamExt as _};
-use inotify::{Inotify, Watches};
+use futures_util::{FutureExt as _, StreamExt as _};
 use sd_notify::NotifyState;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -32,11 +31,11 @@ use crate::{
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
-    reading::read_within,
     reconcile::Refused,
-    region::lookup,
+    region::{files::Watcher, lookup},
     start::{compile_order, enforce, open},
     store::Store,
+    threads,
 };
 
 /// How often we check that our program is still attached. After a forced detach the database is open for at most
@@ -62,13 +61,13 @@ pub async fn run(options: Options) -> Result<()> {
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
     let mut links = host::events()?;
-    let (watches, mut files) = file_events();
+    let (watcher, mut files) = Watcher::new();
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (events, mut happened) = unbounded_channel();
     let clock = Clock::start();
-    let opened = open(&options, clock, watches.as_ref()).await?;
+    let opened = open(&options, clock, &watcher).await?;
     let enforcer = opened.enforcer.clone();
     let listener = listen(&options.socket).await?;
     let own_socket = identity(&options.socket);
@@ -79,7 +78,7 @@ pub async fn run(options: Options) -> Result<()> {
     store.start(move |record, result| {
         let _ = saved.send(Event::Saved { record, result });
     })?;
-    let started = enforce(opened, &options, clock, watches.as_ref()).await?;
+    let started = enforce(opened, &options, clock, &watcher).await?;
     let (mut agent, effects) = Agent::start(started, clock.now());
     let (publish, snapshot) = watch::channel(agent.snapshot());
     let server = control::Server::start(listener, events.clone(), snapshot, enforcer.clone());
@@ -91,7 +90,7 @@ pub async fn run(options: Options) -> Result<()> {
         events: events.clone(),
         enforcer: enforcer.clone(),
         store,
-        watches,
+        watcher,
         is_stopping: false,
     };
     performer.perform(effects);
@@ -108,10 +107,7 @@ pub async fn run(options: Options) -> Result<()> {
                 thorough = true;
                 Event::Tick
             }
-            Some(()) = files.next() => {
-                while let Some(Some(())) = files.next().now_or_never() {}
-                Event::FileChanged(None)
-            }
+            Some(path) = files.next() => Event::FileChanged(path),
             () = tokio::time::sleep(agent.until_tick(clock.now())) => Event::Tick,
             _ = ticks.tick() => {
                 ensure!(
@@ -156,7 +152,7 @@ struct Performer {
     events: UnboundedSender<Event>,
     enforcer: Handle,
     store: Store,
-    watches: Option<Watches>,
+    watcher: Watcher,
     is_stopping: bool,
 }
 
@@ -183,6 +179,7 @@ impl Performer {
             Effect::Save(write) => self.store.save(write),
             Effect::Status(summary) => notify_systemd(&[NotifyState::Status(&summary)]),
             Effect::Ready => notify_systemd(&[NotifyState::Ready]),
+            Effect::Watch(files) => self.watcher.keep_only(|path| files.contains(path)),
             Effect::Stop => self.is_stopping = true,
             Effect::Detach => enforcer.send(move |enforcer| {
                 let _ = events.send(Event::Detached(enforcer.detach()));
@@ -193,17 +190,17 @@ impl Performer {
                 text,
             } => {
                 tokio::spawn(async move {
-                    let what = format!("read {}", path.display());
+                    let (what, named) = (format!("read {}", path.display()), path.clone());
                     let read = move || match text {
                         Some(text) => PolicyFile::parse(&path, text),
                         None => PolicyFile::read(&path),
                     };
-                    let file = read_within(READ_TIMEOUT, &what, read).await;
+                    let file = threads::run_within(READ_TIMEOUT, &what, &named, read).await;
                     let _ = events.send(Event::PolicyRead { proposal, file });
                 });
             }
             Effect::LookUp(look_up) => {
-                tokio::spawn(ask(look_up, self.watches.clone(), events));
+                tokio::spawn(ask(look_up, self.watcher.clone(), events));
             }
             Effect::Commit {
                 order,
@@ -243,7 +240,7 @@ impl Performer {
     }
 }
 
-async fn ask(look_up: LookUp, watches: Option<Watches>, events: UnboundedSender<Event>) {
+async fn ask(look_up: LookUp, watcher: Watcher, events: UnboundedSender<Event>) {
     let LookUp {
         number,
         region,
@@ -255,7 +252,7 @@ async fn ask(look_up: LookUp, watches: Option<Watches>, events: UnboundedSender<
             &region.source,
             &region.guards,
             version.as_ref(),
-            watches.as_ref(),
+            Some(&watcher),
         )
         .await
     });
@@ -268,20 +265,6 @@ async fn ask(look_up: LookUp, watches: Option<Watches>, events: UnboundedSender<
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::symlink_metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
-}
-
-/// A stream that yields when a watched directory changes, and what to have watched with it. Where the
-/// kernel grants none, files are read again now and then.
-fn file_events() -> (Option<Watches>, impl Stream<Item = ()> + Unpin) {
-    let stream = Inotify::init().and_then(|inotify| inotify.into_event_stream([0; 4096]));
-    match stream {
-        Ok(stream) => (Some(stream.watches()), stream.map(|_| ()).left_stream()),
-        Err(error) => {
-            let warning = format!("files are not watched, only read again: {error}");
-            Entry::warning(warning).log();
-            (None, futures_util::stream::pending().right_stream())
-        }
-    }
 }
 
 /// Nothing happens where no service manager wants to know.

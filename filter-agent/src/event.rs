@@ -1,6 +1,6 @@
 //! What happens to the agent, and what is to be done for it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
 use jiff::Timestamp;
@@ -13,7 +13,7 @@ use crate::{
     look_ups::LookUp,
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused},
-    region::lookup::Answer,
+    region::answer::Answer,
     report,
     store::{Record, Write},
 };
@@ -32,8 +32,8 @@ pub enum Event {
         number: u64,
         answer: Result<Answer>,
     },
-    /// A region's file; `None`: any of them.
-    FileChanged(Option<PathBuf>),
+    /// A region's file, by its path in the policy.
+    FileChanged(PathBuf),
     Committed(Result<(Committed, Checked), Refused>),
     Detached(Result<Vec<String>>),
     Checked(Checked),
@@ -113,6 +113,8 @@ pub enum Effect {
     Detach,
     /// Answered by `Saved`.
     Save(Write),
+    /// The region files whose changes matter.
+    Watch(BTreeSet<PathBuf>),
     Log(Entry),
     /// One line for the service manager.
     Status(String),

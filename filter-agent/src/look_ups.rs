@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{policy::Region, region::lookup::Version};
+use crate::{policy::Region, region::answer::Version};
 
 /// A look-up to make.
 #[derive(Clone, Debug)]

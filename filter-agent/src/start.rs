@@ -8,7 +8,6 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
-use inotify::Watches;
 
 use crate::{
     agent::Started,
@@ -22,13 +21,14 @@ use crate::{
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
     protection,
-    reading::read_within,
     reconcile::{Desired, InForce, Occasion, describe_unguarded},
     region::{
+        files::Watcher,
         lookup,
         state::{self as region, Regions},
     },
     store::{self, Confirmed},
+    threads,
 };
 
 /// Time allowed for a file to be read at a start.
@@ -66,17 +66,22 @@ impl Choice {
     async fn make(options: &Options) -> Result<Self> {
         let file = read_policy(&options.policy).await;
         let directory = options.state_dir.clone();
-        let kept = read_within(READ_TIMEOUT, "read the confirmed policy", move || {
-            let confirmed = store::read_confirmed(&directory)?;
-            let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
-            let path = store::confirmed_path(&directory);
-            let before = text
-                .map(|text| PolicyFile::parse(&path, text))
-                .transpose()?;
-            Ok((confirmed, before))
-        })
+        let path = store::confirmed_path(&directory);
+        let kept = threads::run_within(
+            READ_TIMEOUT,
+            "read the confirmed policy",
+            &path,
+            move || {
+                let confirmed = store::read_confirmed(&directory)?;
+                let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
+                let path = store::confirmed_path(&directory);
+                let before = text
+                    .map(|text| PolicyFile::parse(&path, text))
+                    .transpose()?;
+                Ok((confirmed, before))
+            },
+        )
         .await;
-        let path = store::confirmed_path(&options.state_dir);
         let mut unreadable = None;
         let (confirmed, before) = match kept {
             Ok((confirmed, before)) => (confirmed, before.map(Arc::new)),
@@ -149,7 +154,9 @@ impl Choice {
 async fn read_policy(path: &Path) -> Result<Arc<PolicyFile>> {
     let path = path.to_owned();
     let what = format!("read {}", path.display());
-    let file = read_within(READ_TIMEOUT, &what, move || PolicyFile::read(&path));
+    let read = path.clone();
+    let read = move || PolicyFile::read(&read);
+    let file = threads::run_within(READ_TIMEOUT, &what, &path, read);
     file.await.map(Arc::new)
 }
 
@@ -165,7 +172,7 @@ pub struct Opened {
 ///
 /// # Errors
 /// No policy, or no filter. What is pinned stays as it is.
-pub async fn open(options: &Options, clock: Clock, watches: Option<&Watches>) -> Result<Opened> {
+pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<Opened> {
     let choice = Choice::make(options).await?;
     let first = choice.candidates.front();
     let first = first.context("find a policy to enforce")?.0.clone();
@@ -182,7 +189,7 @@ pub async fn open(options: &Options, clock: Clock, watches: Option<&Watches>) ->
     // Long lists are read while the kernel checks the program.
     let (enforcer, regions) = tokio::join!(
         Handle::start(move || Enforcer::open(&bpffs, max_prefixes, connections, in_force)),
-        first_regions(options, &first.policy, watches, clock.now()),
+        first_regions(options, &first.policy, watcher, clock.now()),
     );
     let enforcer = enforcer?;
     let (regions, unsaved) = regions?;
@@ -202,7 +209,7 @@ pub async fn enforce(
     opened: Opened,
     options: &Options,
     clock: Clock,
-    watches: Option<&Watches>,
+    watcher: &Watcher,
 ) -> Result<Started> {
     let Opened {
         enforcer,
@@ -223,7 +230,7 @@ pub async fn enforce(
             return Err(refused.unwrap_or_else(|| anyhow!("there is no policy to enforce")));
         };
         if let Some(refused) = &refused {
-            let again = first_regions(options, &file.policy, watches, clock.now()).await;
+            let again = first_regions(options, &file.policy, watcher, clock.now()).await;
             (regions, unsaved) = again.with_context(|| format!("{refused:#}"))?;
         }
         let order = Order {
@@ -293,7 +300,7 @@ pub async fn compile_order(order: Order) -> Result<Desired> {
 async fn first_regions(
     options: &Options,
     policy: &Policy,
-    watches: Option<&Watches>,
+    watcher: &Watcher,
     now: Now,
 ) -> Result<(Regions, BTreeSet<String>)> {
     let now = now.steady;
@@ -306,7 +313,8 @@ async fn first_regions(
         }
         let (directory, wanted) = (options.state_dir.clone(), (name.clone(), source.clone()));
         let what = format!("read the set that was kept of region {name}");
-        let kept = read_within(READ_TIMEOUT, &what, move || {
+        let place = directory.join(name.as_str());
+        let kept = threads::run_within(READ_TIMEOUT, &what, &place, move || {
             store::read_region(&directory, &wanted.0, &wanted.1)
         });
         let restored = kept.await.and_then(|set| {
@@ -320,7 +328,7 @@ async fn first_regions(
         }
         if let RegionSource::File(_) = source {
             let kept = state.clone();
-            let answer = lookup::ask(&source, &guards, state.version(), watches).await;
+            let answer = lookup::ask(&source, &guards, state.version(), Some(watcher)).await;
             state.take(answer, false, now);
             if !state.holds_the_same(&kept) {
                 unsaved.insert(name.clone());

@@ -1,0 +1,223 @@
+//! `check`: whether a policy file is valid, and whether this host can enforce it.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Result;
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    cli::{
+        args::Output,
+        output::{failure_if, or, print_table, table},
+        print::{print_warnings, with_addresses, with_monitor},
+    },
+    compile::compile,
+    host::{
+        self,
+        coverage::{Coverage, Remembered, describe_missing},
+        driver::{self, Driver},
+    },
+    kernel::{links, pins, program},
+    policy::{Listed, RegionSource},
+    policy_file::PolicyFile,
+    region::{
+        lookup,
+        state::{self as region, Regions},
+    },
+    store,
+};
+
+#[derive(Serialize)]
+struct Checked {
+    file: PathBuf,
+    interfaces: Vec<String>,
+    databases: Vec<CheckedDatabase>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<Vec<Driver>>,
+    warnings: Vec<String>,
+    /// What on this host refuses a start, as far as it was asked for.
+    errors: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct CheckedDatabase {
+    name: String,
+    ports: Vec<String>,
+    addresses: Vec<IpAddr>,
+    model: String,
+    monitor: bool,
+    rules: Vec<String>,
+    prefixes: usize,
+}
+
+/// Asks no agent: the file may be meant for another host. Nor the network, unless it is told to.
+/// `places`: the BPF file system and the state directory, to look whether this host can enforce the file.
+pub(super) async fn check(
+    file: &Path,
+    resolve: bool,
+    places: Option<(&Path, &Path)>,
+    output: &Output,
+) -> Result<ExitCode> {
+    let loaded = PolicyFile::read(file)?;
+    let known = Regions::new();
+    let mut ask = region::to_ask(&loaded.policy, &known);
+    let is_file = |name: &str| {
+        let region = &loaded.policy.regions[name];
+        matches!(region.source, RegionSource::File(_))
+    };
+    ask.retain(|name, _| resolve || is_file(name));
+    let answers = lookup::ask_all(&loaded.policy, ask).await;
+    let regions = region::next(&loaded.policy, &known, answers, Timestamp::now())?;
+    let compiled = compile(
+        &loaded.policy,
+        &region::prefixes(&regions),
+        Timestamp::now(),
+    );
+    let host = host::interfaces().await?;
+    let mut warnings = loaded.warnings(&compiled);
+    let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
+    warnings.extend(unknown.map(|(name, state)| {
+        let source = &state.region.source;
+        format!("region {name} ({source}) is not looked up here, unless with --resolve")
+    }));
+    let kept = match places {
+        Some((_, state_dir)) => store::read_confirmed(state_dir),
+        None => Ok(None),
+    };
+    let mut errors = Vec::new();
+    let remembered = match kept {
+        Ok(kept) => kept.unwrap_or_default().interfaces,
+        Err(error) => {
+            errors.push(format!("{error:#}"));
+            Remembered::default()
+        }
+    };
+    let coverage = Coverage::of(&loaded.policy, &remembered, &host);
+    warnings.extend(coverage.warnings(&host));
+    let missing = coverage.missing.iter();
+    let missing: Vec<String> = missing
+        .map(|entry| format!("{} here", describe_missing(entry)))
+        .collect();
+    let mut drivers = None;
+    // Without --host the policy may be meant for another host: only a warning.
+    match places {
+        Some((bpffs, _)) => {
+            if coverage.present.is_empty() && !missing.is_empty() {
+                errors.extend(missing);
+                errors.push("nothing would be filtered, and the databases would be open".into());
+            } else {
+                warnings.extend(missing);
+            }
+            let found = driver::drivers(&coverage.present, loaded.policy.mode).await?;
+            errors.extend(refusals(bpffs, &coverage));
+            errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
+            drivers = Some(found);
+            let changing = loaded.policy.interfaces.iter();
+            let changing = changing.filter(|entry| !matches!(entry, Listed::Name(_)));
+            warnings.extend(changing.filter(|entry| !remembered.knows(entry)).map(|entry| {
+                format!(
+                    "no agent has noted yet what `{entry}` stands for: at a first boot the databases are \
+                     open until there is such an interface"
+                )
+            }));
+        }
+        None => warnings.extend(missing),
+    }
+    let PolicyFile {
+        path: file, policy, ..
+    } = loaded;
+    let databases = policy.databases.iter().map(|database| {
+        let entries = &compiled.databases[&database.name];
+        CheckedDatabase {
+            name: database.name.clone(),
+            ports: database.guarded_ports(),
+            addresses: database.addresses.clone(),
+            model: database.model.name().into(),
+            monitor: database.monitor,
+            rules: entries.rules.iter().map(ToString::to_string).collect(),
+            prefixes: entries.prefixes(),
+        }
+    });
+    let checked = Checked {
+        file,
+        databases: databases.collect(),
+        interfaces: policy.interfaces.iter().map(ToString::to_string).collect(),
+        host: drivers,
+        warnings,
+        errors,
+    };
+    output.print(&checked, |checked| {
+        println!("{} is valid", checked.file.display());
+        println!("interfaces: {}", checked.interfaces.join(", "));
+        let mut table = table(["DATABASE", "PORTS", "MODEL", "PREFIXES", "OPEN TO"]);
+        for database in &checked.databases {
+            table.add_row([
+                database.name.clone(),
+                with_addresses(&database.ports, &database.addresses),
+                with_monitor(&database.model, database.monitor),
+                database.prefixes.to_string(),
+                or(&database.rules.join(", "), "nobody"),
+            ]);
+        }
+        println!();
+        print_table(&table, checked.databases.len());
+        print_drivers(checked.host.as_deref().unwrap_or_default());
+        print_warnings(&checked.warnings);
+        for error in &checked.errors {
+            println!("error: {error}");
+        }
+    })?;
+    Ok(failure_if(!checked.errors.is_empty()))
+}
+
+/// What on this host would refuse a start.
+fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
+    let kernel = program::check_kernel(bpffs).err();
+    let mut refusals: Vec<String> = kernel.iter().map(|error| format!("{error:#}")).collect();
+    let ours = match pins::left_in_force(bpffs) {
+        Ok(ours) => ours,
+        // Our own program must not be taken for another's.
+        Err(error) => {
+            refusals.push(format!("{error:#}: run this as root"));
+            return refusals;
+        }
+    };
+    let others = coverage.present.iter();
+    let others = others.filter(|interface| !ours.contains(&interface.index));
+    let others = others.filter_map(|interface| links::check_free(interface).err());
+    refusals.extend(others.map(|error| format!("{error:#}")));
+    refusals
+}
+
+fn print_drivers(drivers: &[Driver]) {
+    if drivers.is_empty() {
+        return;
+    }
+    let mut table = table(["INTERFACE", "DRIVER", "NATIVE XDP", "MTU", "RX QUEUES"]);
+    for driver in drivers {
+        let native = match driver.native {
+            Some(true) => "yes",
+            Some(false) => "no",
+            None => "unknown",
+        };
+        table.add_row([
+            driver.interface.clone(),
+            driver.driver.clone(),
+            native.into(),
+            driver.mtu.to_string(),
+            driver.rx_queues.to_string(),
+        ]);
+    }
+    println!();
+    print_table(&table, drivers.len());
+    for driver in drivers {
+        for note in &driver.notes {
+            println!("{}: {note}", driver.interface);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! `detach`, and what is still filtered where no agent answers.
+
+use std::{
+    io::{self, BufRead as _, IsTerminal as _, Write as _},
+    path::Path,
+    process::ExitCode,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use hyper::Method;
+use tokio::net::UnixStream;
+
+use crate::{
+    cli::{client::ask, output::end_with_the_reader},
+    kernel::pins,
+    store,
+};
+
+/// Without an agent the filter may well be in force, which is what matters.
+pub(super) fn tell_what_is_left(error: anyhow::Error, bpffs: &Path) -> anyhow::Error {
+    match pins::left_in_force(bpffs) {
+        Ok(interfaces) if interfaces.is_empty() => error.context("nothing is filtered"),
+        Ok(interfaces) => {
+            let names: Vec<String> = interfaces.into_iter().map(interface_name).collect();
+            let names = names.join(", ");
+            error.context(format!(
+                "the last policy stays in force on {names}, unattended"
+            ))
+        }
+        Err(_) => error,
+    }
+}
+
+fn interface_name(index: u32) -> String {
+    let name = nix::net::if_::if_indextoname(index);
+    let name = name.ok().and_then(|name| name.into_string().ok());
+    name.unwrap_or_else(|| format!("interface {index} (gone)"))
+}
+
+/// A running agent detaches itself, since it would attach again; without one the pins are removed
+/// here.
+pub(super) async fn detach(
+    yes: bool,
+    socket: &Path,
+    bpffs: &Path,
+    state_dir: &Path,
+) -> Result<ExitCode> {
+    if !yes {
+        if !io::stdin().is_terminal() {
+            eprintln!("filter-agent: detach asks on a terminal; elsewhere it needs --yes");
+            return Ok(ExitCode::from(2));
+        }
+        print!("Stop filtering? Everybody can reach the databases then. [y/N] ");
+        io::stdout().flush().context("write to the terminal")?;
+        let mut answer = String::new();
+        io::stdin()
+            .lock()
+            .read_line(&mut answer)
+            .context("read the answer")?;
+        ensure!(answer.trim().eq_ignore_ascii_case("y"), "not detached");
+    }
+    let names = match UnixStream::connect(socket).await {
+        Ok(_) => ask::<Vec<String>>(socket, Method::POST, "/detach").await?,
+        Err(_) => {
+            let interfaces = pins::remove(bpffs)?;
+            store::forget_confirmed(state_dir).context(
+                "detached: nothing is filtered any more; but the next start may enforce it again",
+            )?;
+            interfaces.into_iter().map(interface_name).collect()
+        }
+    };
+    end_with_the_reader()?;
+    match names.as_slice() {
+        [] => println!("nothing was filtered"),
+        names => println!("detached from {}: it is open now", names.join(", ")),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,137 @@
+//! `drops`: the sources whose packets were dropped.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write as _},
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use hyper::Method;
+
+use crate::{
+    cli::{
+        client::ask,
+        output::{EXIT_BROKEN_PIPE, LISTED, age, print_table, table},
+    },
+    report::{self, Drops},
+};
+
+pub(super) fn print_drops(drops: &Drops) {
+    let mut table = table(["DATABASE", "SOURCE", "REASON", "PACKETS", "LAST SEEN"]);
+    for dropped in drops.sources.iter().take(LISTED) {
+        table.add_row([
+            or_any(&dropped.database).to_owned(),
+            source(dropped),
+            reason(&dropped.reason, dropped.monitor),
+            dropped.packets.to_string(),
+            format!("{} ago", age(dropped.last_seen)),
+        ]);
+    }
+    print_table(&table, drops.sources.len());
+    if drops.sources.len() > LISTED {
+        println!("and {} more (see --json)", drops.sources.len() - LISTED);
+    }
+    drops.unsampled.iter().for_each(print_unsampled);
+    if drops.sources.is_empty() && drops.unsampled.is_empty() {
+        let since = age(drops.since);
+        println!("nobody was turned away since the agent started {since} ago");
+    }
+}
+
+fn print_unsampled(more: &report::Unsampled) {
+    let (database, reason) = (or_any(&more.database), reason(&more.reason, more.monitor));
+    println!(
+        "{database}: {} more packets, {reason}, not looked at one by one",
+        more.packets
+    );
+}
+
+fn or_any(database: &Option<String>) -> &str {
+    database.as_deref().unwrap_or("any")
+}
+
+fn source(dropped: &report::Dropped) -> String {
+    let source = dropped.source.map(|source| source.to_string());
+    source.unwrap_or_else(|| "unknown".into())
+}
+
+fn reason(reason: &str, monitor: bool) -> String {
+    let monitor = if monitor { ", only monitored" } else { "" };
+    format!("{reason}{monitor}")
+}
+
+/// Prints what is new since `before`, every second, until the agent or the reader is gone.
+pub(super) async fn follow_drops(
+    mut before: Drops,
+    socket: &Path,
+    path: &str,
+    json: bool,
+) -> Result<ExitCode> {
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now: Drops = ask(socket, Method::GET, path).await?;
+        let new = newer(&before, &now);
+        let mut lines = Vec::new();
+        if json {
+            for dropped in &new {
+                lines.push(serde_json::to_string(dropped).context("write JSON")?);
+            }
+        } else {
+            lines.extend(new.iter().take(LISTED).map(line));
+            if new.len() > LISTED {
+                lines.push(format!("and {} more", new.len() - LISTED));
+            }
+        }
+        let mut stdout = io::stdout();
+        let written = lines.iter().try_for_each(|line| writeln!(stdout, "{line}"));
+        match written {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                return Ok(ExitCode::from(EXIT_BROKEN_PIPE as u8));
+            }
+            written => written.context("write to standard output")?,
+        }
+        before = now;
+    }
+}
+
+fn line(dropped: &report::Dropped) -> String {
+    format!(
+        "{:.0} {} {} {} {}",
+        dropped.last_seen,
+        or_any(&dropped.database),
+        source(dropped),
+        dropped.packets,
+        reason(&dropped.reason, dropped.monitor)
+    )
+}
+
+/// Who was turned away between two reports, with the packets since the first.
+fn newer(before: &Drops, now: &Drops) -> Vec<report::Dropped> {
+    let who = |dropped: &report::Dropped| {
+        let database = dropped.database.clone();
+        (
+            database,
+            dropped.source,
+            dropped.reason.clone(),
+            dropped.monitor,
+        )
+    };
+    let before: BTreeMap<_, u64> = before
+        .sources
+        .iter()
+        .map(|dropped| (who(dropped), dropped.packets))
+        .collect();
+    let mut new = now.sources.clone();
+    for dropped in &mut new {
+        dropped.packets -= before
+            .get(&who(dropped))
+            .copied()
+            .unwrap_or_default()
+            .min(dropped.packets);
+    }
+    new.retain(|dropped| dropped.packets > 0);
+    new
+}

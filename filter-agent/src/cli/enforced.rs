@@ -1,0 +1,129 @@
+//! `status --enforced`: whether the filter is in force, with an agent or without one.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use hyper::Method;
+use serde::Serialize;
+
+use crate::{
+    cli::{client::ask, output::or},
+    host::{
+        self,
+        coverage::{Coverage, describe_missing},
+    },
+    kernel::pins,
+    policy,
+    report::Status,
+    store,
+};
+
+/// What `status --enforced` found.
+#[derive(Serialize)]
+pub(super) struct Enforcement {
+    /// Whether an agent said so; else the pins and the kernel's list of interfaces did.
+    agent: bool,
+    interfaces: Vec<String>,
+}
+
+pub(super) fn print_enforcement(found: &Enforcement) {
+    let on = or(
+        &found.interfaces.join(", "),
+        "no interface, since nothing is to be protected",
+    );
+    let by = if found.agent {
+        ""
+    } else {
+        ", without an agent"
+    };
+    println!("enforced on {on}{by}");
+}
+
+/// Longest time that an agent may take to answer before the pins are looked at without it.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Whether the filter is in force on every listed interface that exists.
+///
+/// # Errors
+/// It is not, or that cannot be found out.
+pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
+    let asked = ask::<Status>(socket, Method::GET, "/status?verify=true");
+    match tokio::time::timeout(AGENT_TIMEOUT, asked).await {
+        Ok(Ok(status)) => {
+            ensure!(
+                status.not_enforced.is_empty(),
+                "{}",
+                status.not_enforced.join("; ")
+            );
+            let filtered = status
+                .interfaces
+                .into_iter()
+                .filter(|i| i.program_id.is_some());
+            Ok(Enforcement {
+                agent: true,
+                interfaces: filtered.map(|interface| interface.name).collect(),
+            })
+        }
+        // Nobody answers: the filter may be in force all the same.
+        Ok(Err(_)) | Err(_) => enforced_without_agent(bpffs, state_dir).await,
+    }
+}
+
+async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
+    let pinned = pins::pinned(bpffs)?;
+    let host = host::interfaces().await?;
+    let runs = |interface: &host::Interface| {
+        let xdp = interface.xdp.map(|xdp| xdp.program_id);
+        let mut links = pinned
+            .iter()
+            .filter(|link| link.interface == interface.index);
+        links.any(|link| xdp == Some(link.program_id))
+    };
+    let kept = store::read_confirmed(state_dir)?;
+    let kept = kept.context("no agent answers, and no policy was ever confirmed on this host")?;
+    let (policy, _) = policy::parse(&kept.policy).map_err(|problems| {
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        anyhow!("the confirmed policy is not valid: {}", problems.join("; "))
+    })?;
+    let coverage = Coverage::of(&policy, &kept.interfaces, &host);
+    for interface in &coverage.present {
+        let name = &interface.name;
+        ensure!(
+            runs(interface),
+            "no agent answers, and {name} is not filtered"
+        );
+    }
+    let missing: Vec<String> = coverage.missing.iter().map(describe_missing).collect();
+    ensure!(
+        !coverage.present.is_empty() || missing.is_empty(),
+        "no agent answers, and nothing is filtered: {}",
+        missing.join(", ")
+    );
+    Ok(Enforcement {
+        agent: false,
+        interfaces: coverage
+            .present
+            .into_iter()
+            .map(|interface| interface.name)
+            .collect(),
+    })
+}
+
+/// Repeats a look until it succeeds or the limit has passed. Returns the last error.
+pub(super) async fn wait_for<T, F: Future<Output = Result<T>>>(
+    limit: Duration,
+    mut look: impl FnMut() -> F,
+) -> Result<T> {
+    const PAUSE: Duration = Duration::from_millis(200);
+    let deadline = Instant::now() + limit;
+    loop {
+        let found = look().await;
+        if found.is_ok() || Instant::now() + PAUSE > deadline {
+            return found;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}

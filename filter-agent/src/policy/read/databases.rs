@@ -1,0 +1,346 @@
+//! Reads the databases that a policy file protects, and their rules.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use filter_common::{Engine, MAX_LOCALS, MAX_RULES, Protocol};
+use ipnet::IpNet;
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_yaml::Value;
+
+use crate::policy::{
+    checked::{Database, Model, Rule, Source, Tls},
+    prefix::parse_cidr,
+    read::reader::{At, Reader, check_name},
+    region::Region,
+};
+
+/// Longest label of a rule, in characters.
+const MAX_LABEL: usize = 100;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawProtocol {
+    Tcp,
+    Udp,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawModel {
+    Dedicated,
+    Shared,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawDatabase {
+    pub(super) name: String,
+    port: Option<i64>,
+    ports: Option<Vec<i64>>,
+    protocol: Option<RawProtocol>,
+    addresses: Option<Vec<String>>,
+    engine: Option<RawEngine>,
+    model: RawModel,
+    force_tls: Option<bool>,
+    cancel_in_clear: Option<bool>,
+    monitor: Option<bool>,
+    cluster: Option<Vec<String>>,
+    rules: Option<Vec<Value>>,
+    internet: Option<bool>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawEngine {
+    Postgresql,
+    Mysql,
+    Redis,
+    Mongodb,
+    Other,
+}
+
+impl From<RawEngine> for Engine {
+    fn from(engine: RawEngine) -> Self {
+        match engine {
+            RawEngine::Postgresql => Self::Postgresql,
+            RawEngine::Mysql => Self::Mysql,
+            RawEngine::Redis => Self::Redis,
+            RawEngine::Mongodb => Self::Mongodb,
+            RawEngine::Other => Self::Other,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRule {
+    cidr: Option<String>,
+    region: Option<String>,
+    label: Option<String>,
+    expires: Option<String>,
+}
+
+impl Reader<'_> {
+    pub(super) fn database(
+        &mut self,
+        at: &At,
+        raw: RawDatabase,
+        regions: &BTreeMap<String, Region>,
+        regional_network: &[IpNet],
+    ) -> Option<Database> {
+        if let Err(message) = check_name(&raw.name) {
+            self.problem(&at.key("name"), message);
+        }
+        let ports = self.ports(at, raw.port, raw.ports);
+        let protocol = match raw.protocol {
+            None | Some(RawProtocol::Tcp) => Protocol::Tcp,
+            Some(RawProtocol::Udp) => Protocol::Udp,
+        };
+        let addresses = self.addresses(at, raw.addresses.unwrap_or_default());
+        let cluster = self.prefixes(&at.key("cluster"), raw.cluster.as_deref());
+        let tcp = protocol == Protocol::Tcp;
+        let by_default = tcp && matches!(raw.model, RawModel::Dedicated);
+        let force_tls = raw.force_tls.unwrap_or(by_default);
+        let mut tls = None;
+        if force_tls && !tcp {
+            self.problem(&at.key("force_tls"), "TLS cannot be forced on udp");
+        } else if force_tls {
+            match raw.engine {
+                None => {
+                    let message = match raw.force_tls {
+                        Some(_) => "force_tls needs `engine`: how TLS begins depends on it",
+                        None => {
+                            "`engine` is missing: TLS is forced on a dedicated database, and how \
+                             it begins depends on the engine (`force_tls: false` does not force it)"
+                        }
+                    };
+                    self.problem(at, message);
+                }
+                Some(engine) => {
+                    tls = Some(Tls {
+                        engine: engine.into(),
+                        cancel_in_clear: raw.cancel_in_clear.unwrap_or(true),
+                    });
+                }
+            }
+        }
+        let postgresql = matches!(raw.engine, Some(RawEngine::Postgresql));
+        if raw.cancel_in_clear.is_some() && !(force_tls && postgresql) {
+            let message = "cancel_in_clear is for postgresql databases where TLS is forced";
+            self.problem(&at.key("cancel_in_clear"), message);
+        }
+        let model = match raw.model {
+            RawModel::Dedicated => {
+                if raw.internet.is_some() {
+                    let message = "internet is for shared databases: a dedicated one is opened by \
+                                   rules";
+                    self.problem(&at.key("internet"), message);
+                }
+                let rules = self.rules(at, raw.rules.unwrap_or_default(), regions);
+                if rules.is_empty() && cluster.is_empty() {
+                    self.warn(at, "no rules: nobody may reach it");
+                } else if rules.is_empty() {
+                    self.warn(at, "no rules: only its cluster may reach it");
+                }
+                Model::Dedicated { rules }
+            }
+            RawModel::Shared => {
+                if raw.rules.is_some() {
+                    let message = "rules are for dedicated databases: a shared one has no source \
+                                   filtering";
+                    self.problem(&at.key("rules"), message);
+                }
+                let internet = raw.internet.unwrap_or_default();
+                if internet && !force_tls {
+                    let message = "internet: true needs force_tls: true";
+                    self.problem(&at.key("internet"), message);
+                }
+                if !internet && regional_network.is_empty() {
+                    self.warn(at, "`regional_network` is not set: nobody may reach it");
+                }
+                Model::Shared { internet }
+            }
+        };
+        Some(Database {
+            name: raw.name,
+            protocol,
+            ports: ports?,
+            addresses,
+            model,
+            tls,
+            monitor: raw.monitor.unwrap_or_default(),
+            cluster,
+        })
+    }
+
+    fn ports(&mut self, at: &At, port: Option<i64>, ports: Option<Vec<i64>>) -> Option<Vec<u16>> {
+        let (numbers, at) = match (port, ports) {
+            (Some(port), None) => (vec![port], at.key("port")),
+            (None, Some(ports)) if !ports.is_empty() => (ports, at.key("ports")),
+            _ => {
+                self.problem(at, "exactly one of port and ports is needed");
+                return None;
+            }
+        };
+        let mut ports = BTreeSet::new();
+        for number in numbers {
+            match u16::try_from(number) {
+                Ok(0) | Err(_) => {
+                    self.problem(&at, format!("port {number} is not between 1 and 65535"));
+                }
+                Ok(port) if !ports.insert(port) => {
+                    self.problem(&at, format!("port {port} is listed twice"));
+                }
+                Ok(_) => {}
+            }
+        }
+        Some(ports.into_iter().collect())
+    }
+
+    fn addresses(&mut self, at: &At, texts: Vec<String>) -> Vec<IpAddr> {
+        let list = at.key("addresses");
+        let mut addresses = Vec::new();
+        for (index, text) in texts.iter().enumerate() {
+            let at = list.index(index);
+            let Ok(address) = text.parse::<IpAddr>() else {
+                let message = format!("{text:?} is no IP address (without a prefix length)");
+                self.problem(&at, message);
+                continue;
+            };
+            let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+            if address.is_unspecified() || address.is_multicast() || broadcast {
+                self.problem(&at, format!("{address} is no address a database can have"));
+            } else if address.to_canonical() != address {
+                let v4 = address.to_canonical();
+                self.problem(&at, format!("{address} is IPv4: write {v4}"));
+            } else if addresses.contains(&address) {
+                self.problem(&at, format!("{address} is listed twice"));
+            } else {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+
+    fn rules(
+        &mut self,
+        at: &At,
+        values: Vec<Value>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Vec<Rule> {
+        let list = at.key("rules");
+        if values.len() > MAX_RULES {
+            let message = format!("{} rules; at most {MAX_RULES}", values.len());
+            self.problem(&list, message);
+        }
+        let mut sources: BTreeMap<Source, usize> = BTreeMap::new();
+        let mut rules = Vec::new();
+        for (index, value) in values.into_iter().enumerate() {
+            let mut at = list.index(index);
+            let number = index + 1;
+            at.rule = Some(number);
+            let Some(raw) = self.shape::<RawRule>(&at, "", value) else {
+                continue;
+            };
+            let label = raw.label.as_deref().unwrap_or_default();
+            if label.chars().count() > MAX_LABEL || label.contains(char::is_control) {
+                let message =
+                    format!("a label has at most {MAX_LABEL} characters, none a control character");
+                self.problem(&at.key("label"), message);
+            }
+            let mut expires = None;
+            if let Some(text) = &raw.expires {
+                expires = text.parse::<Timestamp>().ok();
+                if expires.is_none() {
+                    let message =
+                        format!("expires: {text:?} is no instant, such as 2026-12-31T18:00:00Z");
+                    self.problem(&at.key("expires"), message);
+                }
+            }
+            let Some(source) = self.source(&at, raw.cidr, raw.region, regions) else {
+                continue;
+            };
+            if let Some(first) = sources.get(&source) {
+                let message = format!("{source} is allowed by rule {first} already");
+                self.problem(&at, message);
+            }
+            sources.entry(source.clone()).or_insert(number);
+            rules.push(Rule {
+                source,
+                label: raw.label,
+                expires,
+            });
+        }
+        rules
+    }
+
+    fn source(
+        &mut self,
+        at: &At,
+        cidr: Option<String>,
+        region: Option<String>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Option<Source> {
+        match (cidr, region) {
+            (Some(text), None) => match parse_cidr(&text) {
+                Ok(prefix) => Some(Source::Cidr(prefix)),
+                Err(message) => {
+                    self.problem(&at.key("cidr"), message);
+                    None
+                }
+            },
+            (None, Some(name)) => {
+                if !regions.contains_key(&name) {
+                    let known: Vec<&str> = regions.keys().map(String::as_str).collect();
+                    let known = known.join(", ");
+                    let message = format!("no region {name:?} is defined; there are {known}");
+                    self.problem(&at.key("region"), message);
+                    return None;
+                }
+                Some(Source::Region(name))
+            }
+            _ => {
+                self.problem(at, "exactly one of cidr and region is needed");
+                None
+            }
+        }
+    }
+
+    /// Refuses databases that claim the same port of the same address.
+    pub(super) fn overlaps(&mut self, databases: &[(At, Database)]) {
+        let mut claims: BTreeMap<(Protocol, u16), Vec<&Database>> = BTreeMap::new();
+        let mut locals = 0;
+        for (at, database) in databases {
+            locals += database.ports.len() * database.addresses.len();
+            for &port in &database.ports {
+                let others = claims.entry((database.protocol, port)).or_default();
+                for other in others.iter() {
+                    let shared = |address: &&IpAddr| other.addresses.contains(address);
+                    let shared = database.addresses.iter().find(shared);
+                    let whose = match shared {
+                        Some(address) => format!("at {address}"),
+                        None if database.addresses.is_empty() || other.addresses.is_empty() => {
+                            "at every address: give both `addresses`".into()
+                        }
+                        None => continue,
+                    };
+                    let protocol = database.protocol.name();
+                    let message = format!(
+                        "{protocol} port {port} is claimed by {} too, {whose}",
+                        other.name
+                    );
+                    self.problem(at, message);
+                }
+                others.push(database);
+            }
+        }
+        if locals > MAX_LOCALS as usize {
+            let message = format!("{locals} ports of addresses; at most {MAX_LOCALS}");
+            self.problem(&At::top("databases"), message);
+        }
+    }
+}

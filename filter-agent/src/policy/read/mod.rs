@@ -1,0 +1,181 @@
+//! A policy file's text to a checked policy. Only the files of this folder use the YAML crate.
+
+mod databases;
+mod locate;
+mod reader;
+mod regions;
+
+use std::collections::BTreeSet;
+
+use filter_common::{DEFAULT_TLS_CONNECTIONS, MAX_DATABASES};
+use glob::Pattern;
+use serde::Deserialize;
+use serde_yaml::{Mapping, Value};
+
+use crate::policy::checked::{DEFAULT_ROUTE, Listed, Mode, Policy};
+
+use databases::RawDatabase;
+pub use reader::Problem;
+use reader::{At, Reader, describe, structural};
+
+/// Longest name of a network interface, in bytes: an alternative one (ALTIFNAMSIZ, less the closing zero).
+const MAX_INTERFACE: usize = 127;
+
+/// A checked policy and what its author should know of it, or everything wrong with it in the order
+/// of the file.
+pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
+    let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
+    let mut reader = Reader {
+        text,
+        problems: Vec::new(),
+        warnings: Vec::new(),
+        unlisted: 0,
+    };
+    let policy = reader.policy(file);
+    reader.problems.sort_by_key(|problem| problem.line);
+    reader.warnings.sort_by_key(|warning| warning.line);
+    if reader.problems.is_empty() {
+        return Ok((policy, reader.warnings));
+    }
+    if reader.unlisted > 0 {
+        reader.problems.push(Problem {
+            line: None,
+            region: None,
+            database: None,
+            rule: None,
+            message: format!("and {} more problems", reader.unlisted),
+        });
+    }
+    Err(reader.problems)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFile {
+    interfaces: Vec<String>,
+    #[serde(default)]
+    mode: Mode,
+    // A mapping, and not a map of Rust's: that would take a name's last definition in silence.
+    regions: Option<Mapping>,
+    regional_network: Option<Vec<String>>,
+    tls_connections: Option<i64>,
+    databases: Option<Vec<Value>>,
+    #[serde(default)]
+    unprotected: BTreeSet<String>,
+}
+
+impl Reader<'_> {
+    fn policy(&mut self, file: RawFile) -> Policy {
+        let interfaces = self.interfaces(&file.interfaces);
+        let regions = self.regions(file.regions.unwrap_or_default());
+        let regional_network = self.prefixes(
+            &At::top("regional_network"),
+            file.regional_network.as_deref(),
+        );
+        let tls_connections = self.tls_connections(file.tls_connections);
+        let top = At::top("databases");
+        // Not an empty list: a file that was cut off must not be one that protects nothing.
+        if file.databases.is_none() {
+            self.problem(
+                &top,
+                "`databases` is missing or empty: is the file whole? `databases: []` protects nothing",
+            );
+        }
+        let values = file.databases.unwrap_or_default();
+        if values.is_empty() {
+            self.warnings.push(describe(
+                None,
+                &top,
+                "no databases: nothing is protected".into(),
+            ));
+        }
+        if values.len() > MAX_DATABASES {
+            let message = format!("{} databases; at most {MAX_DATABASES}", values.len());
+            self.problem(&top, message);
+        }
+        let mut databases = Vec::new();
+        let mut names = BTreeSet::new();
+        for (index, value) in values.into_iter().enumerate() {
+            let mut at = top.index(index);
+            at.database = Some(match value.get("name").and_then(Value::as_str) {
+                Some(name) => name.into(),
+                None => format!("number {}", index + 1),
+            });
+            let Some(raw) = self.shape::<RawDatabase>(&at, "", value) else {
+                continue;
+            };
+            if !names.insert(raw.name.clone()) {
+                self.problem(&at.key("name"), "another database has this name");
+            }
+            if let Some(database) = self.database(&at, raw, &regions, &regional_network) {
+                databases.push((at, database));
+            }
+        }
+        self.overlaps(&databases);
+        Policy {
+            interfaces,
+            mode: file.mode,
+            regions,
+            regional_network,
+            tls_connections,
+            databases: databases
+                .into_iter()
+                .map(|(_, database)| database)
+                .collect(),
+            unprotected: file.unprotected,
+        }
+    }
+
+    fn interfaces(&mut self, interfaces: &[String]) -> Vec<Listed> {
+        let at = At::top("interfaces");
+        if interfaces.is_empty() {
+            self.problem(
+                &at,
+                "no interfaces: name every one the databases are reachable through",
+            );
+        }
+        let mut listed = Vec::new();
+        let mut seen = BTreeSet::new();
+        for (index, name) in interfaces.iter().enumerate() {
+            let is_pattern = name.contains(['*', '?', '[']);
+            let fits = (1..=MAX_INTERFACE).contains(&name.len());
+            if !fits || name.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()) {
+                let message = format!(
+                    "{name:?} is no name of an interface: 1 to {MAX_INTERFACE} bytes, no spaces"
+                );
+                self.problem(&at.index(index), message);
+            } else if !seen.insert(name) {
+                self.problem(
+                    &at.index(index),
+                    format!("interface {name} is listed twice"),
+                );
+            }
+            match Pattern::new(name) {
+                Ok(pattern) if is_pattern => listed.push(Listed::Pattern(pattern)),
+                Ok(_) if name == DEFAULT_ROUTE => listed.push(Listed::DefaultRoute),
+                Ok(_) => listed.push(Listed::Name(name.clone())),
+                Err(error) => {
+                    let message =
+                        format!("{name:?} is no pattern of interface names: {}", error.msg);
+                    self.problem(&at.index(index), message);
+                }
+            }
+        }
+        listed
+    }
+
+    fn tls_connections(&mut self, written: Option<i64>) -> u32 {
+        // A connection takes some 220 bytes of the kernel's memory, from the start on.
+        const BOUNDS: std::ops::RangeInclusive<i64> = 1024..=1 << 24;
+        match written {
+            None => DEFAULT_TLS_CONNECTIONS,
+            Some(number) if BOUNDS.contains(&number) => number as u32,
+            Some(number) => {
+                let (least, most) = BOUNDS.into_inner();
+                let message = format!("tls_connections: {number} is not from {least} to {most}");
+                self.problem(&At::top("tls_connections"), message);
+                DEFAULT_TLS_CONNECTIONS
+            }
+        }
+    }
+}

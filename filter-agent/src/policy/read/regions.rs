@@ -1,0 +1,416 @@
+//! Reads the regions that a policy file defines.
+
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use jiff::{Span, SpanRelativeTo};
+use serde::Deserialize;
+use serde_yaml::{Mapping, Value};
+
+use crate::policy::{
+    duration::spelled,
+    read::reader::{At, Reader, check_name},
+    region::{BUILT_IN, Dns, Guards, Nameserver, Region, RegionSource, Select, Transport, Url},
+};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRegion {
+    dns: Option<Vec<String>>,
+    nameservers: Option<Vec<String>>,
+    dnssec: Option<RawDnssec>,
+    trust_anchor: Option<PathBuf>,
+    url: Option<String>,
+    select: Option<Value>,
+    insecure: Option<bool>,
+    ca_file: Option<PathBuf>,
+    file: Option<PathBuf>,
+    prefixes: Option<Vec<String>>,
+    private: Option<bool>,
+    max_prefixes: Option<i64>,
+    max_shrink: Option<RawScalar>,
+    shrink_after: Option<RawScalar>,
+    retire_after: Option<RawScalar>,
+    max_age: Option<RawScalar>,
+    min_refresh: Option<RawScalar>,
+    max_refresh: Option<RawScalar>,
+    timeout: Option<RawScalar>,
+}
+
+/// Text that YAML may take for a number, such as a duration without its unit.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum RawScalar {
+    Text(String),
+    Number(i64),
+}
+
+impl fmt::Display for RawScalar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Text(text) => f.write_str(text),
+            Self::Number(number) => number.fmt(f),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawDnssec {
+    Require,
+}
+
+impl Reader<'_> {
+    pub(super) fn regions(&mut self, raw: Mapping) -> BTreeMap<String, Region> {
+        let built_in = BUILT_IN.map(|(name, _)| Some((name.into(), Region::built_in(name)?)));
+        let mut regions = BTreeMap::from_iter(built_in.into_iter().flatten());
+        let top = At::top("regions");
+        for (key, value) in raw {
+            let Some(name) = key.as_str() else {
+                self.problem(&top, "the name of a region is not text");
+                continue;
+            };
+            let mut at = top.key(name);
+            if let Err(message) = check_name(name) {
+                self.problem(&at, format!("region {name:?}: {message}"));
+            }
+            at.region = Some(name.into());
+            let region = self.shape::<RawRegion>(&at, "", value);
+            let region = region.and_then(|raw| self.region(&at, name, raw));
+            // Defined, if badly: rules that name it are not at fault.
+            let region = region.unwrap_or_else(|| Region::new(RegionSource::Prefixes(Vec::new())));
+            regions.insert(name.into(), region);
+        }
+        regions
+    }
+
+    fn region(&mut self, at: &At, name: &str, mut raw: RawRegion) -> Option<Region> {
+        let source = self.region_source(at, name, &mut raw)?;
+        let constant = matches!(source, RegionSource::Prefixes(_));
+        let asked = "dns, url and file";
+        // The source took what is its own.
+        let left = [
+            ("nameservers", "dns", raw.nameservers.is_some()),
+            ("dnssec", "dns", raw.dnssec.is_some()),
+            (
+                "trust_anchor",
+                "dnssec: require",
+                raw.trust_anchor.is_some(),
+            ),
+            ("select", "url", raw.select.is_some()),
+            ("insecure", "url", raw.insecure.is_some()),
+            (
+                "ca_file",
+                "url, and with nameservers over TLS or HTTPS",
+                raw.ca_file.is_some(),
+            ),
+            ("private", asked, constant && raw.private.is_some()),
+            (
+                "max_prefixes",
+                asked,
+                constant && raw.max_prefixes.is_some(),
+            ),
+            ("max_shrink", asked, constant && raw.max_shrink.is_some()),
+            (
+                "shrink_after",
+                asked,
+                constant && raw.shrink_after.is_some(),
+            ),
+            (
+                "retire_after",
+                asked,
+                constant && raw.retire_after.is_some(),
+            ),
+            ("max_age", asked, constant && raw.max_age.is_some()),
+            ("min_refresh", asked, constant && raw.min_refresh.is_some()),
+            ("max_refresh", asked, constant && raw.max_refresh.is_some()),
+            ("timeout", asked, constant && raw.timeout.is_some()),
+        ];
+        for (field, with, _) in left.into_iter().filter(|(_, _, left)| *left) {
+            self.problem(&at.key(field), format!("{field} goes with {with}"));
+        }
+        let mut guards = Guards::default_for(&source);
+        guards.private = raw.private.unwrap_or(guards.private);
+        if let Some(number) = raw.max_prefixes {
+            match usize::try_from(number) {
+                Ok(most @ 1..) => guards.max_prefixes = most,
+                _ => self.problem(&at.key("max_prefixes"), "max_prefixes is at least 1"),
+            }
+        }
+        if let Some(text) = raw.max_shrink.map(|raw| raw.to_string()) {
+            let percent = text
+                .strip_suffix('%')
+                .and_then(|number| number.parse().ok());
+            match percent.filter(|percent| *percent <= 100) {
+                Some(percent) => guards.max_shrink = percent,
+                None => self.problem(
+                    &at.key("max_shrink"),
+                    format!("max_shrink: {text:?} is no share, such as 50%"),
+                ),
+            }
+        }
+        const DAY: Duration = Duration::from_hours(24);
+        let second = Duration::from_secs(1);
+        let month = 31 * DAY;
+        let durations = [
+            (
+                "shrink_after",
+                raw.shrink_after,
+                &mut guards.shrink_after,
+                Duration::ZERO,
+                month,
+            ),
+            (
+                "retire_after",
+                raw.retire_after,
+                &mut guards.retire_after,
+                Duration::ZERO,
+                month,
+            ),
+            (
+                "min_refresh",
+                raw.min_refresh,
+                &mut guards.min_refresh,
+                second,
+                DAY,
+            ),
+            (
+                "max_refresh",
+                raw.max_refresh,
+                &mut guards.max_refresh,
+                second,
+                DAY,
+            ),
+            (
+                "timeout",
+                raw.timeout,
+                &mut guards.timeout,
+                second,
+                Duration::from_mins(10),
+            ),
+        ];
+        for (field, text, duration, least, most) in durations {
+            if let Some(text) = text {
+                *duration = self
+                    .duration(at, field, &text, least, most)
+                    .unwrap_or(*duration);
+            }
+        }
+        if let Some(text) = raw.max_age {
+            let least = guards.max_refresh;
+            guards.max_age = self.duration(at, "max_age", &text, least, 366 * DAY);
+        }
+        if guards.min_refresh > guards.max_refresh {
+            let message = format!(
+                "min_refresh ({}) is longer than max_refresh ({})",
+                spelled(guards.min_refresh),
+                spelled(guards.max_refresh)
+            );
+            self.problem(at, message);
+        }
+        Some(Region { source, guards })
+    }
+
+    fn duration(
+        &mut self,
+        at: &At,
+        field: &str,
+        written: &RawScalar,
+        least: Duration,
+        most: Duration,
+    ) -> Option<Duration> {
+        let text = written.to_string();
+        let span = text.parse::<Span>().ok();
+        let exact = span.and_then(|s| s.to_duration(SpanRelativeTo::days_are_24_hours()).ok());
+        let duration = exact.and_then(|exact| Duration::try_from(exact).ok());
+        let fits = duration.filter(|duration| (least..=most).contains(duration));
+        if fits.is_none() {
+            let message = match duration {
+                None => format!("{field}: {text:?} is no duration, such as 90s, 10m, 1h or 2d"),
+                Some(_) => {
+                    let (least, most) = (spelled(least), spelled(most));
+                    format!("{field}: {text} is not between {least} and {most}")
+                }
+            };
+            self.problem(&at.key(field), message);
+        }
+        fits
+    }
+
+    /// Takes from `raw` what belongs to the source; `None`: it has none, which is reported.
+    fn region_source(&mut self, at: &At, name: &str, raw: &mut RawRegion) -> Option<RegionSource> {
+        let source = (
+            raw.dns.take(),
+            raw.url.take(),
+            raw.file.take(),
+            raw.prefixes.take(),
+        );
+        match source {
+            (Some(names), None, None, None) => Some(self.dns(at, names, raw)),
+            (None, None, None, None) if let Some(built_in) = Region::built_in(name) => {
+                let RegionSource::Dns(Dns { names, .. }) = built_in.source else {
+                    return None;
+                };
+                Some(self.dns(at, names, raw))
+            }
+            (None, Some(url), None, None) => self.url(at, url, raw),
+            (None, None, Some(file), None) => {
+                self.absolute(at, "file", &file);
+                Some(RegionSource::File(file))
+            }
+            (None, None, None, Some(prefixes)) => {
+                if prefixes.is_empty() {
+                    self.problem(&at.key("prefixes"), "no prefixes");
+                }
+                let prefixes = self.prefixes(&at.key("prefixes"), Some(&prefixes));
+                Some(RegionSource::Prefixes(prefixes))
+            }
+            _ => {
+                self.problem(at, "exactly one of dns, url, file and prefixes is needed");
+                None
+            }
+        }
+    }
+
+    fn dns(&mut self, at: &At, names: Vec<String>, raw: &mut RawRegion) -> RegionSource {
+        let list = at.key("dns");
+        if names.is_empty() {
+            self.problem(&list, "no names to look up");
+        }
+        for (index, host) in names.iter().enumerate() {
+            if !is_host_name(host) {
+                self.problem(&list.index(index), format!("{host:?} is no host name"));
+            }
+        }
+        let mut nameservers = Vec::new();
+        for (index, text) in raw
+            .nameservers
+            .take()
+            .unwrap_or_default()
+            .iter()
+            .enumerate()
+        {
+            match nameserver(text) {
+                Some(nameserver) => nameservers.push(nameserver),
+                None => {
+                    let message = format!(
+                        "{text:?} is no name server, such as 192.0.2.53, tls://192.0.2.53#name or \
+                         https://192.0.2.53/dns-query#name"
+                    );
+                    self.problem(&at.key("nameservers").index(index), message);
+                }
+            }
+        }
+        let dnssec = raw.dnssec.take().is_some();
+        let trust_anchor = if dnssec {
+            raw.trust_anchor.take()
+        } else {
+            None
+        };
+        let encrypted = nameservers.iter().any(|n| n.transport != Transport::Plain);
+        let ca_file = if encrypted { raw.ca_file.take() } else { None };
+        for (field, path) in [("trust_anchor", &trust_anchor), ("ca_file", &ca_file)] {
+            if let Some(path) = path {
+                self.absolute(at, field, path);
+            }
+        }
+        RegionSource::Dns(Dns {
+            names,
+            nameservers,
+            dnssec,
+            trust_anchor,
+            ca_file,
+        })
+    }
+
+    fn url(&mut self, at: &At, url: String, raw: &mut RawRegion) -> Option<RegionSource> {
+        let insecure = raw.insecure.take().unwrap_or_default();
+        let ca_file = raw.ca_file.take();
+        let parsed = url::Url::parse(&url);
+        match parsed.as_ref().map(url::Url::scheme) {
+            Ok("https") => {}
+            Ok("http") if insecure => {}
+            Ok("http") => {
+                let message = format!(
+                    "{url} is not encrypted: anybody on the way could open the database; write \
+                     https, or `insecure: true`"
+                );
+                self.problem(&at.key("url"), message);
+            }
+            _ => self.problem(&at.key("url"), format!("{url:?} is no https URL")),
+        }
+        if let Some(path) = &ca_file {
+            self.absolute(at, "ca_file", path);
+        }
+        let select = match raw.select.take() {
+            None => Select::Text {},
+            Some(value) => self.shape::<Select>(&at.key("select"), "select: ", value)?,
+        };
+        if let Select::Digitalocean {
+            country: None,
+            region: None,
+            city: None,
+        } = select
+        {
+            let message = "select: at least one of country, region and city is needed";
+            self.problem(&at.key("select"), message);
+        }
+        Some(RegionSource::Url(Url {
+            url,
+            select,
+            insecure,
+            ca_file,
+        }))
+    }
+}
+
+/// `192.0.2.53`, `192.0.2.53:5353`, `tls://[2001:db8::53]:853#name`,
+/// `https://192.0.2.53/dns-query#name`. Without a name the certificate must be for the address.
+fn nameserver(text: &str) -> Option<Nameserver> {
+    let (scheme, rest) = text.split_once("://").unwrap_or(("", text));
+    let (rest, name) = match rest.split_once('#') {
+        Some((rest, name)) if is_host_name(name) => (rest, Some(name)),
+        Some(_) => return None,
+        None => (rest, None),
+    };
+    let (place, path) = match rest.find('/') {
+        Some(slash) => (&rest[..slash], Some(&rest[slash..])),
+        None => (rest, None),
+    };
+    let (address, port) = match place.parse::<SocketAddr>() {
+        Ok(socket) => (socket.ip(), Some(socket.port())),
+        Err(_) => {
+            let bare = place
+                .strip_prefix('[')
+                .and_then(|rest| rest.strip_suffix(']'));
+            (bare.unwrap_or(place).parse().ok()?, None)
+        }
+    };
+    let certified = name.map_or_else(|| address.to_string(), str::to_owned);
+    let transport = match (scheme, path, name) {
+        ("", None, None) => Transport::Plain,
+        ("tls", None, _) => Transport::Tls { name: certified },
+        ("https", _, _) => Transport::Https {
+            name: certified,
+            path: path.unwrap_or("/dns-query").into(),
+        },
+        _ => return None,
+    };
+    Some(Nameserver {
+        address,
+        port,
+        transport,
+    })
+}
+
+/// RFC 1123 section 2.1.
+fn is_host_name(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let label = |label: &str| {
+        let allowed = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        (1..=63).contains(&label.len())
+            && label.chars().all(allowed)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(label)
+}

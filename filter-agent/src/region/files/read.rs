@@ -1,0 +1,107 @@
+//! Reads a region's file.
+
+use std::{
+    fs::{self, File, Metadata},
+    io::Read as _,
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+
+use crate::{
+    policy::spelled,
+    region::{
+        answer::{Answer, Found, Stamp, Version},
+        files::watch::Watcher,
+        lists,
+    },
+    threads,
+};
+
+/// Longest file of prefixes, in bytes.
+const MAX_FILE: u64 = 64 << 20;
+
+/// Reads of a file that changes meanwhile, one after the other.
+const MAX_ATTEMPTS: usize = 3;
+
+/// Reads a file of prefixes, and has its changes announced from before it is read. `before`: the version that is
+/// known.
+///
+/// # Errors
+/// The file cannot be read in time, a program is still writing it, or it is not a list of prefixes.
+pub(in crate::region) async fn read(
+    path: &Path,
+    limit: Duration,
+    before: Option<&Version>,
+    watcher: Option<&Watcher>,
+) -> Result<Answer> {
+    let job = {
+        let (path, before, watcher) = (path.to_owned(), before.cloned(), watcher.cloned());
+        move || read_now(&path, before.as_ref(), watcher.as_ref())
+    };
+    let answer = tokio::time::timeout(limit, threads::run(path, job)).await;
+    let answer = answer.unwrap_or_else(|_| Err(anyhow!("no answer within {}", spelled(limit))));
+    answer.with_context(|| format!("read {}", path.display()))
+}
+
+/// Blocks for as long as the file system does.
+fn read_now(path: &Path, before: Option<&Version>, watcher: Option<&Watcher>) -> Result<Answer> {
+    for _ in 0..MAX_ATTEMPTS {
+        let changes = watcher.map(|watcher| watcher.watch(path));
+        let answer = read_once(path, before);
+        let Some(watcher) = watcher else {
+            return answer;
+        };
+        let progress = watcher.progress(path);
+        ensure!(!progress.unfinished, "a program is still writing it");
+        if changes == Some(progress.changes) {
+            return answer;
+        }
+    }
+    bail!("it changed while it was read, {MAX_ATTEMPTS} times");
+}
+
+fn read_once(path: &Path, before: Option<&Version>) -> Result<Answer> {
+    // Not opened first: opening a pipe waits for its writer.
+    let metadata = fs::metadata(path)?;
+    let version = stamp(path, &metadata).map(Version::File);
+    if version.is_some() && before == version.as_ref() {
+        return Ok(Answer::Unchanged { ask_again: None });
+    }
+    ensure!(metadata.is_file(), "it is not a regular file");
+    let mut file = File::open(path)?;
+    let mut body = Vec::new();
+    (&mut file).take(MAX_FILE + 1).read_to_end(&mut body)?;
+    ensure!(
+        body.len() as u64 <= MAX_FILE,
+        "it is longer than {MAX_FILE} bytes"
+    );
+    // A file of another host, by a network file system, changes without an announcement.
+    let after = file.metadata()?;
+    let state = |metadata: &Metadata| (metadata.ino(), metadata.len(), metadata.modified().ok());
+    ensure!(
+        state(&metadata) == state(&after) && after.len() == body.len() as u64,
+        "it changed while it was read"
+    );
+    Ok(Answer::Found(Found {
+        prefixes: lists::read_file(&body)?,
+        version,
+        ..Found::default()
+    }))
+}
+
+/// The version of a file's content. `None` for a file so new that another change may leave the same time:
+/// file systems keep it no finer than the kernel's tick.
+fn stamp(path: &Path, metadata: &Metadata) -> Option<Stamp> {
+    let modified = metadata.modified().ok()?;
+    let age = SystemTime::now().duration_since(modified).ok()?;
+    (age > Duration::from_secs(1)).then(|| Stamp {
+        path: path.to_owned(),
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        length: metadata.len(),
+        modified,
+    })
+}

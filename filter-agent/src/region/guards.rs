@@ -1,0 +1,106 @@
+//! Guards: what a region's result must keep to, and how sets of prefixes compare.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Result, ensure};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+use crate::policy::Guards;
+
+/// Adjacent and covered prefixes merged, sorted.
+pub(super) fn merged(prefixes: &[IpNet]) -> Vec<IpNet> {
+    let mut merged = IpNet::aggregate(&prefixes.to_vec());
+    merged.sort_unstable();
+    merged
+}
+
+/// Whether one of the prefixes, merged and sorted, holds this one: only the last that sorts no later
+/// can, since of the same address the shorter prefix sorts first.
+pub(super) fn is_covered(prefix: &IpNet, merged: &[IpNet]) -> bool {
+    let later = merged.partition_point(|other| other <= prefix);
+    later > 0 && merged[later - 1].contains(prefix)
+}
+
+pub(super) fn uncovered<'a>(
+    prefixes: &'a [IpNet],
+    merged: &'a [IpNet],
+) -> impl Iterator<Item = IpNet> + 'a {
+    let uncovered = prefixes.iter().filter(|prefix| !is_covered(prefix, merged));
+    uncovered.copied()
+}
+
+/// # Errors
+/// What an answer must not hold, or that it holds nothing or too much.
+pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
+    ensure!(!prefixes.is_empty(), "the answer holds no prefix");
+    ensure!(
+        prefixes.len() <= guards.max_prefixes,
+        "the answer holds {} prefixes; at most {} (`max_prefixes`)",
+        prefixes.len(),
+        guards.max_prefixes
+    );
+    check_each(prefixes, guards)
+}
+
+/// Shortest prefix lengths that an answer may hold.
+const SHORTEST4: u8 = 8;
+const SHORTEST6: u8 = 16;
+
+pub(super) fn check_each(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
+    for prefix in prefixes {
+        let shortest = match prefix {
+            IpNet::V4(_) => SHORTEST4,
+            IpNet::V6(_) => SHORTEST6,
+        };
+        ensure!(prefix.trunc() == *prefix, "{prefix} has host bits set");
+        ensure!(
+            prefix.prefix_len() >= shortest,
+            "{prefix} is broader than /{shortest}, which no region is"
+        );
+        for (special, what) in SPECIAL {
+            ensure!(!overlap(prefix, &special), "{prefix} is {what}");
+        }
+        for private in PRIVATE {
+            ensure!(
+                guards.private || !overlap(prefix, &private),
+                "{prefix} is private; a region that has such addresses needs `private: true`"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn overlap(one: &IpNet, other: &IpNet) -> bool {
+    one.contains(other) || other.contains(one)
+}
+
+const fn v4(a: u8, b: u8, length: u8) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, 0, 0), length))
+}
+
+const fn v6(first: u16, length: u8) -> IpNet {
+    let address = Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0);
+    IpNet::V6(Ipv6Net::new_assert(address, length))
+}
+
+/// Ranges of the IANA special-purpose registries (RFC 6890) that hold no region's addresses.
+const SPECIAL: [(IpNet, &str); 8] = [
+    (v4(0, 0, 8), "unspecified"),
+    (v4(127, 0, 8), "loopback"),
+    (v4(169, 254, 16), "link-local"),
+    (v4(224, 0, 4), "multicast"),
+    (v4(240, 0, 4), "reserved"),
+    // ::/16 holds the unspecified, the loopback and the IPv4-mapped addresses.
+    (v6(0, 16), "unspecified, loopback or IPv4-mapped"),
+    (v6(0xfe80, 10), "link-local"),
+    (v6(0xff00, 8), "multicast"),
+];
+
+/// RFC 1918, 6598 and 4193.
+const PRIVATE: [IpNet; 5] = [
+    v4(10, 0, 8),
+    v4(172, 16, 12),
+    v4(192, 168, 16),
+    v4(100, 64, 10),
+    v6(0xfc00, 7),
+];

@@ -1,0 +1,58 @@
+//! TLS to name servers and publishers of lists.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context as _, Result, ensure};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
+
+use crate::threads;
+
+/// Reads the trusted certificates, a file's or the system's, and sets up TLS with them.
+///
+/// # Errors
+/// They cannot be read, or there are none.
+pub(super) async fn client(ca_file: Option<&Path>) -> Result<ClientConfig> {
+    let place = ca_file.unwrap_or(Path::new("/etc/ssl/certs"));
+    let file = ca_file.map(Path::to_owned);
+    threads::run(place, move || config(roots(file.as_deref())?)).await
+}
+
+/// TLS that trusts nobody.
+pub(super) fn none() -> Result<ClientConfig> {
+    config(RootCertStore::empty())
+}
+
+fn config(roots: RootCertStore) -> Result<ClientConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .context("set up TLS")?;
+    Ok(config.with_root_certificates(roots).with_no_client_auth())
+}
+
+fn roots(file: Option<&Path>) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    match file {
+        Some(file) => {
+            let named = || format!("read certificates from {}", file.display());
+            for certificate in CertificateDer::pem_file_iter(file).with_context(named)? {
+                let added = roots.add(certificate.with_context(named)?);
+                added.with_context(named)?;
+            }
+            ensure!(!roots.is_empty(), "{} holds no certificate", file.display());
+        }
+        None => {
+            let found = rustls_native_certs::load_native_certs();
+            roots.add_parsable_certificates(found.certs);
+            ensure!(
+                !roots.is_empty(),
+                "this system has no certificates to check a server's with: install \
+                 ca-certificates, or set `ca_file`"
+            );
+        }
+    }
+    Ok(roots)
+}

@@ -1,0 +1,98 @@
+//! Work on files, on threads that can be given up: a network file system that does not answer blocks a thread for as
+//! long as it likes, and nothing can interrupt it.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::sync::{Semaphore, oneshot};
+
+/// Threads at once, those that were given up included.
+static THREADS: Semaphore = Semaphore::const_new(32);
+
+/// Results that are waited for at once: each takes memory for the file and what is read from it.
+static WAITING: Semaphore = Semaphore::const_new(8);
+
+/// Files that a thread works on. One thread a file: retries on a file system that hangs take no further threads.
+static BUSY: Mutex<BTreeMap<PathBuf, Arc<tokio::sync::Mutex<()>>>> = Mutex::new(BTreeMap::new());
+
+/// Runs a job that reads a file, after those on the same file. Dropping the future gives the thread up, which goes on
+/// until its job ends.
+///
+/// # Errors
+/// Those of the job, a panic in it, or that no thread could be started.
+pub async fn run<T: Send + 'static>(
+    path: &Path,
+    job: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let turn = {
+        let mut busy = BUSY.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.retain(|_, turn| Arc::strong_count(turn) > 1);
+        busy.entry(path.to_owned()).or_default().clone()
+    };
+    let turn = turn.lock_owned().await;
+    let _waiting = WAITING.acquire().await.context("wait for other files")?;
+    let permit = THREADS.acquire().await.context("wait for a thread")?;
+    let (send, result) = oneshot::channel();
+    let held = (turn, permit);
+    thread::Builder::new()
+        .name("read-file".into())
+        .spawn(move || {
+            let result = job();
+            drop(held);
+            let _ = send.send(result);
+        })
+        .context("start a thread")?;
+    result.await.context("the thread panicked")?
+}
+
+/// As `run`, for a bounded time. `what` begins the error, as in `read FILE`.
+///
+/// # Errors
+/// As there, or no result in time.
+pub async fn run_within<T: Send + 'static>(
+    limit: Duration,
+    what: &str,
+    path: &Path,
+    job: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::time::timeout(limit, run(path, job)).await {
+        Ok(result) => result,
+        Err(_) => bail!("{what}: no answer within {} s", limit.as_secs()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn thread_that_hangs_holds_up_its_file_only() {
+        let hung = Path::new("/hung");
+        let (release, wait) = mpsc::channel::<()>();
+        let limit = Duration::from_millis(50);
+        let job = move || Ok(wait.recv().is_ok());
+        assert!(tokio::time::timeout(limit, run(hung, job)).await.is_err());
+        for _ in 0..40 {
+            let retry = tokio::time::timeout(Duration::from_millis(1), run(hung, || Ok(())));
+            assert!(retry.await.is_err());
+        }
+        let other = run(Path::new("/other"), || Ok(7)).await.unwrap();
+        assert_eq!(other, 7);
+        release.send(()).unwrap();
+        run(hung, || Ok(())).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn panic_is_an_error() {
+        let result: Result<()> = run(Path::new("/panic"), || panic!("of the job")).await;
+        assert_eq!(result.unwrap_err().to_string(), "the thread panicked");
+    }
+}
