@@ -2,15 +2,14 @@
 //! reads no clock; one change is under way at a time, and what would change something meanwhile waits.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeSet, VecDeque},
     mem,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use backon::{BackoffBuilder as _, ExponentialBuilder};
+use anyhow::Result;
 use jiff::Timestamp;
 
 use crate::{
@@ -18,54 +17,26 @@ use crate::{
     enforcer::Checked,
     event::{Effect, Event, Order, ReloadOptions, Reply, Request},
     host::coverage::Remembered,
+    late::Late,
     log::Entry,
     look_ups::{LookUp, LookUps, Purpose},
-    policy::RegionSource,
     policy_file::PolicyFile,
+    proposals::{Aim, Proposal, Proposals, Reload},
     reconcile::{Committed, Occasion, Refused, list},
-    refreshes::Refreshes,
+    refreshes::{Refreshes, to_refresh},
     region::{
         answer::Answer,
         state::{self as region, Change, Regions, State},
     },
     report,
+    retry::Retry,
     saves::Saves,
-    snapshot::{Snapshot, consequence},
+    snapshot::{Snapshot, describe, describe_result},
     store::{Confirmed, Record, Write},
 };
 
-/// Pauses before a change that the kernel refused is tried again.
-const FIRST_RETRY: Duration = Duration::from_secs(10);
-const LONGEST_RETRY: Duration = Duration::from_mins(5);
-
-/// Time that an answer waits for the disk. A disk that hangs is not waited for.
-const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
-
 /// Longest time between two ticks: the host's clock may be set meanwhile.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
-
-/// Prefixes that one line of the log lists; the rest are only counted.
-const MAX_LOGGED_PREFIXES: usize = 5;
-
-/// A policy that waits for its file or its regions.
-#[derive(Debug)]
-struct Proposal {
-    aim: Aim,
-    file: Option<Arc<PolicyFile>>,
-    answers: BTreeMap<String, Result<Answer>>,
-}
-
-#[derive(Debug)]
-enum Aim {
-    /// `reply`: `None` for SIGHUP.
-    Reload {
-        options: ReloadOptions,
-        reply: Option<Reply<report::Reloaded>>,
-    },
-    Plan {
-        reply: Reply<report::Plan>,
-    },
-}
 
 /// The change that is under way.
 #[derive(Debug)]
@@ -91,29 +62,6 @@ enum Cause {
         /// When the rules that are taken out ended.
         ended: Option<Timestamp>,
     },
-}
-
-/// A change that the kernel refused, and that is tried again.
-#[derive(Debug)]
-struct Stuck {
-    error: String,
-    failures: usize,
-    next: Timestamp,
-    /// Whether the maps hold something else than what they held before.
-    not_taken_back: bool,
-}
-
-/// A reply that waits for the confirmed policy to be on disk.
-#[derive(Debug)]
-struct Late {
-    until: Timestamp,
-    answer: LateAnswer,
-}
-
-#[derive(Debug)]
-enum LateAnswer {
-    Reloaded(Box<report::Reloaded>, Reply<report::Reloaded>),
-    Detached(Vec<String>, Reply<Vec<String>>),
 }
 
 /// What a start found and enforced.
@@ -148,11 +96,10 @@ pub struct Agent {
     under_way: Option<UnderWay>,
     /// Events that wait for the change that is under way.
     deferred: VecDeque<Event>,
-    proposals: BTreeMap<u64, Proposal>,
-    /// Reloads that wait for the one that is proposed.
-    reloads: VecDeque<(ReloadOptions, Option<Reply<report::Reloaded>>)>,
+    proposals: Proposals,
     refreshes: Refreshes,
-    stuck: Option<Stuck>,
+    /// The change that the kernel refused last, if it has taken none since.
+    stuck: Option<Retry>,
     saves: Saves,
     instead_of_file: Option<String>,
     unreadable: Option<String>,
@@ -190,8 +137,7 @@ impl Agent {
             look_ups: LookUps::default(),
             under_way: None,
             deferred: VecDeque::new(),
-            proposals: BTreeMap::new(),
-            reloads: VecDeque::new(),
+            proposals: Proposals::default(),
             refreshes: Refreshes::default(),
             stuck: None,
             saves,
@@ -282,22 +228,19 @@ impl Agent {
     // Proposals: a reload or a plan, until it is decided.
 
     fn reload(&mut self, options: ReloadOptions, reply: Option<Reply<report::Reloaded>>) {
-        let is_reload = |proposal: &Proposal| matches!(proposal.aim, Aim::Reload { .. });
-        if self.proposals.values().any(is_reload) {
-            self.reloads.push_back((options, reply));
-        } else {
-            self.propose(Aim::Reload { options, reply }, None, None);
+        let reload = self.proposals.reload(Reload { options, reply });
+        self.begin_reload(reload);
+    }
+
+    fn begin_reload(&mut self, reload: Option<Reload>) {
+        if let Some(reload) = reload {
+            self.propose(Aim::Reload(reload), None, None);
         }
     }
 
     fn propose(&mut self, aim: Aim, path: Option<PathBuf>, text: Option<String>) {
         let number = self.look_ups.number();
-        let proposal = Proposal {
-            aim,
-            file: None,
-            answers: BTreeMap::new(),
-        };
-        self.proposals.insert(number, proposal);
+        self.proposals.begin(number, aim);
         self.effects.push(Effect::ReadPolicy {
             proposal: number,
             path: path.unwrap_or_else(|| self.path.clone()),
@@ -306,7 +249,7 @@ impl Agent {
     }
 
     fn policy_read(&mut self, number: u64, file: Result<PolicyFile>) {
-        let Some(proposal) = self.proposals.get_mut(&number) else {
+        let Some(proposal) = self.proposals.get_mut(number) else {
             return;
         };
         let file = match file {
@@ -335,7 +278,7 @@ impl Agent {
             aim,
             file: Some(file),
             answers,
-        }) = self.proposals.remove(&number)
+        }) = self.proposals.remove(number)
         else {
             return;
         };
@@ -347,7 +290,7 @@ impl Agent {
             at,
         };
         match (aim, next) {
-            (Aim::Reload { options, reply }, Ok(regions)) => {
+            (Aim::Reload(Reload { options, reply }), Ok(regions)) => {
                 // A reload computes the ends anew, by the host's clock.
                 let order = order(&regions, self.now.wall);
                 let occasion = Occasion::Reload {
@@ -366,7 +309,7 @@ impl Agent {
 
     fn refuse(&mut self, number: u64, error: anyhow::Error) {
         self.look_ups.drop_proposal(number);
-        if let Some(proposal) = self.proposals.remove(&number) {
+        if let Some(proposal) = self.proposals.remove(number) {
             self.refuse_aim(proposal.aim, error);
         }
     }
@@ -374,7 +317,7 @@ impl Agent {
     fn refuse_aim(&mut self, aim: Aim, error: anyhow::Error) {
         match aim {
             Aim::Plan { reply } => reply.send(Err(error)),
-            Aim::Reload { reply, .. } => self.refuse_reload(reply, Refused::from(error)),
+            Aim::Reload(reload) => self.refuse_reload(reload.reply, Refused::from(error)),
         }
     }
 
@@ -384,13 +327,8 @@ impl Agent {
         if let Some(reply) = reply {
             reply.send(Err(error));
         }
-        self.next_reload();
-    }
-
-    fn next_reload(&mut self) {
-        if let Some((options, reply)) = self.reloads.pop_front() {
-            self.reload(options, reply);
-        }
+        let next = self.proposals.next_reload();
+        self.begin_reload(next);
     }
 
     // Changes.
@@ -503,20 +441,8 @@ impl Agent {
         if before.as_ref().is_none_or(|before| before.error != error) {
             self.log(Entry::error(error.clone()));
         }
-        let failures = before.as_ref().map_or(0, |before| before.failures);
-        let mut pauses = ExponentialBuilder::new()
-            .with_min_delay(FIRST_RETRY)
-            .with_max_delay(LONGEST_RETRY)
-            .without_max_times()
-            .build();
-        // Past the longest pause one more changes nothing.
-        let pause = pauses.nth(failures.min(16)).unwrap_or(LONGEST_RETRY);
-        self.stuck = Some(Stuck {
-            error,
-            failures: failures + 1,
-            next: self.now.steady + pause.min(LONGEST_RETRY),
-            not_taken_back: not_taken_back || before.is_some_and(|before| before.not_taken_back),
-        });
+        let now = self.now.steady;
+        self.stuck = Some(Retry::after(before.as_ref(), error, not_taken_back, now));
     }
 
     fn reloaded(
@@ -565,10 +491,7 @@ impl Agent {
                 verified,
                 errors: committed.errors,
             };
-            let late = Late {
-                until: self.now.steady + SAVE_TIMEOUT,
-                answer: LateAnswer::Reloaded(Box::new(reloaded), reply),
-            };
+            let late = Late::reloaded(reloaded, reply, self.now.steady);
             // A restart right after a reload starts with what the reload enforced.
             if is_saving {
                 self.late.push(late);
@@ -576,7 +499,8 @@ impl Agent {
                 self.answer(late);
             }
         }
-        self.next_reload();
+        let next = self.proposals.next_reload();
+        self.begin_reload(next);
     }
 
     // Regions.
@@ -600,7 +524,7 @@ impl Agent {
         match self.look_ups.finish(number) {
             None => {}
             Some(Purpose::Proposal { number, name }) => {
-                if let Some(proposal) = self.proposals.get_mut(&number) {
+                if let Some(proposal) = self.proposals.get_mut(number) {
                     proposal.answers.insert(name, answer);
                     self.decide(number);
                 }
@@ -635,31 +559,19 @@ impl Agent {
     }
 
     fn file_changed(&mut self, path: &Path) {
-        let is_meant =
-            |source: &RegionSource| matches!(source, RegionSource::File(file) if file == path);
         for state in self.regions.values_mut() {
-            if is_meant(&state.region.source) {
+            if state.region.file().is_some_and(|file| file == path) {
                 state.next = Some(self.now.steady);
             }
         }
         // What was read for a policy that is not in force yet is out of date as well.
-        for (&number, proposal) in &mut self.proposals {
-            let Some(file) = &proposal.file else { continue };
-            let used: BTreeSet<&String> = region::used(&file.policy).collect();
-            for name in used {
-                let Some(region) = file.policy.regions.get(name) else {
-                    continue;
-                };
-                if is_meant(&region.source) {
-                    proposal.answers.remove(name);
-                    self.effects.push(Effect::LookUp(LookUp {
-                        number: self.look_ups.begin_for_proposal(number, name),
-                        name: name.clone(),
-                        region: region.clone(),
-                        version: None,
-                    }));
-                }
-            }
+        for (number, name, region) in self.proposals.file_changed(path) {
+            self.effects.push(Effect::LookUp(LookUp {
+                number: self.look_ups.begin_for_proposal(number, &name),
+                name,
+                region,
+                version: None,
+            }));
         }
         self.tick();
     }
@@ -667,22 +579,8 @@ impl Agent {
     /// Logs what a look-up came to, keeps it, and tells who waits for it.
     fn region_done(&mut self, name: &str, before: Option<&State>, change: Change, waiters: &[u64]) {
         if let Some(state) = self.regions.get(name) {
-            let failed = before.filter(|before| before.failing);
-            let failed = failed.and_then(|before| before.error.as_ref());
-            let entry = match (&failed, &state.error) {
-                // Once, however often it is tried again.
-                (failed, Some(error)) if state.failing => failed
-                    .is_none_or(|failed| failed.text != error.text)
-                    .then(|| {
-                        let consequence = consequence(state, self.now);
-                        Entry::warning(format!("region {name}: {}; {consequence}", error.text))
-                    }),
-                (Some(_), _) => Some(Entry::info(format!("region {name}: answers again"))),
-                (None, _) => None,
-            };
-            if let Some(entry) = entry {
-                self.log(entry.with("REGION", name));
-            }
+            let entry = describe_result(name, before, state, self.now);
+            self.effects.extend(entry.map(Effect::Log));
         }
         self.save_region(name, !change.is_empty());
         self.refreshes
@@ -695,7 +593,7 @@ impl Agent {
         accept: bool,
         reply: Reply<Vec<report::Refreshed>>,
     ) {
-        let names = match self.to_refresh(region) {
+        let names = match to_refresh(&self.regions, region) {
             Ok(names) => names,
             Err(error) => return reply.send(Err(error)),
         };
@@ -707,29 +605,6 @@ impl Agent {
         for name in names {
             self.look_up(&name, accept, Some(number));
         }
-    }
-
-    /// The regions that a request means. Constant ones are not looked up: their prefixes stand in the policy.
-    fn to_refresh(&self, region: Option<String>) -> Result<Vec<String>> {
-        let Some(name) = region else {
-            let states = self.regions.iter();
-            let changing = states.filter(|(_, state)| !state.region.is_constant());
-            return Ok(changing.map(|(name, _)| name.clone()).collect());
-        };
-        match self.regions.get(&name) {
-            None if self.regions.is_empty() => {
-                bail!("no rule names region {name}, nor any other region")
-            }
-            None => {
-                let known = list(self.regions.keys());
-                bail!("no rule names region {name}; rules name {known}")
-            }
-            Some(state) => ensure!(
-                !state.region.is_constant(),
-                "the prefixes of region {name} stand in the policy: there is nothing to look up"
-            ),
-        }
-        Ok(vec![name])
     }
 
     // Time.
@@ -844,14 +719,8 @@ impl Agent {
         let names = self.regions.keys().cloned().collect();
         let write = self.saves.keep_only(names);
         self.effects.push(Effect::Save(write));
-        let sources = self.regions.values().map(|state| &state.region.source);
-        let proposed = self.proposals.values().filter_map(|p| p.file.as_ref());
-        let proposed = proposed.flat_map(|file| file.policy.regions.values());
-        let sources = sources.chain(proposed.map(|region| &region.source));
-        let files = sources.filter_map(|source| match source {
-            RegionSource::File(file) => Some(file.clone()),
-            _ => None,
-        });
+        let files = self.regions.values().filter_map(|s| s.region.file());
+        let files = files.chain(self.proposals.region_files()).cloned();
         self.effects.push(Effect::Watch(files.collect()));
     }
 
@@ -873,10 +742,8 @@ impl Agent {
             Ok(names) => {
                 self.is_detached = true;
                 self.effects.push(Effect::Save(Write::Confirmed(None)));
-                self.late.push(Late {
-                    until: self.now.steady + SAVE_TIMEOUT,
-                    answer: LateAnswer::Detached(names, reply),
-                });
+                self.late
+                    .push(Late::detached(names, reply, self.now.steady));
             }
             Err(error) => {
                 self.log(Entry::error(format!("detach: {error:#}")));
@@ -887,29 +754,10 @@ impl Agent {
 
     /// Sends a reply that waited for the disk.
     fn answer(&mut self, late: Late) {
-        let is_late = late.until <= self.now.steady;
-        let error = self.saves.error(&Record::Confirmed).cloned();
-        match late.answer {
-            LateAnswer::Reloaded(mut reloaded, reply) => {
-                reloaded.plan.warnings.extend(error);
-                reply.send(Ok(*reloaded));
-            }
-            LateAnswer::Detached(names, reply) => {
-                let kept = match error {
-                    None if is_late => {
-                        Some("remove the confirmed policy: the disk takes too long".into())
-                    }
-                    error => error,
-                };
-                let result = match kept {
-                    None => Ok(names),
-                    Some(error) => Err(anyhow!(error)).context(
-                        "detached: nothing is filtered any more; but the next start may enforce it again",
-                    ),
-                };
-                reply.send(result);
-                self.effects.push(Effect::Stop);
-            }
+        let ends_agent = late.ends_agent();
+        late.send(self.saves.error(&Record::Confirmed), self.now.steady);
+        if ends_agent {
+            self.effects.push(Effect::Stop);
         }
     }
 
@@ -944,23 +792,4 @@ impl Agent {
         let names = list(self.file.policy.interfaces.iter());
         format!("stopping; the filter stays in force on {names}")
     }
-}
-
-/// What changed of a region, in one line.
-fn describe(name: &str, change: &Change) -> Entry {
-    let part = |what: &str, prefixes: &[ipnet::IpNet]| {
-        let named = list(prefixes.iter().take(MAX_LOGGED_PREFIXES));
-        match prefixes.len() {
-            0 => None,
-            count @ ..=MAX_LOGGED_PREFIXES => Some(format!("{count} {what} ({named})")),
-            count => Some(format!("{count} {what} ({named} and more)")),
-        }
-    };
-    let parts = [
-        part("added", &change.added),
-        part("left, still allowed for a time", &change.left),
-        part("removed", &change.removed),
-    ];
-    let text = format!("region {name}: {}", list(parts.into_iter().flatten()));
-    Entry::info(text).with("REGION", name)
 }

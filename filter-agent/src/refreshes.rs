@@ -2,9 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use anyhow::{Result, bail, ensure};
+
 use crate::{
     event::Reply,
-    region::state::{Change, State},
+    reconcile::list,
+    region::state::{Change, Regions, State},
     report,
 };
 
@@ -61,4 +64,30 @@ impl Refreshes {
             }
         }
     }
+}
+
+/// The regions that a request means. Constant ones are not looked up: their prefixes stand in the policy.
+///
+/// # Errors
+/// A region that no rule names, or a constant one.
+pub fn to_refresh(regions: &Regions, region: Option<String>) -> Result<Vec<String>> {
+    let Some(name) = region else {
+        let states = regions.iter();
+        let changing = states.filter(|(_, state)| !state.region.is_constant());
+        return Ok(changing.map(|(name, _)| name.clone()).collect());
+    };
+    match regions.get(&name) {
+        None if regions.is_empty() => {
+            bail!("no rule names region {name}, nor any other region")
+        }
+        None => {
+            let known = list(regions.keys());
+            bail!("no rule names region {name}; rules name {known}")
+        }
+        Some(state) => ensure!(
+            !state.region.is_constant(),
+            "the prefixes of region {name} stand in the policy: there is nothing to look up"
+        ),
+    }
+    Ok(vec![name])
 }

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use filter_common::Reason;
+use ipnet::IpNet;
 use jiff::{Timestamp, Unit};
 
 use crate::{
@@ -10,12 +11,16 @@ use crate::{
     compile::{RuleKey, is_expired},
     enforcer::Observed,
     host::coverage::{Coverage, describe_missing},
+    log::Entry,
     policy::{Model, Region, Rule},
     policy_file::PolicyFile,
-    reconcile::{InForce, counted, unlisted},
-    region::state::{Regions, State},
+    reconcile::{InForce, counted, list, unlisted},
+    region::state::{Change, Regions, State},
     report,
 };
+
+/// Prefixes that one line of the log lists; the rest are only counted.
+const MAX_LOGGED_PREFIXES: usize = 5;
 
 /// What the agent wants and knows, at one moment.
 #[derive(Clone, Debug)]
@@ -156,7 +161,7 @@ impl Snapshot {
 }
 
 /// What a region that fails means for the sources that it allows.
-pub fn consequence(state: &State, now: Now) -> String {
+fn consequence(state: &State, now: Now) -> String {
     match &state.set {
         Some(set) => {
             let confirmed = now.on_host(set.confirmed);
@@ -168,6 +173,47 @@ pub fn consequence(state: &State, now: Now) -> String {
         }
         None => "it has no addresses and allows nobody".into(),
     }
+}
+
+/// What changed of a region, in one line.
+pub fn describe(name: &str, change: &Change) -> Entry {
+    let part = |what: &str, prefixes: &[IpNet]| {
+        let named = list(prefixes.iter().take(MAX_LOGGED_PREFIXES));
+        match prefixes.len() {
+            0 => None,
+            count @ ..=MAX_LOGGED_PREFIXES => Some(format!("{count} {what} ({named})")),
+            count => Some(format!("{count} {what} ({named} and more)")),
+        }
+    };
+    let parts = [
+        part("added", &change.added),
+        part("left, still allowed for a time", &change.left),
+        part("removed", &change.removed),
+    ];
+    let text = format!("region {name}: {}", list(parts.into_iter().flatten()));
+    Entry::info(text).with("REGION", name)
+}
+
+/// The log's line of a look-up that changed nothing of what is allowed: where it failed, once, however often it
+/// fails again in the same way.
+pub fn describe_result(
+    name: &str,
+    before: Option<&State>,
+    state: &State,
+    now: Now,
+) -> Option<Entry> {
+    let failed = before.filter(|before| before.failing);
+    let failed = failed.and_then(|before| before.error.as_ref());
+    let entry = match (failed, &state.error) {
+        (Some(failed), Some(error)) if state.failing && failed.text == error.text => return None,
+        (_, Some(error)) if state.failing => {
+            let consequence = consequence(state, now);
+            Entry::warning(format!("region {name}: {}; {consequence}", error.text))
+        }
+        (Some(_), _) => Entry::info(format!("region {name}: answers again")),
+        (None, _) => return None,
+    };
+    Some(entry.with("REGION", name))
 }
 
 impl Observed {

@@ -161,6 +161,14 @@ impl Guards {
 }
 
 impl Region {
+    /// Its file, if that is where its prefixes come from.
+    pub fn file(&self) -> Option<&PathBuf> {
+        match &self.source {
+            RegionSource::File(path) => Some(path),
+            _ => None,
+        }
+    }
+
     /// Whether its prefixes stand in the policy.
     pub fn is_constant(&self) -> bool {
         matches!(self.source, RegionSource::Prefixes(_))

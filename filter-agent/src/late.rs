@@ -1,0 +1,70 @@
+//! Replies that wait for the disk, for a bounded time: a disk that hangs is not waited for. Pure.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use jiff::Timestamp;
+
+use crate::{event::Reply, report};
+
+/// Time that a reply waits for the disk.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// A reply that waits for the confirmed policy to be written or removed.
+#[derive(Debug)]
+pub struct Late {
+    pub until: Timestamp,
+    answer: Answer,
+}
+
+#[derive(Debug)]
+enum Answer {
+    Reloaded(Box<report::Reloaded>, Reply<report::Reloaded>),
+    Detached(Vec<String>, Reply<Vec<String>>),
+}
+
+impl Late {
+    pub fn reloaded(
+        reloaded: report::Reloaded,
+        reply: Reply<report::Reloaded>,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            until: now + SAVE_TIMEOUT,
+            answer: Answer::Reloaded(Box::new(reloaded), reply),
+        }
+    }
+
+    pub fn detached(names: Vec<String>, reply: Reply<Vec<String>>, now: Timestamp) -> Self {
+        Self {
+            until: now + SAVE_TIMEOUT,
+            answer: Answer::Detached(names, reply),
+        }
+    }
+
+    /// Whether the agent ends with it.
+    pub fn ends_agent(&self) -> bool {
+        matches!(self.answer, Answer::Detached(..))
+    }
+
+    /// Sends it. `error`: why the confirmed policy is not on disk as it should be.
+    pub fn send(self, error: Option<&String>, now: Timestamp) {
+        let is_late = self.until <= now;
+        match self.answer {
+            Answer::Reloaded(mut reloaded, reply) => {
+                reloaded.plan.warnings.extend(error.cloned());
+                reply.send(Ok(*reloaded));
+            }
+            Answer::Detached(names, reply) => {
+                let error = match error {
+                    None if is_late => "remove the confirmed policy: the disk takes too long",
+                    None => return reply.send(Ok(names)),
+                    Some(error) => error,
+                };
+                reply.send(Err(anyhow!("{error}")).context(
+                    "detached: nothing is filtered any more; but the next start may enforce it again",
+                ));
+            }
+        }
+    }
+}
