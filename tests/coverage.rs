@@ -376,7 +376,7 @@ fn refused_netlink_socket_detaches_nothing_and_is_an_error() {
         let mut net = start("no-netlink", entry);
         let _listener = net.listen(PORT);
         let intruder = Intruder::start(&net);
-        net.without_sockets(|| {
+        net.without_netlink(|| {
             // The links are as they were, which `status --enforced` finds out by itself.
             assert_eq!(statuses(&net), [false, false, true], "{entry}");
             let line = net.agent_error(&["reload"]);

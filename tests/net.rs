@@ -512,7 +512,7 @@ impl Net {
         command.arg("run").arg("--policy").arg(self.policy_path());
         command.arg("--bpffs").arg(bpffs);
         command.arg("--socket").arg(socket);
-        command.arg("--state-dir").arg(self.state_dir());
+        command.arg("--state-dir").arg(self.dir.join("elsewhere"));
         self.refused(&mut command)
     }
 
@@ -617,8 +617,8 @@ impl Net {
         (field("VmHWM"), field("VmRSS"))
     }
 
-    /// Lets every `socket` call of the running agent fail meanwhile: it can open no netlink socket.
-    pub fn without_sockets<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
+    /// Lets the running agent neither open nor use a netlink socket meanwhile.
+    pub fn without_netlink<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
         let agent = self.agent.as_ref().expect("the agent runs");
         let log = self.dir.join("strace");
         let mut strace = Command::new("strace");
@@ -627,10 +627,10 @@ impl Net {
             "-p",
             &agent.child.id().to_string(),
             "-e",
-            "trace=socket",
+            "trace=socket,sendto",
         ]);
         strace
-            .args(["-e", "inject=socket:error=EPERM", "-o"])
+            .args(["-e", "inject=socket,sendto:error=EPERM", "-o"])
             .arg(&log);
         strace.stdin(Stdio::null()).stderr(Stdio::piped());
         let mut strace = strace.spawn().unwrap();

@@ -160,7 +160,7 @@ fn bad_file_at_a_start_means_the_confirmed_policy() {
         let line = net.agent_error(&["reload"]);
         assert!(line.contains("nothing is changed"), "{text}: {line}");
         net.hang_up();
-        net.wait_for_line("reload refused");
+        net.wait_for_line("error: reload refused");
         net.kill();
         net.start();
         let status = net.agent(&["status"]);
@@ -323,7 +323,7 @@ fn reload_that_unguards_is_refused_without_the_flag_and_survives_a_restart_with_
             "{plan}"
         );
         net.hang_up();
-        net.wait_for_line("reload refused, nothing is changed");
+        net.wait_for_line("error: reload refused, nothing is changed");
         net.kill();
         net.start();
         let errors = net.agent_json(&["status"])["errors"].to_string();
@@ -411,6 +411,7 @@ fn state_directory_that_cannot_be_written_is_a_warning_and_stops_nothing() {
     net.agent_text(&["reload"]);
     let kept = || net.agent_json(&["status"])["warnings"] == json!([]);
     assert!(wait_until(kept));
+    net.terminate();
     nix::mount::umount(&net.state_dir()).unwrap();
 }
 

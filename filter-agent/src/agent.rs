@@ -153,17 +153,14 @@ impl Agent {
             agent.log(Entry::error(error));
         }
         agent.log_all(committed.entries);
-        for error in committed.errors {
-            agent.log(Entry::error(error));
-        }
-        if let Some(unreadable) = agent.unreadable.clone() {
-            agent.log(Entry::error(unreadable));
-        }
         for name in &unsaved {
             agent.save_region(name, true);
         }
         agent.forget_unused();
         agent.checked(checked);
+        for error in committed.errors.into_iter().chain(agent.unreadable.clone()) {
+            agent.log(Entry::error(error));
+        }
         agent.tick();
         let effects = mem::take(&mut agent.effects);
         (agent, effects)
@@ -408,13 +405,12 @@ impl Agent {
         match cause {
             Cause::Reload { reply, .. } => {
                 if not_taken_back {
-                    let error = format!("{:#}", refused.error);
-                    self.retry_later(error, true);
+                    self.retry_later(format!("{:#}", refused.error), true);
                 }
                 self.refuse_reload(reply, refused);
             }
             Cause::Region { name, waiters, .. } => {
-                let error = format!("{:#}", refused.describe("change"));
+                let error = refused.describe_alone();
                 let before = self.regions.get(&name).cloned();
                 if let Some(state) = self.regions.get_mut(&name) {
                     state.fail(error.clone(), self.now.steady);
@@ -429,7 +425,7 @@ impl Agent {
                     Some(_) => "take out expired rules",
                     None => "take out what is allowed no longer",
                 };
-                let error = format!("{what}: {:#}", refused.describe("change"));
+                let error = format!("{what}: {}", refused.describe_alone());
                 self.retry_later(error, not_taken_back);
             }
         }
@@ -475,11 +471,11 @@ impl Agent {
         }
         self.forget_unused();
         self.log_all(committed.entries);
+        let verified = checked.verified.clone();
+        let is_saving = self.checked(checked);
         for error in &committed.errors {
             self.log(Entry::error(error.clone()));
         }
-        let verified = checked.verified.clone();
-        let is_saving = self.checked(checked);
         for name in before.keys() {
             let state = self.regions.get(name);
             self.refreshes.done(name, state, &Change::default(), &ended);
@@ -793,3 +789,6 @@ impl Agent {
         format!("stopping; the filter stays in force on {names}")
     }
 }
+
+#[cfg(test)]
+mod tests;

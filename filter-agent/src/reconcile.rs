@@ -115,6 +115,14 @@ impl From<anyhow::Error> for Refused {
 }
 
 impl Refused {
+    /// The error, where it is said elsewhere what stays in force.
+    pub fn describe_alone(self) -> String {
+        match self.not_taken_back {
+            None => format!("{:#}", self.error),
+            Some(_) => format!("{:#}", self.describe("change")),
+        }
+    }
+
     /// The error with what it means for what is in force. `what`: the change, as in `reload`.
     pub fn describe(self, what: &str) -> anyhow::Error {
         match self.not_taken_back {
