@@ -606,6 +606,10 @@ impl Net {
         status
     }
 
+    pub fn agent_pid(&self) -> u32 {
+        self.agent.as_ref().expect("the agent runs").child.id()
+    }
+
     /// Peak and present resident memory of the agent, in KiB.
     pub fn memory(&self) -> (u64, u64) {
         let agent = self.agent.as_ref().expect("the agent runs");

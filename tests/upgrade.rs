@@ -2,8 +2,9 @@
 //! and back again, and at no moment does anybody get in who should not, or stay out who should get in.
 
 use std::{
-    fs,
+    env, fs,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     thread,
     time::Duration,
 };
@@ -69,6 +70,45 @@ fn dropped_and_hits(net: &Net) -> (u64, u64) {
         .unwrap_or(0);
     let rules = net.agent_json(&["rules"]);
     (dropped, rules[0]["hits"].as_u64().unwrap())
+}
+
+/// From what hosts run, and back to it, under traffic.
+#[test]
+#[ignore = "needs the agent of an earlier commit, which `cargo xtask test --full` builds"]
+fn agent_of_the_commit_before_is_taken_over_without_a_gap_and_takes_over_again() {
+    let mut net = start("previous");
+    let _server = net.echo(PORT);
+    assert_filtered(&net);
+    let (allowed, denied) = attempts();
+    let inside = Hammer::allowed(&net.client, &allowed);
+    let outside = Hammer::denied(&net.client, &denied);
+    under_load(4, &[(&inside, 10), (&outside, 10)], |round| {
+        let binary = if round.is_multiple_of(2) {
+            previous_binary()
+        } else {
+            agent_binary().to_owned()
+        };
+        match round % 4 {
+            0 | 1 => net.terminate(),
+            _ => net.kill(),
+        }
+        net.binary = binary;
+        net.start();
+        assert_eq!(layouts(&net).len(), 1);
+        assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+    });
+    inside.stop();
+    outside.stop();
+    assert_filtered(&net);
+}
+
+/// The agent of an earlier commit.
+fn previous_binary() -> PathBuf {
+    let test = env::current_exe().unwrap();
+    let target = test.ancestors().nth(3).unwrap();
+    let binary = target.join("previous/debug/filter-agent");
+    assert!(binary.exists(), "{} is missing", binary.display());
+    binary
 }
 
 #[test]

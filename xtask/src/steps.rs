@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::{bench, cargo, run, target_directory, verify, vm};
 
@@ -63,6 +63,15 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
             .args(["test", "--package", "filter-tests"])
             .args(["--", "--test-threads", "4"]),
     )?;
+    if full {
+        report.time("build the agent before", build_previous)?;
+        report.step(
+            "upgrade from it",
+            cargo()
+                .args(["test", "--package", "filter-tests", "--test", "upgrade"])
+                .args(["--", "--ignored"]),
+        )?;
+    }
     report.time("verifier", verify::verify)?;
     // Its figures decide nothing; that it can be run does.
     report.step("benchmark, briefly", bench().arg("--quick"))?;
@@ -72,6 +81,27 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
         &vm::KERNELS[..1]
     };
     report.time("virtual machine", || vm::test(kernels))
+}
+
+/// The last commit before this layout of the maps: what an upgrade meets on hosts.
+const PREVIOUS: &str = "f1e6e8f";
+
+/// Builds the agent of that commit, below `previous` in the target directory.
+fn build_previous() -> Result<()> {
+    let target = target_directory()?.join("previous");
+    let source = target.join("source");
+    std::fs::create_dir_all(&source).with_context(|| format!("create {}", source.display()))?;
+    let archive = target.join("source.tar");
+    let mut export = Command::new("git");
+    export.args(["archive", "--output"]).arg(&archive);
+    run(export.arg(PREVIOUS)).context("export the commit before, which needs the whole history")?;
+    let mut unpack = Command::new("tar");
+    unpack.arg("--extract").arg("--file").arg(&archive);
+    run(unpack.arg("--directory").arg(&source))?;
+    run(cargo()
+        .args(["build", "--package", "filter-agent", "--target-dir"])
+        .arg(&target)
+        .current_dir(&source))
 }
 
 /// Clippy for the BPF target, with the flags that aya-build compiles it with.

@@ -1,0 +1,175 @@
+//! Clients of the control socket that do harm, disks that hang, and hosts that run out: what they delay, and
+//! that they stop nothing.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{IpAddr, SocketAddr},
+    os::unix::net::UnixStream,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use filter_tests::net::{
+    ALLOWED4, Connection, DB4, DENIED4, Net, Protected, dedicated, policy, wait_until,
+};
+use nix::sys::signal::Signal;
+
+const PORT: u16 = 5432;
+
+const ALLOWED: [&str; 1] = ["203.0.113.10/32"];
+
+/// Connections that the control socket serves at a time.
+const MAX_CONNECTIONS: usize = 32;
+
+fn start(name: &str) -> Net {
+    let mut net = Net::new(name);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    ));
+    net.start();
+    net
+}
+
+fn connects(net: &Net, source: IpAddr) -> bool {
+    let database = SocketAddr::new(DB4.into(), PORT);
+    matches!(net.connect(source, database), Connection::Accepted)
+}
+
+/// Clients that connect, send the beginning of a request, and go on holding the connection.
+fn silent_clients(net: &Net, count: usize) -> Vec<UnixStream> {
+    let client = |_| {
+        let mut client = UnixStream::connect(net.socket()).unwrap();
+        client.set_nonblocking(true).unwrap();
+        client.write_all(b"GET /status HT").unwrap();
+        client
+    };
+    (0..count).map(client).collect()
+}
+
+/// Has strace delay every call of the agent's that is named, for a minute.
+fn delay(net: &Net, calls: &str) -> Child {
+    let inject = format!("inject={calls}:delay_enter=60000000");
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-p", &net.agent_pid().to_string(), "-e", &inject]);
+    strace.args(["-e", &format!("trace={calls}"), "-o", "/dev/null"]);
+    let mut strace = strace
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    let stderr = strace.stderr.take().unwrap();
+    BufReader::new(stderr).read_line(&mut line).unwrap();
+    assert!(line.contains("attached"), "{line}");
+    strace
+}
+
+/// Fault B15.
+#[test]
+fn clients_that_say_nothing_keep_nobody_out_for_long() {
+    let net = start("silent");
+    let clients = silent_clients(&net, 2 * MAX_CONNECTIONS);
+    net.agent_text(&["status", "--verify"]);
+    drop(clients);
+}
+
+/// Faults B15 and D11.
+#[test]
+fn descriptors_that_run_out_stop_neither_checks_nor_repairs() {
+    let mut net = start("descriptors");
+    let _listener = net.listen(PORT);
+    let pid = net.agent_pid().to_string();
+    // What it has open, the connections that it serves, and a few to attach with.
+    let mut limit = Command::new("prlimit");
+    let limit = limit
+        .args(["--pid", &pid, "--nofile=90:90"])
+        .status()
+        .unwrap();
+    assert!(limit.success());
+    let _clients = silent_clients(&net, 3 * MAX_CONNECTIONS);
+    net.db.ip("link delete eth0");
+    net.watch(&[]);
+    net.make_pair();
+    net.wait_for_line("attached to eth0");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert!(connects(&net, ALLOWED4.into()));
+    assert!(!connects(&net, DENIED4.into()));
+    net.agent_text(&["status", "--verify"]);
+}
+
+#[test]
+fn requests_that_are_none_are_refused_and_harm_nobody() {
+    let net = start("requests");
+    let answer = |request: &[u8]| {
+        let mut client = UnixStream::connect(net.socket()).unwrap();
+        let _ = client.write_all(request);
+        let mut answer = Vec::new();
+        let _ = client.read_to_end(&mut answer);
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let long = format!(
+        "GET /status?{} HTTP/1.1\r\nhost: x\r\n\r\n",
+        "a".repeat(1 << 20)
+    );
+    let headers = format!("GET /status HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(10_000));
+    for request in [
+        "\0\0\0\0\r\n\r\n",
+        &long,
+        &headers,
+        "GET / HTTP/1.1\r\n\r\n",
+    ] {
+        let answer = answer(request.as_bytes());
+        assert!(!answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    net.agent_text(&["status", "--verify"]);
+}
+
+/// Fault B6: the end waited for a write to disk that hung.
+#[test]
+fn disk_that_hangs_does_not_keep_the_agent_from_ending() {
+    let mut net = start("hung-disk");
+    net.wait_until_confirmed();
+    let mut strace = delay(&net, "fsync");
+    let begun = Instant::now();
+    net.reload(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &["198.51.100.0/24"], "")],
+    ));
+    net.signal(Signal::SIGTERM);
+    let status = net.wait_for_exit();
+    assert!(status.success(), "{status}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(40),
+        "{:?}",
+        begun.elapsed()
+    );
+    let _ = strace.kill();
+    strace.wait().unwrap();
+}
+
+/// The filter is looked after while a write to disk hangs.
+#[test]
+fn disk_that_hangs_delays_no_repair_and_no_answer() {
+    let mut net = start("slow-disk");
+    net.wait_until_confirmed();
+    let mut strace = delay(&net, "fsync");
+    net.reload(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &ALLOWED, "monitor: false")],
+    ));
+    net.db.ip("link delete eth0");
+    net.make_pair();
+    net.wait_for_line("attached to eth0");
+    assert!(wait_until(|| {
+        let status = net.agent_json(&["status"]);
+        status["errors"] == serde_json::json!([])
+    }));
+    assert!(strace.try_wait().unwrap().is_none());
+    let _ = strace.kill();
+    strace.wait().unwrap();
+}
