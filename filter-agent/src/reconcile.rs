@@ -454,3 +454,6 @@ pub fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
         .collect::<Vec<_>>()
         .join(", ")
 }
+
+#[cfg(test)]
+mod tests;
