@@ -40,6 +40,9 @@ use crate::{
 /// Time that a job may take before the thread counts as stuck: a million prefixes take a few seconds.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
 
+/// Time allowed for a list of the host's interfaces. A look that was given up is an error.
+const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
+
 pub struct Enforcer {
     filter: Filter,
     netlink: NetlinkReader,
@@ -110,7 +113,8 @@ impl NetlinkReader {
                 Some(netlink) => netlink,
                 None => Netlink::connect()?,
             };
-            let found = look(&netlink).await?;
+            let found = tokio::time::timeout(NETLINK_TIMEOUT, look(&netlink)).await;
+            let found = found.context("the kernel does not answer over netlink")??;
             self.netlink = Some(netlink);
             Ok(found)
         })

@@ -259,7 +259,7 @@ async fn read_dump(
             _ => {}
         }
     }
-    bail!("the kernel's list ended before it was whole")
+    bail!("the kernel's answer over netlink ended before it was whole")
 }
 
 /// On a point-to-point link `Address` is the peer's and `Local` the host's.
