@@ -2,10 +2,10 @@
 //! that they stop nothing.
 
 use std::{
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr},
     os::unix::net::UnixStream,
-    process::{Child, Command, Stdio},
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -47,24 +47,6 @@ fn silent_clients(net: &Net, count: usize) -> Vec<UnixStream> {
         client
     };
     (0..count).map(client).collect()
-}
-
-/// Has strace delay every call of the agent's that is named, for a minute.
-fn delay(net: &Net, calls: &str) -> Child {
-    let inject = format!("inject={calls}:delay_enter=60000000");
-    let mut strace = Command::new("strace");
-    strace.args(["-f", "-p", &net.agent_pid().to_string(), "-e", &inject]);
-    strace.args(["-e", &format!("trace={calls}"), "-o", "/dev/null"]);
-    let mut strace = strace
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut line = String::new();
-    let stderr = strace.stderr.take().unwrap();
-    BufReader::new(stderr).read_line(&mut line).unwrap();
-    assert!(line.contains("attached"), "{line}");
-    strace
 }
 
 /// Fault B15.
@@ -132,7 +114,7 @@ fn requests_that_are_none_are_refused_and_harm_nobody() {
 fn disk_that_hangs_does_not_keep_the_agent_from_ending() {
     let mut net = start("hung-disk");
     net.wait_until_confirmed();
-    let mut strace = delay(&net, "fsync");
+    let hung = net.tamper("fsync", "delay_enter=60s");
     let begun = Instant::now();
     net.reload(&policy(
         "eth0",
@@ -147,8 +129,7 @@ fn disk_that_hangs_does_not_keep_the_agent_from_ending() {
         "{:?}",
         begun.elapsed()
     );
-    let _ = strace.kill();
-    strace.wait().unwrap();
+    hung.stop();
 }
 
 /// The filter is looked after while a write to disk hangs.
@@ -156,7 +137,7 @@ fn disk_that_hangs_does_not_keep_the_agent_from_ending() {
 fn disk_that_hangs_delays_no_repair_and_no_answer() {
     let mut net = start("slow-disk");
     net.wait_until_confirmed();
-    let mut strace = delay(&net, "fsync");
+    let hung = net.tamper("fsync", "delay_enter=60s");
     net.reload(&policy(
         "eth0",
         "native",
@@ -169,7 +150,5 @@ fn disk_that_hangs_delays_no_repair_and_no_answer() {
         let status = net.agent_json(&["status"]);
         status["errors"] == serde_json::json!([])
     }));
-    assert!(strace.try_wait().unwrap().is_none());
-    let _ = strace.kill();
-    strace.wait().unwrap();
+    hung.stop();
 }

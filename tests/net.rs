@@ -13,7 +13,7 @@ use std::{
         unix::{self, net::UnixListener, process::CommandExt as _},
     },
     path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Output, Stdio},
+    process::{Child, ChildStderr, Command, ExitStatus, Output, Stdio},
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -208,6 +208,25 @@ pub struct Net {
     dir: PathBuf,
     has_tripwire: bool,
     _claim: UnixListener,
+}
+
+/// A strace that does something to the agent's system calls, until it is stopped.
+pub struct Tampering {
+    strace: Child,
+    log: PathBuf,
+    _stderr: BufReader<ChildStderr>,
+}
+
+impl Tampering {
+    /// Stops it. What it delayed goes on at once.
+    pub fn stop(mut self) {
+        let pid = i32::try_from(self.strace.id()).unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGINT).unwrap();
+        self.strace.wait().unwrap();
+        let calls = fs::read_to_string(&self.log).unwrap();
+        let done = calls.contains("(INJECTED)") || calls.contains("(DELAYED)");
+        assert!(done, "no call was tampered with: {calls}");
+    }
 }
 
 impl Net {
@@ -621,40 +640,33 @@ impl Net {
         (field("VmHWM"), field("VmRSS"))
     }
 
+    /// Has strace do something to system calls of all threads of the running agent: `error=EPERM`,
+    /// `delay_enter=60s`. `calls`: their names, separated by commas.
+    pub fn tamper(&self, calls: &str, how: &str) -> Tampering {
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-p", &self.agent_pid().to_string()]);
+        strace.args(["-e", &format!("trace={calls}")]);
+        strace.args(["-e", &format!("inject={calls}:{how}"), "-o"]);
+        let log = self.dir.join("strace");
+        strace.arg(&log).stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut strace = strace.spawn().unwrap();
+        // Its first line says that it is attached. It ends if it cannot write the others.
+        let mut stderr = BufReader::new(strace.stderr.take().unwrap());
+        let mut line = String::new();
+        stderr.read_line(&mut line).unwrap();
+        assert!(line.contains("attached"), "{line}");
+        Tampering {
+            strace,
+            log,
+            _stderr: stderr,
+        }
+    }
+
     /// Lets the running agent neither open nor use a netlink socket meanwhile.
     pub fn without_netlink<T>(&self, meanwhile: impl FnOnce() -> T) -> T {
-        let agent = self.agent.as_ref().expect("the agent runs");
-        let log = self.dir.join("strace");
-        let mut strace = Command::new("strace");
-        strace.args([
-            "-f",
-            "-p",
-            &agent.child.id().to_string(),
-            "-e",
-            "trace=socket,sendto",
-        ]);
-        strace
-            .args(["-e", "inject=socket,sendto:error=EPERM", "-o"])
-            .arg(&log);
-        strace.stdin(Stdio::null()).stderr(Stdio::piped());
-        let mut strace = strace.spawn().unwrap();
-        // Its first line says that it is attached.
-        let mut said = String::new();
-        let stderr = strace.stderr.take().unwrap();
-        BufReader::new(stderr).read_line(&mut said).unwrap();
-        assert!(said.contains("attached"), "{said}");
+        let tampering = self.tamper("socket,sendto", "error=EPERM");
         let result = meanwhile();
-        kill(
-            Pid::from_raw(i32::try_from(strace.id()).unwrap()),
-            Signal::SIGINT,
-        )
-        .unwrap();
-        strace.wait().unwrap();
-        let injected = fs::read_to_string(log).unwrap();
-        assert!(
-            injected.contains("(INJECTED)"),
-            "no call was made to fail: {injected}"
-        );
+        tampering.stop();
         result
     }
 
