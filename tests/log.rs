@@ -292,7 +292,10 @@ fn full_disk_stops_nothing_and_lost_lines_are_counted() {
     let lines: Vec<&str> = text.lines().collect();
     // What there was room for of the line that was cut.
     assert_eq!(lines[after - 1].len(), 10, "{text}");
-    assert!(lines[after + 1].starts_with("error: reload refused"), "{text}");
+    assert!(
+        lines[after + 1].starts_with("error: reload refused"),
+        "{text}"
+    );
     fixture.ends();
 }
 

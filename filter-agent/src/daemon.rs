@@ -160,7 +160,7 @@ impl Performer {
     fn check(&self, thorough: bool, agent: &Agent) {
         let events = self.events.clone();
         let enforced = agent.enforced().clone();
-        self.enforcer.check(move |enforcer| {
+        self.enforcer.check(thorough, move |enforcer, thorough| {
             let _ = events.send(Event::Checked(enforcer.check(thorough, &enforced)));
         });
     }

@@ -56,6 +56,8 @@ pub struct Enforcer {
     complaints: BTreeSet<String>,
     repairs: u64,
     drops: Drops,
+    /// The checks must not attach again.
+    is_detached: bool,
 }
 
 /// What came of a look at what is attached.
@@ -152,6 +154,7 @@ impl Enforcer {
             unfiltered: BTreeMap::new(),
             complaints: BTreeSet::new(),
             repairs: 0,
+            is_detached: false,
         })
     }
 
@@ -178,7 +181,10 @@ impl Enforcer {
         occasion: &Occasion,
         host: &[Interface],
     ) -> Result<reconcile::Plan> {
-        let pinned = self.filter.pinned()?;
+        let pinned = match occasion {
+            Occasion::Change => Vec::new(),
+            _ => self.filter.pinned()?,
+        };
         reconcile::prepare(
             desired,
             occasion,
@@ -295,6 +301,9 @@ impl Enforcer {
     pub fn check(&mut self, thorough: bool, enforced: &report::Enforced) -> Checked {
         let mut entries = Vec::new();
         let mut summary = None;
+        if self.is_detached {
+            return self.checked(entries, summary);
+        }
         if thorough || self.lost_an_interface() {
             let attached = self.heal(&mut entries);
             if thorough || attached {
@@ -480,6 +489,7 @@ impl Enforcer {
     pub fn detach(&mut self) -> Result<Vec<String>> {
         let host = self.netlink.interfaces()?;
         let indexes = self.filter.remove()?;
+        self.is_detached = true;
         let filtered = host.into_iter();
         let filtered = filtered.filter(|interface| indexes.contains(&interface.index));
         Ok(filtered.map(|interface| interface.name).collect())
@@ -500,8 +510,9 @@ pub struct Handle {
 struct Work {
     /// When the job under way began.
     since: Mutex<Option<Instant>>,
-    /// Whether a check waits or is under way.
-    is_checking: AtomicBool,
+    /// Whether a check waits for its turn, and whether it is to be thorough.
+    is_waiting: AtomicBool,
+    is_thorough: AtomicBool,
     has_ended: AtomicBool,
 }
 
@@ -565,13 +576,17 @@ impl Handle {
             .context("the thread that owns the filter has ended; the filter stays in force")
     }
 
-    /// Has a check made, unless one is still to be made.
-    pub fn check(&self, check: impl FnOnce(&mut Enforcer) + Send + 'static) {
-        if !self.work.is_checking.swap(true, Ordering::AcqRel) {
+    /// Has a check made: a thorough one if any that waits for its turn was to be. `check` gets whether it is.
+    pub fn check(&self, thorough: bool, check: impl FnOnce(&mut Enforcer, bool) + Send + 'static) {
+        if thorough {
+            self.work.is_thorough.store(true, Ordering::Release);
+        }
+        if !self.work.is_waiting.swap(true, Ordering::AcqRel) {
             let work = self.work.clone();
             self.send(move |enforcer| {
-                check(enforcer);
-                work.is_checking.store(false, Ordering::Release);
+                // What happens from now on is for the next check.
+                work.is_waiting.store(false, Ordering::Release);
+                check(enforcer, work.is_thorough.swap(false, Ordering::AcqRel));
             });
         }
     }
