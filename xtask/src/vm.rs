@@ -240,9 +240,10 @@ impl Scenario {
              filter-agent reload 2>&1 && echo reloaded",
         )?;
         ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
-        let refused = self
-            .machine
-            .command("journalctl -b -u filter-agent | grep 'attached to eth1'")?;
+        // By the fields that the agent gives the journal.
+        let refused = self.machine.command(
+            "journalctl -b -u filter-agent INTERFACE=eth1 PRIORITY=6 | grep 'attached to eth1'",
+        )?;
         ensure!(
             refused.contains("in generic mode, since native mode was refused: "),
             "eth1, whose driver refuses native mode: {refused}"
