@@ -76,6 +76,8 @@ impl Watcher {
     /// A name that cannot be watched is left out.
     pub fn watch(&self, path: &Path) -> u64 {
         let Some(shared) = &self.0 else { return 0 };
+        // Earlier events are not about this read. The thread that takes events finds an error, too, and logs it.
+        let _ = shared.take_events();
         shared.table().adding += 1;
         let mut watches = lock(&shared.inotify).watches();
         let (hops, refused) = follow(path, &mut watches);
@@ -117,7 +119,6 @@ impl Watcher {
             unfinished: false,
         };
         let Some(shared) = &self.0 else { return idle };
-        // The thread that takes events finds the error, too, and logs it.
         let _ = shared.take_events();
         let table = shared.table();
         let file = table.files.get(path);
