@@ -5,14 +5,18 @@ use std::{net::IpAddr, path::PathBuf};
 use anyhow::Context as _;
 use axum::{
     Json, Router,
-    extract::{Query, State},
+    extract::{DefaultBodyLimit, Query, State},
     http::StatusCode,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use serde::Deserialize;
 
-use crate::{daemon::Shared, report};
+use crate::{
+    daemon::Shared,
+    policy_file::{MAX_LENGTH, PolicyFile},
+    report,
+};
 
 /// An error as the control socket tells it.
 struct Failed(anyhow::Error);
@@ -39,7 +43,12 @@ pub fn router(shared: Shared) -> Router {
         .route("/regions", get(regions))
         .route("/explain", get(explain))
         .route("/drops", get(drops))
-        .route("/plan", get(plan))
+        .route(
+            "/plan",
+            get(plan)
+                .post(plan_text)
+                .layer(DefaultBodyLimit::max(MAX_LENGTH as usize)),
+        )
         .route("/reload", post(reload))
         .route("/refresh", post(refresh))
         .route("/detach", post(detach))
@@ -103,17 +112,27 @@ async fn drops(
     ))
 }
 
-#[derive(Deserialize)]
-struct PlanQuery {
-    /// `None`: the policy file of the daemon.
-    file: Option<PathBuf>,
+/// Plans the agent's own policy file.
+async fn plan(State(shared): State<Shared>) -> Answer<report::Plan> {
+    let file = shared.agent().await?.options.policy.clone();
+    Ok(Json(shared.plan(PolicyFile::read(&file)?).await?))
 }
 
-async fn plan(
+#[derive(Deserialize)]
+struct PlanQuery {
+    /// Names the text in messages.
+    file: PathBuf,
+}
+
+/// Plans the text that the request carries: the agent need not be able to read the file.
+async fn plan_text(
     State(shared): State<Shared>,
     Query(query): Query<PlanQuery>,
+    text: String,
 ) -> Answer<report::Plan> {
-    Ok(Json(shared.plan(query.file).await?))
+    Ok(Json(
+        shared.plan(PolicyFile::parse(&query.file, text)?).await?,
+    ))
 }
 
 #[derive(Deserialize)]

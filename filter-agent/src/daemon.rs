@@ -1917,7 +1917,8 @@ impl Shared {
         allow_unprotect: bool,
     ) -> Result<(report::Reloaded, oneshot::Receiver<Result<()>>)> {
         let file = self.agent().await?.options.policy.clone();
-        let (loaded, answers) = self.prepare(&file).await?;
+        let loaded = PolicyFile::read(&file)?;
+        let answers = self.look_up(&loaded).await?;
         let mut agent = self.agent().await?;
         let mut reloaded = agent.enforce(loaded, answers, allow_unprotect).await?;
         let (written, done) = oneshot::channel();
@@ -1930,9 +1931,8 @@ impl Shared {
         Ok((reloaded, done))
     }
 
-    /// A policy file and what must be asked about its regions, without the agent meanwhile.
-    async fn prepare(&self, file: &Path) -> Result<(PolicyFile, BTreeMap<String, Result<Answer>>)> {
-        let loaded = PolicyFile::read(file)?;
+    /// Asks what must be known of a policy's regions, without the agent meanwhile.
+    async fn look_up(&self, loaded: &PolicyFile) -> Result<BTreeMap<String, Result<Answer>>> {
         let (ask, watcher) = {
             let agent = self.agent().await?;
             (
@@ -1940,17 +1940,12 @@ impl Shared {
                 agent.watcher.clone(),
             )
         };
-        let answers = look_up(&loaded.policy, ask, watcher.as_ref()).await;
-        Ok((loaded, answers))
+        Ok(look_up(&loaded.policy, ask, watcher.as_ref()).await)
     }
 
-    /// What a policy file would change. `None`: the one that is enforced, as it is now.
-    pub async fn plan(&self, file: Option<PathBuf>) -> Result<report::Plan> {
-        let file = match file {
-            Some(file) => file,
-            None => self.agent().await?.options.policy.clone(),
-        };
-        let (loaded, answers) = self.prepare(&file).await?;
+    /// What a policy would change.
+    pub async fn plan(&self, loaded: PolicyFile) -> Result<report::Plan> {
+        let answers = self.look_up(&loaded).await?;
         let agent = self.agent().await?;
         let now = agent.clock.now();
         let regions = region::next(&loaded.policy, &agent.regions, answers, now)?;
