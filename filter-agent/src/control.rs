@@ -26,6 +26,7 @@ use crate::{
     enforcer::{Handle, Observed},
     event::{self, Event, ReloadOptions, Reply},
     log::Entry,
+    policy_file::MAX_LENGTH,
     report,
     snapshot::Snapshot,
 };
@@ -38,9 +39,6 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pause after an error of `accept`, such as no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// Longest body of a request, in bytes: a policy file.
-const MAX_BODY: usize = 64 << 20;
 
 /// What the routes need.
 #[derive(Clone)]
@@ -264,7 +262,7 @@ async fn plan_text(
     Query(query): Query<PlanQuery>,
     body: Body,
 ) -> Answer<report::Plan> {
-    let read = tokio::time::timeout(CLIENT_TIMEOUT, to_bytes(body, MAX_BODY)).await;
+    let read = tokio::time::timeout(CLIENT_TIMEOUT, to_bytes(body, MAX_LENGTH as usize)).await;
     let text = read
         .context("read the policy: it took too long to arrive")?
         .context("read the policy")?;

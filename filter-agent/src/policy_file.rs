@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Longest policy file, in bytes, as for lists of prefixes. Devices and pipes may have no end.
-const MAX_LENGTH: u64 = 64 << 20;
+pub const MAX_LENGTH: u64 = 64 << 20;
 
 /// A policy with the text and file that it came from.
 #[derive(Clone, Debug)]

@@ -42,6 +42,13 @@ pub(super) struct StateDir {
 }
 
 #[derive(Args)]
+pub(super) struct Timeout {
+    /// Time for the agent to answer, such as 30s; it may wait for the look-ups of regions.
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = time_limit)]
+    pub(super) timeout: Duration,
+}
+
+#[derive(Args)]
 pub(super) struct Output {
     /// Print JSON.
     #[arg(long)]
@@ -89,6 +96,8 @@ pub(super) enum Command {
         /// The policy file [default: the daemon's].
         file: Option<PathBuf>,
         #[command(flatten)]
+        timeout: Timeout,
+        #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
         output: Output,
@@ -101,6 +110,8 @@ pub(super) enum Command {
         /// Enforce it even if a database, port, address or interface that is guarded now is guarded no longer.
         #[arg(long)]
         allow_unprotect: bool,
+        #[command(flatten)]
+        timeout: Timeout,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -116,7 +127,7 @@ pub(super) enum Command {
         #[arg(long)]
         enforced: bool,
         /// Wait for that at most so long, such as 60s.
-        #[arg(long, requires = "enforced", value_name = "DURATION", value_parser = wait_limit)]
+        #[arg(long, requires = "enforced", value_name = "DURATION", value_parser = time_limit)]
         wait: Option<Duration>,
         #[command(flatten)]
         socket: Socket,
@@ -151,6 +162,8 @@ pub(super) enum Command {
         /// Believe an answer that lost most of its prefixes, or that is older than the last.
         #[arg(long, requires = "region")]
         accept: bool,
+        #[command(flatten)]
+        timeout: Timeout,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -195,7 +208,7 @@ pub(super) enum Command {
 }
 
 /// A duration of the command line, of at most an hour.
-fn wait_limit(text: &str) -> Result<Duration, String> {
+fn time_limit(text: &str) -> Result<Duration, String> {
     let duration: SignedDuration = text.parse().map_err(|_| "not a valid duration: 60s, 2m")?;
     let duration = Duration::try_from(duration).map_err(|_| "a duration must not be negative")?;
     if duration > Duration::from_hours(1) {

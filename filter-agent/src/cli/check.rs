@@ -15,6 +15,7 @@ use crate::{
         args::Output,
         output::{failure_if, or, print_table, table},
         print::{print_warnings, with_addresses, with_monitor},
+        readable,
     },
     compile::compile,
     host::{
@@ -85,6 +86,10 @@ pub(super) async fn check(
         let source = &state.region.source;
         format!("region {name} ({source}) is not looked up here, unless with --resolve")
     }));
+    // Else this process is refused what the service would be, and more.
+    if nix::unistd::geteuid().is_root() {
+        warnings.extend(readable::warnings(&loaded.path, &loaded.policy));
+    }
     let kept = match places {
         Some((_, state_dir)) => store::read_confirmed(state_dir),
         None => Ok(None),

@@ -1,15 +1,21 @@
 //! Requests to the agent, by its control socket.
 
-use std::{io, path::Path};
+use std::{io, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Full};
 use hyper::{Method, Request, body::Bytes};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::report;
+use crate::{policy::spelled, report};
+
+/// Time that an agent may take to answer a request that waits for nothing.
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pause until an agent whose queue of connections is full is tried again.
+const CONNECT_RETRY: Duration = Duration::from_millis(50);
 
 /// Percent-encodes a query's value (RFC 3986 section 2.3).
 pub(super) fn encode(value: &str) -> String {
@@ -25,41 +31,198 @@ pub(super) fn encode(value: &str) -> String {
     encoded
 }
 
-/// One request to the daemon.
-pub(super) async fn ask<T: DeserializeOwned>(
-    socket: &Path,
-    method: Method,
-    path: &str,
-) -> Result<T> {
-    let stream = UnixStream::connect(socket).await.map_err(|error| {
-        let socket = socket.display();
+/// The agent behind a control socket, and the time that each request to it may take.
+pub(super) struct Agent<'a> {
+    pub(super) socket: &'a Path,
+    pub(super) timeout: Duration,
+}
+
+impl<'a> Agent<'a> {
+    /// One that is asked for what it has at hand.
+    pub(super) fn new(socket: &'a Path) -> Self {
+        Self {
+            socket,
+            timeout: ANSWER_TIMEOUT,
+        }
+    }
+
+    pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        let request = self.request(Method::GET, path, String::new());
+        self.within_timeout(request).await
+    }
+
+    pub(super) async fn post<T: DeserializeOwned>(&self, path: &str, body: String) -> Result<T> {
+        let request = self.request(Method::POST, path, body);
+        let answer = self.within_timeout(request).await;
+        answer.map_err(|error| match error.downcast_ref::<TimedOut>() {
+            Some(_) => error.context("the agent may still do what was asked for"),
+            None => error,
+        })
+    }
+
+    /// Whether an agent accepts connections.
+    ///
+    /// # Errors
+    /// That cannot be found out, as without permission.
+    pub(super) async fn is_running(&self) -> Result<bool> {
+        let connected = self.within_timeout(async { Ok(connect(self.socket).await) });
+        match connected.await? {
+            Ok(_) => Ok(true),
+            Err(error) if is_absent(&error) => Ok(false),
+            Err(error) => Err(self.refused(error)),
+        }
+    }
+
+    /// Bounds connecting, the request and the answer together: an agent that is stopped accepts connections as long as
+    /// its queue is not full, and one that hangs does not end its answer.
+    async fn within_timeout<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
+        let answer = tokio::time::timeout(self.timeout, request).await;
+        answer.unwrap_or_else(|_| {
+            let (socket, limit) = (self.socket.display(), spelled(self.timeout));
+            Err(anyhow!(TimedOut).context(format!(
+                "no answer on {socket} within {limit}: the agent is stopped, hangs or is busy; see `systemctl status \
+                 filter-agent` and restart it: the filter stays in force meanwhile"
+            )))
+        })
+    }
+
+    async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: String,
+    ) -> Result<T> {
+        let stream = connect(self.socket).await;
+        let stream = stream.map_err(|error| self.refused(error))?;
+        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
+        let (mut sender, connection) = handshake.await.context("connect to the agent")?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(hyper::header::HOST, "filter-agent")
+            .body(Full::<Bytes>::from(body))
+            .context("make a request")?;
+        let response = sender
+            .send_request(request)
+            .await
+            .context("send a request to the agent")?;
+        let status = response.status();
+        let body = response.into_body().collect().await;
+        let body = body.context("read the agent's answer")?.to_bytes();
+        if !status.is_success() {
+            match serde_json::from_slice::<report::Failure>(&body) {
+                Ok(failure) => bail!("{}", failure.error),
+                Err(_) => bail!("{}", String::from_utf8_lossy(&body)),
+            }
+        }
+        serde_json::from_slice(&body).context("parse the agent's answer")
+    }
+
+    /// Why no connection could be made, and what to do.
+    fn refused(&self, error: io::Error) -> anyhow::Error {
+        let socket = self.socket.display();
         let what = match error.kind() {
             io::ErrorKind::PermissionDenied => format!("only root may use {socket}"),
             _ => format!("no agent answers on {socket}: start it with `filter-agent run`"),
         };
         anyhow!(error).context(what)
-    })?;
-    let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
-    let (mut sender, connection) = handshake.await.context("speak to the agent")?;
-    tokio::spawn(connection);
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header(hyper::header::HOST, "filter-agent")
-        .body(Empty::<Bytes>::new())
-        .context("make a request")?;
-    let response = sender
-        .send_request(request)
-        .await
-        .context("ask the agent")?;
-    let status = response.status();
-    let body = response.into_body().collect().await;
-    let body = body.context("read the agent's answer")?.to_bytes();
-    if !status.is_success() {
-        match serde_json::from_slice::<report::Failure>(&body) {
-            Ok(failure) => bail!("{}", failure.error),
-            Err(_) => bail!("{}", String::from_utf8_lossy(&body)),
+    }
+}
+
+/// The cause of an error that is a time limit.
+#[derive(Debug)]
+struct TimedOut;
+
+impl std::error::Error for TimedOut {}
+
+impl std::fmt::Display for TimedOut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("timed out")
+    }
+}
+
+/// Connects to a socket; tries again for as long as its queue of connections is full.
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                tokio::time::sleep(CONNECT_RETRY).await;
+            }
+            connected => return connected,
         }
     }
-    serde_json::from_slice(&body).context("understand the agent's answer")
+}
+
+/// Whether nobody listens on a socket, rather than that the connection failed.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    async fn refusal(socket: &Path) -> String {
+        let agent = Agent {
+            socket,
+            timeout: Duration::from_millis(300),
+        };
+        let read = agent.get::<Vec<String>>("/rules").await.unwrap_err();
+        let change = agent.post::<Vec<String>>("/detach", String::new()).await;
+        let change = format!("{:#}", change.unwrap_err());
+        assert!(
+            change.contains("may still do what was asked for"),
+            "{change}"
+        );
+        format!("{read:#}")
+    }
+
+    #[tokio::test]
+    async fn agent_that_accepts_and_never_answers_is_given_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        let error = refusal(&socket).await;
+        let expected = format!("no answer on {} within 300ms", socket.display());
+        assert!(error.starts_with(&expected), "{error}");
+    }
+
+    #[tokio::test]
+    async fn agent_whose_queue_is_full_is_given_up_and_not_taken_for_absent() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        let listener = tokio::net::UnixSocket::new_stream().unwrap();
+        listener.bind(&socket).unwrap();
+        let _listener = listener.listen(1).unwrap();
+        let mut queued = Vec::new();
+        while let Ok(stream) = super::UnixStream::connect(&socket).await {
+            queued.push(stream);
+        }
+        let agent = Agent {
+            socket: &socket,
+            timeout: Duration::from_millis(300),
+        };
+        let error = format!("{:#}", agent.is_running().await.unwrap_err());
+        assert!(error.starts_with("no answer on "), "{error}");
+        assert!(refusal(&socket).await.starts_with("no answer on "));
+    }
+
+    #[tokio::test]
+    async fn socket_that_nobody_listens_on_is_an_absent_agent() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("control.sock");
+        assert!(!Agent::new(&socket).is_running().await.unwrap());
+        drop(UnixListener::bind(&socket).unwrap());
+        assert!(UnixStream::connect(&socket).is_err());
+        assert!(!Agent::new(&socket).is_running().await.unwrap());
+        let _listener = UnixListener::bind(folder.path().join("other")).unwrap();
+        let other = folder.path().join("other");
+        assert!(Agent::new(&other).is_running().await.unwrap());
+    }
 }

@@ -4,28 +4,28 @@ use std::{
     io::{self, BufRead as _, IsTerminal as _, Write as _},
     path::Path,
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use hyper::Method;
-use tokio::net::UnixStream;
 
 use crate::{
-    cli::{client::ask, output::end_with_the_reader},
+    cli::{client::Agent, output::end_with_the_reader},
     kernel::pins,
     store,
 };
 
-/// Without an agent the filter may well be in force, which is what matters.
+/// Time for a running agent to detach: it removes each map and link.
+const DETACH_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Adds to an error of reaching the agent what is filtered all the same: pins need no agent.
 pub(super) fn tell_what_is_left(error: anyhow::Error, bpffs: &Path) -> anyhow::Error {
     match pins::left_in_force(bpffs) {
         Ok(interfaces) if interfaces.is_empty() => error.context("nothing is filtered"),
         Ok(interfaces) => {
             let names: Vec<String> = interfaces.into_iter().map(interface_name).collect();
             let names = names.join(", ");
-            error.context(format!(
-                "the last policy stays in force on {names}, unattended"
-            ))
+            error.context(format!("the last policy stays in force on {names}"))
         }
         Err(_) => error,
     }
@@ -59,15 +59,19 @@ pub(super) async fn detach(
             .context("read the answer")?;
         ensure!(answer.trim().eq_ignore_ascii_case("y"), "not detached");
     }
-    let names = match UnixStream::connect(socket).await {
-        Ok(_) => ask::<Vec<String>>(socket, Method::POST, "/detach").await?,
-        Err(_) => {
-            let interfaces = pins::remove(bpffs)?;
-            store::forget_confirmed(state_dir).context(
-                "detached: nothing is filtered any more; but the next start may enforce it again",
-            )?;
-            interfaces.into_iter().map(interface_name).collect()
-        }
+    let agent = Agent {
+        socket,
+        timeout: DETACH_TIMEOUT,
+    };
+    // An agent that hangs would attach again when it goes on: then nothing is removed here.
+    let names: Vec<String> = if agent.is_running().await? {
+        agent.post("/detach", String::new()).await?
+    } else {
+        let interfaces = pins::remove(bpffs)?;
+        store::forget_confirmed(state_dir).context(
+            "detached: nothing is filtered any more; but the next start may enforce it again",
+        )?;
+        interfaces.into_iter().map(interface_name).collect()
     };
     end_with_the_reader()?;
     match names.as_slice() {

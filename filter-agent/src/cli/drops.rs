@@ -3,17 +3,15 @@
 use std::{
     collections::BTreeMap,
     io::{self, Write as _},
-    path::Path,
     process::ExitCode,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use hyper::Method;
 
 use crate::{
     cli::{
-        client::ask,
+        client::Agent,
         output::{EXIT_BROKEN_PIPE, LISTED, age, print_table, table},
     },
     report::{self, Drops},
@@ -66,13 +64,13 @@ fn reason(reason: &str, monitor: bool) -> String {
 /// Prints what is new since `before`, every second, until the agent or the reader is gone.
 pub(super) async fn follow_drops(
     mut before: Drops,
-    socket: &Path,
+    agent: &Agent<'_>,
     path: &str,
     json: bool,
 ) -> Result<ExitCode> {
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        let now: Drops = ask(socket, Method::GET, path).await?;
+        let now: Drops = agent.get(path).await?;
         let new = newer(&before, &now);
         let mut lines = Vec::new();
         if json {

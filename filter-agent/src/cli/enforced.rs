@@ -6,11 +6,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use hyper::Method;
 use serde::Serialize;
 
 use crate::{
-    cli::{client::ask, output::or},
+    cli::{client::Agent, output::or},
     host::{
         self,
         coverage::{Coverage, describe_missing},
@@ -42,17 +41,14 @@ pub(super) fn print_enforcement(found: &Enforcement) {
     println!("enforced on {on}{by}");
 }
 
-/// Longest time that an agent may take to answer before the pins are looked at without it.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Whether the filter is in force on every listed interface that exists.
 ///
 /// # Errors
 /// It is not, or that cannot be found out.
 pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
-    let asked = ask::<Status>(socket, Method::GET, "/status?verify=true");
-    match tokio::time::timeout(AGENT_TIMEOUT, asked).await {
-        Ok(Ok(status)) => {
+    let status: Result<Status> = Agent::new(socket).get("/status?verify=true").await;
+    match status {
+        Ok(status) => {
             ensure!(
                 status.not_enforced.is_empty(),
                 "{}",
@@ -68,7 +64,7 @@ pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> R
             })
         }
         // Nobody answers: the filter may be in force all the same.
-        Ok(Err(_)) | Err(_) => enforced_without_agent(bpffs, state_dir).await,
+        Err(_) => enforced_without_agent(bpffs, state_dir).await,
     }
 }
 

@@ -8,22 +8,23 @@ mod drops;
 mod enforced;
 mod output;
 mod print;
+mod readable;
 
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
-use hyper::Method;
 
 use crate::{
     daemon::{self, Options},
     log,
+    policy_file::PolicyFile,
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
 };
 
-use args::{Cli, Command};
+use args::{Cli, Command, Socket, Timeout};
 use check::check;
-use client::{ask, encode};
+use client::{Agent, encode};
 use detach::{detach, tell_what_is_left};
 use drops::{follow_drops, print_drops};
 use enforced::{enforced, print_enforcement, wait_for};
@@ -61,7 +62,16 @@ pub fn main() -> ExitCode {
     code
 }
 
-/// Every command but `run`, `check` and a `detach` without an agent is a question to the daemon.
+/// The agent, asked for something that waits for look-ups.
+fn patient(socket: &Socket, timeout: Timeout) -> Agent<'_> {
+    Agent {
+        socket: &socket.socket,
+        timeout: timeout.timeout,
+    }
+}
+
+/// Runs a command. All but `run`, `check`, `status --enforced` and a `detach` without an agent are a request to the
+/// agent.
 async fn execute(command: Command) -> Result<ExitCode> {
     match command {
         Command::Run {
@@ -95,29 +105,32 @@ async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Plan {
             file,
+            timeout,
             socket,
             output,
         } => {
-            let path = match file {
-                // The daemon's working directory is not this command's.
+            let agent = patient(&socket, timeout);
+            let plan: Plan = match file {
+                // Read here: the agent's sandbox has no home directories, and a pipe of this process is none of its own.
                 Some(file) => {
-                    let file = std::path::absolute(&file);
-                    let file = file.context("find the current directory")?;
-                    format!("/plan?file={}", encode(&file.to_string_lossy()))
+                    let file = PolicyFile::read(&file)?;
+                    let name = encode(&file.path.to_string_lossy());
+                    agent.post(&format!("/plan?file={name}"), file.text).await?
                 }
-                None => "/plan".into(),
+                None => agent.get("/plan").await?,
             };
-            let plan: Plan = ask(&socket.socket, Method::GET, &path).await?;
             output.print(&plan, print_plan)?;
         }
         Command::Reload {
             existing,
             allow_unprotect,
+            timeout,
             socket,
             output,
         } => {
             let path = format!("/reload?existing={existing}&allow_unprotect={allow_unprotect}");
-            let reloaded: Reloaded = ask(&socket.socket, Method::POST, &path).await?;
+            let agent = patient(&socket, timeout);
+            let reloaded: Reloaded = agent.post(&path, String::new()).await?;
             output.print(&reloaded, print_reloaded)?;
             let failed = !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty();
             return Ok(failure_if(failed));
@@ -143,7 +156,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             ..
         } => {
             let path = format!("/status?verify={verify}");
-            let status: Result<Status> = ask(&socket.socket, Method::GET, &path).await;
+            let status: Result<Status> = Agent::new(&socket.socket).get(&path).await;
             let status = status.map_err(|error| tell_what_is_left(error, &bpffs.bpffs))?;
             output.print(&status, print_status)?;
             return Ok(failure_if(!status.errors.is_empty()));
@@ -155,22 +168,25 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => {
             let database = database.map(|database| format!("?database={}", encode(&database)));
             let path = format!("/rules{}", database.unwrap_or_default());
-            let rules: Vec<Rule> = ask(&socket.socket, Method::GET, &path).await?;
+            let rules: Vec<Rule> = Agent::new(&socket.socket).get(&path).await?;
             output.print(&rules, |rules| print_rules(rules))?;
         }
         Command::Regions { socket, output } => {
-            let regions: Vec<report::Region> = ask(&socket.socket, Method::GET, "/regions").await?;
+            let agent = Agent::new(&socket.socket);
+            let regions: Vec<report::Region> = agent.get("/regions").await?;
             output.print(&regions, |regions| print_regions(regions))?;
         }
         Command::Refresh {
             region,
             accept,
+            timeout,
             socket,
             output,
         } => {
             let region = region.map(|region| format!("&region={}", encode(&region)));
             let path = format!("/refresh?accept={accept}{}", region.unwrap_or_default());
-            let refreshed: Vec<Refreshed> = ask(&socket.socket, Method::POST, &path).await?;
+            let agent = patient(&socket, timeout);
+            let refreshed: Vec<Refreshed> = agent.post(&path, String::new()).await?;
             output.print(&refreshed, |refreshed| print_refreshed(refreshed))?;
             let failed = refreshed.iter().any(|region| region.error.is_some());
             return Ok(failure_if(failed));
@@ -183,7 +199,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => {
             let database = database.map(|database| format!("&database={}", encode(&database)));
             let path = format!("/explain?source={source}{}", database.unwrap_or_default());
-            let verdicts: Vec<Explanation> = ask(&socket.socket, Method::GET, &path).await?;
+            let verdicts: Vec<Explanation> = Agent::new(&socket.socket).get(&path).await?;
             output.print(&verdicts, |verdicts| print_explanations(verdicts))?;
         }
         Command::Drops {
@@ -194,9 +210,10 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => {
             let database = database.map(|database| format!("?database={}", encode(&database)));
             let path = format!("/drops{}", database.unwrap_or_default());
-            let drops: Drops = ask(&socket.socket, Method::GET, &path).await?;
+            let agent = Agent::new(&socket.socket);
+            let drops: Drops = agent.get(&path).await?;
             if follow {
-                return follow_drops(drops, &socket.socket, &path, output.json).await;
+                return follow_drops(drops, &agent, &path, output.json).await;
             }
             output.print(&drops, print_drops)?;
         }

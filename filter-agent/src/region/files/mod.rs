@@ -1,9 +1,11 @@
 //! Region files: reading them, and learning that they changed.
 
 mod read;
+mod walk;
 mod watch;
 
 pub(super) use read::read;
+pub use walk::Walk;
 pub use watch::Watcher;
 
 #[cfg(test)]

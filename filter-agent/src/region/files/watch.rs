@@ -1,11 +1,11 @@
 //! Announcements of changed region files, by inotify.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
-    fs, io,
+    io,
     os::fd::{AsFd as _, OwnedFd},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -23,10 +23,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
-use crate::log::Entry;
-
-/// Symbolic links followed on the way to one file, as many as the kernel follows.
-const MAX_LINKS: usize = 40;
+use crate::{log::Entry, region::files::walk::Walk};
 
 /// Time after which a new name without writes is complete although no writer closed it, as a hard link is.
 const CREATION_TIMEOUT: Duration = Duration::from_mins(1);
@@ -77,6 +74,8 @@ impl Watcher {
     /// A name that cannot be watched is left out.
     pub fn watch(&self, path: &Path) -> u64 {
         let Some(shared) = &self.0 else { return 0 };
+        // Earlier events are not about this read. The thread that takes events finds an error, too, and logs it.
+        let _ = shared.take_events();
         shared.table().adding += 1;
         let mut watches = lock(&shared.inotify).watches();
         let (hops, refused) = follow(path, &mut watches);
@@ -119,7 +118,6 @@ impl Watcher {
             unfinished: false,
         };
         let Some(shared) = &self.0 else { return idle };
-        // The thread that takes events finds the error, too, and logs it.
         let _ = shared.take_events();
         let table = shared.table();
         let file = table.files.get(path);
@@ -146,8 +144,8 @@ impl Shared {
                 if let Err(error) = take_all_events(&weak, &readable) {
                     Entry::warning(format!(
                         "region files are no longer watched, only read again every `max_refresh`: {error}"
-                    ))
-.log();
+                    )
+).log();
                 }
             })?;
         Ok(shared)
@@ -352,86 +350,51 @@ impl Table {
     }
 }
 
-/// Follows a path through its symbolic links, and watches each name on the way. Returns the names, and the first that
-/// could not be watched.
+/// Watches each name on the way to a file. Returns the names, and the first that could not be watched.
 fn follow(
     path: &Path,
     watches: &mut Watches,
 ) -> (BTreeMap<Hop, Part>, Option<(PathBuf, io::Error)>) {
-    let names_of = |path: &Path| -> Vec<OsString> {
-        let names = path.components().filter_map(|component| match component {
-            Component::Normal(name) => Some(name.to_owned()),
-            Component::ParentDir => Some("..".into()),
-            Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
-        });
-        names.collect()
-    };
     let mut hops = BTreeMap::new();
     let mut refused = None;
-    let mut links = 0;
-    // Without symbolic links.
-    let mut directory = PathBuf::from("/");
-    let mut rest = VecDeque::from(names_of(path));
-    while let Some(name) = rest.pop_front() {
-        if name == ".." {
-            directory.pop();
-            continue;
-        }
-        let place = directory.join(&name);
+    let mut walk = Walk::new(path);
+    while let Some(name) = walk.next_name() {
         let mut mask = WatchMask::CREATE
             | WatchMask::DELETE
             | WatchMask::MOVE
             | WatchMask::ONLYDIR
             | WatchMask::MASK_ADD;
-        if rest.is_empty() {
+        if name.is_last {
             mask |= WatchMask::CLOSE_WRITE;
         }
         // Before the name is looked at: a change in between is announced.
-        let watched = watches.add(&directory, mask);
-        let target = fs::read_link(&place);
-        let part = match (&target, rest.is_empty()) {
-            (Err(_), true) => Part::File,
-            _ => Part::Way,
+        let watched = watches.add(&name.directory, mask);
+        let is_link = walk.follow(&name);
+        let part = match is_link {
+            Ok(true) => Part::Way,
+            Ok(false) | Err(_) if name.is_last => Part::File,
+            Ok(false) | Err(_) => Part::Way,
         };
+        let place = name.directory.join(&name.name);
         match watched {
             Ok(wd) => {
-                hops.insert((wd, Some(name)), part);
+                hops.insert((wd, Some(name.name)), part);
             }
-            Err(error) => refused = refused.or(Some((directory.clone(), error))),
+            Err(error) => refused = refused.or(Some((name.directory, error))),
         }
-        match target {
-            Ok(target) => {
-                links += 1;
-                if links > MAX_LINKS {
-                    break;
+        if part == Part::File && is_link.is_ok() {
+            let mask = WatchMask::MODIFY
+                | WatchMask::CLOSE_WRITE
+                | WatchMask::DONT_FOLLOW
+                | WatchMask::MASK_ADD;
+            match watches.add(&place, mask) {
+                Ok(wd) => {
+                    hops.insert((wd, None), Part::File);
                 }
-                if target.is_absolute() {
-                    directory = "/".into();
-                }
-                for name in names_of(&target).into_iter().rev() {
-                    rest.push_front(name);
-                }
+                // Gone again.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => refused = refused.or(Some((place, error))),
             }
-            // Not a symbolic link.
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
-                if part == Part::File {
-                    let mask = WatchMask::MODIFY
-                        | WatchMask::CLOSE_WRITE
-                        | WatchMask::DONT_FOLLOW
-                        | WatchMask::MASK_ADD;
-                    match watches.add(&place, mask) {
-                        Ok(wd) => {
-                            hops.insert((wd, None), Part::File);
-                        }
-                        // Gone again.
-                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                        Err(error) => refused = refused.or(Some((place.clone(), error))),
-                    }
-                }
-                directory = place;
-            }
-            // What is missing appears as a name in the last directory.
-            Err(_) => break,
         }
     }
     (hops, refused)
@@ -439,6 +402,8 @@ fn follow(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use futures_util::{FutureExt as _, StreamExt as _};
 
     use super::*;

@@ -1,0 +1,94 @@
+//! Whether the service can read a file. Its unit leaves root no CAP_DAC_OVERRIDE and hides the home directories and
+//! `/tmp`: what root reads on the command line, it may not.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    policy::{Policy, RegionSource},
+    region::files::Walk,
+};
+
+/// Directories that the unit hides (`ProtectHome`, `PrivateTmp`).
+const HIDDEN: [&str; 5] = ["/home", "/root", "/run/user", "/tmp", "/var/tmp"];
+
+const READ: u32 = 0o4;
+const SEARCH: u32 = 0o1;
+
+/// Warnings of files that the service could not read: the policy file, by its permissions alone, since it may be a
+/// draft elsewhere, and the files that it names.
+pub(super) fn warnings(file: &Path, policy: &Policy) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let mut warn = |file: &Path, hidden: bool| {
+        let refused = refused(file).or_else(|| hidden.then(|| hidden_by_unit(file)).flatten());
+        if let Some(why) = refused {
+            let file = file.display();
+            warnings.push(format!("the service could not read {file}: {why}"));
+        }
+    };
+    // A pipe is read here.
+    if fs::metadata(file).is_ok_and(|metadata| metadata.is_file())
+        && let Ok(file) = std::path::absolute(file)
+    {
+        warn(&file, false);
+    }
+    let named: Vec<&PathBuf> = policy
+        .regions
+        .values()
+        .flat_map(|region| match &region.source {
+            RegionSource::File(file) => vec![file],
+            RegionSource::Dns(dns) => dns.ca_file.iter().chain(&dns.trust_anchor).collect(),
+            RegionSource::Url(url) => url.ca_file.iter().collect(),
+            RegionSource::Prefixes(_) => Vec::new(),
+        })
+        .collect();
+    for file in named {
+        warn(file, true);
+    }
+    warnings
+}
+
+/// Why root without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH may not read the file. `None` where it may, and where the
+/// file cannot be examined, which is another error.
+fn refused(file: &Path) -> Option<String> {
+    let mut walk = Walk::new(file);
+    while let Some(name) = walk.next_name() {
+        let directory = fs::metadata(&name.directory).ok()?;
+        if !may(&directory, SEARCH) {
+            let directory_name = name.directory.display();
+            return Some(format!(
+                "it may not search {directory_name} ({})",
+                described(&directory)
+            ));
+        }
+        walk.follow(&name).ok()?;
+    }
+    let metadata = fs::metadata(file).ok()?;
+    (!may(&metadata, READ)).then(|| described(&metadata))
+}
+
+fn hidden_by_unit(file: &Path) -> Option<String> {
+    let file = fs::canonicalize(file).ok()?;
+    let hidden = HIDDEN.iter().find(|hidden| file.starts_with(hidden))?;
+    Some(format!("its unit hides {hidden}"))
+}
+
+/// Whether the mode lets user 0 of group 0 do this. Access control lists are not considered.
+fn may(metadata: &fs::Metadata, access: u32) -> bool {
+    let mode = metadata.permissions().mode();
+    let shift = match (metadata.uid(), metadata.gid()) {
+        (0, _) => 6,
+        (_, 0) => 3,
+        _ => 0,
+    };
+    mode >> shift & access == access
+}
+
+fn described(metadata: &fs::Metadata) -> String {
+    let mode = metadata.permissions().mode() & 0o7777;
+    let (user, group) = (metadata.uid(), metadata.gid());
+    format!("owner {user}, group {group}, mode {mode:04o}")
+}

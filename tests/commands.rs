@@ -1,0 +1,146 @@
+//! Commands where the agent is stopped, cannot see a file, or runs with less than root has.
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::{PermissionsExt as _, chown},
+    process::Stdio,
+    time::Instant,
+};
+
+use filter_tests::net::{Net, dedicated, policy};
+use nix::sys::signal::Signal;
+
+fn with(allowed: &[&str]) -> String {
+    policy("eth0", "auto", &[dedicated("orders", 5432, allowed, "")])
+}
+
+#[test]
+fn plan_reads_the_file_itself_even_a_pipe_or_a_long_one() {
+    let mut net = Net::new("plan-text");
+    net.write_policy(&with(&["203.0.113.10/32"]));
+    net.start();
+    // The agent's own standard input is empty. Longer than what HTTP servers take unless they are told to.
+    let mut text = with(&["203.0.113.10/32", "198.51.100.0/24"]);
+    text.push_str(&"# a long comment\n".repeat(200_000));
+    let plan = |text: &str| {
+        let mut command = net.agent_command(&["plan", "/dev/stdin"]);
+        let pipes = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = net.db.run(|| pipes.stderr(Stdio::piped()).spawn().unwrap());
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(text.as_bytes()).unwrap();
+        drop(input);
+        child.wait_with_output().unwrap()
+    };
+    let output = plan(&text);
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{error}");
+    assert_eq!(printed, "database orders\n  + 198.51.100.0/24\n");
+    let output = plan("interfaces: [eth0]\ndatabases: [{}]\n");
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        error.starts_with("filter-agent: /dev/stdin: line 2: "),
+        "{error}"
+    );
+    let missing = net.agent_error(&["plan", "missing.yaml"]);
+    assert!(
+        missing.starts_with("filter-agent: read missing.yaml: "),
+        "{missing}"
+    );
+    // Without a file it is the agent's own.
+    assert!(net.agent_text(&["plan"]).starts_with("no difference"));
+}
+
+#[test]
+fn no_command_hangs_when_the_agent_is_stopped() {
+    let mut net = Net::new("stopped");
+    net.write_policy(&with(&["203.0.113.10/32"]));
+    net.start();
+    net.signal(Signal::SIGSTOP);
+    let policy_path = net.policy_path();
+    let policy_path = policy_path.to_str().unwrap();
+    let socket = net.socket();
+    for arguments in [
+        &["status"][..],
+        &["reload", "--timeout", "1s"],
+        &["refresh", "--timeout", "1s"],
+        &["plan", policy_path, "--timeout", "1s"],
+    ] {
+        let begun = Instant::now();
+        let error = net.agent_error(arguments);
+        println!("{arguments:?} after {:?}", begun.elapsed());
+        let limit = if arguments == ["status"] { "10s" } else { "1s" };
+        let expected = format!("no answer on {} within {limit}", socket.display());
+        assert!(error.contains(&expected), "{arguments:?}: {error}");
+        assert!(error.contains("systemctl status filter-agent"), "{error}");
+    }
+    // The pins need no agent.
+    let enforced = net.agent_text(&["status", "--enforced"]);
+    assert_eq!(enforced, "enforced on eth0, without an agent\n");
+    net.signal(Signal::SIGCONT);
+    net.agent_text(&["status"]);
+    let usage = net.agent(&["reload", "--timeout", "soon"]);
+    assert_eq!(usage.status.code(), Some(2));
+}
+
+#[test]
+fn check_says_which_files_the_service_could_not_read() {
+    let net = Net::new("unreadable");
+    let file = net.dir().join("office.txt");
+    let closed = net.dir().join("closed");
+    let inside = closed.join("ca.pem");
+    fs::write(&file, "192.0.2.0/24\n").unwrap();
+    fs::create_dir(&closed).unwrap();
+    fs::write(&inside, "").unwrap();
+    net.write_policy(&format!(
+        "interfaces: [eth0]
+regions:
+  office: {{file: {}}}
+  list: {{url: 'https://lists.test/', ca_file: {}}}
+databases:
+  - {{name: orders, port: 5432, model: dedicated, force_tls: false, rules: [{{region: office}}]}}
+",
+        file.display(),
+        inside.display()
+    ));
+    let mode = |path: &std::path::Path, owner: u32, mode: u32| {
+        chown(path, Some(owner), Some(owner)).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let warnings = || {
+        let checked = net.agent(&["check", net.policy_path().to_str().unwrap(), "--json"]);
+        assert_eq!(checked.status.code(), Some(0));
+        let checked: serde_json::Value = serde_json::from_slice(&checked.stdout).unwrap();
+        let warnings = checked["warnings"].as_array().unwrap().clone();
+        let text = warnings
+            .iter()
+            .map(|warning| warning.as_str().unwrap().to_owned());
+        text.filter(|warning| warning.contains("the service could not read"))
+            .collect::<Vec<_>>()
+    };
+    mode(&file, 1234, 0o600);
+    mode(&closed, 1234, 0o700);
+    mode(&net.policy_path(), 1234, 0o640);
+    let of = |path: &std::path::Path| format!("the service could not read {}: ", path.display());
+    let expected = [
+        format!(
+            "{}owner 1234, group 1234, mode 0640",
+            of(&net.policy_path())
+        ),
+        format!(
+            "{}it may not search {} (owner 1234, group 1234, mode 0700)",
+            of(&inside),
+            closed.display()
+        ),
+        format!("{}owner 1234, group 1234, mode 0600", of(&file)),
+    ];
+    assert_eq!(warnings(), expected);
+    // Readable to others, to root's group, or root's own.
+    mode(&file, 1234, 0o604);
+    mode(&closed, 0, 0o700);
+    mode(&net.policy_path(), 0, 0o600);
+    let hidden = [&inside, &file].map(|path| format!("{}its unit hides /tmp", of(path)));
+    assert_eq!(warnings(), hidden);
+}
