@@ -45,6 +45,16 @@ pub enum Record {
     Regions,
 }
 
+impl Record {
+    fn path(&self, directory: &Path) -> PathBuf {
+        match self {
+            Self::Confirmed => confirmed_path(directory),
+            Self::Region(name) => region_path(directory, name),
+            Self::Regions => directory.join("regions"),
+        }
+    }
+}
+
 /// What to write of a record.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Write {
@@ -152,7 +162,9 @@ impl Store {
                 let mut locked = locked.lock().unwrap_or_else(PoisonError::into_inner);
                 let result = match &*locked {
                     Some(_) => Ok(()),
-                    None => lock(&directory).map(|lock| *locked = Some(lock)),
+                    None => lock(&directory)
+                        .map(|lock| *locked = Some(lock))
+                        .with_context(|| format!("write {}", record.path(&directory).display())),
                 };
                 drop(locked);
                 let result = result.and_then(|()| write(&directory, &next));
