@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::PathBuf,
     process::Command,
     thread,
@@ -270,6 +270,24 @@ fn detach_that_meets_something_foreign_changes_nothing() {
         net.watch(&[]);
         assert_eq!(net.connect(DENIED4.into(), DB), Accepted);
     }
+}
+
+/// Fault A10: what is not permitted to be seen was taken for absent.
+#[test]
+fn detach_without_permission_says_so_and_changes_nothing() {
+    let mut net = start("unprivileged");
+    let _listener = net.listen(PORT);
+    net.kill();
+    let mut command = net.agent_command(&["detach", "--yes"]);
+    command.uid(65534).gid(65534);
+    let output = net.db.output(&mut command);
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        !output.status.success() && output.stdout.is_empty(),
+        "{line}"
+    );
+    assert!(line.contains("Permission denied"), "{line}");
+    assert_open_to(&net, &ALLOWED);
 }
 
 #[test]

@@ -34,7 +34,10 @@ use crate::{
 /// Connections at a time. More wait: descriptors for the checks must be left.
 const MAX_CONNECTIONS: usize = 32;
 
-/// Time allowed to a client to send its request's head, its body, and to read the answer.
+/// Time allowed to a client to send its request's head. While it does not, it keeps others waiting.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Time allowed to a client to send a body, and to read the answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pause after an error of `accept`, such as no descriptor left.
@@ -137,7 +140,7 @@ async fn serve(stream: UnixStream, router: Router) {
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(CLIENT_TIMEOUT)
+        .header_read_timeout(HEAD_TIMEOUT)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
