@@ -1,5 +1,5 @@
-//! The agent's state, and what becomes of it when something happens: events in, effects out. It does no I/O and
-//! reads no clock; one change is under way at a time, and what would change something meanwhile waits.
+//! The agent's state machine: events in, effects out. It does no I/O and reads no clock. One change is under way at
+//! a time; events that would start another one wait until it is done.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -64,7 +64,7 @@ enum Cause {
     },
 }
 
-/// What a start found and enforced.
+/// The result of a start.
 #[derive(Debug)]
 pub struct Started {
     pub path: PathBuf,
@@ -110,7 +110,7 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// The agent after a start, and what is to be done first.
+    /// Makes the agent after a start. Returns its first effects, too.
     pub fn start(started: Started, now: Now) -> (Self, Vec<Effect>) {
         let Started {
             path,
@@ -166,7 +166,7 @@ impl Agent {
         (agent, effects)
     }
 
-    /// Takes an event. Returns what is to be done for it.
+    /// Handles an event. Returns the effects to carry out.
     pub fn handle(&mut self, event: Event, now: Now) -> Vec<Effect> {
         self.now = now;
         self.take(event);
@@ -266,7 +266,7 @@ impl Agent {
         self.decide(number);
     }
 
-    /// Makes a change of a proposal, or a plan, once all that was asked about its regions is there.
+    /// Turns a proposal into a change or a plan, once the results of all its look-ups are there.
     fn decide(&mut self, number: u64) {
         if self.look_ups.is_waiting(number) {
             return;
@@ -572,7 +572,7 @@ impl Agent {
         self.tick();
     }
 
-    /// Logs what a look-up came to, keeps it, and tells who waits for it.
+    /// Logs the result of a look-up, saves the set, and replies to requests that wait for it.
     fn region_done(&mut self, name: &str, before: Option<&State>, change: Change, waiters: &[u64]) {
         if let Some(state) = self.regions.get(name) {
             let entry = describe_result(name, before, state, self.now);
@@ -605,7 +605,7 @@ impl Agent {
 
     // Time.
 
-    /// What time alone brings: look-ups that are due, prefixes and rules that end, replies that waited enough.
+    /// Starts look-ups that are due, takes out prefixes and rules that ended, and sends replies that waited enough.
     fn tick(&mut self) {
         let now = self.now.steady;
         for late in self

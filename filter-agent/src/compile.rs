@@ -8,7 +8,7 @@ use jiff::Timestamp;
 
 use crate::policy::{Database, Model, Policy, Rule, Source, Tls};
 
-/// What each region allows, by name; one that is missing allows nobody.
+/// Prefixes that each region allows, by its name. A region that is missing allows nobody.
 pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
 
 /// Everything to enforce, by database name.
@@ -20,7 +20,7 @@ pub struct Compiled {
     pub warnings: Vec<String>,
 }
 
-/// What one database needs in the kernel.
+/// One database, as the maps need it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entries {
     pub protocol: Protocol,
@@ -29,14 +29,14 @@ pub struct Entries {
     pub addresses: Vec<IpAddr>,
     pub monitor: bool,
     pub tls: Option<Tls>,
-    /// What allows, in the order that decides whose prefix it is when two hold the same one.
+    /// Keys of the rules. Where two give the same prefix, it counts for the earlier one.
     pub rules: Vec<RuleKey>,
     /// Allowed prefixes, sorted, no two alike, with the place of their rule in `rules`.
     pub v4: Vec<(Ipv4Net, u16)>,
     pub v6: Vec<(Ipv6Net, u16)>,
 }
 
-/// What a rule is known by in the kernel: the same over reloads as long as its source is.
+/// Identifies a rule of a database in the kernel. It stays the same over reloads as long as the rule's source does.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleKey {
     Rule(Source),
@@ -89,7 +89,7 @@ impl Entries {
     }
 }
 
-/// What `policy` allows at the instant `now`.
+/// Compiles a policy as it is at the instant `now`.
 pub fn compile(policy: &Policy, regions: &Regions, now: Timestamp) -> Compiled {
     let mut compiled = Compiled::default();
     for database in &policy.databases {

@@ -43,7 +43,7 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after an error of `accept`, such as no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What the routes need.
+/// Shared by all routes.
 #[derive(Clone)]
 struct Shared {
     events: UnboundedSender<Event>,

@@ -51,10 +51,10 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time allowed for the policy file to be read.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Attaches, fills, and stays until it is told to stop; the filter stays longer.
+/// Runs the agent until a signal or a detach ends it. The filter stays in force after a signal.
 ///
 /// # Errors
-/// What kept the policy from being enforced, or the agent from going on. The filter stays as it is.
+/// The policy cannot be enforced, or the agent cannot go on. The filter stays as it is.
 pub async fn run(options: Options) -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
@@ -102,7 +102,7 @@ pub async fn run(options: Options) -> Result<()> {
             _ = hangup.recv() => Event::Hangup,
             Some(event) = happened.recv() => event,
             Some(()) = links.next() => {
-                // One look at the interfaces answers all that was announced by now.
+                // One check covers everything announced so far.
                 while let Some(Some(())) = links.next().now_or_never() {}
                 thorough = true;
                 Event::Tick
@@ -139,7 +139,7 @@ pub async fn run(options: Options) -> Result<()> {
     if !performer.store.finish(SHUTDOWN_TIMEOUT) {
         Entry::warning("not everything is written to disk, which takes too long").log();
     }
-    // A socket that somebody else removed is no reason to fail, nor one that is another agent's by now one to remove.
+    // The socket may be gone, or be another agent's by now: neither is a reason to fail or to remove it.
     let is_ours = identity(&options.socket).is_some_and(|socket| Some(socket) == own_socket);
     if is_ours && let Err(error) = fs::remove_file(&options.socket) {
         Entry::warning(format!("remove {}: {error}", options.socket.display())).log();
@@ -284,7 +284,7 @@ async fn listen(socket: &Path) -> Result<UnixListener> {
         let made = builder.recursive(true).mode(0o750).create(directory);
         made.with_context(|| format!("create {}", directory.display()))?;
     }
-    // Left by an agent that was killed. Anything else is somebody's.
+    // An agent that was killed leaves its socket. Any other kind of file is not ours.
     match fs::symlink_metadata(socket) {
         Ok(metadata) => {
             ensure!(

@@ -1,5 +1,5 @@
 //! The thread that owns the filter. It alone writes to the kernel, one job after another, so that the main loop
-//! never waits for it; between jobs it looks after what is attached.
+//! never waits for the kernel. Between jobs it checks and repairs what is attached.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -52,7 +52,7 @@ pub struct Enforcer {
     covered: BTreeSet<u32>,
     /// Why listed interfaces are not filtered, by index: each is logged once.
     unfiltered: BTreeMap<u32, String>,
-    /// What keeps the checks from looking or repairing; logged once.
+    /// Errors of the checks and repairs; each is logged once.
     complaints: BTreeSet<String>,
     repairs: u64,
     drops: Drops,
@@ -60,7 +60,7 @@ pub struct Enforcer {
     is_detached: bool,
 }
 
-/// What came of a look at what is attached.
+/// The result of a check.
 #[derive(Debug)]
 pub struct Checked {
     pub remembered: Remembered,
@@ -71,7 +71,7 @@ pub struct Checked {
     pub summary: Option<String>,
 }
 
-/// What the kernel does now, read back.
+/// The kernel's present state, read back.
 #[derive(Debug)]
 pub struct Observed {
     pub in_force: InForce,
@@ -194,7 +194,7 @@ impl Enforcer {
         )
     }
 
-    /// What a change would do; nothing is changed.
+    /// Prepares a change without making it, and reports what it would do.
     ///
     /// # Errors
     /// As `commit`, as far as it can be known before.
@@ -215,7 +215,7 @@ impl Enforcer {
     /// Makes the kernel enforce `desired`, and compares what it does with that.
     ///
     /// # Errors
-    /// What was refused.
+    /// The change was refused.
     pub fn commit(
         &mut self,
         desired: Desired,
@@ -265,7 +265,7 @@ impl Enforcer {
         }
     }
 
-    /// What is enforced, in one line, and what is wrong where nothing is.
+    /// Describes in one line what is enforced. Returns an error text as well where no interface is filtered.
     fn summary(&mut self, enforced: &report::Enforced) -> Result<(String, Option<String>)> {
         let host = self.netlink.interfaces()?;
         let InForce {
@@ -296,8 +296,8 @@ impl Enforcer {
         Ok((summary, coverage.inert(&pinned, ours)))
     }
 
-    /// Looks after the filter, which anybody with the right to can take off an interface without a word from the
-    /// kernel. `thorough`: also runs the probes, and looks at everything even if nothing seems lost.
+    /// Checks that the program is still attached, and repairs. Any process with the right to can detach it, and the
+    /// kernel does not announce that. `thorough`: runs the probes, too, and looks at every interface.
     pub fn check(&mut self, thorough: bool, enforced: &report::Enforced) -> Checked {
         let mut entries = Vec::new();
         let mut summary = None;
@@ -433,7 +433,7 @@ impl Enforcer {
     /// Reads back what the kernel does. `verify`: runs the probes first.
     ///
     /// # Errors
-    /// What cannot be read.
+    /// Netlink, a pin or a map cannot be read.
     pub fn observe(&mut self, verify: bool) -> Result<(Observed, Vec<Entry>)> {
         let mut entries = Vec::new();
         if verify {
@@ -464,7 +464,7 @@ impl Enforcer {
         verify::explain(&mut self.filter, &self.in_force, source, database)
     }
 
-    /// Who was turned away, up to now.
+    /// Reports the sources of dropped packets.
     ///
     /// # Errors
     /// A database that the policy does not have.
@@ -477,7 +477,7 @@ impl Enforcer {
     /// Judges the connections that were under way before TLS was forced by what they send next.
     ///
     /// # Errors
-    /// What the kernel refuses.
+    /// The kernel refuses a write.
     pub fn judge_existing(&mut self) -> Result<()> {
         self.filter.judge_existing()
     }
@@ -485,7 +485,7 @@ impl Enforcer {
     /// Stops filtering. Returns the names of the interfaces that are no longer filtered.
     ///
     /// # Errors
-    /// What keeps it from being done.
+    /// A pin that is not ours or cannot be removed. The filter stays, at least in part: the checks repair it.
     pub fn detach(&mut self) -> Result<Vec<String>> {
         let host = self.netlink.interfaces()?;
         let indexes = self.filter.remove()?;
@@ -505,7 +505,7 @@ pub struct Handle {
     work: Arc<Work>,
 }
 
-/// What the thread does, for those that do not wait for it.
+/// The thread's state, for callers that do not wait for it.
 #[derive(Default)]
 struct Work {
     /// When the job under way began.

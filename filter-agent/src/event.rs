@@ -1,4 +1,4 @@
-//! What happens to the agent, and what is to be done for it.
+//! Events that the agent handles, and effects that it asks for.
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
@@ -88,7 +88,7 @@ pub struct ReloadOptions {
     pub allow_unprotect: bool,
 }
 
-/// What is to be done for the agent.
+/// An effect to carry out for the agent.
 #[derive(Debug)]
 pub enum Effect {
     /// Read and check a policy; `text`: it is here already. Answered by `PolicyRead`.
@@ -118,13 +118,13 @@ pub enum Effect {
     Log(Entry),
     /// One line for the service manager.
     Status(String),
-    /// What is listed and exists is enforced, for the first time.
+    /// The policy is enforced on every listed interface that exists, for the first time: report READY.
     Ready,
     /// The filter was detached: the agent ends.
     Stop,
 }
 
-/// What is to be enforced.
+/// A policy and prefixes to enforce.
 #[derive(Clone, Debug)]
 pub struct Order {
     pub file: Arc<PolicyFile>,

@@ -14,7 +14,7 @@ pub struct LookUp {
     pub version: Option<Version>,
 }
 
-/// What a look-up is made for.
+/// The purpose of a look-up.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Purpose {
     /// A region in force.
@@ -78,7 +78,7 @@ impl LookUps {
         number
     }
 
-    /// What a result is for; `None`: it is overtaken.
+    /// Ends a look-up. Returns its purpose; `None`: a later look-up has taken its place.
     pub fn finish(&mut self, number: u64) -> Option<Purpose> {
         self.under_way.remove(&number)
     }

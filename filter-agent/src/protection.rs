@@ -1,4 +1,4 @@
-//! What a policy stops guarding that another one guards. Pure.
+//! Compares what two policies guard. Pure.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -11,7 +11,7 @@ use crate::{
 /// Ports that one message names; the rest are only counted.
 const MAX_NAMED_PORTS: usize = 5;
 
-/// What would no longer be guarded if `new` took the place of `old`, a line each, without what `new` itself
+/// Lists what would no longer be guarded if `new` took the place of `old`, a line each, without what `new` itself
 /// says may end (`unprotected`). Rules do not count: whom a guarded database admits is what a reload is for.
 pub fn ended(
     old: &Policy,

@@ -33,12 +33,12 @@ pub struct Desired {
     pub compiled_ms: f64,
 }
 
-/// What the kernel enforces.
+/// The policy that the kernel enforces.
 #[derive(Clone, Debug)]
 pub struct InForce {
     pub file: Arc<PolicyFile>,
     pub compiled: Arc<Compiled>,
-    /// What the entries of `interfaces` stand for.
+    /// Interfaces that the entries of `interfaces` stand for.
     pub remembered: Remembered,
 }
 
@@ -55,7 +55,7 @@ pub enum Occasion {
     Change,
 }
 
-/// What is known of the host and the kernel before a change.
+/// The state of the host and the kernel before a change.
 pub struct Facts<'a> {
     /// The policy that the new one replaces.
     pub before: Option<&'a Policy>,
@@ -69,7 +69,7 @@ pub struct Facts<'a> {
 #[derive(Debug)]
 pub struct Plan {
     pub report: report::Plan,
-    /// What the change would leave unguarded.
+    /// Databases, ports and interfaces that the change would leave unguarded.
     pub unguarded: Vec<String>,
     desired: Desired,
     is_start: bool,
@@ -88,9 +88,9 @@ pub struct Committed {
     pub report: report::Plan,
     pub compiled: Arc<Compiled>,
     pub enforced: report::Enforced,
-    /// What the log says of it.
+    /// Lines for the log.
     pub entries: Vec<Entry>,
-    /// What went wrong after it was made, which refuses nothing.
+    /// Errors after the change was made. They refuse nothing.
     pub errors: Vec<String>,
     /// The links of an older agent that could not be switched: each interface is filtered by the program and
     /// maps that it has.
@@ -137,8 +137,8 @@ impl Refused {
     }
 }
 
-/// What a change would do. `check` returns why an interface cannot be filtered, `difference` what the maps would
-/// change: both look at the kernel, and neither changes anything.
+/// Prepares a change. `check` returns why an interface cannot be filtered, `difference` how the maps would change:
+/// both look at the kernel, and neither changes anything.
 ///
 /// # Errors
 /// Everything for which the change is refused, as far as it can be known before it is made.
@@ -245,7 +245,7 @@ pub fn prepare(
 /// Makes the kernel enforce what was prepared.
 ///
 /// # Errors
-/// What was refused. The kernel enforces what it did before, unless the error says otherwise.
+/// The change was refused. The kernel enforces what it did before, unless the error says otherwise.
 pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Committed, Refused> {
     let Plan {
         mut report,

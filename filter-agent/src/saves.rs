@@ -1,4 +1,4 @@
-//! What is on disk, and what is on its way there. Pure.
+//! Which records are on disk, on their way there, or could not be written. Pure.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -83,7 +83,7 @@ impl Saves {
         Write::Regions(names)
     }
 
-    /// Notes what came of a write. Returns what the log says of it.
+    /// Notes the result of a write. Returns a line for the log.
     pub fn written(&mut self, record: &Record, result: Result<()>) -> Option<Entry> {
         let entry = |entry: Entry| match record {
             Record::Region(name) => entry.with("REGION", name),

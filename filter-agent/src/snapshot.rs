@@ -22,7 +22,7 @@ use crate::{
 /// Prefixes that one line of the log lists; the rest are only counted.
 const MAX_LOGGED_PREFIXES: usize = 5;
 
-/// What the agent wants and knows, at one moment.
+/// The agent's state at one moment.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     pub now: Now,
@@ -30,9 +30,9 @@ pub struct Snapshot {
     pub file: Arc<PolicyFile>,
     pub enforced: report::Enforced,
     pub regions: Regions,
-    /// What is wrong although it was enforced as far as it could be.
+    /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,
-    /// What a restart would not find on disk, and why.
+    /// Why records are not on disk, where a restart would look for them.
     pub unsaved: Vec<String>,
 }
 
@@ -160,7 +160,7 @@ impl Snapshot {
     }
 }
 
-/// What a region that fails means for the sources that it allows.
+/// The consequence of a region's failure for the sources that it allows.
 fn consequence(state: &State, now: Now) -> String {
     match &state.set {
         Some(set) => {
@@ -175,7 +175,7 @@ fn consequence(state: &State, now: Now) -> String {
     }
 }
 
-/// What changed of a region, in one line.
+/// Describes a region's change in one line.
 pub fn describe(name: &str, change: &Change) -> Entry {
     let part = |what: &str, prefixes: &[IpNet]| {
         let named = list(prefixes.iter().take(MAX_LOGGED_PREFIXES));

@@ -34,13 +34,13 @@ use crate::{
 /// Time allowed for a file to be read at a start.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Where the daemon finds and keeps things.
+/// Paths and sizes that the daemon is started with.
 #[derive(Clone, Debug)]
 pub struct Options {
     pub policy: PathBuf,
     pub socket: PathBuf,
     pub bpffs: PathBuf,
-    /// Where what outlasts a restart of the host is kept.
+    /// Keeps what outlasts a restart of the host.
     pub state_dir: PathBuf,
     /// Prefixes of one address family that a policy may have; `None`: the default.
     pub max_prefixes: Option<u32>,
@@ -204,7 +204,7 @@ pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<
 /// Enforces the best policy that this host takes.
 ///
 /// # Errors
-/// What keeps every candidate from being enforced. What is pinned stays as it is.
+/// No candidate can be enforced. What is pinned stays as it is.
 pub async fn enforce(
     opened: Opened,
     options: &Options,

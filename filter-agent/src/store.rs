@@ -1,5 +1,5 @@
-//! The state directory: what outlasts a restart of the host. One agent has it at a time; each file is whole or
-//! unchanged, and believed only if it is this agent's own. One thread writes; of several versions of a record
+//! The state directory, for what outlasts a restart of the host. One agent uses it at a time. Each file is whole or
+//! unchanged, and read only if no other user could have written it. One thread writes; of several versions of a record
 //! that wait for a slow disk only the latest is written.
 
 use std::{
@@ -35,7 +35,7 @@ pub struct Confirmed {
     pub interfaces: Remembered,
 }
 
-/// What is kept under a name of its own.
+/// Names a record of the state directory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Record {
     Confirmed,
@@ -55,7 +55,7 @@ impl Record {
     }
 }
 
-/// What to write of a record.
+/// A new version of a record.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Write {
     /// `None`: no policy is kept any more.
@@ -248,7 +248,7 @@ pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
 /// The set that was kept of a region; `None`: none was.
 ///
 /// # Errors
-/// What is wrong with it, with its path.
+/// The file is damaged, or another user could have written it.
 pub fn read_region(directory: &Path, name: &str, source: &RegionSource) -> Result<Option<Set>> {
     read(&region_path(directory, name), |text| {
         decode(text, name, source)
@@ -340,7 +340,7 @@ fn unseal<T: DeserializeOwned>(text: &[u8]) -> Result<T> {
 /// The text of the file that keeps a region's set.
 ///
 /// # Errors
-/// What serde_json refuses; there is nothing in a set that it would.
+/// serde_json refuses the set, which holds nothing that it would.
 pub fn encode(name: &str, source: &RegionSource, set: &Set) -> Result<Vec<u8>> {
     let source = serde_json::to_string(source).context("write the source as JSON")?;
     seal(&Kept {
@@ -390,7 +390,7 @@ fn read<T>(path: &Path, decode: impl FnOnce(&[u8]) -> Result<T>) -> Result<Optio
 /// Writes a file, mode 0600.
 ///
 /// # Errors
-/// What kept the text from reaching the disk; the file is then what it was.
+/// The text did not reach the disk. The file is then unchanged.
 fn write_file(directory: &Path, path: &Path, text: &[u8]) -> Result<()> {
     let written = || -> Result<()> {
         let mut builder = fs::DirBuilder::new();

@@ -1,5 +1,4 @@
-//! Whether the kernel does what the policy says: probe packets through the attached program, the kernel's maps,
-//! and what is attached.
+//! Compares what the kernel does with the policy: the attached programs, probe packets, and the maps.
 
 use std::net::IpAddr;
 
@@ -19,7 +18,7 @@ use crate::{
 /// Runs the attached program on probe packets, and compares what is attached with what should be.
 ///
 /// # Errors
-/// What kept it from being compared.
+/// Netlink, a pin or a map cannot be read, or the program cannot be run.
 pub fn verify(
     filter: &mut Filter,
     coverage: &Coverage,

@@ -128,7 +128,7 @@ pub struct Coverage {
 
 impl Coverage {
     pub fn of(policy: &Policy, remembered: &Remembered, host: &[Interface]) -> Self {
-        // Nothing to protect is no reason to touch an interface.
+        // A policy without databases attaches to no interface.
         let entries = if policy.databases.is_empty() {
             &[][..]
         } else {

@@ -59,7 +59,7 @@ pub struct Interface {
     pub rx_queues: u32,
 }
 
-/// The XDP program that runs on an interface, whoever attached it.
+/// The XDP program that runs on an interface. Any process may have attached it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttachedXdp {
     pub native: bool,
