@@ -835,7 +835,11 @@ impl Agent {
     pub fn question(&mut self, name: &str) -> Result<Question> {
         let Some(state) = self.regions.get_mut(name) else {
             let known = list(self.regions.keys());
-            bail!("no rule names region {name}; there are rules with {known}");
+            ensure!(
+                !known.is_empty(),
+                "no rule names region {name}, nor any other"
+            );
+            bail!("no rule names region {name}; the rules name {known}");
         };
         ensure!(
             !state.region.is_constant(),
