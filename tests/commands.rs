@@ -4,11 +4,11 @@ use std::{
     fs,
     io::Write as _,
     os::unix::fs::{PermissionsExt as _, chown},
-    process::Stdio,
+    process::{Command, Stdio},
     time::Instant,
 };
 
-use filter_tests::net::{Net, dedicated, policy};
+use filter_tests::net::{Net, agent_binary, dedicated, policy};
 use nix::sys::signal::Signal;
 
 fn with(allowed: &[&str]) -> String {
@@ -51,6 +51,39 @@ fn plan_reads_the_file_itself_even_a_pipe_or_a_long_one() {
     );
     // Without a file it is the agent's own.
     assert!(net.agent_text(&["plan"]).starts_with("no difference"));
+}
+
+#[test]
+fn row_of_a_table_is_a_line_where_stdout_is_no_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("policy.yaml");
+    let ports: Vec<String> = (1..=65535).map(|port| port.to_string()).collect();
+    let rules: Vec<String> = (1..=30)
+        .map(|i| format!("{{cidr: 198.51.100.{i}/32}}"))
+        .collect();
+    let text = format!(
+        "interfaces: [eth0]
+databases:
+  - {{name: all, ports: [{}], protocol: udp, model: dedicated, rules: [{}]}}
+",
+        ports.join(", "),
+        rules.join(", ")
+    );
+    fs::write(&path, text).unwrap();
+    let output = Command::new(agent_binary())
+        .arg("check")
+        .arg(&path)
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let rows: Vec<&str> = printed
+        .lines()
+        .filter(|line| line.contains("udp/"))
+        .collect();
+    assert_eq!(rows.len(), 1, "{printed}");
+    assert!(rows[0].starts_with("all"), "{printed}");
+    assert!(rows[0].contains(" udp/1-65535 "), "{printed}");
+    assert!(rows[0].ends_with("198.51.100.30/32"), "{printed}");
 }
 
 #[test]

@@ -153,7 +153,7 @@ fn foreign_records_are_ignored(name: &str, signed: bool) {
         for chosen in 0..=5 {
             way.store(chosen, Ordering::Relaxed);
             let text = fixture.net.agent_text(&["refresh", "x"]);
-            assert_eq!(text, "x: no change, 1 prefixes\n", "{asked}, {chosen}");
+            assert_eq!(text, "x: no change, 1 prefix\n", "{asked}, {chosen}");
             fixture.only_the_right_address_gets_in(&format!("{asked}, {chosen}"));
         }
     }

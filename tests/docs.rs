@@ -1,21 +1,31 @@
-//! What the documents show is what happens: policies are valid, commands exist, and the tour of the
-//! README runs as it is printed.
+//! The documents against the binary: policies are valid, commands, options, fields, defaults and exit statuses are
+//! those of the code, none is left out, and the tour of the README runs as it is printed.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
 
-use filter_agent::policy;
+use filter_agent::{cli, policy};
 use filter_tests::{
     net::{CLIENT4, Net, Protected, agent_binary},
     servers::{Dns, Resolv},
 };
 
-const DOCUMENTS: [&str; 5] = [
-    "README.md",
-    "docs/policy.md",
-    "docs/operations.md",
-    "docs/ARCHITECTURE.md",
-    "docs/performance.md",
-];
+/// README.md and every page of docs/, by path.
+fn documents() -> Vec<String> {
+    let pages = fs::read_dir(root().join("docs")).unwrap();
+    let names = pages.map(|page| page.unwrap().file_name().into_string().unwrap());
+    let pages = names.filter(|name| name.ends_with(".md"));
+    let pages = pages.map(|name| format!("docs/{name}"));
+    ["README.md".into()].into_iter().chain(pages).collect()
+}
+
+fn text(document: &str) -> String {
+    fs::read_to_string(root().join(document)).unwrap()
+}
 
 const POLICY: &str = "/etc/filter-agent/policy.yaml";
 
@@ -25,7 +35,7 @@ fn root() -> PathBuf {
 
 /// The fenced blocks of a language, in order.
 fn blocks(document: &str, language: &str) -> Vec<String> {
-    let text = fs::read_to_string(root().join(document)).unwrap();
+    let text = text(document);
     let mut blocks = Vec::new();
     let mut parts = text.split("\n```");
     parts.next();
@@ -42,8 +52,8 @@ fn blocks(document: &str, language: &str) -> Vec<String> {
 #[test]
 fn every_policy_shown_is_valid() {
     let mut shown = 0;
-    for document in DOCUMENTS {
-        for block in blocks(document, "yaml") {
+    for document in documents() {
+        for block in blocks(&document, "yaml") {
             shown += 1;
             if let Err(problems) = policy::parse(&block) {
                 panic!("{document}: {problems:?}\n{block}");
@@ -53,37 +63,341 @@ fn every_policy_shown_is_valid() {
     assert!(shown >= 2);
 }
 
+/// Lines of code and code in lines, of a whole page.
+fn code(document: &str) -> Vec<String> {
+    let mut code = Vec::new();
+    let text = text(document);
+    let mut is_block = false;
+    for line in text.lines() {
+        if line.starts_with("```") {
+            is_block = !is_block;
+        } else if is_block {
+            code.push(line.trim_start_matches("$ ").to_owned());
+        }
+    }
+    // A span may go over the end of a line.
+    let outside: Vec<&str> = text.split("\n```").step_by(2).collect();
+    let outside = outside.join("\n").replace("``", "`");
+    for paragraph in outside.split("\n\n") {
+        let spans = paragraph.split('`').skip(1).step_by(2);
+        code.extend(spans.map(|span| span.split_whitespace().collect::<Vec<_>>().join(" ")));
+    }
+    code
+}
+
+/// Options of each command, `--long` each.
+fn commands() -> BTreeMap<String, BTreeSet<String>> {
+    let mut command = cli::command();
+    command.build();
+    command
+        .get_subcommands()
+        .filter(|sub| sub.get_name() != "help")
+        .map(|sub| {
+            let options = sub.get_arguments().filter_map(|option| option.get_long());
+            let options = options.map(|long| format!("--{long}")).collect();
+            (sub.get_name().to_owned(), options)
+        })
+        .collect()
+}
+
 #[test]
-fn every_command_shown_has_the_options_it_is_shown_with() {
-    let help = |arguments: &[&str]| {
-        let output = Command::new(agent_binary())
-            .args(arguments)
-            .output()
-            .unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{arguments:?}: {stderr}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let mut shown = 0;
-    for document in DOCUMENTS {
-        for language in ["sh", "console"] {
-            for block in blocks(document, language) {
-                for line in block.lines() {
-                    let prompt = if language == "sh" { "" } else { "$ " };
-                    let command = line.strip_prefix(prompt);
-                    let command = command.and_then(|line| line.strip_prefix("filter-agent "));
-                    let Some(command) = command else { continue };
-                    let mut words = command.split_whitespace();
-                    let help = help(&[words.next().unwrap(), "--help"]);
-                    shown += 1;
-                    for option in words.filter(|word| word.starts_with("--")) {
-                        assert!(help.contains(option), "{document}: {line}");
-                    }
+fn every_command_and_option_in_a_page_exists() {
+    let commands = commands();
+    let mut found = 0;
+    for document in documents() {
+        for code in code(&document) {
+            // `sudo filter-agent`, `+/usr/sbin/filter-agent` and the like; other programs' lines are not looked at.
+            let Some((_, line)) = code.split_once("filter-agent ") else {
+                continue;
+            };
+            let mut words = line.split_whitespace();
+            let Some(command) = words.next() else {
+                continue;
+            };
+            if !code.starts_with("filter-agent ") && !commands.contains_key(command) {
+                continue;
+            }
+            if command.starts_with("--") || !command.starts_with(|c: char| c.is_ascii_lowercase()) {
+                continue;
+            }
+            let options = commands.get(command);
+            let options = options.unwrap_or_else(|| panic!("{document}: no command: {code}"));
+            found += 1;
+            for option in words.filter(|word| word.starts_with("--")) {
+                let option = option.trim_end_matches(['.', ',', ':', ';', ')']);
+                let option = option.split('=').next().unwrap();
+                assert!(
+                    options.contains(option),
+                    "{document}: no option {option}: {code}"
+                );
+            }
+        }
+        // `reload --existing`, without the program's name.
+        for code in code(&document) {
+            let mut words = code.split_whitespace();
+            if let Some(options) = words.next().and_then(|word| commands.get(word)) {
+                for option in words.filter(|word| word.starts_with("--")) {
+                    assert!(
+                        options.contains(option),
+                        "{document}: no option {option}: {code}"
+                    );
+                    found += 1;
                 }
             }
         }
     }
-    assert!(shown >= 15);
+    assert!(found >= 30, "{found}");
+}
+
+#[test]
+fn every_command_and_option_is_described() {
+    let mut command = cli::command();
+    command.build();
+    let operations = code("docs/operations.md");
+    for sub in command
+        .get_subcommands()
+        .filter(|sub| sub.get_name() != "help")
+    {
+        let name = sub.get_name();
+        let shown = format!("filter-agent {name}");
+        let is_shown = |code: &String| *code == shown || code.starts_with(&format!("{shown} "));
+        assert!(
+            operations.iter().any(is_shown),
+            "docs/operations.md lacks `{shown}`"
+        );
+        assert!(sub.get_about().is_some(), "{name} has no description");
+        // The manual page is made from these.
+        for argument in sub.get_arguments() {
+            let id = argument.get_id();
+            assert!(argument.get_help().is_some(), "{name}: {id} has no help");
+        }
+    }
+    let all: BTreeSet<String> = commands().into_values().flatten().collect();
+    let pages: String = documents().iter().map(|document| text(document)).collect();
+    for option in all {
+        assert!(pages.contains(&option), "no page names {option}");
+    }
+}
+
+/// The fields that the policy's reader takes at a place, as its error about another field lists them.
+fn fields(text: &str) -> BTreeSet<String> {
+    let problems = policy::parse(text).unwrap_err();
+    let message = problems
+        .iter()
+        .map(|problem| &problem.message)
+        .find(|message| message.contains("expected one of"))
+        .unwrap_or_else(|| panic!("{problems:?}"));
+    let (_, listed) = message.split_once("expected one of").unwrap();
+    listed
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The rows of a page's tables whose header begins with this cell, without their code marks.
+fn rows(document: &str, header: &str) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    let mut is_wanted = false;
+    for line in text(document).lines() {
+        let Some(line) = line.strip_prefix('|') else {
+            is_wanted = false;
+            continue;
+        };
+        let cells: Vec<String> = line
+            .split(" |")
+            .map(|cell| cell.trim().to_owned())
+            .collect();
+        if cells[0].trim_matches('`') == header {
+            is_wanted = true;
+        } else if is_wanted && !cells[0].starts_with("---") {
+            rows.push(cells);
+        }
+    }
+    rows
+}
+
+#[test]
+fn every_field_of_the_policy_is_described_and_no_other() {
+    let top = fields("interfaces: [eth0]\ndatabases: []\nother: 1\n");
+    let database =
+        fields("interfaces: [eth0]\ndatabases: [{name: a, model: shared, port: 1, other: 1}]\n");
+    let rule = fields(
+        "interfaces: [eth0]\ndatabases: [{name: a, model: dedicated, port: 1, force_tls: false, rules: [{other: 1}]}]\n",
+    );
+    let region = fields("interfaces: [eth0]\nregions: {x: {other: 1}}\ndatabases: []\n");
+    let formats = fields(
+        "interfaces: [eth0]\nregions: {x: {url: 'https://a.test/', select: {format: other}}}\ndatabases: []\n",
+    );
+    assert!(top.len() >= 7 && database.len() >= 13 && rule.len() >= 4 && region.len() >= 19);
+    let mut documented = BTreeSet::new();
+    for header in ["field", "source"] {
+        for row in rows("docs/policy.md", header) {
+            // `port`, `ports`; `dns: [names]`; `dnssec: require`.
+            for span in row[0].split('`').skip(1).step_by(2) {
+                documented.insert(span.split(':').next().unwrap().to_owned());
+            }
+        }
+    }
+    let page = text("docs/policy.md");
+    let (_, rules) = page.split_once("\nOf a rule: ").unwrap();
+    let (rules, _) = rules.split_once("\n\n").unwrap();
+    documented.extend(rules.split('`').skip(1).step_by(2).map(str::to_owned));
+    // Described in the text of their own sections.
+    for field in ["select", "insecure"] {
+        assert!(page.contains(&format!("`{field}")), "{field}");
+        documented.insert(field.into());
+    }
+    let accepted: BTreeSet<String> = [top, database, rule, region]
+        .into_iter()
+        .flatten()
+        .collect();
+    assert_eq!(documented, accepted);
+    let documented = rows("docs/policy.md", "format");
+    let documented: BTreeSet<String> = documented
+        .iter()
+        .flat_map(|row| row[0].split('`').skip(1).step_by(2).map(str::to_owned))
+        .collect();
+    // What serde does not list: another name of `digitalocean`.
+    let accepted = formats.into_iter().chain(["geofeed".into()]);
+    assert_eq!(documented, accepted.collect());
+}
+
+#[test]
+fn defaults_of_the_policy_are_those_of_the_code() {
+    let text = "interfaces: [eth0]
+regions:
+  dns: {dns: [a.test]}
+  url: {url: 'https://a.test/'}
+  file: {file: /a}
+databases:
+  - {name: dedicated, port: 1, model: dedicated, engine: postgresql}
+  - {name: shared, port: 2, model: shared}
+  - {name: udp, port: 3, model: dedicated, protocol: udp}
+";
+    let (policy, _) = policy::parse(text).unwrap();
+    // `1s; url 10s`: of names, then of the sources where it is another.
+    let by_source = |default: &dyn Fn(&policy::Guards) -> String| {
+        let of = |source: &str| default(&policy.regions[source].guards);
+        let mut text = of("dns");
+        for source in ["url", "file"] {
+            if of(source) != of("dns") {
+                text.push_str(&format!("; `{source}` {}", of(source)));
+            }
+        }
+        text
+    };
+    let spelled = |duration| policy::spelled(duration);
+    let [dedicated, shared, udp] = &policy.databases[..] else {
+        panic!("{:?}", policy.databases);
+    };
+    assert!(dedicated.tls.is_some() && shared.tls.is_none() && udp.tls.is_none());
+    let policy::Model::Shared { internet } = shared.model else {
+        panic!("{:?}", shared.model);
+    };
+    let cancel = dedicated.tls.unwrap().cancel_in_clear;
+    assert_eq!(policy.mode, policy::Mode::Auto);
+    assert!(policy.regional_network.is_empty() && policy.unprotected.is_empty());
+    assert!(dedicated.addresses.is_empty() && dedicated.cluster.is_empty());
+    let expected = [
+        ("mode", "`auto`".into()),
+        ("regional_network", "empty".into()),
+        ("unprotected", "empty".into()),
+        ("tls_connections", format!("`{}`", policy.tls_connections)),
+        ("protocol", format!("`{}`", dedicated.protocol.name())),
+        ("force_tls", "`true` if dedicated and TCP".into()),
+        ("addresses", "all".into()),
+        ("cluster", "empty".into()),
+        ("cancel_in_clear", format!("`{cancel}`")),
+        ("monitor", format!("`{}`", dedicated.monitor)),
+        ("internet", format!("`{internet}`")),
+        (
+            "private",
+            by_source(&|guards| format!("`{}`", guards.private)),
+        ),
+        (
+            "max_prefixes",
+            by_source(&|guards| guards.max_prefixes.to_string()),
+        ),
+        (
+            "max_shrink",
+            by_source(&|guards| format!("{}%", guards.max_shrink)),
+        ),
+        (
+            "shrink_after",
+            by_source(&|guards| spelled(guards.shrink_after)),
+        ),
+        (
+            "retire_after",
+            by_source(&|guards| spelled(guards.retire_after)),
+        ),
+        (
+            "min_refresh",
+            by_source(&|guards| spelled(guards.min_refresh)),
+        ),
+        (
+            "max_refresh",
+            by_source(&|guards| spelled(guards.max_refresh)),
+        ),
+        ("timeout", by_source(&|guards| spelled(guards.timeout))),
+        (
+            "max_age",
+            by_source(&|guards| guards.max_age.map_or("never".into(), spelled)),
+        ),
+    ];
+    let rows = rows("docs/policy.md", "field");
+    let of = |field: &str| {
+        let row = rows.iter().find(|row| row[0] == format!("`{field}`"));
+        row.unwrap_or_else(|| panic!("no row of {field}"))[1].clone()
+    };
+    for (field, default) in expected {
+        assert_eq!(of(field), default, "{field}");
+    }
+}
+
+#[test]
+fn exit_statuses_are_those_of_the_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::write(place("valid.yaml"), "interfaces: [lo0]\ndatabases: []\n").unwrap();
+    fs::write(place("invalid.yaml"), "interfaces: [lo0]\n").unwrap();
+    let (valid, invalid, none) = (
+        place("valid.yaml"),
+        place("invalid.yaml"),
+        place("none.sock"),
+    );
+    let status = |arguments: &[&str]| {
+        let mut command = Command::new(agent_binary());
+        command.args(arguments).stdin(Stdio::null());
+        command.output().unwrap().status.code().unwrap()
+    };
+    let tried: &[(&[&str], i32)] = &[
+        (&["check", &valid], 0),
+        (&["--help"], 0),
+        (&["check", &invalid], 1),
+        (&["rules", "--socket", &none], 1),
+        (&["status", "--socket", &none], 1),
+        (&["rules", "--socket"], 2),
+        (&["rules", "--other"], 2),
+        (&["reload", "--timeout", "2h"], 2),
+        (&["detach", "--socket", &none], 2),
+    ];
+    for (arguments, expected) in tried {
+        assert_eq!(status(arguments), *expected, "{arguments:?}");
+    }
+    // The reader of the output is gone before it comes.
+    let script = "mkfifo \"$1\"; : <\"$1\" & exec 3>\"$1\"; wait; \"$2\" check \"$3\" >&3; echo $?";
+    let mut command = Command::new("sh");
+    let agent = agent_binary().to_str().unwrap();
+    command.args(["-c", script, "sh", &place("pipe"), agent, &valid]);
+    assert_eq!(command.output().unwrap().stdout, b"141\n");
+    let documented = rows("docs/operations.md", "status");
+    let documented: Vec<&str> = documented
+        .iter()
+        .map(|row| row[0].trim_matches('`'))
+        .collect();
+    assert_eq!(documented, ["0", "1", "2", "141"]);
 }
 
 /// Without what differs from run to run: numbers that stand alone, and the width of columns.

@@ -55,7 +55,7 @@ fn sources_turned_away_are_told_with_database_and_reason() {
     net.write_policy(&orders());
     net.start();
     let nobody = net.agent_text(&["drops"]);
-    assert!(nobody.starts_with("nobody was turned away"), "{nobody}");
+    assert!(nobody.starts_with("no packet was dropped"), "{nobody}");
     let attempts = [
         (DENIED4.into(), at(DB4, PORT)),
         (DENIED6.into(), at(DB6, PORT)),

@@ -82,7 +82,7 @@ fn file_is_read_when_it_changes_however_it_does() {
     replace("192.0.2.3/32\n");
     wait_for_prefixes(&net, &["192.0.2.3/32"]);
     for (text, expected) in [
-        ("<html>\n", "line 1: \"<html>\" is no"),
+        ("<html>\n", "line 1: \"<html>\" is not a"),
         ("", "holds no prefix"),
         ("192.0.2.0\n", "write 192.0.2.0/32"),
         ("0.0.0.0/0\n", "broader than /8"),

@@ -161,7 +161,7 @@ fn dns_change_is_followed_and_an_address_that_leaves_retires() {
     );
     assert!(
         net.agent_text(&["regions"])
-            .contains("203.0.113.10/32 has left")
+            .contains("203.0.113.10/32 is retiring")
     );
     assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
     // What is kept over a restart retires as the policy of then says.
@@ -448,7 +448,7 @@ fn built_in_region_is_looked_up_where_the_host_looks_names_up() {
     assert_eq!(region(&net, "unused")["used"], false);
     let error = net.agent_error(&["refresh", "unused"]);
     assert!(
-        error.contains("no rule names region unused; rules name osc-fr1"),
+        error.contains("no rule names region unused; the rules name osc-fr1"),
         "{error}"
     );
     let error = net.agent_error(&["refresh", "osc-fr2"]);
@@ -732,7 +732,10 @@ fn every_https_fault_keeps_the_last_good_set() {
     web.fault(None);
     for (content, expected) in [
         ("", "no prefix that is selected"),
-        ("203.0.113.10/32\n<br>\n", "line 2: \"<br>\" is no prefix"),
+        (
+            "203.0.113.10/32\n<br>\n",
+            "line 2: \"<br>\" is not a prefix",
+        ),
         (
             "203.0.113.10/32\n203.0.113.200/32\n2001:db8::10/128\n0.0.0.0/0\n",
             "broader than /8",
@@ -847,7 +850,7 @@ fn every_format_is_fetched() {
     rules.push("{region: moved}, {region: plain}".into());
     net.write_policy(&policy_with_rules(&regions, &rules.join(", ")));
     let checked = net.agent_text(&["check", "--resolve", net.policy_path().to_str().unwrap()]);
-    assert!(!checked.contains("not looked up"), "{checked}");
+    assert!(!checked.contains("was not looked up"), "{checked}");
     net.start();
     let waited = wait_until(|| {
         let status = net.agent_json(&["status"]);

@@ -78,11 +78,11 @@ pub fn to_refresh(regions: &Regions, region: Option<String>) -> Result<Vec<Strin
     };
     match regions.get(&name) {
         None if regions.is_empty() => {
-            bail!("no rule names region {name}, nor any other region")
+            bail!("no rule names region {name}, nor any other")
         }
         None => {
             let known = list(regions.keys());
-            bail!("no rule names region {name}; rules name {known}")
+            bail!("no rule names region {name}; the rules name {known}")
         }
         Some(state) => ensure!(
             !state.region.is_constant(),

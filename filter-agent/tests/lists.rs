@@ -151,7 +151,7 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
         (
             html,
             "format: text",
-            "line 1: \"<!DOCTYPE html>\" is no prefix",
+            "line 1: \"<!DOCTYPE html>\" is not a prefix",
         ),
         (
             html,
@@ -161,7 +161,7 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
         (
             html,
             "format: geofeed, country: FR",
-            "line 1: \"<!DOCTYPE html>\" is no prefix",
+            "line 1: \"<!DOCTYPE html>\" is not a prefix",
         ),
         (b"", "format: text", "no prefix that is selected"),
         (b"", "format: cloudflare", "read JSON"),
@@ -173,7 +173,7 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
         (
             b"192.0.2.0/24\n\xff\xfe",
             "format: text",
-            "line 2: \"\\xff\\xfe\" is no text",
+            "line 2: \"\\xff\\xfe\" is not UTF-8 text",
         ),
         (&long, "format: text", "line 2: \"9999"),
         (b"{}", "format: gcp, scope: x", "no prefix that is selected"),

@@ -171,7 +171,7 @@ fn suggested_spelling_of_a_bare_address_is_itself_accepted() {
     let refused = |text| policy::parse_cidr(text).unwrap_err();
     assert!(refused("203.0.113.10").ends_with("write 203.0.113.10/32"));
     assert!(refused("::ffff:192.0.2.1").ends_with("write 192.0.2.1/32"));
-    assert!(refused("127.0.0.1").contains("is no source"));
+    assert!(refused("127.0.0.1").contains("is not a valid source"));
 }
 
 #[test]

@@ -485,7 +485,7 @@ fn refresh_of_a_region_that_no_rule_names_says_what_rules_name() {
     let error = error(&mut answer);
     assert_eq!(
         error,
-        "no rule names region cluod; rules name cloud, office"
+        "no rule names region cluod; the rules name cloud, office"
     );
 }
 

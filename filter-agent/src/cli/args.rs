@@ -15,28 +15,28 @@ pub(super) struct Cli {
 
 #[derive(Args)]
 pub(super) struct PolicyPath {
-    /// The policy file.
+    /// Policy file.
     #[arg(long, default_value = "/etc/filter-agent/policy.yaml")]
     pub(super) policy: PathBuf,
 }
 
 #[derive(Args)]
 pub(super) struct Socket {
-    /// The daemon's control socket.
+    /// Control socket of the agent.
     #[arg(long, default_value = "/run/filter-agent/control.sock")]
     pub(super) socket: PathBuf,
 }
 
 #[derive(Args)]
 pub(super) struct Bpffs {
-    /// The BPF file system below which the filter is pinned.
+    /// BPF file system in which the filter is pinned.
     #[arg(long, default_value = "/sys/fs/bpf")]
     pub(super) bpffs: PathBuf,
 }
 
 #[derive(Args)]
 pub(super) struct StateDir {
-    /// Where the confirmed policy and the last good addresses of regions are kept.
+    /// Directory of the confirmed policy and of the last good sets of regions.
     #[arg(long, default_value = "/var/lib/filter-agent")]
     pub(super) state_dir: PathBuf,
 }
@@ -57,7 +57,7 @@ pub(super) struct Output {
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Enforce the policy and keep it enforced; the filter stays when this stops.
+    /// Enforce the policy and keep it enforced. The filter stays in force when the agent stops.
     Run {
         #[command(flatten)]
         policy: PolicyPath,
@@ -67,19 +67,19 @@ pub(super) enum Command {
         bpffs: Bpffs,
         #[command(flatten)]
         state_dir: StateDir,
-        /// Prefixes of one address family that the kernel's maps are made for [default: 1048576].
-        /// Maps that exist keep their size.
+        /// Capacity of the kernel's maps, in prefixes of one address family [default: 1048576]. Existing maps keep
+        /// their size.
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1 << 26))]
         max_prefixes: Option<u32>,
     },
     /// Validate a policy file and print what it would enforce. Needs no root.
     Check {
-        /// The policy file, instead of --policy.
+        /// Policy file, instead of --policy.
         file: Option<PathBuf>,
-        /// Look up the regions that it uses, which needs the network.
+        /// Look up the regions that rules name. Needs the network.
         #[arg(long)]
         resolve: bool,
-        /// Examine the interfaces and the kernel of this host, and print what attaching would meet.
+        /// Check the kernel and the listed interfaces of this host, too. Attaches nothing.
         #[arg(long)]
         host: bool,
         #[command(flatten)]
@@ -91,9 +91,9 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Print the difference between a policy file and what the kernel enforces.
+    /// Print the difference between a policy file and what the kernel enforces. Changes nothing.
     Plan {
-        /// The policy file [default: the daemon's].
+        /// Policy file, which this command reads and sends [default: the agent's policy file].
         file: Option<PathBuf>,
         #[command(flatten)]
         timeout: Timeout,
@@ -102,12 +102,12 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Enforce the policy file as it is now; if it is refused, nothing changes.
+    /// Enforce the policy file as it is now. If it is refused, nothing changes.
     Reload {
-        /// Where TLS is forced, judge connections from before that, too, by what they send next.
+        /// Also judge connections that were open before TLS was forced, by the next packet of each.
         #[arg(long)]
         existing: bool,
-        /// Enforce it even if a database, port, address or interface that is guarded now is guarded no longer.
+        /// Enforce the file even if it no longer protects a database, port, address or interface that is protected now.
         #[arg(long)]
         allow_unprotect: bool,
         #[command(flatten)]
@@ -119,14 +119,14 @@ pub(super) enum Command {
     },
     /// Print what the kernel enforces and what it counted.
     Status {
-        /// Run probe packets through the attached program first.
+        /// Send probe packets through the attached program first.
         #[arg(long)]
         verify: bool,
-        /// Exit 0 if every listed interface that exists enforces the policy, whatever else is wrong; without an
-        /// agent, too. For a database's unit.
+        /// Exit 0 if every listed interface that exists enforces the policy, whatever else is wrong. Needs no agent. For
+        /// the unit of a database.
         #[arg(long)]
         enforced: bool,
-        /// Wait for that at most so long, such as 60s.
+        /// Wait for that for at most this long, such as 60s.
         #[arg(long, requires = "enforced", value_name = "DURATION", value_parser = time_limit)]
         wait: Option<Duration>,
         #[command(flatten)]
@@ -138,9 +138,9 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// List the rules, with the packets each of them let through.
+    /// List the rules, and how many packets each allowed.
     Rules {
-        /// Only of this database.
+        /// Show only this database.
         #[arg(long)]
         database: Option<String>,
         #[command(flatten)]
@@ -155,11 +155,11 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Look up regions now and print what changed; if one fails, its last good set stays.
+    /// Look up regions now and print what changed. Where a look-up fails, the last good set stays in force.
     Refresh {
-        /// Only this region.
+        /// Look up only this region.
         region: Option<String>,
-        /// Believe an answer that lost most of its prefixes, or that is older than the last.
+        /// Accept a result that lost most of its prefixes, or that is older than the last one.
         #[arg(long, requires = "region")]
         accept: bool,
         #[command(flatten)]
@@ -169,10 +169,11 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Print the verdict on packets from a source, and the rule that gives it.
+    /// Print the verdict on packets from a source, and the rule that decides it.
     Explain {
+        /// Source address of the packets, such as 203.0.113.10.
         source: IpAddr,
-        /// Only at this database.
+        /// Show only this database.
         #[arg(long)]
         database: Option<String>,
         #[command(flatten)]
@@ -180,12 +181,12 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// List who is turned away since the agent started: source, database, reason.
+    /// List the sources whose packets were dropped since the agent started.
     Drops {
-        /// Only at this database.
+        /// Show only this database.
         #[arg(long)]
         database: Option<String>,
-        /// Go on, with a line for each source that is turned away from now on, every second.
+        /// Keep running, and print every second a line for each source whose packets were dropped.
         #[arg(long)]
         follow: bool,
         #[command(flatten)]
@@ -193,9 +194,9 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// Stop filtering and remove every trace: everybody can reach the databases then.
+    /// Stop filtering and remove everything from the kernel. The databases are then open to everybody.
     Detach {
-        /// Do not ask.
+        /// Do not ask for confirmation.
         #[arg(long)]
         yes: bool,
         #[command(flatten)]
@@ -209,7 +210,9 @@ pub(super) enum Command {
 
 /// A duration of the command line, of at most an hour.
 fn time_limit(text: &str) -> Result<Duration, String> {
-    let duration: SignedDuration = text.parse().map_err(|_| "not a valid duration: 60s, 2m")?;
+    let duration: SignedDuration = text
+        .parse()
+        .map_err(|_| "is not a valid duration, such as 60s or 2m")?;
     let duration = Duration::try_from(duration).map_err(|_| "a duration must not be negative")?;
     if duration > Duration::from_hours(1) {
         return Err("at most 1h".into());

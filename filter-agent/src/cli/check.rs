@@ -84,7 +84,7 @@ pub(super) async fn check(
     let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
     warnings.extend(unknown.map(|(name, state)| {
         let source = &state.region.source;
-        format!("region {name} ({source}) is not looked up here, unless with --resolve")
+        format!("region {name} ({source}) was not looked up: use --resolve")
     }));
     // Else this process is refused what the service would be, and more.
     if nix::unistd::geteuid().is_root() {
@@ -126,8 +126,8 @@ pub(super) async fn check(
             let changing = changing.filter(|entry| !matches!(entry, Listed::Name(_)));
             warnings.extend(changing.filter(|entry| !remembered.knows(entry)).map(|entry| {
                 format!(
-                    "no agent has noted yet what `{entry}` stands for: at a first boot the databases are \
-                     open until there is such an interface"
+                    "no agent has recorded the interfaces of `{entry}` yet: at the first boot the databases are open \
+                     until such an interface exists"
                 )
             }));
         }

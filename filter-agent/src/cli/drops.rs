@@ -35,14 +35,14 @@ pub(super) fn print_drops(drops: &Drops) {
     drops.unsampled.iter().for_each(print_unsampled);
     if drops.sources.is_empty() && drops.unsampled.is_empty() {
         let since = age(drops.since);
-        println!("nobody was turned away since the agent started {since} ago");
+        println!("no packet was dropped since the agent started {since} ago");
     }
 }
 
 fn print_unsampled(more: &report::Unsampled) {
     let (database, reason) = (or_any(&more.database), reason(&more.reason, more.monitor));
     println!(
-        "{database}: {} more packets, {reason}, not looked at one by one",
+        "{database}: {} more packets, {reason}, whose sources were not sampled",
         more.packets
     );
 }
@@ -106,7 +106,7 @@ fn line(dropped: &report::Dropped) -> String {
     )
 }
 
-/// Who was turned away between two reports, with the packets since the first.
+/// The sources whose packets were dropped between two reports, with the packets since the first.
 fn newer(before: &Drops, now: &Drops) -> Vec<report::Dropped> {
     let who = |dropped: &report::Dropped| {
         let database = dropped.database.clone();

@@ -1,6 +1,11 @@
 //! Where output goes, its tables, and exit statuses.
 
-use std::{fmt::Display, process::ExitCode, sync::Arc};
+use std::{
+    fmt::Display,
+    io::{self, IsTerminal as _},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{ContentArrangement, Table, presets};
@@ -49,14 +54,17 @@ const WIDTH: u16 = 100;
 /// Prefixes that a difference prints before it only counts.
 pub(super) const LISTED: usize = 20;
 
-/// Sober columns, wrapped where they would not fit.
+/// A table without lines. It wraps long cells on a terminal only: elsewhere a row is a line, for grep and awk.
 pub(super) fn table<const N: usize>(header: [&str; N]) -> Table {
     let mut table = Table::new();
-    table
-        .load_style(presets::NOTHING)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_width(WIDTH)
-        .set_header(header);
+    table.load_style(presets::NOTHING).set_header(header);
+    if io::stdout().is_terminal() {
+        table
+            .set_content_arrangement(ContentArrangement::Dynamic)
+            .set_width(WIDTH);
+    } else {
+        table.set_content_arrangement(ContentArrangement::Disabled);
+    }
     table
 }
 

@@ -10,12 +10,47 @@ use crate::{
 };
 
 pub(super) fn with_addresses(ports: &[String], addresses: &[IpAddr]) -> String {
-    let ports = ports.join(", ");
+    let ports = ranges(ports).join(", ");
     if addresses.is_empty() {
         return ports;
     }
     let addresses: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     format!("{ports} at {}", addresses.join(", "))
+}
+
+/// Ports in the form of reports, `tcp/5432`, with each run of successive ones as a range, `tcp/5432-5440`. Other texts stay
+/// as they are.
+fn ranges(ports: &[String]) -> Vec<String> {
+    let parse = |text: &str| -> Option<(String, u16)> {
+        let (protocol, port) = text.split_once('/')?;
+        Some((protocol.to_owned(), port.parse().ok()?))
+    };
+    let mut ranges: Vec<String> = Vec::new();
+    // The range at the end of `ranges`: its protocol, first and last port.
+    let mut open: Option<(String, u16, u16)> = None;
+    for text in ports {
+        let parsed = parse(text);
+        match (&mut open, &parsed) {
+            (Some((protocol, first, last)), Some((next_protocol, next)))
+                if protocol == next_protocol && last.checked_add(1) == Some(*next) =>
+            {
+                *last = *next;
+                ranges.pop();
+                ranges.push(format!("{protocol}/{first}-{last}"));
+            }
+            _ => {
+                ranges.push(text.clone());
+                open = parsed.map(|(protocol, port)| (protocol, port, port));
+            }
+        }
+    }
+    ranges
+}
+
+/// `1 prefix`, `2 prefixes`.
+fn counted(count: usize, one: &str, many: &str) -> String {
+    let what = if count == 1 { one } else { many };
+    format!("{count} {what}")
 }
 
 pub(super) fn with_monitor(model: &str, monitor: bool) -> String {
@@ -45,8 +80,8 @@ pub(super) fn print_plan(plan: &Plan) {
     for (name, database) in &plan.difference.databases {
         same = false;
         println!("database {name}");
-        list("+", "protect ", &database.guarded);
-        list("-", "protect ", &database.unguarded);
+        list("+", "protect ", &ranges(&database.guarded));
+        list("-", "protect ", &ranges(&database.unguarded));
         list("+", "", &database.added);
         list("-", "", &database.removed);
     }
@@ -66,7 +101,7 @@ pub(super) fn print_reloaded(reloaded: &Reloaded) {
         ..
     } = &reloaded.enforced;
     println!(
-        "{} is enforced, {enforced_ms:.1} ms after it was read (compiled after {compiled_ms:.1} ms)",
+        "{} is enforced, in {enforced_ms:.1} ms (compiled in {compiled_ms:.1} ms)",
         file.display()
     );
     print_verified(&reloaded.verified);
@@ -94,11 +129,11 @@ pub(super) fn print_status(status: &Status) {
         age(status.started)
     );
     println!(
-        "policy {}, accepted {} ago, compiled after {:.1} ms, enforced after {:.1} ms",
+        "policy {}, accepted {} ago, enforced in {:.1} ms (compiled in {:.1} ms)",
         policy.file.display(),
         age(policy.accepted),
-        policy.compiled_ms,
-        policy.enforced_ms
+        policy.enforced_ms,
+        policy.compiled_ms
     );
     if let Some(expiry) = policy.next_expiry {
         println!("next rule expires at {expiry}");
@@ -121,7 +156,7 @@ pub(super) fn print_status(status: &Status) {
     if status.repairs > 0 {
         let times = if status.repairs == 1 { "time" } else { "times" };
         println!(
-            "somebody took the filter off; it was put back {} {times}",
+            "another program detached the filter; it was attached again {} {times}",
             status.repairs
         );
     }
@@ -168,10 +203,7 @@ pub(super) fn print_status(status: &Status) {
     ];
     for (what, counts) in unattributed {
         if !counts.is_empty() {
-            println!(
-                "\n{what}, aimed at no database in particular: {}",
-                reasons(counts)
-            );
+            println!("\n{what}, for any of the databases: {}", reasons(counts));
         }
     }
     let used: Vec<&report::Region> = status.regions.iter().filter(|r| r.used).collect();
@@ -261,7 +293,10 @@ pub(super) fn print_regions(regions: &[report::Region]) {
         list(" ", "", &region.prefixes);
         for retiring in region.retiring.iter().take(LISTED) {
             let left = until(Some(retiring.until));
-            println!("    {} has left and retires in {left}", retiring.prefix);
+            println!(
+                "    {} is retiring: allowed for {left} more",
+                retiring.prefix
+            );
         }
         if let Some(change) = &region.change {
             let at = change.at.map(age).unwrap_or_else(|| "-".into());
@@ -269,15 +304,19 @@ pub(super) fn print_regions(regions: &[report::Region]) {
             print_change(&change.added, &change.left, &change.removed);
         }
         if let Some(error) = &region.error {
-            let over = if region.failing { "" } else { ", over by now" };
-            println!("  last error {} ago{over}: {}", age(error.at), error.text);
+            let resolved = if region.failing { "" } else { ", resolved" };
+            println!(
+                "  last error {} ago{resolved}: {}",
+                age(error.at),
+                error.text
+            );
         }
     }
 }
 
 fn print_change(added: &[IpNet], left: &[IpNet], removed: &[IpNet]) {
     list("+", "", added);
-    list("~", "left, still allowed for a time: ", left);
+    list("~", "retiring, still allowed: ", left);
     list("-", "", removed);
 }
 
@@ -287,12 +326,14 @@ pub(super) fn print_refreshed(refreshed: &[Refreshed]) {
     }
     for region in refreshed {
         let name = &region.region;
-        let prefixes = region.prefixes;
+        let prefixes = counted(region.prefixes, "prefix", "prefixes");
         let changes = region.added.len() + region.left.len() + region.removed.len();
         match &region.error {
-            Some(error) => println!("{name}: error: {error}; {prefixes} prefixes stay in force"),
-            None if changes == 0 => println!("{name}: no change, {prefixes} prefixes"),
-            None => println!("{name}: changed, {prefixes} prefixes"),
+            Some(error) => {
+                println!("{name}: error: {error}; the last good set of {prefixes} stays in force")
+            }
+            None if changes == 0 => println!("{name}: no change, {prefixes}"),
+            None => println!("{name}: changed, {prefixes}"),
         }
         print_change(&region.added, &region.left, &region.removed);
     }
@@ -318,7 +359,7 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
         let why = match &verdict.rule {
             Some(rule) => format!("allowed by {rule}{label}{expires}"),
             None => match verdict.reason.as_str() {
-                "bad-source" => "no host may have this address on the wire".into(),
+                "bad-source" => "no packet may come from this address".into(),
                 _ => "no rule allows it".into(),
             },
         };
@@ -328,9 +369,32 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
             ""
         };
         let tls = match verdict.force_tls && verdict.rule.is_some() {
-            true => ", as long as the connection begins with TLS",
+            true => ", if the connection begins with TLS",
             false => "",
         };
         println!("{database}: {source} {action}: {why}{tls}{monitor}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn successive_ports_are_printed_as_ranges() {
+        let ports = |ports: &[&str]| {
+            let ports: Vec<String> = ports.iter().map(|&port| port.to_owned()).collect();
+            ranges(&ports)
+        };
+        assert_eq!(ports(&["tcp/5432"]), ["tcp/5432"]);
+        assert_eq!(
+            ports(&["tcp/1", "tcp/2", "tcp/3", "tcp/5", "udp/6", "udp/7"]),
+            ["tcp/1-3", "tcp/5", "udp/6-7"]
+        );
+        assert_eq!(ports(&["tcp/65534", "tcp/65535"]), ["tcp/65534-65535"]);
+        let other = ["tcp/1 at 10.0.0.1", "tcp/2 at 10.0.0.1"];
+        assert_eq!(ports(&other), other);
+        let all: Vec<String> = (1..=u16::MAX).map(|port| format!("tcp/{port}")).collect();
+        assert_eq!(with_addresses(&all, &[]), "tcp/1-65535");
     }
 }

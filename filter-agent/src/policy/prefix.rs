@@ -6,7 +6,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 /// A prefix as the policy spells it, or what is wrong with the text.
 pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
-    let malformed = || format!("{text:?} is no prefix, such as 192.0.2.0/24 or 2001:db8::/32");
+    let malformed = || format!("{text:?} is not a prefix, such as 192.0.2.0/24 or 2001:db8::/32");
     let Some((address, length)) = text.split_once('/') else {
         let address: IpAddr = text.parse().map_err(|_| malformed())?;
         let one = IpNet::from(address.to_canonical());
@@ -44,7 +44,7 @@ pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
     }
     if is_never_a_source(&prefix) {
         return Err(format!(
-            "{text} is no source: packets from there are always dropped"
+            "{text} is not a valid source: packets from there are always dropped"
         ));
     }
     Ok(prefix)

@@ -20,7 +20,7 @@ pub struct List {
     pub serial: Option<u64>,
 }
 
-/// Reads a published list. One entry that is no prefix refuses it all: half a list cannot be told from
+/// Reads a published list. One entry that is not a prefix refuses it all: half a list cannot be told from
 /// a wrong one.
 ///
 /// # Errors
@@ -103,7 +103,7 @@ fn lines(body: &[u8], prefix: impl Fn(&str) -> Result<IpNet, String>) -> Result<
         let entry = entry.trim_ascii();
         if !entry.is_empty() {
             let text = std::str::from_utf8(entry)
-                .map_err(|_| anyhow!("line {number}: {} is no text", quoted(entry)))?;
+                .map_err(|_| anyhow!("line {number}: {} is not UTF-8 text", quoted(entry)))?;
             prefixes.push(parsed(text, &prefix).with_context(|| format!("line {number}"))?);
         }
     }
@@ -113,7 +113,7 @@ fn lines(body: &[u8], prefix: impl Fn(&str) -> Result<IpNet, String>) -> Result<
 /// A prefix, or an error that is short whatever the text.
 fn parsed(text: &str, prefix: impl Fn(&str) -> Result<IpNet, String>) -> Result<IpNet> {
     if text.len() > QUOTED {
-        bail!("{} is no prefix", quoted(text.as_bytes()));
+        bail!("{} is not a prefix", quoted(text.as_bytes()));
     }
     prefix(text).map_err(|problem| anyhow!(problem))
 }
@@ -180,7 +180,10 @@ fn json(body: &[u8], path: &JsonPath, serial: Option<&str>) -> Result<List> {
     for node in path.query(&value) {
         let Value::String(text) = node else {
             let node = node.to_string();
-            bail!("{} is selected, and is no prefix", quoted(node.as_bytes()));
+            bail!(
+                "{} is selected, and is not a prefix",
+                quoted(node.as_bytes())
+            );
         };
         prefixes.push(parsed(text, published)?);
     }

@@ -207,13 +207,16 @@ impl Reader<'_> {
         for (index, text) in texts.iter().enumerate() {
             let at = list.index(index);
             let Ok(address) = text.parse::<IpAddr>() else {
-                let message = format!("{text:?} is no IP address (without a prefix length)");
+                let message = format!("{text:?} is not an IP address (without a prefix length)");
                 self.problem(&at, message);
                 continue;
             };
             let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
             if address.is_unspecified() || address.is_multicast() || broadcast {
-                self.problem(&at, format!("{address} is no address a database can have"));
+                self.problem(
+                    &at,
+                    format!("{address} is not an address that a database can have"),
+                );
             } else if address.to_canonical() != address {
                 let v4 = address.to_canonical();
                 self.problem(&at, format!("{address} is IPv4: write {v4}"));
@@ -256,8 +259,9 @@ impl Reader<'_> {
             if let Some(text) = &raw.expires {
                 expires = text.parse::<Timestamp>().ok();
                 if expires.is_none() {
-                    let message =
-                        format!("expires: {text:?} is no instant, such as 2026-12-31T18:00:00Z");
+                    let message = format!(
+                        "expires: {text:?} is not a valid time, such as 2026-12-31T18:00:00Z"
+                    );
                     self.problem(&at.key("expires"), message);
                 }
             }

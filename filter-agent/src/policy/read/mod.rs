@@ -141,7 +141,7 @@ impl Reader<'_> {
             let fits = (1..=MAX_INTERFACE).contains(&name.len());
             if !fits || name.contains(|c: char| c == '/' || c.is_whitespace() || c.is_control()) {
                 let message = format!(
-                    "{name:?} is no name of an interface: 1 to {MAX_INTERFACE} bytes, no spaces"
+                    "{name:?} is not a valid interface name: 1 to {MAX_INTERFACE} bytes, no spaces"
                 );
                 self.problem(&at.index(index), message);
             } else if !seen.insert(name) {
@@ -156,7 +156,7 @@ impl Reader<'_> {
                 Ok(_) => listed.push(Listed::Name(name.clone())),
                 Err(error) => {
                     let message =
-                        format!("{name:?} is no pattern of interface names: {}", error.msg);
+                        format!("{name:?} is not a valid interface pattern: {}", error.msg);
                     self.problem(&at.index(index), message);
                 }
             }

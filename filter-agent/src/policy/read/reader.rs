@@ -174,7 +174,7 @@ impl Reader<'_> {
 
     pub(super) fn absolute(&mut self, at: &At, field: &str, path: &Path) {
         if !path.is_absolute() {
-            let message = format!("{field}: {} is no absolute path", path.display());
+            let message = format!("{field}: {} is not an absolute path", path.display());
             self.problem(&at.key(field), message);
         }
     }

@@ -144,7 +144,7 @@ impl Reader<'_> {
                 Some(percent) => guards.max_shrink = percent,
                 None => self.problem(
                     &at.key("max_shrink"),
-                    format!("max_shrink: {text:?} is no share, such as 50%"),
+                    format!("max_shrink: {text:?} is not a percentage, such as 50%"),
                 ),
             }
         }
@@ -225,7 +225,9 @@ impl Reader<'_> {
         let fits = duration.filter(|duration| (least..=most).contains(duration));
         if fits.is_none() {
             let message = match duration {
-                None => format!("{field}: {text:?} is no duration, such as 90s, 10m, 1h or 2d"),
+                None => {
+                    format!("{field}: {text:?} is not a valid duration, such as 90s, 10m, 1h or 2d")
+                }
                 Some(_) => {
                     let (least, most) = (spelled(least), spelled(most));
                     format!("{field}: {text} is not between {least} and {most}")
@@ -278,7 +280,10 @@ impl Reader<'_> {
         }
         for (index, host) in names.iter().enumerate() {
             if !is_host_name(host) {
-                self.problem(&list.index(index), format!("{host:?} is no host name"));
+                self.problem(
+                    &list.index(index),
+                    format!("{host:?} is not a valid host name"),
+                );
             }
         }
         let mut nameservers = Vec::new();
@@ -293,7 +298,7 @@ impl Reader<'_> {
                 Some(nameserver) => nameservers.push(nameserver),
                 None => {
                     let message = format!(
-                        "{text:?} is no name server, such as 192.0.2.53, tls://192.0.2.53#name or \
+                        "{text:?} is not a valid name server, such as 192.0.2.53, tls://192.0.2.53#name or \
                          https://192.0.2.53/dns-query#name"
                     );
                     self.problem(&at.key("nameservers").index(index), message);
@@ -336,7 +341,7 @@ impl Reader<'_> {
                 );
                 self.problem(&at.key("url"), message);
             }
-            _ => self.problem(&at.key("url"), format!("{url:?} is no https URL")),
+            _ => self.problem(&at.key("url"), format!("{url:?} is not an https URL")),
         }
         if let Some(path) = &ca_file {
             self.absolute(at, "ca_file", path);
