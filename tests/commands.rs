@@ -91,6 +91,7 @@ fn no_command_hangs_when_the_agent_is_stopped() {
     let mut net = Net::new("stopped");
     net.write_policy(&with(&["203.0.113.10/32"]));
     net.start();
+    net.wait_until_confirmed();
     net.signal(Signal::SIGSTOP);
     let policy_path = net.policy_path();
     let policy_path = policy_path.to_str().unwrap();

@@ -1,14 +1,16 @@
 //! Region files: programs that write them, links on the way to them, and file systems that hang.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::Write as _,
-    os::{fd::AsRawFd as _, unix::fs::symlink},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
-use filter_tests::net::{Net, wait_until};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use filter_tests::{
+    mounts::Mounted,
+    net::{Net, wait_until},
+};
 use serde_json::Value;
 
 /// The database `orders`, open to region `x`, which is a file.
@@ -167,45 +169,6 @@ fn link_with_a_hop_in_a_third_directory_is_followed_when_any_hop_changes() {
     fs::write(directory("new/1/list"), "192.0.2.3/32\n").unwrap();
     fs::rename(directory("new"), directory("releases")).unwrap();
     wait_for_prefixes(&net, &["192.0.2.3/32"]);
-}
-
-/// A mount that is gone when it is dropped.
-struct Mounted<'a> {
-    place: &'a Path,
-    /// The other end of a file system in user space that answers nothing.
-    end: Option<File>,
-}
-
-impl<'a> Mounted<'a> {
-    /// One that never answers, as a network file system whose server is gone.
-    fn hanging(place: &'a Path) -> Self {
-        let end = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/fuse")
-            .unwrap();
-        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", end.as_raw_fd());
-        let (source, kind) = (Some("hanging"), Some("fuse"));
-        mount(source, place, kind, MsFlags::empty(), Some(data.as_str())).unwrap();
-        Self {
-            place,
-            end: Some(end),
-        }
-    }
-
-    fn bind(source: &Path, place: &'a Path) -> Self {
-        let none = None::<&str>;
-        mount(Some(source), place, none, MsFlags::MS_BIND, none).unwrap();
-        Self { place, end: None }
-    }
-}
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        // What waits for an answer gets an error.
-        self.end = None;
-        umount2(self.place, MntFlags::MNT_DETACH).unwrap();
-    }
 }
 
 #[test]

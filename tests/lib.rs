@@ -4,6 +4,7 @@ pub mod bpffs;
 pub mod databases;
 pub mod frames;
 pub mod loaded;
+pub mod mounts;
 pub mod net;
 pub mod reference;
 pub mod servers;

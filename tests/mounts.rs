@@ -1,0 +1,48 @@
+//! Mounts for a test, and a file system that hangs.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::fd::AsRawFd as _,
+    path::Path,
+};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+/// A mount that is gone when it is dropped.
+pub struct Mounted<'a> {
+    place: &'a Path,
+    /// The other end of a file system in user space that answers nothing.
+    end: Option<File>,
+}
+
+impl<'a> Mounted<'a> {
+    /// One that never answers, as a network file system whose server is gone.
+    pub fn hanging(place: &'a Path) -> Self {
+        let end = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .unwrap();
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", end.as_raw_fd());
+        let (source, kind) = (Some("hanging"), Some("fuse"));
+        mount(source, place, kind, MsFlags::empty(), Some(data.as_str())).unwrap();
+        Self {
+            place,
+            end: Some(end),
+        }
+    }
+
+    pub fn bind(source: &Path, place: &'a Path) -> Self {
+        let none = None::<&str>;
+        mount(Some(source), place, none, MsFlags::MS_BIND, none).unwrap();
+        Self { place, end: None }
+    }
+}
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        // What waits for an answer gets an error.
+        self.end = None;
+        umount2(self.place, MntFlags::MNT_DETACH).unwrap();
+    }
+}
