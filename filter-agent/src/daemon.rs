@@ -202,12 +202,16 @@ pub struct Agent {
     unreadable: Option<String>,
     /// Why listed interfaces are not filtered, by index: each is logged once.
     unfiltered: BTreeMap<u32, String>,
+    /// Why the pins that somebody removed could not be restored: logged once.
+    unpinned: Option<String>,
     enforced: report::Enforced,
     verified: report::Verified,
     /// Indexes of the interfaces that are filtered.
     covered: BTreeSet<u32>,
     /// How often the filter was put back on an interface from which somebody took it.
     repairs: u64,
+    /// Number of the round of probes that was sent last.
+    probe_round: u64,
     drops: Drops,
     started: Timestamp,
 }
@@ -324,6 +328,7 @@ pub async fn run(options: Options) -> Result<()> {
                 if let Ok(mut agent) = shared.agent().await {
                     agent.check(checked == 0 || !ready).await;
                     agent.collect_drops();
+                    agent.grant_samples();
                     if !ready && agent.verified.errors.is_empty() {
                         ready = true;
                         tell_systemd(&[NotifyState::Ready]);
@@ -685,6 +690,7 @@ impl Agent {
             instead_of_file,
             unreadable,
             unfiltered: BTreeMap::new(),
+            unpinned: None,
             enforced: committed.enforced,
             verified: report::Verified {
                 at: Timestamp::now(),
@@ -693,6 +699,7 @@ impl Agent {
             },
             covered: BTreeSet::new(),
             repairs: 0,
+            probe_round: 0,
             drops,
             started,
         };
@@ -701,8 +708,8 @@ impl Agent {
         }
         agent.confirm(None);
         agent.forget_unused();
-        // Who is turned away from now on is told: samples have to be granted first.
-        agent.collect_drops();
+        // Grant the first samples, so that drops are reported from now on.
+        agent.grant_samples();
         for error in agent.look().await {
             log(&format!("error: {error}"));
         }
@@ -800,6 +807,7 @@ impl Agent {
         };
         let remembered = &mut self.remembered;
         let committed = enforce(&mut self.filter, &loaded, &regions, occasion, remembered).await?;
+        self.drops.restart(&committed.restarted);
         self.loaded = loaded;
         self.instead_of_file = None;
         self.unreadable = None;
@@ -1066,7 +1074,9 @@ impl Agent {
     async fn compare(&mut self) -> Result<report::Verified> {
         let host = host::interfaces().await?;
         let coverage = Coverage::of(&self.loaded.policy, &self.remembered, &host);
-        let verified = verify(&mut self.filter, &coverage, &self.compiled)?;
+        self.probe_round = self.probe_round.wrapping_add(1);
+        let round = self.probe_round;
+        let verified = verify(&mut self.filter, &coverage, &self.compiled, round)?;
         let pinned = self.filter.pinned()?.into_iter().map(|link| link.interface);
         self.covered = pinned.filter(|&index| coverage.is_present(index)).collect();
         Ok(verified)
@@ -1096,7 +1106,14 @@ impl Agent {
         }
     }
 
-    /// Takes what the kernel tells of dropped packets, and has it tell of more.
+    /// Lets the kernel take more samples of dropped packets.
+    fn grant_samples(&mut self) {
+        if let Err(error) = self.filter.grant_samples() {
+            log(&format!("error: {error:#}"));
+        }
+    }
+
+    /// Reads the samples of dropped packets.
     fn collect_drops(&mut self) {
         match self.filter.dropped() {
             Ok(dropped) => self.drops.add(dropped, Timestamp::now()),
@@ -1110,7 +1127,23 @@ impl Agent {
             Ok(host) => host,
             Err(error) => return log(&format!("{error:#}")),
         };
-        if let Err(error) = self.filter.adopt_moved(&host) {
+        let unpinned = match self.filter.restore_pins() {
+            Ok(false) => None,
+            Ok(true) => {
+                log("error: pins of the filter were removed; they are restored");
+                None
+            }
+            Err(error) => Some(format!("{error:#}")),
+        };
+        if let Some(error) = &unpinned
+            && self.unpinned.as_ref() != Some(error)
+        {
+            log(&format!("error: restore the filter's pins: {error}"));
+        }
+        self.unpinned = unpinned;
+        if self.unpinned.is_none()
+            && let Err(error) = self.filter.adopt_moved(&host)
+        {
             log(&format!("error: {error:#}"));
         }
         let mut attached = false;
@@ -1162,7 +1195,8 @@ impl Agent {
             &region::prefixes(&self.regions),
             Timestamp::now(),
         );
-        self.filter.apply(&compiled)?;
+        let applied = self.filter.apply(&compiled)?;
+        self.drops.restart(&applied.restarted);
         self.enforced.next_expiry = compiled.next_expiry;
         self.compiled = compiled;
         Ok(())
@@ -1570,6 +1604,8 @@ impl Occasion<'_> {
 /// What was enforced.
 struct Committed {
     plan: report::Plan,
+    /// As in `Applied`.
+    restarted: BTreeSet<String>,
     compiled: Compiled,
     enforced: report::Enforced,
     /// What went wrong after it was, which is no refusal.
@@ -1659,6 +1695,7 @@ async fn enforce(
         return Err(error);
     }
     plan.difference = applied.difference;
+    let restarted = applied.restarted;
     // What another layout left, only a start can find.
     if let Occasion::Start(_) = occasion {
         for taken in filter.take_over().context(TakeOverFailed)? {
@@ -1707,6 +1744,7 @@ async fn enforce(
     }
     Ok(Committed {
         plan,
+        restarted,
         compiled,
         enforced,
         errors,
@@ -1824,9 +1862,10 @@ fn verify(
     filter: &mut Filter,
     coverage: &Coverage,
     compiled: &Compiled,
+    round: u64,
 ) -> Result<report::Verified> {
     let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
-    let probes = probe::probes(compiled);
+    let probes = probe::probes(compiled, round);
     for probe in &probes {
         let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
         let judged = filter.judge(&probe.database, probe.source, probe.monitor)?;
