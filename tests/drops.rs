@@ -183,7 +183,7 @@ fn follow_tells_what_is_new_until_the_agent_stops() {
 }
 
 #[test]
-fn samples_are_bounded_until_the_agent_asks_again() {
+fn samples_are_bounded_until_the_agent_grants_more_however_often_it_reads() {
     let mut loaded = Loaded::new(&orders());
     let cpus = available_parallelism().unwrap().get();
     let (v4, v6) = (
@@ -193,6 +193,7 @@ fn samples_are_bounded_until_the_agent_asks_again() {
     loaded.run(&v4);
     assert_eq!(loaded.filter.dropped().unwrap(), [], "nothing was granted");
     for _ in 0..2 {
+        loaded.filter.grant_samples().unwrap();
         for _ in 0..200 {
             loaded.run(&v4);
         }
@@ -208,6 +209,12 @@ fn samples_are_bounded_until_the_agent_asks_again() {
         };
         assert!(dropped.iter().all(|dropped| *dropped == expected));
     }
+    // Reading grants nothing, however often: a flood takes no more.
+    for _ in 0..200 {
+        loaded.run(&v4);
+        assert_eq!(loaded.filter.dropped().unwrap(), []);
+    }
+    loaded.filter.grant_samples().unwrap();
     loaded.run(&v6);
     let [dropped] = &loaded.filter.dropped().unwrap()[..] else {
         panic!("one sample of one packet");

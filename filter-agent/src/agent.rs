@@ -22,7 +22,7 @@ use crate::{
     look_ups::{LookUp, LookUps, Purpose},
     policy_file::PolicyFile,
     proposals::{Aim, Proposal, Proposals, Reload},
-    reconcile::{Committed, Occasion, Refused, list},
+    reconcile::{Committed, Kernel, Occasion, Refused, list},
     refreshes::{Refreshes, to_refresh},
     region::{
         answer::Answer,
@@ -401,7 +401,12 @@ impl Agent {
     }
 
     fn refused(&mut self, cause: Cause, refused: Refused) {
-        let not_taken_back = refused.not_taken_back.is_some();
+        if refused.kernel == Kernel::Unknown {
+            // The next start reads the maps.
+            self.effects
+                .push(Effect::Fail(format!("{:#}", refused.error)));
+        }
+        let not_taken_back = refused.kernel != Kernel::Unchanged;
         match cause {
             Cause::Reload { reply, .. } => {
                 if not_taken_back {

@@ -92,6 +92,7 @@ pub async fn run(options: Options) -> Result<()> {
         store,
         watcher,
         is_stopping: false,
+        failure: None,
     };
     performer.perform(effects);
     while !performer.is_stopping {
@@ -144,7 +145,10 @@ pub async fn run(options: Options) -> Result<()> {
     if is_ours && let Err(error) = fs::remove_file(&options.socket) {
         Entry::warning(format!("remove {}: {error}", options.socket.display())).log();
     }
-    Ok(())
+    match performer.failure {
+        None => Ok(()),
+        Some(error) => bail!(error),
+    }
 }
 
 /// Carries effects out, none of them on the main loop's thread if it can take long.
@@ -154,6 +158,7 @@ struct Performer {
     store: Store,
     watcher: Watcher,
     is_stopping: bool,
+    failure: Option<String>,
 }
 
 impl Performer {
@@ -181,6 +186,10 @@ impl Performer {
             Effect::Ready => notify_systemd(&[NotifyState::Ready]),
             Effect::Watch(files) => self.watcher.keep_only(|path| files.contains(path)),
             Effect::Stop => self.is_stopping = true,
+            Effect::Fail(error) => {
+                self.is_stopping = true;
+                self.failure = Some(error);
+            }
             Effect::Detach => enforcer.send(move |enforcer| {
                 let _ = events.send(Event::Detached(enforcer.detach()));
             }),

@@ -1,6 +1,10 @@
 //! Who is turned away: samples of packets that were not allowed, summed up. Pure.
 
-use std::{cmp::Reverse, collections::BTreeMap, net::IpAddr};
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use filter_common::Reason;
 use jiff::Timestamp;
@@ -48,6 +52,17 @@ impl Drops {
             seen: BTreeMap::new(),
             before,
             sampled: Counts::new(),
+        }
+    }
+
+    /// Forgets what was counted and sampled of databases whose counters begin at zero: they were removed
+    /// and added again, or have another slot in the kernel.
+    pub fn restart(&mut self, databases: &BTreeSet<String>) {
+        for counts in [&mut self.before, &mut self.sampled] {
+            counts.retain(|(database, _, _), _| {
+                let name = database.as_ref();
+                !name.is_some_and(|name| databases.contains(name))
+            });
         }
     }
 
@@ -168,6 +183,18 @@ mod tests {
         assert_eq!(report.unsampled[0].packets, 10);
         let counts = Counts::from([(counter(), 101)]);
         assert!(drops.report(&counts, None).unsampled.is_empty());
+    }
+
+    #[test]
+    fn database_that_is_removed_and_added_again_is_counted_from_zero() {
+        let before = Counts::from([(counter(), 100)]);
+        let mut drops = Drops::since(Timestamp::UNIX_EPOCH, before);
+        drops.add(vec![packet(1)], Timestamp::now());
+        drops.restart(&["orders".to_owned()].into());
+        drops.add(vec![packet(1)], Timestamp::now());
+        let counts = Counts::from([(counter(), 7)]);
+        assert_eq!(drops.report(&counts, None).unsampled[0].packets, 6);
+        assert_eq!(drops.report(&counts, None).sources[0].packets, 2);
     }
 
     #[test]

@@ -56,6 +56,8 @@ pub struct Enforcer {
     complaints: BTreeSet<String>,
     repairs: u64,
     drops: Drops,
+    /// Number of the round of probes that was sent last.
+    probe_round: u64,
     /// The checks must not attach again.
     is_detached: bool,
 }
@@ -154,6 +156,7 @@ impl Enforcer {
             unfiltered: BTreeMap::new(),
             complaints: BTreeSet::new(),
             repairs: 0,
+            probe_round: 0,
             is_detached: false,
         })
     }
@@ -163,8 +166,10 @@ impl Enforcer {
         occasion: &'a Occasion,
         host: &'a [Interface],
         pinned: &'a [Pinned],
+        program_id: u32,
     ) -> Facts<'a> {
         Facts {
+            program_id,
             before: match occasion {
                 Occasion::Start { before } => before.as_ref(),
                 _ => Some(&self.in_force.file.policy),
@@ -188,7 +193,7 @@ impl Enforcer {
         reconcile::prepare(
             desired,
             occasion,
-            &self.facts(occasion, host, &pinned),
+            &self.facts(occasion, host, &pinned, self.filter.program_id()?),
             |interface, mode| self.filter.check_interface(interface, mode),
             |compiled| self.filter.plan(compiled),
         )
@@ -233,6 +238,7 @@ impl Enforcer {
         let file = desired.file.clone();
         let plan = self.prepare(desired, occasion, &host)?;
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
+        self.drops.restart(&committed.restarted);
         self.in_force.file = file;
         self.in_force.compiled = committed.compiled.clone();
         if !is_change {
@@ -314,7 +320,8 @@ impl Enforcer {
             }
         }
         let collected = self.collect_drops();
-        self.note("drops", collected, &mut entries);
+        let granted = self.filter.grant_samples();
+        self.note("drops", collected.and(granted), &mut entries);
         self.checked(entries, summary)
     }
 
@@ -357,7 +364,14 @@ impl Enforcer {
             }
         };
         self.note("look", Ok(()), entries);
-        let moved = self.filter.adopt_moved(&host);
+        let restored = self.filter.restore_pins();
+        if let Ok(true) = restored {
+            entries.push(Entry::error(
+                "pins of the filter were removed; they are restored",
+            ));
+        }
+        let restored = restored.map(drop).context("restore the filter's pins");
+        let moved = restored.and_then(|()| self.filter.adopt_moved(&host));
         self.note("pins", moved, entries);
         let mut attached = false;
         // An index that is free may be another interface's next.
@@ -418,7 +432,9 @@ impl Enforcer {
             file, remembered, ..
         } = &self.in_force;
         let coverage = Coverage::of(&file.policy, remembered, &host);
-        let verified = verify::verify(&mut self.filter, &coverage, &self.in_force)?;
+        self.probe_round = self.probe_round.wrapping_add(1);
+        let round = self.probe_round;
+        let verified = verify::verify(&mut self.filter, &coverage, &self.in_force, round)?;
         let pinned = self.filter.pinned()?.into_iter().map(|link| link.interface);
         self.covered = pinned.filter(|&index| coverage.is_present(index)).collect();
         Ok(verified)

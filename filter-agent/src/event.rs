@@ -122,6 +122,8 @@ pub enum Effect {
     Ready,
     /// The filter was detached: the agent ends.
     Stop,
+    /// The agent cannot go on and ends with this error. The filter stays in force.
+    Fail(String),
 }
 
 /// A policy and prefixes to enforce.

@@ -2,10 +2,9 @@
 //! without touching the kernel, `commit` does it. Start, restart, reload, region changes and ends of rules all
 //! come here.
 
-use std::{collections::BTreeSet, io, sync::Arc};
+use std::{collections::BTreeSet, sync::Arc};
 
 use anyhow::{Result, bail, ensure};
-use nix::errno::Errno;
 
 use crate::{
     compile::Compiled,
@@ -14,9 +13,10 @@ use crate::{
         coverage::{Coverage, Ended, Pinned, Remembered, describe_missing},
     },
     kernel::{
+        apply::{Applied, NotTakenBack, Unknown},
         difference::Difference,
-        filter::{Applied, Filter},
-        links::{Attached, TakenOver},
+        filter::Filter,
+        links::{Attached, TakenOver, is_gone},
     },
     log::Entry,
     policy::{Mode, Policy},
@@ -63,6 +63,8 @@ pub struct Facts<'a> {
     /// A whole dump.
     pub host: &'a [Interface],
     pub pinned: &'a [Pinned],
+    /// The kernel's id of this agent's program.
+    pub program_id: u32,
 }
 
 /// A change that was not refused.
@@ -90,6 +92,8 @@ pub struct Committed {
     pub enforced: report::Enforced,
     /// Lines for the log.
     pub entries: Vec<Entry>,
+    /// Databases whose counters begin at zero.
+    pub restarted: BTreeSet<String>,
     /// Errors after the change was made. They refuse nothing.
     pub errors: Vec<String>,
     /// The links of an older agent that could not be switched: each interface is filtered by the program and
@@ -101,39 +105,50 @@ pub struct Committed {
 #[derive(Debug)]
 pub struct Refused {
     pub error: anyhow::Error,
-    /// Why the kernel does not enforce exactly what it did before, although it should.
-    pub not_taken_back: Option<anyhow::Error>,
+    pub kernel: Kernel,
+}
+
+/// The content of the maps after a change was refused.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kernel {
+    /// As before.
+    Unchanged,
+    /// Parts of the change could not be taken back. The agent knows which, and tries again.
+    Mixed,
+    /// It cannot be read: the agent must end. What is pinned stays in force.
+    Unknown,
 }
 
 impl From<anyhow::Error> for Refused {
     fn from(error: anyhow::Error) -> Self {
-        Self {
-            error,
-            not_taken_back: None,
-        }
+        let kernel = if error.is::<Unknown>() {
+            Kernel::Unknown
+        } else if error.is::<NotTakenBack>() {
+            Kernel::Mixed
+        } else {
+            Kernel::Unchanged
+        };
+        Self { error, kernel }
     }
 }
 
 impl Refused {
-    /// The error, where it is said elsewhere what stays in force.
+    /// The error, where another message says what stays in force.
     pub fn describe_alone(self) -> String {
-        match self.not_taken_back {
-            None => format!("{:#}", self.error),
-            Some(_) => format!("{:#}", self.describe("change")),
+        match self.kernel {
+            Kernel::Unchanged => format!("{:#}", self.error),
+            _ => format!("{:#}", self.describe("change")),
         }
     }
 
-    /// The error with what it means for what is in force. `what`: the change, as in `reload`.
+    /// The error with its consequence. `what`: the kind of change, as in `reload`.
     pub fn describe(self, what: &str) -> anyhow::Error {
-        match self.not_taken_back {
-            None => self
-                .error
-                .context(format!("{what} refused, nothing is changed")),
-            Some(more) => self.error.context(format!(
-                "{what} refused, but what was written by then could not be taken back ({more:#}); the \
-                 agent tries again"
-            )),
-        }
+        let consequence = match self.kernel {
+            Kernel::Unchanged => "nothing is changed",
+            Kernel::Mixed => "the agent tries to take back the rest",
+            Kernel::Unknown => "the agent ends, and the filter stays in force",
+        };
+        self.error.context(format!("{what} refused, {consequence}"))
     }
 }
 
@@ -154,6 +169,7 @@ pub fn prepare(
         remembered,
         host,
         pinned,
+        program_id: ours,
     } = *facts;
     let difference = difference(&desired.compiled)?;
     let filtered = indexes(pinned);
@@ -202,11 +218,18 @@ pub fn prepare(
     {
         ensure!(unguarded.is_empty(), describe_unguarded(&unguarded));
     }
+    // An interface that is filtered as it should be is left alone: nothing there can fail after the maps are written.
+    let is_whole = |interface: &Interface| {
+        let link = pinned.iter().find(|link| link.interface == interface.index);
+        let runs = interface.xdp.map(|xdp| xdp.program_id);
+        runs == Some(ours) && link.is_some_and(|link| link.program_id == ours)
+    };
     let mut attach = Vec::new();
     let mut only_remembered = BTreeSet::new();
     for interface in &coverage.present {
         let is_remembered = coverage.is_remembered(interface.index);
         match check(interface, policy.mode) {
+            Ok(()) if is_whole(interface) => {}
             Ok(()) => attach.push(interface.clone()),
             Err(error) if is_remembered => report.warnings.push(not_filtered(interface, &error)),
             Err(error) => return Err(error),
@@ -267,7 +290,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
             Ok(how) => attached.push((interface, how)),
             // Others are not kept from their rules by one that has vanished since the host was looked at, or
             // that only memory lists.
-            Err(error) if has_vanished(&error) || remembered.contains(&interface.index) => {
+            Err(error) if is_gone(&error) || remembered.contains(&interface.index) => {
                 report.warnings.push(not_filtered(&interface, &error));
             }
             Err(error) => return Err(take_back(filter, applied, &attached, &filtered, error)),
@@ -302,6 +325,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         }
     }
     report.difference = applied.difference;
+    let restarted = applied.restarted;
     let warnings = report.warnings.iter();
     entries.extend(warnings.map(|warning| Entry::warning(warning.clone())));
     Ok(Committed {
@@ -315,6 +339,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         compiled: desired.compiled,
         report,
         entries,
+        restarted,
         errors,
         not_taken_over,
     })
@@ -329,33 +354,20 @@ fn take_back(
     filtered: &BTreeSet<u32>,
     error: anyhow::Error,
 ) -> Refused {
-    let mut not_taken_back = filter.undo(applied).err();
+    let mut refused = match filter.undo(applied) {
+        Ok(()) => Refused::from(error),
+        Err(more) => Refused::from(more.context(format!("{error:#}"))),
+    };
     let new = attached.iter().map(|(interface, _)| interface.index);
     for index in new.filter(|index| !filtered.contains(index)) {
-        if let Err(error) = filter.detach(index) {
-            not_taken_back = Some(match not_taken_back {
-                Some(first) => first.context(format!("{error:#}")),
-                None => error,
-            });
+        if let Err(more) = filter.detach(index) {
+            refused.error = refused.error.context(format!("{more:#}"));
+            if refused.kernel == Kernel::Unchanged {
+                refused.kernel = Kernel::Mixed;
+            }
         }
     }
-    Refused {
-        error,
-        not_taken_back,
-    }
-}
-
-/// Whether the interface is not there any more.
-fn has_vanished(error: &anyhow::Error) -> bool {
-    let gone = [Errno::ENODEV as i32, Errno::ENXIO as i32];
-    error.chain().any(|cause| {
-        let cause = cause.downcast_ref::<io::Error>();
-        cause.is_some_and(|cause| {
-            cause
-                .raw_os_error()
-                .is_some_and(|code| gone.contains(&code))
-        })
-    })
+    refused
 }
 
 fn not_filtered(interface: &Interface, error: &anyhow::Error) -> String {

@@ -21,7 +21,7 @@ use crate::{
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
     protection,
-    reconcile::{Desired, InForce, Occasion, describe_unguarded},
+    reconcile::{Desired, InForce, Kernel, Occasion, describe_unguarded},
     region::{
         files::Watcher,
         lookup,
@@ -255,15 +255,9 @@ pub async fn enforce(
                 }));
                 break (file, reason, committed, checked);
             }
-            Err(error) => {
-                let error = match error.not_taken_back {
-                    None => error.error,
-                    Some(more) => error.error.context(format!(
-                        "what was written could not be taken back: {more:#}"
-                    )),
-                };
-                refused = refused.or(Some(error));
-            }
+            // What the maps hold must be known before another policy is tried.
+            Err(error) if error.kernel == Kernel::Unknown => return Err(error.error),
+            Err(error) => refused = refused.or(Some(error.error)),
         }
     };
     Ok(Started {

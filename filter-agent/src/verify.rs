@@ -15,7 +15,8 @@ use crate::{
     report,
 };
 
-/// Runs the attached program on probe packets, and compares what is attached with what should be.
+/// Runs the attached program on probe packets, and compares what is attached with what should be. `round`: of many
+/// ports each round probes some.
 ///
 /// # Errors
 /// Netlink, a pin or a map cannot be read, or the program cannot be run.
@@ -23,9 +24,10 @@ pub fn verify(
     filter: &mut Filter,
     coverage: &Coverage,
     in_force: &InForce,
+    round: u64,
 ) -> Result<report::Verified> {
     let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
-    let probes = probe::probes(&in_force.compiled);
+    let probes = probe::probes(&in_force.compiled, round);
     for probe in &probes {
         let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
         let judged = filter.judge(&probe.database, probe.source, probe.monitor)?;

@@ -627,4 +627,14 @@ mod pod {
     unsafe impl aya::Pod for Connection {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Stream {}
+
+    impl Sample {
+        /// Reads a sample from the ring buffer; `None` where it has another length.
+        pub fn read(bytes: &[u8]) -> Option<Self> {
+            let is_whole = bytes.len() == size_of::<Self>();
+            // SAFETY: as many bytes as the type has, which need no alignment here; repr(C) over integers,
+            // no padding (size asserted above), every bit pattern valid.
+            is_whole.then(|| unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+        }
+    }
 }

@@ -73,15 +73,21 @@ fn committed(order: &Order) -> Committed {
         },
         compiled: Arc::new(compiled),
         entries: Vec::new(),
+        restarted: BTreeSet::new(),
         errors: Vec::new(),
         not_taken_over: None,
     }
 }
 
-fn refused(not_taken_back: bool) -> Refused {
+fn refused(is_mixed: bool) -> Refused {
+    let kernel = if is_mixed {
+        Kernel::Mixed
+    } else {
+        Kernel::Unchanged
+    };
     Refused {
         error: anyhow!("no memory"),
-        not_taken_back: not_taken_back.then(|| anyhow!("no memory again")),
+        kernel,
     }
 }
 
@@ -234,6 +240,7 @@ impl World {
                 }
                 self.send(Event::Saved { record, result });
             }
+            Effect::Fail(error) => panic!("{error}"),
             Effect::Watch(_)
             | Effect::Status(_)
             | Effect::Ready
@@ -501,7 +508,7 @@ fn change_that_could_not_be_taken_back_is_not_called_refused_without_effect_and_
     }
     let error = error(&mut answer);
     assert!(!error.contains("nothing is changed"), "{error}");
-    assert!(error.contains("could not be taken back"), "{error}");
+    assert!(error.contains("tries to take back"), "{error}");
     assert!(world.is_dirty && !world.agent.snapshot().errors.is_empty());
     world.pass(11);
     world.settle(OFFICE);

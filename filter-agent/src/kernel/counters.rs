@@ -23,6 +23,16 @@ pub type Hits = BTreeMap<(String, String), u64>;
 /// Connections by database, what became of them, and whether that was only monitored.
 pub type Fates = BTreeMap<(String, Fate, bool), u64>;
 
+/// The value of a counter.
+#[derive(Debug)]
+pub(super) struct Counter {
+    pub(super) index: u32,
+    /// By CPU.
+    pub(super) packets: Vec<u64>,
+    /// How many of them were the agent's own probes.
+    pub(super) probes: u64,
+}
+
 impl Maps {
     /// Packets counted since the maps were made, the agent's own probes taken out.
     pub(super) fn counts(&self, image: &Image) -> Result<Counts> {
@@ -199,25 +209,48 @@ impl Maps {
         Ok(())
     }
 
-    /// Adds the hits of the rules that `after` no longer has to their databases' counters.
-    pub(super) fn keep_hits(&mut self, before: &Image, after: &Image) -> Result<()> {
+    /// Adds the hits of the rules that `after` no longer has to their databases' counters, and to
+    /// `replaced` what these were before.
+    pub(super) fn keep_hits(
+        &mut self,
+        before: &Image,
+        after: &Image,
+        replaced: &mut Vec<Counter>,
+    ) -> Result<()> {
         for change in changes(&before.rules, &after.rules) {
             let (Some(rule), None) = (change.old, change.new) else {
                 continue;
             };
             for monitored in [false, true] {
                 let from = hit_index(change.key, monitored);
-                let to = counter_index(rule.slot, Reason::Allowed, monitored);
+                let index = counter_index(rule.slot, Reason::Allowed, monitored);
+                let kept = Counter {
+                    index,
+                    packets: self.counts.get(&index, 0)?.to_vec(),
+                    probes: self.probes.get(&index, 0)?,
+                };
                 let hits = self.hits.get(&from, 0)?;
-                let counts = self.counts.get(&to, 0)?;
-                let sums = counts.iter().zip(hits.iter()).map(|(a, b)| a + b);
-                let sums: Vec<u64> = sums.collect();
-                self.counts.set(to, PerCpuValues::try_from(sums)?, 0)?;
-                let probes = self.probes.get(&to, 0)?;
-                let probes = probes + self.probes.get(&(COUNTERS + from), 0)?;
-                self.probes.set(to, probes, 0)?;
+                let sums = kept.packets.iter().zip(hits.iter()).map(|(a, b)| a + b);
+                let sum = Counter {
+                    index,
+                    packets: sums.collect(),
+                    probes: kept.probes + self.probes.get(&(COUNTERS + from), 0)?,
+                };
+                replaced.push(kept);
+                self.set_counter(sum)?;
             }
         }
         Ok(())
+    }
+
+    /// Writes a counter that the packet path does not write: one of packets that removed rules allowed.
+    pub(super) fn set_counter(&mut self, counter: Counter) -> Result<()> {
+        let packets = PerCpuValues::try_from(counter.packets)?;
+        self.counts
+            .set(counter.index, packets, 0)
+            .context("write a counter")?;
+        self.probes
+            .set(counter.index, counter.probes, 0)
+            .context("write a counter")
     }
 }

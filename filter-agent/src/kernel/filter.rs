@@ -4,38 +4,29 @@ use std::{
     fs::File,
     net::IpAddr,
     path::{Path, PathBuf},
-    thread,
-    time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
-use aya::{Ebpf, EbpfLoader, TestRun as _, TestRunOptions, maps::MapType, programs::Xdp};
+use anyhow::{Context as _, Result};
+use aya::{
+    Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
+    maps::{MapData, MapType},
+    programs::Xdp,
+};
 use filter_common::{
-    ADOPTION_SECONDS, ANSWER_LENGTH, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, LAYOUT, Reason,
-    Stream, counter_index, hit_index,
+    ANSWER_LENGTH, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, LAYOUT, Reason, Stream, counter_index,
+    hit_index,
 };
-use nix::{
-    fcntl::Flock,
-    time::{ClockId, clock_gettime},
-};
+use nix::fcntl::Flock;
 
-use crate::{
-    compile::Compiled,
-    kernel::{
-        counters::{Counts, Fates, Hits},
-        difference::Difference,
-        image::Image,
-        layout::{SHAPES, check_pin, check_pins, share_streams},
-        maps::{Allowed, Maps, absent_is_none},
-        pins::{adopt_new_links, base, layouts, lock, own_directory},
-        program::{OBJECT, check_kernel, load_error, program},
-        samples::Dropped,
-        steps::Step,
-    },
+use crate::kernel::{
+    counters::{Counts, Fates, Hits},
+    image::Image,
+    layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_streams},
+    maps::{Maps, absent_is_none},
+    pins::{adopt_new_links, base, layouts, lock, own_directory},
+    program::{OBJECT, check_kernel, load_error, program},
+    samples::Dropped,
 };
-
-/// Prefixes that are worth a second thread to write them.
-const MANY: usize = 1_000;
 
 const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
@@ -48,10 +39,12 @@ pub struct Filter {
     pub(super) maps: Maps,
     /// What the maps hold. The kernel's tries are read once, before this agent writes: older
     /// kernels must not be asked to list a trie that changes.
-    pub(super) held: Image,
+    pub(super) image: Image,
     /// Prefixes of one address family that a policy may have.
-    max_prefixes: usize,
-    _lock: Flock<File>,
+    pub(super) max_prefixes: usize,
+    pub(super) pinned_maps: PinnedMaps,
+    /// Held so that no other agent starts; the kernel releases it when this one ends, however it ends.
+    pub(super) lock: Flock<File>,
 }
 
 /// What the program did with a frame.
@@ -71,13 +64,6 @@ impl Ran {
     pub fn is_answer(&self) -> bool {
         self.action == XDP_TX
     }
-}
-
-/// A change that was made, and what it takes to undo it.
-#[derive(Debug)]
-pub struct Applied {
-    pub difference: Difference,
-    before: Image,
 }
 
 impl Filter {
@@ -119,9 +105,15 @@ impl Filter {
                 made_for = made_for.min(info.max_entries());
             }
         }
+        let pinned = |shape: &Shape| {
+            let map = MapData::from_pin(pins.join(shape.name));
+            let map = map.with_context(|| format!("open the map {}", shape.name))?;
+            Ok((shape.name, map))
+        };
+        let pinned_maps = SHAPES.iter().map(pinned).collect::<Result<_>>()?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.write_answers()?;
-        let held = if adopted {
+        let image = if adopted {
             maps.read()?
         } else {
             Image::default()
@@ -130,109 +122,16 @@ impl Filter {
             pins,
             ebpf,
             maps,
-            held,
+            image,
             max_prefixes: made_for as usize / 2,
-            _lock: lock,
+            pinned_maps,
+            lock,
         })
-    }
-
-    /// What `compiled` would change.
-    pub fn plan(&self, compiled: &Compiled) -> Result<Difference> {
-        let image = self.image(compiled)?;
-        Ok(self.held.difference(&image))
-    }
-
-    /// What the maps would hold. Refused up front where it would not fit: a map that turns out full
-    /// half way is undone, but the undoing itself is better never needed.
-    fn image(&self, compiled: &Compiled) -> Result<Image> {
-        let image = Image::of(compiled, &self.held)?;
-        for (family, prefixes) in [
-            ("IPv4", image.allowed4.len()),
-            ("IPv6", image.allowed6.len()),
-        ] {
-            ensure!(
-                prefixes <= self.max_prefixes,
-                "the policy has {prefixes} {family} prefixes and the kernel's map holds {}: write \
-                 fewer, or make larger maps (`filter-agent detach`, then `run --max-prefixes`)",
-                self.max_prefixes
-            );
-        }
-        Ok(image)
-    }
-
-    /// Makes the kernel hold what `compiled` says, changing only what differs.
-    ///
-    /// # Errors
-    /// What was refused. What had been written by then is taken back.
-    pub fn apply(&mut self, compiled: &Compiled) -> Result<Applied> {
-        let image = self.image(compiled)?;
-        let difference = self.held.difference(&image);
-        let before = self.change(image)?;
-        Ok(Applied { difference, before })
-    }
-
-    /// Makes the kernel hold what it held before.
-    pub fn undo(&mut self, applied: Applied) -> Result<()> {
-        self.change(applied.before).context("take back a change")?;
-        Ok(())
-    }
-
-    /// Returns what the kernel held before.
-    fn change(&mut self, image: Image) -> Result<Image> {
-        self.maps.clear_counters(&self.held, &image)?;
-        let (forced, newly) = (self.held.forced(), image.forced());
-        let until = since_boot()? + ADOPTION_SECONDS * 1_000_000_000;
-        for &slot in newly.difference(&forced) {
-            self.maps.set_adoption(slot, until)?;
-        }
-        let steps = self.held.steps_to(&image);
-        let mut done = 0;
-        let mut groups = steps.chunk_by(Step::is_independent_of);
-        let written = groups.try_for_each(|group| {
-            done += group.len();
-            self.write(group)
-        });
-        let written = written
-            .and_then(|()| self.maps.begin_epoch(&image.ports))
-            .and_then(|()| self.maps.keep_hits(&self.held, &image));
-        if let Err(error) = written {
-            let undo = || format!("take back a refused change ({error:#})");
-            for step in steps[..done].iter().rev() {
-                self.maps
-                    .write(&step.clone().reversed())
-                    .with_context(undo)?;
-            }
-            // What was found out half way is not to be remembered either.
-            self.maps.begin_epoch(&self.held.ports).with_context(undo)?;
-            return Err(error.context("write the policy to the kernel, nothing is changed"));
-        }
-        Ok(std::mem::replace(&mut self.held, image))
-    }
-
-    /// Writes steps that are independent of each other. Where they are many, which only prefixes are, two
-    /// threads share them: a trie's lock is held for a part of each write, and not to read it back.
-    fn write(&mut self, group: &[Step]) -> Result<()> {
-        if group.len() >= MANY {
-            let (first, second) = group.split_at(group.len() / 2);
-            let mut allowed = Allowed::open(&self.pins)?;
-            let written = thread::scope(|scope| {
-                let second = scope.spawn(move || second.iter().try_for_each(|s| allowed.write(s)));
-                let first = first.iter().try_for_each(|step| self.maps.write(step));
-                let second = second.join().map_err(|_| anyhow!("a thread panicked"));
-                first.and(second.flatten())
-            });
-            // A processor's stock of nodes may be used up (kernel 6.13), and who waits for the lock gives
-            // up after a quarter of a second (6.15): neither happens to one thread that takes its time.
-            if written.is_ok() {
-                return written;
-            }
-        }
-        group.iter().try_for_each(|step| self.maps.write(step))
     }
 
     /// Judges the connections that were under way before TLS was forced: by what they send next.
     pub fn judge_existing(&mut self) -> Result<()> {
-        for slot in self.held.forced() {
+        for slot in self.image.forced() {
             self.maps.set_adoption(slot, 0)?;
         }
         let connections: Result<Vec<_>, _> = self.maps.streams.iter().collect();
@@ -294,7 +193,7 @@ impl Filter {
     /// What the maps say of a source at a guarded port, without the program.
     pub fn judge(&self, database: &str, source: IpAddr, monitor: bool) -> Result<Judged> {
         let slot = self
-            .held
+            .image
             .slot(database)
             .with_context(|| format!("find database {database} in the kernel"))?;
         let rule = self.maps.allowed.find(slot, source)?;
@@ -309,10 +208,10 @@ impl Filter {
             None => (Reason::NotAllowed, None),
             Some(id) => (Reason::Allowed, Some(id)),
         };
-        let place = rule.map(|id| self.held.rules.binary_search_by_key(&id, |&(id, _)| id));
+        let place = rule.map(|id| self.image.rules.binary_search_by_key(&id, |&(id, _)| id));
         let name = place
             .and_then(Result::ok)
-            .map(|place| self.held.rules[place].1);
+            .map(|place| self.image.rules[place].1);
         Ok(Judged {
             slot,
             reason,
@@ -325,22 +224,28 @@ impl Filter {
 
     /// Packets counted since the maps were made, the agent's own probes taken out.
     pub fn counts(&self) -> Result<Counts> {
-        self.maps.counts(&self.held)
+        self.maps.counts(&self.image)
     }
 
     /// Connections counted since the maps were made.
     pub fn fates(&self) -> Result<Fates> {
-        self.maps.fates(&self.held)
+        self.maps.fates(&self.image)
     }
 
     /// Packets allowed, by database and text of the rule's key.
     pub fn hits(&self) -> Result<Hits> {
-        self.maps.hits(&self.held)
+        self.maps.hits(&self.image)
     }
 
-    /// As `Maps::dropped`.
+    /// Reads the samples of dropped packets that were taken since the last call.
     pub fn dropped(&mut self) -> Result<Vec<Dropped>> {
-        self.maps.dropped(&self.held)
+        self.maps.dropped(&self.image)
+    }
+
+    /// Lets each CPU take `SAMPLES_GRANTED` more samples for each place. How often this is called bounds
+    /// what a flood costs: once a second.
+    pub fn grant_samples(&mut self) -> Result<()> {
+        self.maps.grant_samples()
     }
 }
 
@@ -362,12 +267,6 @@ impl Judged {
     pub fn passes(&self) -> bool {
         self.monitor || self.reason == Reason::Allowed
     }
-}
-
-/// Nanoseconds since the host started, suspended or not: the clock of the packet path.
-fn since_boot() -> Result<u64> {
-    let time = clock_gettime(ClockId::CLOCK_BOOTTIME).context("read the clock")?;
-    Ok(Duration::from(time).as_nanos() as u64)
 }
 
 /// The filter may be moved to a thread of its own.

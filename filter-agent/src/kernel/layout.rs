@@ -1,9 +1,9 @@
 //! The layout of the pinned maps: what a map must be to be adopted.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use aya::maps::{MapInfo, MapType};
+use aya::maps::{MapData, MapInfo, MapType};
 use filter_common::{
     ANSWERS, Answer, COUNTERS, Connection, Guard, HITS, LAYOUT, LocalKey, MAX_LOCALS, NEAR_LINES,
     Name, NearLine, PORTS, Port, RULE_IDS, SLOTS, Source4, Source6, Stream,
@@ -61,6 +61,9 @@ const fn per_cpu(name: &'static str, entries: u32) -> Shape {
         ..array(name, 8, entries)
     }
 }
+
+/// The pinned maps by name, with file descriptors of their own.
+pub(super) type PinnedMaps = BTreeMap<&'static str, MapData>;
 
 pub(super) const SHAPES: [Shape; 15] = [
     array("PORT_GUARDS", size_of::<Port>(), PORTS),

@@ -215,7 +215,7 @@ impl Filter {
         for (layout, pins) in self.other_layouts()? {
             own_directory(&pins)?;
             // What the counters of a later layout mean this agent cannot know.
-            let counters = layout < LAYOUT && self.maps.carry_counters(&pins, &self.held)?;
+            let counters = layout < LAYOUT && self.maps.carry_counters(&pins, &self.image)?;
             let mut links = 0;
             for pin in entries(&pins)? {
                 let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
@@ -290,7 +290,11 @@ impl Filter {
     /// # Errors
     /// Something that is not ours among the pins, before any is removed.
     pub fn remove(&self) -> Result<Vec<u32>> {
-        remove_pins(self.pins.parent().context("find the pins' directory")?)
+        let base = self.pins.parent().context("find the pins' directory")?;
+        if !exists(base)? {
+            return Ok(Vec::new());
+        }
+        remove_pins(base)
     }
 
     /// The links that are pinned, with the programs the kernel says they run.
@@ -328,10 +332,19 @@ fn attached(xdp: AttachedXdp) -> &'static str {
     if xdp.native { "native" } else { "generic" }
 }
 
+/// Whether `Filter::attach` failed because the interface does not exist any more (ENODEV).
+pub fn is_gone(error: &anyhow::Error) -> bool {
+    has(error, Errno::ENODEV)
+}
+
 /// Whether a link has no interface any more: it vanished, or the link was detached by force.
 fn is_detached(error: &anyhow::Error) -> bool {
+    has(error, Errno::ENOLINK)
+}
+
+fn has(error: &anyhow::Error, errno: Errno) -> bool {
     error.chain().any(|cause| {
         let cause = cause.downcast_ref::<io::Error>();
-        cause.is_some_and(|cause| cause.raw_os_error() == Some(Errno::ENOLINK as i32))
+        cause.is_some_and(|cause| cause.raw_os_error() == Some(errno as i32))
     })
 }

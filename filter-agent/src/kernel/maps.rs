@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv6Addr},
-    path::Path,
+    os::fd::AsFd as _,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -17,7 +17,13 @@ use filter_common::{
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use crate::kernel::{answer::answer, change::Change, image::Image, steps::Step};
+use crate::kernel::{
+    answer::answer,
+    change::Change,
+    image::Image,
+    layout::PinnedMaps,
+    steps::{PrefixStep, Step},
+};
 
 pub(super) struct Maps {
     pub(super) ports: Array<MapData, Port>,
@@ -78,6 +84,12 @@ impl Maps {
                 .context("write what refused clients are told")?;
         }
         Ok(())
+    }
+
+    pub(super) fn adoption(&self, slot: u16) -> Result<u64> {
+        self.adopt_until
+            .get(&slot.into(), 0)
+            .context("read until when connections are let run")
     }
 
     /// Until when, in nanoseconds since boot, connections of a slot that are found under way are let
@@ -178,7 +190,7 @@ impl Maps {
                 .rule_names
                 .set(change.key, change.new.unwrap_or(Name::FREE), 0)
                 .with_context(|| format!("write the name of rule {}", change.key)),
-            Step::Allowed4(_) | Step::Allowed6(_) => self.allowed.write(step),
+            Step::Prefix(ref step) => self.allowed.write(step),
             Step::Near(ref change) => self
                 .near
                 .set(change.key, change.new.unwrap_or_default(), 0)
@@ -216,32 +228,32 @@ pub(super) struct Allowed {
 }
 
 impl Allowed {
-    /// A second way in to maps that are pinned.
-    pub(super) fn open(pins: &Path) -> Result<Self> {
+    /// Opens the tries again, for a second writer thread.
+    pub(super) fn open(maps: &PinnedMaps) -> Result<Self> {
         let open = |name: &str| {
-            let map = MapData::from_pin(pins.join(name));
-            map.map(Map::LpmTrie)
-                .with_context(|| format!("open the map {name}"))
+            let map = maps.get(name).context("find it")?;
+            let fd = map.fd().as_fd().try_clone_to_owned()?;
+            anyhow::Ok(Map::LpmTrie(MapData::from_fd(fd)?))
         };
+        let open = |name: &str| open(name).with_context(|| format!("open the map {name}"));
         Ok(Self {
             v4: open("ALLOWED4")?.try_into()?,
             v6: open("ALLOWED6")?.try_into()?,
         })
     }
 
-    pub(super) fn write(&mut self, step: &Step) -> Result<()> {
+    pub(super) fn write(&mut self, step: &PrefixStep) -> Result<()> {
         match *step {
-            Step::Allowed4(Change { key, new, .. }) => {
+            PrefixStep::V4(Change { key, new, .. }) => {
                 let (slot, prefix) = key;
                 write_prefix(&mut self.v4, &source4(slot, prefix), new)
                     .with_context(|| format!("write prefix {prefix}"))
             }
-            Step::Allowed6(Change { key, new, .. }) => {
+            PrefixStep::V6(Change { key, new, .. }) => {
                 let (slot, prefix) = key;
                 write_prefix(&mut self.v6, &source6(slot, prefix), new)
                     .with_context(|| format!("write prefix {prefix}"))
             }
-            _ => Ok(()),
         }
     }
 

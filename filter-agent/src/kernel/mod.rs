@@ -1,6 +1,7 @@
 //! The kernel's side of the filter: the only user of aya.
 
 mod answer;
+pub mod apply;
 mod bloom;
 pub mod change;
 pub mod counters;
@@ -13,5 +14,6 @@ mod maps;
 pub mod pins;
 pub mod probe;
 pub mod program;
+mod restore;
 pub mod samples;
 pub mod steps;

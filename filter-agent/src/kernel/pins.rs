@@ -58,11 +58,23 @@ pub(super) fn own_directory(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether a lock is one of the directory that is there now, and not of one that was removed.
+pub(super) fn is_locked(lock: &Flock<File>, base: &Path) -> Result<bool> {
+    let examine = || format!("examine {}", base.display());
+    if !exists(base)? {
+        return Ok(false);
+    }
+    let (locked, found) = (lock.metadata(), fs::symlink_metadata(base));
+    let (locked, found) = (locked.with_context(examine)?, found.with_context(examine)?);
+    Ok((locked.dev(), locked.ino()) == (found.dev(), found.ino()))
+}
+
 /// Held as long as the agent lives, and let go by the kernel however it ends.
 pub(super) fn lock(base: &Path) -> Result<Flock<File>> {
     let directory = File::open(base).with_context(|| format!("open {}", base.display()))?;
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
+        Ok(lock) if is_locked(&lock, base)? => Ok(lock),
+        Ok(_) => bail!("{} was removed while it was locked", base.display()),
         Err((_, Errno::EWOULDBLOCK)) => bail!(
             "another filter-agent runs on {}: stop it first, or use its commands",
             base.display()

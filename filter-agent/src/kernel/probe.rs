@@ -17,10 +17,15 @@ pub struct Probe {
     pub monitor: bool,
 }
 
-/// For each database, port and address family one source that must pass and one that must not, as
-/// far as the policy has such sources.
-pub fn probes(compiled: &Compiled) -> Vec<Probe> {
+/// Probes of one round: one sends a few hundred packets, however many ports the policy has.
+pub const MAX_PROBES: usize = 512;
+
+/// Returns probes of each database: of every port and address family one source that must pass and one that
+/// must not, as far as the policy has such sources. At most `MAX_PROBES`, shared equally by the
+/// databases: where a database has more, each `round` returns the next of them in turn.
+pub fn probes(compiled: &Compiled, round: u64) -> Vec<Probe> {
     let mut probes = Vec::new();
+    let share = MAX_PROBES / compiled.databases.len().max(1);
     for (name, entries) in &compiled.databases {
         let v4 = || {
             entries.v4.iter().map(|(prefix, _)| {
@@ -41,21 +46,30 @@ pub fn probes(compiled: &Compiled) -> Vec<Probe> {
             // Above ::/64: below it are IPv4-mapped and other special addresses.
             (outside(v6(), 1 << 64, source6), false),
         ];
-        for (source, allowed) in sources {
-            let Some(source) = source else { continue };
-            let Some(destination) = destination(entries, source) else {
-                continue;
-            };
-            probes.extend(entries.ports.iter().map(|&port| Probe {
+        let sources = sources.into_iter().filter_map(|(source, allowed)| {
+            let source = source?;
+            Some((source, destination(entries, source)?, allowed))
+        });
+        let sources: Vec<_> = sources.collect();
+        let all = sources.len() * entries.ports.len();
+        let count = all.min(share);
+        let first = match all {
+            0 => 0,
+            _ => (round % all as u64) as usize * count % all,
+        };
+        probes.extend((first..first + count).map(|number| {
+            let number = number % all;
+            let (source, destination, allowed) = sources[number % sources.len()];
+            Probe {
                 database: name.clone(),
                 protocol: entries.protocol,
-                port,
+                port: entries.ports[number / sources.len()],
                 source,
                 destination,
                 allowed,
                 monitor: entries.monitor,
-            }));
-        }
+            }
+        }));
     }
     probes
 }
@@ -174,6 +188,8 @@ pub fn frame(protocol: Protocol, source: IpAddr, destination: IpAddr, port: u16)
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use ipnet::{Ipv4Net, Ipv6Net};
 
     use super::*;
@@ -199,7 +215,7 @@ mod tests {
     }
 
     fn sources(v4: &[&str], v6: &[&str]) -> Vec<(String, bool)> {
-        let probes = probes(&compiled(v4, v6));
+        let probes = probes(&compiled(v4, v6), 0);
         probes
             .iter()
             .map(|probe| (probe.source.to_string(), probe.allowed))
@@ -237,5 +253,26 @@ mod tests {
             sources(&["0.0.0.0/1"], &[])[..2],
             [("64.0.0.0".into(), inside), ("128.0.0.0".into(), outside),]
         );
+    }
+
+    #[test]
+    fn many_ports_are_probed_in_turn_and_never_all_at_once() {
+        let mut compiled = compiled(&["192.0.2.0/24"], &["2001:db8::/32"]);
+        let mut other = compiled.databases["orders"].clone();
+        other.ports = vec![1];
+        compiled.databases.insert("shop".into(), other);
+        let orders = compiled.databases.get_mut("orders").unwrap();
+        orders.ports = (1000..3000).collect();
+        let mut seen = BTreeSet::new();
+        let rounds = (2000 * 4_usize).div_ceil(MAX_PROBES / 2);
+        for round in 0..rounds as u64 {
+            let probes = probes(&compiled, round);
+            assert!(probes.len() <= MAX_PROBES);
+            let shop = probes.iter().filter(|probe| probe.database == "shop");
+            assert_eq!(shop.count(), 4);
+            let orders = probes.iter().filter(|probe| probe.database == "orders");
+            seen.extend(orders.map(|probe| (probe.port, probe.source)));
+        }
+        assert_eq!(seen.len(), 2000 * 4);
     }
 }

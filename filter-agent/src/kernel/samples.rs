@@ -6,27 +6,26 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use filter_common::{ANY_SLOT, Guard, Reason, SAMPLES_GRANTED, Sample};
+use filter_common::{ANY_SLOT, Reason, SAMPLES_GRANTED, Sample};
 
 use crate::kernel::{image::Image, maps::Maps};
 
-/// Some packets that were not allowed: one, or of a flood the first of each second.
+/// A sampled drop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Dropped {
-    /// `None`: it cannot be told.
+    /// `None`: the packet has no readable source.
     pub source: Option<IpAddr>,
     /// `None`: aimed at no database in particular.
     pub database: Option<String>,
     pub reason: Reason,
-    /// Whether it was only counted, and passed.
+    /// Whether the packet was only counted, and passed.
     pub monitored: bool,
-    /// Index of the interface that it came in through.
+    /// Index of the interface that the packet came in through.
     pub interface: u32,
 }
 
 impl Maps {
-    /// Samples of the packets that were not allowed since this was asked last. Those of databases that are
-    /// no more are left out. More are taken only when it is asked again.
+    /// Reads the samples that are in the ring. Those of databases that `image` no longer has are left out.
     pub(super) fn dropped(&mut self, image: &Image) -> Result<Vec<Dropped>> {
         let names: BTreeMap<u32, &str> = image
             .slots
@@ -35,7 +34,7 @@ impl Maps {
             .collect();
         let mut dropped = Vec::new();
         while let Some(item) = self.sampled.next() {
-            let sample = read_sample(&item).context("read what was dropped")?;
+            let sample = Sample::read(&item).context("read a sample")?;
             let slot = sample.guard.slot();
             let database = names.get(&slot.into()).copied();
             let reason = Reason::ALL.get(sample.reason as usize);
@@ -51,28 +50,13 @@ impl Maps {
                 });
             }
         }
-        let granted = self.granted.get(&0, 0)?.saturating_add(SAMPLES_GRANTED);
-        self.granted.set(0, granted, 0).context("grant samples")?;
         Ok(dropped)
     }
-}
 
-/// A sample as it is in the ring.
-fn read_sample(bytes: &[u8]) -> Option<Sample> {
-    let (source, rest) = bytes.split_first_chunk::<16>()?;
-    let &[high, low] = source.as_chunks::<8>().0 else {
-        return None;
-    };
-    let &[family, reason, guard, interface] = rest.as_chunks::<4>().0 else {
-        return None;
-    };
-    Some(Sample {
-        source: [high, low].map(u64::from_ne_bytes),
-        family: u32::from_ne_bytes(family),
-        reason: u32::from_ne_bytes(reason),
-        guard: Guard(u32::from_ne_bytes(guard)),
-        interface: u32::from_ne_bytes(interface),
-    })
+    pub(super) fn grant_samples(&mut self) -> Result<()> {
+        let granted = self.granted.get(&0, 0)?.saturating_add(SAMPLES_GRANTED);
+        self.granted.set(0, granted, 0).context("grant samples")
+    }
 }
 
 fn source_of(sample: &Sample) -> Option<IpAddr> {

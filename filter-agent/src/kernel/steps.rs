@@ -14,20 +14,38 @@ use crate::kernel::{
 pub enum Step {
     Slot(Box<Change<u32, Name>>),
     Rule(Box<Change<u32, Name>>),
-    Allowed4(Change<(u16, Ipv4Net), u32>),
-    Allowed6(Change<(u16, Ipv6Net), u32>),
+    Prefix(PrefixStep),
     Near(Box<Change<u32, NearLine>>),
     Local(Change<LocalKey, Guard>),
     Port(Change<u32, Guard>),
     Protocols { old: u32, new: u32 },
 }
 
+/// A write to a trie: database slot and prefix, and the value that an `Image` has for it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum PrefixStep {
+    V4(Change<(u16, Ipv4Net), u32>),
+    V6(Change<(u16, Ipv6Net), u32>),
+}
+
 impl Step {
+    /// The write to a trie, if this step is one.
+    pub fn prefix(&self) -> Option<&PrefixStep> {
+        match self {
+            Self::Prefix(step) => Some(step),
+            _ => None,
+        }
+    }
+
     /// Whether two neighbours may change places: both add prefixes of a family, or both remove them.
     pub fn is_independent_of(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Allowed4(one), Self::Allowed4(other)) => one.removes() == other.removes(),
-            (Self::Allowed6(one), Self::Allowed6(other)) => one.removes() == other.removes(),
+        match (self.prefix(), other.prefix()) {
+            (Some(PrefixStep::V4(one)), Some(PrefixStep::V4(other))) => {
+                one.removes() == other.removes()
+            }
+            (Some(PrefixStep::V6(one)), Some(PrefixStep::V6(other))) => {
+                one.removes() == other.removes()
+            }
             _ => false,
         }
     }
@@ -44,8 +62,8 @@ impl Step {
         match self {
             Self::Slot(change) => Self::Slot(swap(change).into()),
             Self::Rule(change) => Self::Rule(swap(change).into()),
-            Self::Allowed4(change) => Self::Allowed4(swap(change)),
-            Self::Allowed6(change) => Self::Allowed6(swap(change)),
+            Self::Prefix(PrefixStep::V4(change)) => Self::Prefix(PrefixStep::V4(swap(change))),
+            Self::Prefix(PrefixStep::V6(change)) => Self::Prefix(PrefixStep::V6(swap(change))),
             Self::Near(change) => Self::Near(swap(change).into()),
             Self::Local(change) => Self::Local(swap(change)),
             Self::Port(change) => Self::Port(swap(change)),
@@ -73,8 +91,8 @@ impl Image {
                 .into_iter()
                 .map(|change| Step::Near(change.into())),
         );
-        steps.extend(set(&allowed4).map(Step::Allowed4));
-        steps.extend(set(&allowed6).map(Step::Allowed6));
+        steps.extend(set(&allowed4).map(PrefixStep::V4).map(Step::Prefix));
+        steps.extend(set(&allowed6).map(PrefixStep::V6).map(Step::Prefix));
         steps.extend(set(&locals).map(Step::Local));
         let both = self.protocols | new.protocols;
         let protocols = |old, new| (old != new).then_some(Step::Protocols { old, new });
@@ -82,8 +100,8 @@ impl Image {
         steps.extend(changes(&self.ports, &new.ports).into_iter().map(Step::Port));
         steps.extend(protocols(both, new.protocols));
         steps.extend(removed(&locals).map(Step::Local));
-        steps.extend(removed(&allowed4).map(Step::Allowed4));
-        steps.extend(removed(&allowed6).map(Step::Allowed6));
+        steps.extend(removed(&allowed4).map(PrefixStep::V4).map(Step::Prefix));
+        steps.extend(removed(&allowed6).map(PrefixStep::V6).map(Step::Prefix));
         steps.extend(
             changes(&near, &new.near)
                 .into_iter()

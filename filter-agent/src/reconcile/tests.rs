@@ -75,6 +75,7 @@ fn reload_that_lists_what_never_was_there_is_refused_and_a_start_is_not() {
         remembered: &remembered,
         host: &host,
         pinned: &[pinned(2)],
+        program_id: 1,
     };
     let refused = prepare_with(&new, &RELOAD, &facts, &[]).unwrap_err();
     let expected = "interface eth9 is missing on this host, which has eth0";
@@ -91,6 +92,7 @@ fn reload_that_lists_what_never_was_there_is_refused_and_a_start_is_not() {
         remembered: &remembered,
         host: &host,
         pinned: &[],
+        program_id: 1,
     };
     let plan = prepare_with(&new, &start, &facts, &[]).unwrap();
     assert_eq!(plan.report.attached, ["eth0"]);
@@ -108,6 +110,7 @@ fn nothing_is_detached_while_an_entry_has_no_interface() {
         remembered: &remembered,
         host: &host,
         pinned: &[pinned(2), pinned(3)],
+        program_id: 1,
     };
     let allow = Occasion::Reload {
         allow_unprotect: true,
@@ -145,6 +148,7 @@ fn listed_interface_that_cannot_be_filtered_refuses_the_change() {
         remembered: &remembered,
         host: &host,
         pinned: &[],
+        program_id: 1,
     };
     let start = Occasion::Start { before: None };
     let refused = prepare_with(&file, &start, &facts, &["eth1"]).unwrap_err();
@@ -166,6 +170,7 @@ fn interface_that_only_memory_lists_refuses_nothing() {
         remembered: &remembered,
         host: &host,
         pinned: &[pinned(2)],
+        program_id: 1,
     };
     let plan = prepare_with(&listed, &RELOAD, &facts, &["eth0"]).unwrap();
     let warning = "eth0 is not filtered: another program runs";
@@ -183,38 +188,29 @@ fn change_of_regions_looks_at_no_interface() {
         remembered: &remembered,
         host: &[],
         pinned: &[],
+        program_id: 1,
     };
     let plan = prepare_with(&file, &Occasion::Change, &facts, &[]).unwrap();
     assert!(plan.attach.is_empty() && plan.detach.is_empty());
     assert_eq!(plan.report.warnings, [""; 0]);
 }
 
-/// Fault A17: an interface that vanished while a change was made refused it.
-#[test]
-fn interface_that_vanished_is_told_from_one_that_is_refused() {
-    let error = |code: Errno| {
-        let error = io::Error::from_raw_os_error(code as i32);
-        anyhow::Error::from(error).context("attach to eth1 in native mode")
-    };
-    assert!(has_vanished(&error(Errno::ENODEV)));
-    for code in [Errno::ENOMEM, Errno::EPERM, Errno::EBUSY, Errno::ENOLINK] {
-        assert!(!has_vanished(&error(code)));
-    }
-}
-
 #[test]
 fn refusal_says_that_nothing_is_changed_only_where_that_is_so() {
-    let refused = |not_taken_back| Refused {
-        error: anyhow::anyhow!("no memory"),
-        not_taken_back,
-    };
-    let unchanged = refused(None).describe("reload");
+    let refused = |error: anyhow::Error| format!("{:#}", Refused::from(error).describe("reload"));
+    let error = || anyhow::anyhow!("no memory");
     assert_eq!(
-        format!("{unchanged:#}"),
+        refused(error()),
         "reload refused, nothing is changed: no memory"
     );
-    let changed = refused(Some(anyhow::anyhow!("busy"))).describe("reload");
-    let changed = format!("{changed:#}");
-    assert!(!changed.contains("nothing is changed"), "{changed}");
-    assert!(changed.contains("(busy)"), "{changed}");
+    let mixed = refused(error().context(NotTakenBack).context("attach"));
+    assert!(
+        mixed.starts_with("reload refused, the agent tries to take back the rest: "),
+        "{mixed}"
+    );
+    let unknown = refused(error().context(Unknown));
+    assert!(
+        unknown.starts_with("reload refused, the agent ends, and the filter stays"),
+        "{unknown}"
+    );
 }

@@ -8,7 +8,7 @@ use crate::{
     kernel::{
         change::Change,
         difference::{DatabaseDifference, Difference},
-        steps::Step,
+        steps::{PrefixStep, Step},
     },
     policy::Source,
 };
@@ -40,8 +40,8 @@ impl Kernel {
         match step {
             Step::Slot(change) => put(&mut self.slots, change),
             Step::Rule(change) => put(&mut self.rules, change),
-            Step::Allowed4(change) => put(&mut self.allowed4, change),
-            Step::Allowed6(change) => put(&mut self.allowed6, change),
+            Step::Prefix(PrefixStep::V4(change)) => put(&mut self.allowed4, change),
+            Step::Prefix(PrefixStep::V6(change)) => put(&mut self.allowed6, change),
             Step::Near(change) => put(&mut self.near, change),
             Step::Local(change) => put(&mut self.locals, change),
             Step::Port(change) => put(&mut self.ports, change),

@@ -1,0 +1,236 @@
+//! Changing what the kernel holds: writing a difference, and taking it back.
+
+use std::{collections::BTreeSet, fmt, thread, time::Duration};
+
+use anyhow::{Context as _, Error, Result, anyhow, ensure};
+use filter_common::ADOPTION_SECONDS;
+use nix::time::{ClockId, clock_gettime};
+
+use crate::{
+    compile::Compiled,
+    kernel::{
+        counters::Counter, difference::Difference, filter::Filter, image::Image, maps::Allowed,
+        steps::Step,
+    },
+};
+
+/// Prefixes that are worth a second thread to write them.
+const MANY: usize = 1_000;
+
+/// A change that is in force, and the values that it replaced.
+#[derive(Debug)]
+pub struct Applied {
+    pub difference: Difference,
+    /// Databases whose counters begin at zero with this change: they are new in the kernel.
+    pub restarted: BTreeSet<String>,
+    before: Image,
+    replaced: Replaced,
+}
+
+/// Values outside the image that a change replaces.
+#[derive(Debug, Default)]
+struct Replaced {
+    /// Counters of databases to which it adds the hits of removed rules.
+    counters: Vec<Counter>,
+    /// Ends of adoption windows, by slot.
+    adoption: Vec<(u16, u64)>,
+}
+
+/// A change could not be taken back whole: the kernel holds parts of it. `Filter` has read the maps again
+/// and goes on from there, so that the next apply that succeeds removes the rest.
+#[derive(Debug)]
+pub struct NotTakenBack;
+
+impl fmt::Display for NotTakenBack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a refused change could not be taken back, parts of it are in force")
+    }
+}
+
+/// A change could not be taken back, and the maps cannot be read: this `Filter` must not be used any more.
+/// What is pinned stays in force, and the next agent reads it.
+#[derive(Debug)]
+pub struct Unknown;
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "a refused change could not be taken back, and the kernel's maps cannot be read",
+        )
+    }
+}
+
+impl Filter {
+    /// Returns what `compiled` would change.
+    pub fn plan(&self, compiled: &Compiled) -> Result<Difference> {
+        let image = self.image_of(compiled)?;
+        Ok(self.image.difference(&image))
+    }
+
+    /// Returns the content of the maps for `compiled`.
+    ///
+    /// # Errors
+    /// A policy that does not fit the maps. Found here, nothing has to be taken back.
+    fn image_of(&self, compiled: &Compiled) -> Result<Image> {
+        let image = Image::of(compiled, &self.image)?;
+        for (family, prefixes) in [
+            ("IPv4", image.allowed4.len()),
+            ("IPv6", image.allowed6.len()),
+        ] {
+            ensure!(
+                prefixes <= self.max_prefixes,
+                "the policy has {prefixes} {family} prefixes and the kernel's map holds {}: write \
+                 fewer, or make larger maps (`filter-agent detach`, then `run --max-prefixes`)",
+                self.max_prefixes
+            );
+        }
+        Ok(image)
+    }
+
+    /// Makes the kernel hold what `compiled` says, by writing only what differs.
+    ///
+    /// # Errors
+    /// The first write that the kernel refused. Everything written before it has been taken back, unless
+    /// the error is a `NotTakenBack` or an `Unknown` as well.
+    pub fn apply(&mut self, compiled: &Compiled) -> Result<Applied> {
+        let image = self.image_of(compiled)?;
+        let difference = self.image.difference(&image);
+        let steps = self.image.steps_to(&image);
+        let mut replaced = Replaced::default();
+        let mut begun = 0;
+        if let Err(error) = self.write_all(&image, &steps, &mut begun, &mut replaced) {
+            let error = error.context("write the policy to the kernel");
+            let back = steps[..begun].iter().rev().map(Step::reversed);
+            let before = self.image.clone();
+            return Err(match self.take_back(back, replaced, before) {
+                Ok(()) => error,
+                Err(more) => more.context(format!("{error:#}")),
+            });
+        }
+        let new_slots = image.slots.iter().filter(|(slot, _)| {
+            let slots = &self.image.slots;
+            slots.binary_search_by_key(slot, |&(slot, _)| slot).is_err()
+        });
+        let restarted = new_slots
+            .filter_map(|(_, name)| Some(name.text()?.to_owned()))
+            .collect();
+        Ok(Applied {
+            difference,
+            restarted,
+            before: std::mem::replace(&mut self.image, image),
+            replaced,
+        })
+    }
+
+    /// Takes a change back that `apply` made last: the maps, the counters and the adoption windows are what
+    /// they were before it.
+    ///
+    /// # Errors
+    /// A `NotTakenBack` or an `Unknown`.
+    pub fn undo(&mut self, applied: Applied) -> Result<()> {
+        let steps = self.image.steps_to(&applied.before);
+        self.take_back(steps.into_iter(), applied.replaced, applied.before)
+    }
+
+    /// Writes the steps and what belongs to them. `begun`: the steps that may have been written.
+    fn write_all(
+        &mut self,
+        image: &Image,
+        steps: &[Step],
+        begun: &mut usize,
+        replaced: &mut Replaced,
+    ) -> Result<()> {
+        // Free slots and rule ids are not shown: clearing their counters changes nothing that is in force.
+        self.maps.clear_counters(&self.image, image)?;
+        let until = since_boot()? + ADOPTION_SECONDS * 1_000_000_000;
+        for &slot in image.forced().difference(&self.image.forced()) {
+            replaced.adoption.push((slot, self.maps.adoption(slot)?));
+            self.maps.set_adoption(slot, until)?;
+        }
+        for group in steps.chunk_by(Step::is_independent_of) {
+            *begun += group.len();
+            self.write(group)?;
+        }
+        self.maps.begin_epoch(&image.ports)?;
+        self.maps
+            .keep_hits(&self.image, image, &mut replaced.counters)
+    }
+
+    /// Writes every step, whatever fails, so that as much as possible is as `before` again.
+    fn take_back(
+        &mut self,
+        steps: impl Iterator<Item = Step>,
+        replaced: Replaced,
+        before: Image,
+    ) -> Result<()> {
+        let mut refused: Option<Error> = None;
+        for step in steps {
+            if let Err(error) = self.maps.write(&step) {
+                refused.get_or_insert(error);
+            }
+        }
+        if refused.is_some() {
+            // The step that failed first may not have been written at all, and the kernel refuses
+            // to take it back for the same reason: only the maps show what is left.
+            match self.maps.read() {
+                Ok(image) => self.image = image,
+                Err(unread) => {
+                    let error = refused.unwrap_or(unread);
+                    return Err(error.context(Unknown));
+                }
+            }
+            if self.image == before {
+                refused = None;
+            }
+        } else {
+            self.image = before;
+        }
+        // The verdict caches may hold what was true half way.
+        let rest = self.maps.begin_epoch(&self.image.ports);
+        let rest = rest.and_then(|()| self.restore(replaced));
+        match refused.or(rest.err()) {
+            None => Ok(()),
+            Some(error) => Err(error.context(NotTakenBack)),
+        }
+    }
+
+    fn restore(&mut self, replaced: Replaced) -> Result<()> {
+        for counter in replaced.counters.into_iter().rev() {
+            self.maps.set_counter(counter)?;
+        }
+        for (slot, until) in replaced.adoption {
+            self.maps.set_adoption(slot, until)?;
+        }
+        Ok(())
+    }
+
+    /// Writes steps that are independent of each other. Two threads share a long run, which only prefixes
+    /// make: each holds a trie's lock for a part of a write only, and reads back without it.
+    fn write(&mut self, group: &[Step]) -> Result<()> {
+        let prefixes = || group.iter().map(Step::prefix).collect::<Option<Vec<_>>>();
+        if group.len() >= MANY
+            && let Some(prefixes) = prefixes()
+        {
+            let (first, second) = prefixes.split_at(group.len() / 2);
+            let mut allowed = Allowed::open(&self.pinned_maps)?;
+            let written = thread::scope(|scope| {
+                let second = scope.spawn(move || second.iter().try_for_each(|s| allowed.write(s)));
+                let first = first.iter().try_for_each(|s| self.maps.allowed.write(s));
+                let second = second.join().map_err(|_| anyhow!("a thread panicked"));
+                first.and(second.flatten())
+            });
+            // Concurrent writers can fail where one does not: the per-CPU node cache runs out (6.13), and
+            // waiting for the lock times out after 250 ms (6.15).
+            if written.is_ok() {
+                return written;
+            }
+        }
+        group.iter().try_for_each(|step| self.maps.write(step))
+    }
+}
+
+/// Nanoseconds since the host started, suspended or not: the clock of the packet path.
+fn since_boot() -> Result<u64> {
+    let time = clock_gettime(ClockId::CLOCK_BOOTTIME).context("read the clock")?;
+    Ok(Duration::from(time).as_nanos() as u64)
+}

@@ -1,0 +1,59 @@
+//! Putting back pins that somebody removed under a running agent.
+
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use aya::maps::MapInfo;
+
+use crate::kernel::{
+    filter::Filter,
+    layout::SHAPES,
+    pins::{self, exists, is_locked, lock, own_directory},
+};
+
+/// Begins the name of a map's pin until it has replaced the pin that another map has.
+const NEW_MAP: &str = "new_map_";
+
+impl Filter {
+    /// Recreates the directories of the pins, takes their lock again and pins the maps again, from the file
+    /// descriptors that this agent holds. Returns whether anything was missing. A link goes with its
+    /// pin: `attach` makes a new one.
+    ///
+    /// # Errors
+    /// A directory that is not ours, or another agent, which has started meanwhile: the pins are left to it.
+    pub fn restore_pins(&mut self) -> Result<bool> {
+        let base = self.pins.parent().context("find the pins' directory")?;
+        let bpffs = base.parent().context("find the BPF file system")?;
+        pins::base(bpffs)?;
+        let mut restored = false;
+        // A lock on a directory that is gone keeps no other agent from starting.
+        if !is_locked(&self.lock, base)? {
+            own_directory(base)?;
+            self.lock = lock(base)?;
+            restored = true;
+        }
+        own_directory(&self.pins)?;
+        for shape in &SHAPES {
+            let map = self.pinned_maps.get(shape.name).context("find the map")?;
+            let pin = self.pins.join(shape.name);
+            // An agent that came and went may have pinned other maps.
+            if exists(&pin)? {
+                let pinned =
+                    MapInfo::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;
+                if pinned.id() == map.info().context("read a map's id")?.id() {
+                    continue;
+                }
+            }
+            let new = self.pins.join(format!("{NEW_MAP}{}", shape.name));
+            if exists(&new)? {
+                fs::remove_file(&new).with_context(|| format!("remove {}", new.display()))?;
+            }
+            map.pin(&new)
+                .with_context(|| format!("pin the map at {}", new.display()))?;
+            fs::rename(&new, &pin)
+                .with_context(|| format!("rename {} to {}", new.display(), pin.display()))?;
+            restored = true;
+        }
+        Ok(restored)
+    }
+}
