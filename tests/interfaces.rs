@@ -240,7 +240,7 @@ fn check_of_the_host_tells_what_attaching_would_meet_and_touches_nothing() {
         [&json!("veth"), &json!(true), &json!(9000)]
     );
     assert_eq!(eth5["notes"], json!([]));
-    let expected = json!(["bridge has no native XDP, which leaves generic mode"]);
+    let expected = json!(["bridge has no native XDP: the filter will run in generic mode"]);
     assert_eq!(host("br0")["notes"], expected);
     let text = net.agent_text(&check);
     assert!(text.contains("br0: bridge has no native XDP"), "{text}");

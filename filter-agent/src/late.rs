@@ -62,7 +62,7 @@ impl Late {
                     Some(error) => error,
                 };
                 reply.send(Err(anyhow!("{error}")).context(
-                    "detached: nothing is filtered any more; but the next start may enforce it again",
+                    "detached: nothing is filtered, but the next start may enforce the policy again",
                 ));
             }
         }

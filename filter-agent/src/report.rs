@@ -1,4 +1,4 @@
-//! What the daemon answers and the commands print.
+//! The agent's answers to requests, which the commands print.
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
@@ -15,30 +15,31 @@ pub struct Status {
     pub started: Timestamp,
     pub policy: Enforced,
     pub interfaces: Vec<Interface>,
-    /// How often the filter was put back on an interface from which somebody took it.
+    /// How often another program detached the filter and the agent attached it again.
     pub repairs: u64,
     pub databases: Vec<Database>,
-    /// Packets dropped that could have been aimed at any database, by reason.
+    /// Packets dropped whose database is unknown, by reason.
     pub unattributed: BTreeMap<String, u64>,
-    /// The same where all it could have been aimed at is only monitored: passed.
+    /// Packets passed, since all databases that they may be for are only monitored, by the reason to drop them.
     pub unattributed_would_drop: BTreeMap<String, u64>,
     pub regions: Vec<Region>,
     pub verified: Verified,
     pub warnings: Vec<String>,
-    /// Why the filter does not do, on every listed interface that is there, what the policy in force says.
+    /// Why the policy is not enforced on every listed interface that exists.
     pub not_enforced: Vec<String>,
-    /// Where what is enforced is not what the policy says.
+    /// Differences between the policy and what is enforced.
     pub errors: Vec<String>,
 }
 
-/// The policy in force, and how long each step to it took, in milliseconds.
+/// The policy in force, and how long it took to enforce it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Enforced {
     pub file: PathBuf,
-    /// When its file was read and found valid.
+    /// When its file was read and checked.
     pub accepted: Timestamp,
-    /// From `accepted` on.
+    /// Milliseconds from `accepted` until it was compiled.
     pub compiled_ms: f64,
+    /// Milliseconds from `accepted` until it was enforced.
     pub enforced_ms: f64,
     pub next_expiry: Option<Timestamp>,
 }
@@ -54,7 +55,7 @@ pub struct Interface {
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Database {
     pub name: String,
-    /// `tcp/5432`.
+    /// `tcp/5432` each.
     pub ports: Vec<String>,
     /// Local addresses; empty: all.
     pub addresses: Vec<IpAddr>,
@@ -68,9 +69,9 @@ pub struct Database {
     /// Packets that `monitor` let pass, by the reason to drop them.
     pub would_drop: BTreeMap<String, u64>,
     pub force_tls: bool,
-    /// Where TLS is forced: connections by what became of them.
+    /// Connections by verdict, where TLS is forced.
     pub connections: BTreeMap<String, u64>,
-    /// The same while the database was only monitored.
+    /// Connections by verdict while the database was only monitored.
     pub monitored_connections: BTreeMap<String, u64>,
 }
 
@@ -78,7 +79,7 @@ pub struct Database {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Verified {
     pub at: Timestamp,
-    /// Packets the program was run on.
+    /// Number of probe packets.
     pub probes: usize,
     pub errors: Vec<String>,
 }
@@ -86,7 +87,7 @@ pub struct Verified {
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Rule {
     pub database: String,
-    /// Place in the policy's `rules`, from 1; `None`: given by the database's other fields.
+    /// Place in the database's `rules`, counted from 1. `None`: from another field, such as `cluster`.
     pub number: Option<usize>,
     pub source: String,
     pub label: Option<String>,
@@ -99,25 +100,25 @@ pub struct Rule {
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Region {
     pub name: String,
-    /// Where its prefixes come from.
+    /// Source of its prefixes.
     pub source: String,
     /// Whether a rule names it; only then is it looked up.
     pub used: bool,
-    /// What is allowed, those that retire included, adjacent and covered ones merged.
+    /// Allowed prefixes, retiring ones included, with adjacent and covered ones merged.
     pub prefixes: Vec<IpNet>,
     pub retiring: Vec<Retiring>,
-    /// When the source last gave this set.
+    /// When the source last returned this set.
     pub confirmed: Option<Timestamp>,
-    /// The next look-up; `None`: when the file changes, or never.
+    /// The next look-up. `None`: never, or one is under way.
     pub next: Option<Timestamp>,
     /// Whether the last look-up failed.
     pub failing: bool,
-    /// The last error, which may be over.
+    /// The last error; it is resolved unless `failing`.
     pub error: Option<Error>,
     pub change: Option<Change>,
 }
 
-/// A prefix that left its region's answer and is allowed for a while.
+/// A retiring prefix: it left its region, and stays allowed until then.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Retiring {
     pub prefix: IpNet,
@@ -135,12 +136,12 @@ pub struct Error {
 pub struct Change {
     pub at: Option<Timestamp>,
     pub added: Vec<IpNet>,
-    /// No longer in the answer, but allowed for a while.
+    /// Retiring: no longer in the result, but still allowed.
     pub left: Vec<IpNet>,
     pub removed: Vec<IpNet>,
 }
 
-/// What a look-up came to.
+/// The result of `refresh` for a region.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Refreshed {
     pub region: String,
@@ -155,37 +156,37 @@ pub struct Refreshed {
 pub struct Explanation {
     pub database: String,
     pub source: IpAddr,
-    /// What the program does with such a packet.
+    /// Whether the program passes such a packet.
     pub passes: bool,
     pub monitor: bool,
     pub reason: String,
-    /// Whether a connection has to begin with TLS, too.
+    /// Whether a connection must also begin with TLS.
     pub force_tls: bool,
     pub rule: Option<String>,
     pub label: Option<String>,
     pub expires: Option<Timestamp>,
 }
 
-/// Who was turned away since the agent started.
+/// Dropped packets since the agent started.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Drops {
     pub since: Timestamp,
-    /// Who tried most often first.
+    /// Sampled sources, those with most packets first.
     pub sources: Vec<Dropped>,
-    /// Packets of which nothing more is known: of a flood only some are looked at.
+    /// Packets that were not sampled: of a flood only some are.
     pub unsampled: Vec<Unsampled>,
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Dropped {
-    /// `None`: aimed at no database in particular.
+    /// `None`: the database is unknown.
     pub database: Option<String>,
-    /// `None`: the packet did not tell.
+    /// `None`: the packet's source address could not be parsed.
     pub source: Option<IpAddr>,
     pub reason: String,
-    /// Whether they were only counted, and passed.
+    /// Whether the packets were only counted, and passed.
     pub monitor: bool,
-    /// At least.
+    /// Lower bound of the number of packets.
     pub packets: u64,
     pub last_seen: Timestamp,
 }
@@ -198,13 +199,14 @@ pub struct Unsampled {
     pub packets: u64,
 }
 
-/// What a policy file would change, or changed.
+/// The difference that a policy makes or would make.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Plan {
     pub file: PathBuf,
     pub difference: Difference,
-    /// Interfaces that come under the filter and that leave it.
+    /// Interfaces that will be filtered and are not yet.
     pub attached: Vec<String>,
+    /// Interfaces that will no longer be filtered.
     pub detached: Vec<String>,
     pub warnings: Vec<String>,
 }
@@ -214,7 +216,7 @@ pub struct Reloaded {
     pub plan: Plan,
     pub enforced: Enforced,
     pub verified: Verified,
-    /// What is wrong although the policy is enforced.
+    /// Errors after the policy was enforced.
     pub errors: Vec<String>,
 }
 

@@ -41,7 +41,7 @@ struct Checked {
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<Vec<Driver>>,
     warnings: Vec<String>,
-    /// What on this host refuses a start, as far as it was asked for.
+    /// Why a start on this host would be refused; only examined with `--host`.
     errors: Vec<String>,
 }
 
@@ -56,8 +56,8 @@ struct CheckedDatabase {
     prefixes: usize,
 }
 
-/// Asks no agent: the file may be meant for another host. Nor the network, unless it is told to.
-/// `places`: the BPF file system and the state directory, to look whether this host can enforce the file.
+/// Checks a policy file. Needs no agent, and the network only with `resolve`. `places`: the BPF file system and the state
+/// directory, to check whether this host can enforce the file.
 pub(super) async fn check(
     file: &Path,
     resolve: bool,
@@ -86,7 +86,7 @@ pub(super) async fn check(
         let source = &state.region.source;
         format!("region {name} ({source}) was not looked up: use --resolve")
     }));
-    // Else this process is refused what the service would be, and more.
+    // Other users are refused more than the service: their own errors tell.
     if nix::unistd::geteuid().is_root() {
         warnings.extend(readable::warnings(&loaded.path, &loaded.policy));
     }
@@ -109,7 +109,7 @@ pub(super) async fn check(
         .map(|entry| format!("{} here", describe_missing(entry)))
         .collect();
     let mut drivers = None;
-    // Without --host the policy may be meant for another host: only a warning.
+    // Without --host the policy may be for another host: a missing interface is only a warning.
     match places {
         Some((bpffs, _)) => {
             if coverage.present.is_empty() && !missing.is_empty() {
@@ -180,7 +180,7 @@ pub(super) async fn check(
     Ok(failure_if(!checked.errors.is_empty()))
 }
 
-/// What on this host would refuse a start.
+/// Returns why a start on this host would be refused.
 fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
     let kernel = program::check_kernel(bpffs).err();
     let mut refusals: Vec<String> = kernel.iter().map(|error| format!("{error:#}")).collect();

@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 
 use crate::{policy::spelled, report};
 
-/// Time that an agent may take to answer a request that waits for nothing.
+/// Time limit of requests that wait for no look-up.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pause until an agent whose queue of connections is full is tried again.
@@ -38,7 +38,7 @@ pub(super) struct Agent<'a> {
 }
 
 impl<'a> Agent<'a> {
-    /// One that is asked for what it has at hand.
+    /// Requests to it wait for no look-up.
     pub(super) fn new(socket: &'a Path) -> Self {
         Self {
             socket,
@@ -119,7 +119,7 @@ impl<'a> Agent<'a> {
         serde_json::from_slice(&body).context("parse the agent's answer")
     }
 
-    /// Why no connection could be made, and what to do.
+    /// Describes why no connection could be made, and what to do.
     fn refused(&self, error: io::Error) -> anyhow::Error {
         let socket = self.socket.display();
         let what = match error.kind() {
@@ -130,7 +130,7 @@ impl<'a> Agent<'a> {
     }
 }
 
-/// The cause of an error that is a time limit.
+/// The cause of errors of the time limit.
 #[derive(Debug)]
 struct TimedOut;
 

@@ -37,8 +37,8 @@ fn interface_name(index: u32) -> String {
     name.unwrap_or_else(|| format!("interface {index} (gone)"))
 }
 
-/// A running agent detaches itself, since it would attach again; without one the pins are removed
-/// here.
+/// Detaches the filter. A running agent must do it itself, since it would attach again; without one this process removes the
+/// pins.
 pub(super) async fn detach(
     yes: bool,
     socket: &Path,
@@ -69,7 +69,7 @@ pub(super) async fn detach(
     } else {
         let interfaces = pins::remove(bpffs)?;
         store::forget_confirmed(state_dir).context(
-            "detached: nothing is filtered any more; but the next start may enforce it again",
+            "detached: nothing is filtered, but the next start may enforce the policy again",
         )?;
         interfaces.into_iter().map(interface_name).collect()
     };

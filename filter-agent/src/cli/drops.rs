@@ -61,7 +61,7 @@ fn reason(reason: &str, monitor: bool) -> String {
     format!("{reason}{monitor}")
 }
 
-/// Prints what is new since `before`, every second, until the agent or the reader is gone.
+/// Prints new drops every second, until the agent or the reader of the output ends.
 pub(super) async fn follow_drops(
     mut before: Drops,
     agent: &Agent<'_>,

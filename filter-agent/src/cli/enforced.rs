@@ -20,10 +20,10 @@ use crate::{
     store,
 };
 
-/// What `status --enforced` found.
+/// Output of `status --enforced`.
 #[derive(Serialize)]
 pub(super) struct Enforcement {
-    /// Whether an agent said so; else the pins and the kernel's list of interfaces did.
+    /// Whether an agent reported it; else it was read from the pins and the kernel's list of interfaces.
     agent: bool,
     interfaces: Vec<String>,
 }
@@ -63,7 +63,7 @@ pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> R
                 interfaces: filtered.map(|interface| interface.name).collect(),
             })
         }
-        // Nobody answers: the filter may be in force all the same.
+        // The filter may be in force without an agent.
         Err(_) => enforced_without_agent(bpffs, state_dir).await,
     }
 }
@@ -108,7 +108,7 @@ async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforc
     })
 }
 
-/// Repeats a look until it succeeds or the limit has passed. Returns the last error.
+/// Repeats a check until it succeeds or the time limit has passed. Returns the last error.
 pub(super) async fn wait_for<T, F: Future<Output = Result<T>>>(
     limit: Duration,
     mut look: impl FnMut() -> F,

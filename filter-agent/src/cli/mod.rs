@@ -34,12 +34,12 @@ use print::{
     print_status,
 };
 
-/// The commands, for what is made from them.
+/// Returns the definition of the commands, for the manual page and completions.
 pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Parses the command line and does what it says. Usage errors exit 2 in here.
+/// Parses the command line and runs the command. Exits with 2 on wrong usage.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     log::install();
@@ -62,7 +62,7 @@ pub fn main() -> ExitCode {
     code
 }
 
-/// The agent, asked for something that waits for look-ups.
+/// The agent, for requests that may wait for look-ups.
 fn patient(socket: &Socket, timeout: Timeout) -> Agent<'_> {
     Agent {
         socket: &socket.socket,
@@ -111,7 +111,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => {
             let agent = patient(&socket, timeout);
             let plan: Plan = match file {
-                // Read here: the agent's sandbox has no home directories, and a pipe of this process is none of its own.
+                // The agent cannot: its sandbox hides home directories, and a pipe belongs to this process.
                 Some(file) => {
                     let file = PolicyFile::read(&file)?;
                     let name = encode(&file.path.to_string_lossy());

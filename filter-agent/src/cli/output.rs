@@ -1,4 +1,4 @@
-//! Where output goes, its tables, and exit statuses.
+//! Output: JSON or text, tables, exit statuses.
 
 use std::{
     fmt::Display,
@@ -15,10 +15,10 @@ use signal_hook::{consts::SIGPIPE, flag::register_conditional_shutdown};
 
 use crate::cli::args::Output;
 
-/// What a shell makes of a process that SIGPIPE ended.
+/// The exit status that a shell reports for a process ended by SIGPIPE.
 pub(super) const EXIT_BROKEN_PIPE: i32 = 128 + SIGPIPE;
 
-/// Exit status 1 where something was printed that is an error all the same.
+/// Returns exit status 1 if the printed output contains an error.
 pub(super) fn failure_if(failed: bool) -> ExitCode {
     if failed {
         ExitCode::FAILURE
@@ -27,8 +27,8 @@ pub(super) fn failure_if(failed: bool) -> ExitCode {
     }
 }
 
-/// Ends the process where nobody reads on, as in `status | head -1`. To be called when all that is left is
-/// to print: to lose the agent half way is an error that wants a message.
+/// Ends the process when the reader of its output ends, as in `status | head -1`. Call it when only printing is left:
+/// before that, a broken pipe is the agent's and an error to report.
 pub(super) fn end_with_the_reader() -> Result<()> {
     register_conditional_shutdown(SIGPIPE, EXIT_BROKEN_PIPE, Arc::new(true.into()))
         .context("watch for a closed pipe")?;
@@ -51,7 +51,7 @@ impl Output {
 /// Widest line that a command prints.
 const WIDTH: u16 = 100;
 
-/// Prefixes that a difference prints before it only counts.
+/// Prefixes that a difference lists; the rest are only counted.
 pub(super) const LISTED: usize = 20;
 
 /// A table without lines. It wraps long cells on a terminal only: elsewhere a row is a line, for grep and awk.
@@ -80,7 +80,7 @@ pub(super) fn or(text: &str, otherwise: &str) -> String {
     if text.is_empty() { otherwise } else { text }.to_owned()
 }
 
-/// The first `LISTED` items: a region may have a hundred thousand.
+/// Prints the first `LISTED` items: a region may have a hundred thousand.
 pub(super) fn list<T: Display>(sign: &str, what: &str, items: &[T]) {
     for item in items.iter().take(LISTED) {
         println!("  {sign} {what}{item}");
@@ -90,7 +90,7 @@ pub(super) fn list<T: Display>(sign: &str, what: &str, items: &[T]) {
     }
 }
 
-/// How long until then.
+/// The time until then.
 pub(super) fn until(then: Option<Timestamp>) -> String {
     match then {
         Some(then) => duration(then.duration_since(Timestamp::now())),
@@ -102,7 +102,7 @@ pub(super) fn age(since: Timestamp) -> String {
     duration(Timestamp::now().duration_since(since))
 }
 
-/// Whole seconds, to be short.
+/// Rounds down to whole seconds.
 fn duration(duration: SignedDuration) -> String {
     format!("{:#}", SignedDuration::from_secs(duration.as_secs().max(0)))
 }

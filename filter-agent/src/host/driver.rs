@@ -1,4 +1,4 @@
-//! What attaching to an interface would meet: its driver, native mode, MTU, offloads.
+//! Examines interfaces before the filter is attached: driver, native XDP, MTU, offloads.
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::{host::Interface, policy::Mode};
 
 /// Drivers with native XDP in every kernel that the filter runs on, for kernels before 6.3, which do
-/// not tell (the drivers' own `ndo_bpf`; bcc's list of features by kernel version).
+/// not report it (from the drivers' `ndo_bpf`, and bcc's list of features by kernel version).
 const NATIVE: [&str; 22] = [
     "bnxt_en",
     "bond",
@@ -41,8 +41,8 @@ const NATIVE: [&str; 22] = [
     "virtio_net",
 ];
 
-/// Drivers that take a program without a pause of the link. Others make their queues anew, and some
-/// negotiate the link again.
+/// Drivers that attach a program without interrupting the link. Others recreate their queues, and some renegotiate the
+/// link.
 const SEAMLESS: [&str; 4] = ["bond", "tun", "veth", "virtio_net"];
 
 /// Largest MTU, in bytes, whose frames fit a page of 4,096 beside the headroom of XDP (256), the
@@ -63,13 +63,13 @@ pub struct Driver {
     /// In bytes.
     pub mtu: u32,
     pub rx_queues: u32,
-    /// What the operator should know before the filter is attached there.
+    /// Effects of attaching the filter that the operator should know.
     pub notes: Vec<String>,
-    /// Why it cannot be attached as the policy wants it.
+    /// Why the filter cannot be attached in the mode of the policy.
     pub error: Option<String>,
 }
 
-/// What the kernel tells of an interface besides route netlink.
+/// Properties of an interface that route netlink does not report.
 #[derive(Clone, Copy, Default)]
 struct Features {
     /// Of NETDEV_CMD_DEV_GET (kernel 6.3).
@@ -84,7 +84,7 @@ const NETDEV_XDP_ACT_RX_SG: u64 = 32;
 
 /// Examines interfaces without touching them.
 pub async fn drivers(interfaces: &[Interface], mode: Mode) -> Result<Vec<Driver>> {
-    // Neither family is essential: without one there is less to tell.
+    // Neither netlink family is essential: without one the report has less detail.
     let xdp = xdp_features().await.unwrap_or_default();
     let mut drivers = Vec::new();
     for interface in interfaces {
@@ -115,14 +115,14 @@ impl Driver {
             Some(format!("{driver} has no native XDP"))
         } else if interface.mtu > PAGE_MTU && frags == Some(false) {
             Some(format!(
-                "{driver} takes no frame larger than a page with native XDP: MTU {} is more than \
+                "{driver} supports no frame larger than a page with native XDP: MTU {} is more than \
                  {PAGE_MTU}",
                 interface.mtu
             ))
         } else if driver == "virtio_net" && keeps_offloads(&virtio) {
             Some(
-                "virtio_net refuses native XDP: the hypervisor merges packets, and does not let this \
-                 guest stop it"
+                "virtio_net refuses native XDP: the hypervisor merges packets, and this guest cannot \
+                 switch that off"
                     .into(),
             )
         } else {
@@ -142,13 +142,13 @@ impl Driver {
                 ));
             }
             (Mode::Auto, Some(refusal)) => {
-                notes.push(format!("{refusal}, which leaves generic mode"));
+                notes.push(format!("{refusal}: the filter will run in generic mode"));
             }
             (Mode::Auto | Mode::Native, None) => {
                 if native.is_none() {
                     notes.push(format!(
-                        "this kernel does not tell whether {driver} has native XDP (6.3 and newer \
-                         do): it shows when the filter is attached"
+                        "this kernel does not report whether {driver} has native XDP (6.3 and newer \
+                         do): attaching the filter shows it"
                     ));
                 }
                 let offloads = [(features.lro, "lro"), (features.gro, "rx-gro-hw")];
@@ -160,8 +160,8 @@ impl Driver {
                 }
                 if !SEAMLESS.contains(&driver.as_str()) {
                     notes.push(
-                        "attaching natively makes the queues anew: the link may be down for \
-                         moments, once"
+                        "attaching in native mode recreates the queues: the link may be down once for a \
+                         moment"
                             .into(),
                     );
                 }
@@ -179,15 +179,15 @@ impl Driver {
     }
 }
 
-/// Whether a virtio device merges packets for its guest, who cannot stop it: for want of
-/// VIRTIO_NET_F_CTRL_GUEST_OFFLOADS the driver then refuses with EOPNOTSUPP. `bits`: as in sysfs, a
+/// Whether a virtio device merges packets and its guest cannot switch that off: without VIRTIO_NET_F_CTRL_GUEST_OFFLOADS the
+/// driver refuses native XDP with EOPNOTSUPP. `bits`: as in sysfs, a
 /// digit for each feature.
 fn keeps_offloads(bits: &str) -> bool {
     let has = |bit: usize| bits.as_bytes().get(bit) == Some(&b'1');
     !has(VIRTIO_CTRL_GUEST_OFFLOADS) && VIRTIO_GUEST_OFFLOADS.into_iter().any(has)
 }
 
-/// The active offloads that get in the way of XDP.
+/// Returns which offloads that conflict with XDP are on.
 async fn offloads(interface: &str) -> Result<Features> {
     let (connection, mut handle, _) =
         ethtool::new_connection().context("open an ethtool socket")?;
@@ -208,7 +208,7 @@ async fn offloads(interface: &str) -> Result<Features> {
     Ok(features)
 }
 
-/// The message of the generic netlink family `netdev` that tells what drivers can do with XDP.
+/// The message of the generic netlink family `netdev` with the XDP features of drivers.
 #[derive(Debug, Default)]
 struct Netdev {
     interface: u32,
@@ -257,10 +257,10 @@ impl ParseableParametrized<[u8], GenlHeader> for Netdev {
     }
 }
 
-/// What each interface's driver can do with XDP, by the interface's index.
+/// Returns the XDP features of each interface, by the interface's index.
 ///
 /// # Errors
-/// A kernel before 6.3, which does not tell.
+/// The kernel is older than 6.3 and does not report them.
 async fn xdp_features() -> Result<BTreeMap<u32, u64>> {
     let (connection, mut handle, _) =
         genetlink::new_connection().context("open a generic netlink socket")?;
@@ -304,12 +304,12 @@ mod tests {
             xdp: Some(NETDEV_XDP_ACT_BASIC),
             ..Features::default()
         };
-        let refusal = "ena takes no frame larger than a page with native XDP: MTU 9001 is more than \
+        let refusal = "ena supports no frame larger than a page with native XDP: MTU 9001 is more than \
                        3506";
         let auto = Driver::of(&nic(9001), Mode::Auto, features);
         assert_eq!(
             auto.notes,
-            [format!("{refusal}, which leaves generic mode")]
+            [format!("{refusal}: the filter will run in generic mode")]
         );
         assert_eq!(auto.error, None);
         let native = Driver::of(&nic(9001), Mode::Native, features);
@@ -335,12 +335,12 @@ mod tests {
         let features = Features::default();
         let driver = Driver::of(&nic(1500), Mode::Auto, features);
         assert_eq!(driver.native, Some(true));
-        assert!(driver.notes.join("; ").contains("makes the queues anew"));
+        assert!(driver.notes.join("; ").contains("recreates the queues"));
         let mut unknown = nic(1500);
         unknown.kind = Some("frobnic".into());
         let driver = Driver::of(&unknown, Mode::Auto, features);
         assert_eq!(driver.native, None);
-        assert!(driver.notes[0].starts_with("this kernel does not tell whether frobnic"));
+        assert!(driver.notes[0].starts_with("this kernel does not report whether frobnic"));
     }
 
     #[test]

@@ -14,21 +14,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::policy::region::Region;
 
-/// A policy that holds: every name resolves, every number is in range, no two databases claim the
-/// same port of the same address. Only `parse` makes one.
+/// A valid policy: every name resolves, every number is in range, no two databases claim the same port of the same
+/// address. Only `parse` makes one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     pub interfaces: Vec<Listed>,
     pub mode: Mode,
     /// The built-in regions included.
     pub regions: BTreeMap<String, Region>,
-    /// What "the regional network" means for shared databases.
+    /// Prefixes from which shared databases are open.
     pub regional_network: Vec<IpNet>,
-    /// How many connections with forced TLS are followed at once.
+    /// Connections with forced TLS that are tracked at once.
     pub tls_connections: u32,
     pub databases: Vec<Database>,
-    /// Databases (by name) and interfaces (`interface eth1`) whose protection this policy may end when it
-    /// takes another's place.
+    /// Databases, by name, and interfaces (`interface eth1`) that a reload of this policy may leave unprotected.
     pub unprotected: BTreeSet<String>,
 }
 
@@ -38,11 +37,11 @@ pub enum Listed {
     Name(String),
     /// Every Ethernet interface whose name the shell pattern matches.
     Pattern(Pattern),
-    /// Whichever carries a default route.
+    /// Every interface with a default route.
     DefaultRoute,
 }
 
-/// As the policy file spells it.
+/// The spelling of the policy file.
 impl fmt::Display for Listed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -69,31 +68,31 @@ pub enum Mode {
 pub struct Database {
     pub name: String,
     pub protocol: Protocol,
-    /// At least one, sorted, no two alike.
+    /// Not empty, sorted, without duplicates.
     pub ports: Vec<u16>,
     /// Local addresses the database listens on; empty: all.
     pub addresses: Vec<IpAddr>,
     pub model: Model,
     pub tls: Option<Tls>,
-    /// Count what would be dropped, and pass it.
+    /// Count packets that would be dropped, and pass them.
     pub monitor: bool,
-    /// Its own cluster members: always allowed.
+    /// Members of its own cluster: always allowed.
     pub cluster: Vec<IpNet>,
 }
 
-/// How TLS is forced.
+/// How TLS is forced on a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tls {
     pub engine: Engine,
-    /// Whether PostgreSQL's CancelRequest may come in the clear.
+    /// Whether PostgreSQL's CancelRequest is allowed without TLS.
     pub cancel_in_clear: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Model {
-    /// Closed but for these rules; at most `filter_common::MAX_RULES`.
+    /// Only these rules allow sources; at most `filter_common::MAX_RULES`.
     Dedicated { rules: Vec<Rule> },
-    /// Open to the regional network, with `internet` to everybody.
+    /// Open to the regional network; with `internet` to every source.
     Shared { internet: bool },
 }
 
@@ -101,7 +100,7 @@ pub enum Model {
 pub struct Rule {
     pub source: Source,
     pub label: Option<String>,
-    /// The instant from which the rule no longer allows.
+    /// From then on the rule allows nobody.
     pub expires: Option<Timestamp>,
 }
 
@@ -113,7 +112,7 @@ pub enum Source {
 }
 
 impl Database {
-    /// `tcp/5432`, for each port.
+    /// Returns `tcp/5432` for each port.
     pub fn guarded_ports(&self) -> Vec<String> {
         let protocol = self.protocol.name();
         self.ports
@@ -124,7 +123,7 @@ impl Database {
 }
 
 impl Model {
-    /// As the policy file spells it.
+    /// The spelling of the policy file.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Dedicated { .. } => "dedicated",
@@ -133,7 +132,7 @@ impl Model {
     }
 }
 
-/// As the policy file spells it, and as a rule is named everywhere: `203.0.113.0/24`, `region osc-fr1`.
+/// The name of a rule in every output: `203.0.113.0/24`, `region osc-fr1`.
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

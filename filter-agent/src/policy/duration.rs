@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 
-/// As the policy spells it: `1h 30m`.
+/// Spells a duration as the policy does: `1h 30m`.
 pub fn spelled(duration: Duration) -> String {
     let signed = SignedDuration::try_from(duration).unwrap_or(SignedDuration::MAX);
     format!("{signed:#}")

@@ -1,23 +1,26 @@
-//! Prefixes as the policy and lists spell them.
+//! Parses prefixes as the policy and lists spell them.
 
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 
-/// A prefix as the policy spells it, or what is wrong with the text.
+/// Parses a prefix as the policy spells it.
+///
+/// # Errors
+/// What is wrong with the text, and the spelling that was probably meant.
 pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
     let malformed = || format!("{text:?} is not a prefix, such as 192.0.2.0/24 or 2001:db8::/32");
     let Some((address, length)) = text.split_once('/') else {
         let address: IpAddr = text.parse().map_err(|_| malformed())?;
         let one = IpNet::from(address.to_canonical());
-        // What is suggested must be accepted: an address no rule can name gets its own refusal.
+        // The suggested prefix must be valid: else its own error is returned.
         parse_cidr(&one.to_string())?;
         return Err(format!(
             "{text} has no prefix length: for this one address write {one}"
         ));
     };
     let address: IpAddr = address.parse().map_err(|_| malformed())?;
-    // Digits only: Rust's own parser takes a sign and leading zeros.
+    // Digits only: `u8::from_str` accepts a sign and leading zeros.
     let canonical = length.parse::<u8>().ok();
     let canonical = canonical.filter(|number| number.to_string() == length);
     let length = canonical.ok_or_else(malformed)?;
@@ -56,7 +59,7 @@ fn is_never_a_source(prefix: &IpNet) -> bool {
         IpNet::V4(prefix) => {
             let first = prefix.network();
             let within = first.octets()[0] == 0 || first.is_loopback() || first.is_multicast();
-            // The ranges are of /8 and /4; a shorter prefix holds other addresses too.
+            // These ranges are a /8 or a /4; a shorter prefix contains other addresses, too.
             let length = if first.is_multicast() { 4 } else { 8 };
             first.is_broadcast() || within && prefix.prefix_len() >= length
         }

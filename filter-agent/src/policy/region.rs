@@ -6,13 +6,13 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json_path::JsonPath;
 
-/// Regions that need no definition, and the names whose addresses they are.
+/// Built-in regions, and the DNS name of each.
 pub(super) const BUILT_IN: [(&str, &str); 2] = [
     ("osc-fr1", "egress.osc-fr1.scalingo.com"),
     ("osc-secnum-fr1", "egress.osc-secnum-fr1.scalingo.com"),
 ];
 
-/// A set of prefixes that changes by itself.
+/// A named set of prefixes, kept current.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Region {
     pub source: RegionSource,
@@ -33,20 +33,20 @@ pub enum RegionSource {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Dns {
     pub names: Vec<String>,
-    /// Empty: those of `/etc/resolv.conf`.
+    /// Name servers; empty: those of `/etc/resolv.conf`.
     pub nameservers: Vec<Nameserver>,
-    /// Whether every record must be signed, from the trust anchor on.
+    /// Whether DNSSEC must validate every record.
     pub dnssec: bool,
-    /// DNSKEY records in presentation format; `None`: the root's.
+    /// File of DNSKEY records in presentation format; `None`: the root's.
     pub trust_anchor: Option<PathBuf>,
-    /// Certificates (PEM) that sign the name servers'; `None`: the system's.
+    /// File of the certificate authorities (PEM) of the name servers; `None`: the system's.
     pub ca_file: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Nameserver {
     pub address: IpAddr,
-    /// `None`: the transport's own (53, 853, 443).
+    /// `None`: the port of the transport (53, 853, 443).
     pub port: Option<u16>,
     pub transport: Transport,
 }
@@ -54,9 +54,9 @@ pub struct Nameserver {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
-    /// UDP, and TCP for answers that do not fit.
+    /// UDP, and TCP for responses that do not fit.
     Plain,
-    /// RFC 7858; `name` is what the certificate must be for.
+    /// RFC 7858; the certificate must be for `name`.
     Tls { name: String },
     /// RFC 8484.
     Https { name: String, path: String },
@@ -67,14 +67,14 @@ pub enum Transport {
 pub struct Url {
     pub url: String,
     pub select: Select,
-    /// Whether plain http will do.
+    /// Whether plain http is allowed.
     pub insecure: bool,
-    /// Certificates (PEM) that sign the server's; `None`: the system's.
+    /// File of the certificate authorities (PEM) of the server; `None`: the system's.
     pub ca_file: Option<PathBuf>,
 }
 
-/// How a list is written, and which of its prefixes are meant. Fields are named as the publisher
-/// names them; `docs/policy.md` has the addresses of their pages.
+/// The format of a list, and which of its prefixes belong to the region. Fields have the publishers' names;
+/// `docs/policy.md` links their pages.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(tag = "format", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Select {
@@ -112,29 +112,29 @@ pub enum Select {
     },
 }
 
-/// What an answer about a region must keep to, and when to ask again.
+/// Limits that a region's result must keep, and times of its look-ups.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Guards {
-    /// Whether private addresses (RFC 1918, 6598, 4193) may be among the prefixes.
+    /// Whether private addresses (RFC 1918, 6598, 4193) are allowed.
     pub private: bool,
     pub max_prefixes: usize,
-    /// Members that may leave at once, in per cent.
+    /// Share of the members that may leave at once, in per cent.
     pub max_shrink: u8,
-    /// For how long a set that lost more than that must be repeated to be taken.
+    /// A result that lost more must stay the same for this long.
     pub shrink_after: Duration,
-    /// For how long a member that left stays allowed.
+    /// How long a prefix that left stays allowed.
     pub retire_after: Duration,
-    /// For how long a set stays in force that is not confirmed; `None`: for ever.
+    /// How long a set stays in force without a good look-up; `None`: for ever.
     pub max_age: Option<Duration>,
-    /// Bounds of the time to the next look-up; failures are tried again from the first to the second.
+    /// Bounds of the time to the next look-up. The backoff after failures grows from the first to the second.
     pub min_refresh: Duration,
     pub max_refresh: Duration,
-    /// Of a look-up as a whole.
+    /// Time limit of a look-up.
     pub timeout: Duration,
 }
 
 impl Guards {
-    /// A file is the operator's own: what leaves it is meant to, and at once.
+    /// A file is the operator's own: a prefix that leaves it is no longer allowed at once.
     pub(super) fn default_for(source: &RegionSource) -> Self {
         let file = matches!(source, RegionSource::File(_));
         let url = matches!(source, RegionSource::Url(_));
@@ -169,7 +169,7 @@ impl Region {
         }
     }
 
-    /// Whether its prefixes stand in the policy.
+    /// Whether the policy itself holds its prefixes.
     pub fn is_constant(&self) -> bool {
         matches!(self.source, RegionSource::Prefixes(_))
     }
@@ -190,7 +190,7 @@ impl Region {
     }
 }
 
-/// Where the prefixes come from, in a few words.
+/// The source in a few words: `file /etc/office.txt`.
 impl fmt::Display for RegionSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
-    /// The content is that of the version that was given.
+    /// The content is still that of the version in the request.
     Unchanged {
         ask_again: Option<Duration>,
     },
@@ -20,14 +20,14 @@ pub enum Answer {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Found {
     pub prefixes: Vec<IpNet>,
-    /// The publisher's own number of this state, which only grows.
+    /// The publisher's version number of the list, which only grows.
     pub serial: Option<u64>,
     pub version: Option<Version>,
-    /// When the source is worth asking again, as it says itself; `None`: it does not say.
+    /// Time until the source may have another result (DNS: the TTL). `None`: unknown.
     pub ask_again: Option<Duration>,
 }
 
-/// What tells one content from another without reading it.
+/// Identifies a content without reading it.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Version {

@@ -31,7 +31,7 @@ use crate::{
 /// CNAME records followed from one name.
 const MAX_ALIASES: usize = 8;
 
-/// The addresses of all the names together, or none of them.
+/// Looks up the addresses of all the names. If one name fails, so does the look-up.
 pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
     let (servers, options) = resolver(dns, timeout).await?;
     let handle = OwnRecords(servers);
@@ -86,7 +86,7 @@ async fn addresses<H: DnsHandle>(
     options: DnsRequestOptions,
     name: &str,
 ) -> Result<Vec<Record>> {
-    // Without its end a name would be looked for below the search domains too.
+    // Without the final dot the search domains of the host would apply.
     let absolute = format!("{}.", name.trim_end_matches('.'));
     let mut walk = Walk::new(Name::from_utf8(absolute).context("read the name")?);
     if handle.is_verifying_dnssec() {
@@ -132,12 +132,12 @@ async fn query<H: DnsHandle>(
         }
         Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
         Err(NetError::NoConnections) => bail!("none of the name servers can be reached"),
-        // The sources of this error repeat its text.
+        // The error chain repeats its text.
         Err(error) => bail!("{error}"),
     };
     let known = walk.records.len();
     let incomplete = walk.follow(kind, &answers)?;
-    // The code of a chain is that of its last name, which is queried by itself.
+    // The response code of a chain is that of its last name, which is queried on its own.
     ensure!(
         code == ResponseCode::NoError || (code == ResponseCode::NXDomain && incomplete),
         "{code}"
@@ -163,7 +163,7 @@ async fn query<H: DnsHandle>(
     Ok(incomplete)
 }
 
-/// The way from a name through its aliases to its addresses, as far as name servers returned it.
+/// The aliases from a name to its addresses, as far as name servers returned them.
 #[derive(Clone, Debug)]
 struct Walk {
     /// The name that was looked up, then the target of each alias. Never empty.
@@ -283,9 +283,9 @@ fn owners(name: &Name, answers: &[Record]) -> Vec<Name> {
     owners
 }
 
-/// The name servers, and options of each query. Made anew for each look-up: `/etc/resolv.conf` may
-/// have changed. hickory's own `Resolver` is not used: it follows aliases without checking that they
-/// are the queried name's.
+/// Makes the client of the name servers, and the options of each query. Each look-up makes its own: `/etc/resolv.conf` may
+/// have changed. hickory's `Resolver` is not used: it follows aliases without checking that they belong to the queried
+/// name.
 async fn resolver(
     dns: &Dns,
     timeout: Duration,
@@ -302,7 +302,7 @@ async fn resolver(
         let servers = dns.nameservers.iter().map(name_server).collect();
         (servers, ResolverOpts::default())
     };
-    // Of one query: a server that is silent or a packet that is lost leaves time for others.
+    // A silent server or a lost packet leaves time for others.
     options.timeout = timeout / 4;
     let mut query = DnsRequestOptions::default();
     query.recursion_desired = options.recursion_desired;

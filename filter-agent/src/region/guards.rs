@@ -1,4 +1,4 @@
-//! Guards: what a region's result must keep to, and how sets of prefixes compare.
+//! Checks of a region's result, and comparisons of sets of prefixes. Pure.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -7,15 +7,15 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::policy::Guards;
 
-/// Adjacent and covered prefixes merged, sorted.
+/// Merges adjacent and covered prefixes, and sorts them.
 pub(super) fn merged(prefixes: &[IpNet]) -> Vec<IpNet> {
     let mut merged = IpNet::aggregate(&prefixes.to_vec());
     merged.sort_unstable();
     merged
 }
 
-/// Whether one of the prefixes, merged and sorted, holds this one: only the last that sorts no later
-/// can, since of the same address the shorter prefix sorts first.
+/// Whether one of `merged`, as `merged()` returns them, contains the prefix. Only the last that sorts not after it can: at
+/// the same address the shorter prefix sorts first.
 pub(super) fn is_covered(prefix: &IpNet, merged: &[IpNet]) -> bool {
     let later = merged.partition_point(|other| other <= prefix);
     later > 0 && merged[later - 1].contains(prefix)
@@ -29,8 +29,10 @@ pub(super) fn uncovered<'a>(
     uncovered.copied()
 }
 
+/// Checks the prefixes of a result.
+///
 /// # Errors
-/// What an answer must not hold, or that it holds nothing or too much.
+/// There is none, there are too many, or one must not be in a result.
 pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
     ensure!(!prefixes.is_empty(), "the answer holds no prefix");
     ensure!(
@@ -42,7 +44,7 @@ pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
     check_each(prefixes, guards)
 }
 
-/// Shortest prefix lengths that an answer may hold.
+/// Shortest prefix lengths that a result may have.
 const SHORTEST4: u8 = 8;
 const SHORTEST6: u8 = 16;
 

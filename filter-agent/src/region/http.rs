@@ -50,7 +50,7 @@ pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer>
             request = request.header(header::IF_MODIFIED_SINCE, last_modified);
         }
     }
-    // The URL is named already.
+    // The caller's context names the URL.
     let mut response = request.send().await.map_err(reqwest::Error::without_url)?;
     if response.status() == StatusCode::NOT_MODIFIED && before.is_some() {
         return Ok(Answer::Unchanged { ask_again: None });
@@ -81,7 +81,7 @@ pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer>
         );
         body.extend_from_slice(&chunk);
     }
-    // A long list takes a while to read: the agent's only thread has other things to do.
+    // Parsing a long list takes a while, and the agent's loop must not block.
     let select = url.select.clone();
     let list = tokio::task::spawn_blocking(move || lists::read(&body, &select));
     let List { prefixes, serial } = list.await.context("read the list")??;

@@ -1,4 +1,4 @@
-//! Lists of prefixes as files and publishers write them: bytes to prefixes. Pure.
+//! Parses lists of prefixes, as files and publishers write them. Pure.
 
 use std::net::IpAddr;
 
@@ -9,22 +9,22 @@ use serde_json_path::JsonPath;
 
 use crate::policy::{Select, parse_cidr};
 
-/// Characters of an answer that an error quotes.
+/// Characters of a list that an error quotes.
 const QUOTED: usize = 60;
 
-/// What was selected of a list.
+/// The selected part of a list.
 #[derive(Debug, PartialEq)]
 pub struct List {
     pub prefixes: Vec<IpNet>,
-    /// The publisher's own number of this state of the list, which only grows.
+    /// The publisher's version number of the list, which only grows.
     pub serial: Option<u64>,
 }
 
-/// Reads a published list. One entry that is not a prefix refuses it all: half a list cannot be told from
-/// a wrong one.
+/// Parses a published list. One entry that is not a prefix refuses the whole list: a damaged list must not be enforced in
+/// part.
 ///
 /// # Errors
-/// What is not as the format has it, where; or that nothing was selected.
+/// The place that violates the format, or nothing was selected.
 pub fn read(body: &[u8], select: &Select) -> Result<List> {
     let list = match select {
         Select::Text {} => List {
@@ -74,20 +74,20 @@ pub fn read(body: &[u8], select: &Select) -> Result<List> {
     Ok(list)
 }
 
-/// Reads a list that the operator keeps: one prefix a line, spelled as in the policy.
+/// Parses a region's file: one prefix a line, spelled as in the policy.
 ///
 /// # Errors
 /// As `read`.
 pub fn read_file(body: &[u8]) -> Result<Vec<IpNet>> {
     let prefixes = lines(body, parse_cidr)?;
-    // An empty file is more likely a failed download than an empty office.
+    // An empty file is more likely a failed download than a region without addresses.
     if prefixes.is_empty() {
         bail!("it holds no prefix");
     }
     Ok(prefixes)
 }
 
-/// A prefix as publishers write them: a bare address is one.
+/// Parses a prefix of a publisher. A bare address is the prefix of that address.
 fn published(text: &str) -> Result<IpNet, String> {
     match text.parse::<IpAddr>() {
         Ok(address) => Ok(address.into()),
@@ -110,7 +110,7 @@ fn lines(body: &[u8], prefix: impl Fn(&str) -> Result<IpNet, String>) -> Result<
     Ok(prefixes)
 }
 
-/// A prefix, or an error that is short whatever the text.
+/// Parses a prefix. Bounds the length of the error.
 fn parsed(text: &str, prefix: impl Fn(&str) -> Result<IpNet, String>) -> Result<IpNet> {
     if text.len() > QUOTED {
         bail!("{} is not a prefix", quoted(text.as_bytes()));
@@ -137,7 +137,7 @@ fn geofeed(body: &[u8], wanted: [&Option<String>; 3]) -> Result<Vec<IpNet>> {
         let record = record.context("read CSV")?;
         let line = record.position().map_or(0, csv::Position::line);
         let prefix = record.get(0).unwrap_or_default();
-        // Of lines that are not selected too: else a page that is no geofeed looked like an empty one.
+        // In lines that are not selected, too: else a page that is not a geofeed looks like an empty one.
         let prefix = parsed(prefix, published).with_context(|| format!("line {line}"))?;
         let mut fields = wanted.iter().zip(1..);
         if fields.all(|(wanted, field)| {
@@ -150,14 +150,13 @@ fn geofeed(body: &[u8], wanted: [&Option<String>; 3]) -> Result<Vec<IpNet>> {
     Ok(prefixes)
 }
 
-/// `query`: where the publisher has the prefixes; `serial`: the field with its number of the list's
-/// state.
+/// Parses a publisher's list. `query` selects its prefixes; `serial` is the field of its version number.
 fn preset(body: &[u8], query: &str, serial: Option<&str>) -> Result<List> {
     let path = JsonPath::parse(query).with_context(|| format!("parse {query}"))?;
     json(body, &path, serial)
 }
 
-/// The test of a JSONPath filter that these fields have these values.
+/// Returns a JSONPath filter that compares these fields with these values.
 fn equal(fields: &[(&str, Option<&String>)]) -> String {
     let tests = fields.iter().filter_map(|(field, value)| {
         let value = literal(value.as_ref()?);
@@ -166,7 +165,7 @@ fn equal(fields: &[(&str, Option<&String>)]) -> String {
     tests.collect::<Vec<_>>().join(" && ")
 }
 
-/// A string in JSONPath is written as in JSON (RFC 9535 section 2.3.1.1).
+/// Quotes a string for JSONPath, which writes strings as JSON does (RFC 9535 section 2.3.1.1).
 fn literal(text: &str) -> String {
     Value::from(text).to_string()
 }

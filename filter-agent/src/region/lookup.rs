@@ -1,4 +1,4 @@
-//! One look-up of a region: asks DNS, an HTTPS server or a file, now.
+//! One look-up of a region, by DNS, HTTPS or from a file.
 
 use std::collections::BTreeMap;
 
@@ -16,17 +16,17 @@ use crate::{
     },
 };
 
-/// Regions asked for by DNS at once: each takes a few sockets.
+/// DNS look-ups at once: each takes a few sockets.
 static RESOLVING: Semaphore = Semaphore::const_new(16);
 
-/// Lists fetched at once: each takes memory for the body and what is read from it.
+/// Downloads at once: each takes memory for the body and its prefixes.
 static FETCHING: Semaphore = Semaphore::const_new(4);
 
-/// Asks a region's source. `before`: the version of the set that is known. `watcher`: where to announce
-/// changes of a file.
+/// Looks up a region. `before`: the version of the set in force. `watcher`: watches the file of a file region from then
+/// on.
 ///
 /// # Errors
-/// Whatever kept the source from giving a whole answer, with its name.
+/// The source did not return a complete result. The error names the source.
 pub async fn ask(
     source: &RegionSource,
     guards: &Guards,

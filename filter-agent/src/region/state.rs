@@ -1,5 +1,5 @@
-//! What is known of a region: the last good set, what became of each answer since, and when to ask
-//! again. Pure: answers and instants are given.
+//! The state of a region: its last good set, what happened since, and when to look up again. Pure: results and times are
+//! parameters.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -17,10 +17,10 @@ use crate::{
     },
 };
 
-/// Regions that rules name, by name.
+/// The states of the regions that rules name, by name.
 pub type Regions = BTreeMap<String, State>;
 
-/// The names of the regions that rules name.
+/// Returns the names of the regions that rules name. A name may come more than once.
 pub fn used(policy: &Policy) -> impl Iterator<Item = &String> {
     let rules = policy
         .databases
@@ -35,8 +35,8 @@ pub fn used(policy: &Policy) -> impl Iterator<Item = &String> {
     })
 }
 
-/// Regions of a policy that must be asked before it can be in force: those that are not known yet, or
-/// not from this source, and files, which the operator expects to be read.
+/// Returns the regions to look up before a policy can be in force, with the version of the set in force: those without a
+/// set from this source, and files, since an operator who reloads expects them to be read.
 pub fn to_ask<'a>(policy: &'a Policy, known: &Regions) -> BTreeMap<&'a str, Option<Version>> {
     let version = |name: &'a String| {
         let region = policy.regions.get(name)?;
@@ -49,7 +49,7 @@ pub fn to_ask<'a>(policy: &'a Policy, known: &Regions) -> BTreeMap<&'a str, Opti
     used(policy).filter_map(version).collect()
 }
 
-/// What is known of a region that stays true under a new policy.
+/// Returns the state of a region if it remains valid under a new policy.
 fn kept<'a>(region: &Region, known: Option<&'a State>) -> Option<&'a State> {
     let holds = |state: &State| {
         let set = state.set.as_ref();
@@ -61,10 +61,10 @@ fn kept<'a>(region: &Region, known: Option<&'a State>) -> Option<&'a State> {
     })
 }
 
-/// The regions of a policy: what is known of them, and these answers.
+/// Returns the regions of a policy: the known states that remain valid, with these results taken.
 ///
 /// # Errors
-/// The regions whose answer is an error or refused, each with why.
+/// Regions whose look-up failed or whose result was refused, a line each.
 pub fn next(
     policy: &Policy,
     known: &Regions,
@@ -98,7 +98,7 @@ pub fn next(
     Ok(regions)
 }
 
-/// The prefixes that each region allows.
+/// Returns the prefixes that each region allows.
 pub fn prefixes(regions: &Regions) -> BTreeMap<String, Arc<[IpNet]>> {
     let allowed = |(name, state): (&String, &State)| {
         let set = state.set.as_ref()?;
@@ -110,47 +110,47 @@ pub fn prefixes(regions: &Regions) -> BTreeMap<String, Arc<[IpNet]>> {
 #[derive(Clone, Debug)]
 pub struct State {
     pub region: Region,
-    /// In force. `None`: nothing is known, and the region allows nobody.
+    /// The last good set. `None`: there is none, and the region allows nobody.
     pub set: Option<Set>,
     pub change: Option<Change>,
     pub error: Option<Error>,
     /// Whether the last look-up failed.
     pub failing: bool,
-    /// When to ask again; `None`: when the file changes, or never.
+    /// When to look up next. `None`: never, or a look-up is under way.
     pub next: Option<Timestamp>,
-    held: Option<Held>,
+    quarantined: Option<Quarantined>,
     failures: usize,
 }
 
 /// The last good set.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Set {
-    /// Of the last good answer, sorted, no two alike.
+    /// Prefixes of the last good result, sorted, without duplicates.
     pub members: Arc<[IpNet]>,
-    /// Members that left, and until when they stay allowed.
+    /// Retiring prefixes, and until when each stays allowed.
     pub retiring: Vec<(IpNet, Timestamp)>,
-    /// When the source last gave it.
+    /// When the source last returned this set.
     pub confirmed: Timestamp,
     pub serial: Option<u64>,
     pub version: Option<Version>,
-    /// What is allowed: members and those that retire, adjacent and covered ones merged.
+    /// Allowed prefixes: members and retiring ones, with adjacent and covered ones merged.
     #[serde(skip)]
     pub prefixes: Arc<[IpNet]>,
 }
 
-/// An answer that may be wrong, and is believed when it stays the same.
+/// A quarantined result: it looks wrong, and is accepted if it stays the same for `shrink_after`.
 #[derive(Clone, Debug)]
-struct Held {
+struct Quarantined {
     members: Vec<IpNet>,
     since: Timestamp,
 }
 
-/// What the last change did to what is allowed.
+/// How a region's allowed prefixes changed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Change {
     pub at: Option<Timestamp>,
     pub added: Vec<IpNet>,
-    /// No longer in the answer; allowed for `retire_after`.
+    /// Retiring: no longer in the result, allowed for `retire_after`.
     pub left: Vec<IpNet>,
     /// No longer allowed.
     pub removed: Vec<IpNet>,
@@ -177,7 +177,7 @@ impl Set {
 }
 
 impl State {
-    /// Of a region that was never asked for: that is due.
+    /// Makes the state of a region that was never looked up. A look-up is due at once.
     pub fn new(region: Region, now: Timestamp) -> Self {
         let mut state = Self {
             region,
@@ -186,7 +186,7 @@ impl State {
             error: None,
             failing: false,
             next: Some(now),
-            held: None,
+            quarantined: None,
             failures: 0,
         };
         if let RegionSource::Prefixes(prefixes) = &state.region.source {
@@ -201,10 +201,10 @@ impl State {
         state
     }
 
-    /// Puts in force what was kept, if it holds to the guards and to `max_age`.
+    /// Puts a stored set in force, if it passes the guards and is not older than `max_age`.
     ///
     /// # Errors
-    /// What is wrong with it; nothing is in force then.
+    /// What is wrong with the set. Nothing is in force then.
     pub fn restore(&mut self, mut set: Set, now: Timestamp) -> Result<()> {
         let guards = &self.region.guards;
         ensure!(
@@ -234,10 +234,10 @@ impl State {
         Ok(())
     }
 
-    /// The version of the set in force, to ask whether the source has another.
+    /// Returns the version of the set in force, so that a source need not return the same content again.
     pub fn version(&self) -> Option<&Version> {
-        // An answer that is held was not taken: it must be given again in full.
-        match (&self.held, &self.set) {
+        // While a result is quarantined the source must return it in full again.
+        match (&self.quarantined, &self.set) {
             (None, Some(set)) => set.version.as_ref(),
             _ => None,
         }
@@ -253,10 +253,9 @@ impl State {
             && self.set.as_ref().map(content) == other.set.as_ref().map(content)
     }
 
-    /// Takes a look-up's outcome. `accept`: believe it even if it lost most of its members or is older
-    /// than the last one. Returns what changed of what is allowed.
-    pub fn take(&mut self, outcome: Result<Answer>, accept: bool, now: Timestamp) -> Change {
-        match outcome.and_then(|answer| self.judge(answer, accept, now)) {
+    /// Takes the result of a look-up. `accept`: skip the quarantine. Returns how the allowed prefixes changed.
+    pub fn take(&mut self, result: Result<Answer>, accept: bool, now: Timestamp) -> Change {
+        match result.and_then(|answer| self.judge(answer, accept, now)) {
             Ok(change) => {
                 self.failing = false;
                 self.failures = 0;
@@ -272,7 +271,7 @@ impl State {
         }
     }
 
-    /// Notes a failure; the set in force stays.
+    /// Records a failed look-up and schedules a retry. The set in force stays.
     pub fn fail(&mut self, text: String, now: Timestamp) {
         let Guards {
             min_refresh,
@@ -285,12 +284,12 @@ impl State {
             .without_max_times()
             .with_jitter()
             .build();
-        // Past the longest delay one more changes nothing.
+        // Beyond 32 doublings the delay is `max_refresh` anyway.
         let delay = delays.nth(self.failures.min(32)).unwrap_or(max_refresh);
         let mut next = now + delay.min(max_refresh);
-        if let Some(held) = &self.held {
+        if let Some(quarantined) = &self.quarantined {
             next = next
-                .min(held.since + self.region.guards.shrink_after)
+                .min(quarantined.since + self.region.guards.shrink_after)
                 .max(now + min_refresh);
         }
         self.next = Some(next);
@@ -304,7 +303,7 @@ impl State {
             Answer::Found(found) => found,
             Answer::Unchanged { ask_again } => {
                 let Some(set) = &mut self.set else {
-                    bail!("the source says that nothing changed, and nothing is known");
+                    bail!("the source returned no content, only that it did not change");
                 };
                 set.confirmed = now;
                 self.next = self.schedule(ask_again, now);
@@ -315,26 +314,27 @@ impl State {
         found.prefixes.sort_unstable();
         found.prefixes.dedup();
         if let Err(error) = check(&found.prefixes, &self.region.guards) {
-            self.held = None;
+            self.quarantined = None;
             return Err(error);
         }
         if let Some(suspicion) = self.suspicion(&found)
             && !accept
         {
-            self.hold(&found.prefixes, &suspicion, now)?;
+            self.quarantine(&found.prefixes, &suspicion, now)?;
         }
-        self.held = None;
+        self.quarantined = None;
         self.next = self.schedule(found.ask_again, now);
         Ok(self.replace(found, now))
     }
 
+    /// When to look up next after a good result.
     fn schedule(&self, ask_again: Option<Duration>, now: Timestamp) -> Option<Timestamp> {
         let Guards {
             min_refresh,
             max_refresh,
             ..
         } = self.region.guards;
-        // Files too, although their changes are announced: inotify does not see those that another host makes.
+        // Files too: inotify does not see changes that another host makes.
         if self.region.is_constant() {
             return None;
         }
@@ -342,7 +342,7 @@ impl State {
         Some(now + delay.clamp(min_refresh, max_refresh))
     }
 
-    /// Why an answer that is well formed may be wrong all the same.
+    /// Why a well-formed result may still be wrong: the quarantine's reasons.
     fn suspicion(&self, found: &Found) -> Option<String> {
         let set = self.set.as_ref()?;
         if let (Some(known), Some(serial)) = (set.serial, found.serial)
@@ -361,16 +361,16 @@ impl State {
         })
     }
 
-    /// Waits for a suspicious answer to stay the same.
+    /// Quarantines a result until it has stayed the same for `shrink_after`.
     ///
     /// # Errors
-    /// Until it has.
-    fn hold(&mut self, members: &[IpNet], suspicion: &str, now: Timestamp) -> Result<()> {
-        let since = match &self.held {
-            Some(held) if held.members == members => held.since,
+    /// As long as it has not.
+    fn quarantine(&mut self, members: &[IpNet], suspicion: &str, now: Timestamp) -> Result<()> {
+        let since = match &self.quarantined {
+            Some(quarantined) if quarantined.members == members => quarantined.since,
             _ => {
                 let members = members.to_vec();
-                self.held = Some(Held {
+                self.quarantined = Some(Quarantined {
                     members,
                     since: now,
                 });
@@ -386,7 +386,7 @@ impl State {
         Ok(())
     }
 
-    /// Puts an answer in force.
+    /// Puts a result in force.
     fn replace(&mut self, found: Found, now: Timestamp) -> Change {
         let before = self.set.take();
         let (known, allowed, mut retiring) = match before {
@@ -425,7 +425,7 @@ impl State {
         change
     }
 
-    /// What time alone changes: members whose time is over, and a set that is too old.
+    /// Removes retiring prefixes whose time is over, and a set older than `max_age`.
     pub fn tick(&mut self, now: Timestamp) -> Change {
         let mut change = Change {
             at: Some(now),
@@ -440,7 +440,7 @@ impl State {
             change.removed = set.prefixes.to_vec();
             let text = format!("not confirmed since {} (`max_age`)", set.confirmed);
             self.set = None;
-            self.held = None;
+            self.quarantined = None;
             self.failing = true;
             self.error = Some(Error { at: now, text });
         } else if set.retiring.iter().any(|&(_, until)| until <= now) {
@@ -454,7 +454,7 @@ impl State {
         change
     }
 
-    /// When `tick` changes something next.
+    /// Returns when `tick` next changes something.
     pub fn next_tick(&self) -> Option<Timestamp> {
         let set = self.set.as_ref()?;
         let retires = set.retiring.iter().map(|&(_, until)| until).min();

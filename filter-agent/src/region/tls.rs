@@ -20,7 +20,7 @@ pub(super) async fn client(ca_file: Option<&Path>) -> Result<ClientConfig> {
     threads::run(place, move || config(roots(file.as_deref())?)).await
 }
 
-/// TLS that trusts nobody.
+/// Sets up TLS that trusts no certificate, where none is needed.
 pub(super) fn none() -> Result<ClientConfig> {
     config(RootCertStore::empty())
 }

@@ -14,10 +14,9 @@ pub(super) enum Step {
     Index(usize),
 }
 
-/// The line of a node in the file, or of the key that leads to it.
+/// Returns the line of a node in the file, or of the key that leads to it.
 ///
-/// serde_yaml tells lines in errors only: a deserializer that walks to the node and fails there on
-/// purpose gets one.
+/// serde_yaml reports lines in errors only: this deserializer walks to the node and fails there on purpose.
 pub(super) fn locate(text: &str, path: &[Step], of_key: bool) -> Option<usize> {
     let walk = Walk { path, of_key };
     let found = walk.deserialize(serde_yaml::Deserializer::from_str(text));
@@ -72,7 +71,7 @@ impl<'de> Visitor<'de> for Walk<'_> {
     }
 }
 
-/// A key of a mapping; fails at the wanted one where it is the one to locate.
+/// A key of a mapping. Fails at the wanted key if its line is wanted.
 #[derive(Clone, Copy)]
 struct Key<'a> {
     wanted: &'a str,
@@ -80,7 +79,7 @@ struct Key<'a> {
 }
 
 impl<'de> DeserializeSeed<'de> for Key<'_> {
-    /// Whether it is the wanted one.
+    /// Whether it is the wanted key.
     type Value = bool;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {

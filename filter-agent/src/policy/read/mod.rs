@@ -1,4 +1,4 @@
-//! A policy file's text to a checked policy. Only the files of this folder use the YAML crate.
+//! Reads a policy file's text and checks it. Only the files of this folder use the YAML crate.
 
 mod databases;
 mod locate;
@@ -18,11 +18,13 @@ use databases::RawDatabase;
 pub use reader::Problem;
 use reader::{At, Reader, describe, structural};
 
-/// Longest name of a network interface, in bytes: an alternative one (ALTIFNAMSIZ, less the closing zero).
+/// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).
 const MAX_INTERFACE: usize = 127;
 
-/// A checked policy and what its author should know of it, or everything wrong with it in the order
-/// of the file.
+/// Parses and checks a policy. Returns it with warnings.
+///
+/// # Errors
+/// Everything wrong with it, in the order of the file.
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
     let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
     let mut reader = Reader {
@@ -55,7 +57,7 @@ struct RawFile {
     interfaces: Vec<String>,
     #[serde(default)]
     mode: Mode,
-    // A mapping, and not a map of Rust's: that would take a name's last definition in silence.
+    // Not a `BTreeMap`, which would silently keep the last of two definitions of a name.
     regions: Option<Mapping>,
     regional_network: Option<Vec<String>>,
     tls_connections: Option<i64>,
@@ -74,7 +76,7 @@ impl Reader<'_> {
         );
         let tls_connections = self.tls_connections(file.tls_connections);
         let top = At::top("databases");
-        // Not an empty list: a file that was cut off must not be one that protects nothing.
+        // A file that was cut off must not pass for one that protects nothing.
         if file.databases.is_none() {
             self.problem(
                 &top,
@@ -165,7 +167,7 @@ impl Reader<'_> {
     }
 
     fn tls_connections(&mut self, written: Option<i64>) -> u32 {
-        // A connection takes some 220 bytes of the kernel's memory, from the start on.
+        // Some 220 bytes of the kernel's memory for each, allocated at the start.
         const BOUNDS: std::ops::RangeInclusive<i64> = 1024..=1 << 24;
         match written {
             None => DEFAULT_TLS_CONNECTIONS,

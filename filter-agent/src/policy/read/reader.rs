@@ -1,4 +1,4 @@
-//! Reads parts of a policy file, and collects what is wrong with them, by line.
+//! Reads parts of a policy file, and collects problems with their line numbers.
 
 use std::{fmt, path::Path};
 
@@ -12,7 +12,7 @@ use crate::policy::{
     read::locate::{Step, locate},
 };
 
-/// One thing wrong with, or notable in, a policy file.
+/// An error or a warning about a policy file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Problem {
     /// Counted from 1.
@@ -42,14 +42,14 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Problems reported of one file; each costs another pass over it for its line.
+/// Problems reported of one file. Each takes another pass over the text, for its line number.
 const MAX_PROBLEMS: usize = 50;
 
-/// What serde_yaml says of a file that is no YAML, or not of this shape.
+/// Converts an error of serde_yaml: the text is not YAML, or not of this shape.
 pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
     let line = error.location().map(|location| location.line());
     let mut message = error.to_string();
-    // Its own "at line 3 column 5" stands at the end, or in front of what more it says.
+    // Cut off serde_yaml's "at line 3 column 5" and what follows it.
     if let Some(place) = message.find(" at line ") {
         message.truncate(place);
     }
@@ -62,7 +62,7 @@ pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
     }
 }
 
-/// What serde says of a shape, without its names for our types.
+/// Replaces names of Rust types in a message of serde.
 pub(super) fn plain(message: &str) -> String {
     let shapes = ["File", "Region", "Database", "Rule"].map(|name| format!("struct Raw{name}"));
     let mut message = message
@@ -74,7 +74,7 @@ pub(super) fn plain(message: &str) -> String {
     message
 }
 
-/// A node of the file, and whose it is.
+/// A node of the file, and the region, database or rule that it belongs to.
 #[derive(Clone, Debug)]
 pub(super) struct At {
     pub(super) path: Vec<Step>,
@@ -110,7 +110,7 @@ pub(super) struct Reader<'a> {
     pub(super) text: &'a str,
     pub(super) problems: Vec<Problem>,
     pub(super) warnings: Vec<Problem>,
-    /// Problems past `MAX_PROBLEMS`.
+    /// Number of problems beyond `MAX_PROBLEMS`.
     pub(super) unlisted: usize,
 }
 
@@ -119,7 +119,7 @@ impl Reader<'_> {
         self.problem_at(&at.path, false, at, message.into());
     }
 
-    /// A problem at a node, or at the key that leads to it, of what `whose` says.
+    /// Adds a problem at a node, or at the key that leads to it. `whose`: the node that the message names.
     pub(super) fn problem_at(&mut self, path: &[Step], of_key: bool, whose: &At, message: String) {
         if self.problems.len() < MAX_PROBLEMS {
             let line = locate(self.text, path, of_key);
@@ -134,7 +134,7 @@ impl Reader<'_> {
         self.warnings.push(describe(line, at, message.into()));
     }
 
-    /// Reads a part of the file into its shape; `whose` begins what is said of it.
+    /// Deserializes a part of the file. `whose` is the beginning of messages about it.
     pub(super) fn shape<T: DeserializeOwned>(
         &mut self,
         at: &At,
@@ -201,7 +201,7 @@ pub(super) fn describe(line: Option<usize>, at: &At, message: String) -> Problem
     }
 }
 
-/// Names stand in paths, metrics and output: lower case, digits and hyphens.
+/// Checks a name, which becomes part of paths, metrics and output.
 pub(super) fn check_name(name: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty()

@@ -36,7 +36,7 @@ struct RawRegion {
     timeout: Option<RawScalar>,
 }
 
-/// Text that YAML may take for a number, such as a duration without its unit.
+/// Text that YAML may parse as a number, such as a duration without its unit.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum RawScalar {
@@ -76,7 +76,7 @@ impl Reader<'_> {
             at.region = Some(name.into());
             let region = self.shape::<RawRegion>(&at, "", value);
             let region = region.and_then(|raw| self.region(&at, name, raw));
-            // Defined, if badly: rules that name it are not at fault.
+            // It is defined, although wrongly: rules that name it are not reported.
             let region = region.unwrap_or_else(|| Region::new(RegionSource::Prefixes(Vec::new())));
             regions.insert(name.into(), region);
         }
@@ -87,7 +87,7 @@ impl Reader<'_> {
         let source = self.region_source(at, name, &mut raw)?;
         let constant = matches!(source, RegionSource::Prefixes(_));
         let asked = "dns, url and file";
-        // The source took what is its own.
+        // `region_source` took the fields of the source.
         let left = [
             ("nameservers", "dns", raw.nameservers.is_some()),
             ("dnssec", "dns", raw.dnssec.is_some()),
@@ -238,7 +238,7 @@ impl Reader<'_> {
         fits
     }
 
-    /// Takes from `raw` what belongs to the source; `None`: it has none, which is reported.
+    /// Takes the fields of the source from `raw`. `None`: there is not exactly one source, which is reported.
     fn region_source(&mut self, at: &At, name: &str, raw: &mut RawRegion) -> Option<RegionSource> {
         let source = (
             raw.dns.take(),
