@@ -11,7 +11,7 @@ use std::{
 };
 
 use filter_agent::kernel::samples::Dropped;
-use filter_common::{KNOWN_SOURCES, Reason, SAMPLES_GRANTED};
+use filter_common::{CACHED_SOURCES, Reason, SAMPLES_GRANTED};
 use filter_tests::{
     frames::{Packet, Protocol, Rng},
     loaded::Loaded,
@@ -230,7 +230,7 @@ fn samples_are_bounded_until_the_agent_grants_more_however_often_it_reads() {
         loaded.run(&segment(source.into(), PORT));
     }
     let dropped = loaded.filter.dropped().unwrap();
-    let most = cpus * (KNOWN_SOURCES * SAMPLES_GRANTED) as usize;
+    let most = cpus * (CACHED_SOURCES * SAMPLES_GRANTED) as usize;
     let taken = dropped.len();
     assert!(taken >= most / cpus / 2 && taken <= most, "{taken}");
     assert!(dropped.iter().all(|d| forged.contains(&d.source.unwrap())));

@@ -2,7 +2,7 @@
 
 use std::{net::Ipv4Addr, path::PathBuf, process::Command};
 
-use aya::maps::{Array, LpmTrie, Map, MapData, lpm_trie::Key};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
     compile::{Compiled, Regions, compile},
     kernel::{
@@ -13,7 +13,9 @@ use filter_agent::{
     },
     policy,
 };
-use filter_common::{LAYOUT, Protocol, Reason, SLOT_BITS, SLOTS, Source4, slot_key};
+use filter_common::{
+    Connection, LAYOUT, Protocol, Reason, SLOT_BITS, SLOTS, Source4, Stream, slot_key,
+};
 use filter_tests::bpffs::Bpffs;
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
@@ -172,6 +174,42 @@ fn refused_reload_keeps_hits_counts_and_adoption_windows() {
         .apply(&databases("198.51.100.0/24", true, true, "10.0.0.2"))
         .unwrap_err();
     assert_eq!(state(&filter), before);
+}
+
+#[test]
+fn existing_connections_are_judged_without_a_walk_through_the_map_of_streams() {
+    let bpffs = Bpffs::mount();
+    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+    filter
+        .apply(&compiled(
+            "  - {name: a, port: 1, model: dedicated, engine: mysql, rules: []}\n",
+        ))
+        .unwrap();
+    let map = Map::LruHashMap(MapData::from_pin(pin(&bpffs, "STREAMS")).unwrap());
+    let mut streams: HashMap<_, Connection, Stream> = map.try_into().unwrap();
+    let adopted = Stream {
+        state: Stream::adopted(0),
+        ..Stream::default()
+    };
+    let connection = |ports| Connection {
+        source: [1; 4],
+        destination: [2; 4],
+        ports,
+    };
+    for ports in 0..100 {
+        streams.insert(connection(ports), adopted, 0).unwrap();
+    }
+    filter.judge_existing().unwrap();
+    // None was removed: the packet path sees that they were adopted before.
+    for ports in 0..100 {
+        assert_eq!(streams.get(&connection(ports), 0).unwrap(), adopted);
+    }
+    let map = Map::Array(MapData::from_pin(pin(&bpffs, "ADOPTION")).unwrap());
+    let adoption: Array<_, u32> = map.try_into().unwrap();
+    assert!(Stream::is_judged_again(
+        adopted.state,
+        adoption.get(&0, 0).unwrap()
+    ));
 }
 
 #[test]

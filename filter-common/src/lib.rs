@@ -1,12 +1,13 @@
-//! What the packet path and the agent both know: map keys and values, reasons, limits and names.
+//! Definitions that the packet path and the agent share: map keys and values, reasons, limits and names.
 #![no_std]
 
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 4 } else { 3 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 5 } else { 4 };
 
-/// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes.
+/// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes and rows of
+/// counters of another length.
 const NEXT_LAYOUT: bool = cfg!(feature = "next-layout");
 
 /// VLAN tags the parser follows. Linux unwraps stacked priority tags (VID 0) without limit, so a
@@ -93,8 +94,8 @@ pub const fn port_index(protocol: Protocol, port: u16) -> u32 {
     ((protocol as u32) << 16) | port as u32
 }
 
-/// What the port map and the map of local addresses say of a port: which database it belongs to.
-/// Zero: none. The highest bit is not used.
+/// A port guard: which database a port, or a port of a local address, belongs to, with its flags. Zero: none.
+/// The highest bit is not used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct Guard(pub u32);
@@ -120,7 +121,7 @@ impl Guard {
         Self(self.0 | (engine as u32) << Self::ENGINE_SHIFT | cancel)
     }
 
-    /// The same guard for a database that allows a prefix shorter than `NEAR_SHORTEST`.
+    /// The same guard for a database that allows a prefix shorter than `BLOOM_SHORTEST`.
     pub const fn wide(self) -> Self {
         Self(self.0 | Self::WIDE)
     }
@@ -160,9 +161,14 @@ impl Guard {
         hit_index(rule, self.is_monitor())
     }
 
-    /// Index of the counter of a reason. One of connections: `fate as u32` instead.
+    /// Index of the counter of a reason, by the number of the `Reason`.
     pub const fn counter(self, reason: u32) -> u32 {
-        (self.0 & (Self::SLOT | Self::MONITOR)) * REASON_ROW + reason
+        (self.0 & (Self::SLOT | Self::MONITOR)) * COUNTER_ROW.length + reason
+    }
+
+    /// Index of the counter of a fate, by the number of the `Fate`.
+    pub const fn fate_counter(self, fate: u32) -> u32 {
+        self.counter(COUNTER_ROW.first_fate + fate)
     }
 
     pub const fn is_by_address(self) -> bool {
@@ -174,12 +180,12 @@ impl Guard {
         self.0 & Self::MONITOR != 0
     }
 
-    /// Whose way to begin TLS is forced; zero: TLS is not forced.
+    /// Engine whose TLS opening is required; 0: TLS is not forced.
     pub const fn engine(self) -> u32 {
         self.0 >> Self::ENGINE_SHIFT & 0x7
     }
 
-    /// Whether the map of what is near says nothing of the database.
+    /// Whether the database allows prefixes that the prefix Bloom filter does not hold.
     pub const fn is_wide(self) -> bool {
         self.0 & Self::WIDE != 0
     }
@@ -189,8 +195,8 @@ impl Guard {
     }
 }
 
-/// What the port map holds: a port's guard, and the epoch, which counts the changes to what is allowed.
-/// Together in one word: whatever is remembered of a source holds for one guard in one epoch.
+/// An entry of the port map: the port guard, and the epoch, which counts the changes to the allowed prefixes.
+/// One word: a cached verdict holds for one guard in one epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct Port(pub u64);
@@ -237,11 +243,11 @@ pub const ANSWERS: u32 = 8;
 /// Bytes of an answer, where there is one.
 pub const ANSWER_LENGTH: usize = 128;
 
-/// What a refused client is told, in its own protocol, before the connection ends.
+/// The error that a refused client receives in its own protocol before the connection ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Answer {
-    /// `ANSWER_LENGTH`, or zero: nothing is said, the connection is only reset.
+    /// `ANSWER_LENGTH`, or 0: the connection is only reset.
     pub length: u32,
     pub bytes: [u8; ANSWER_LENGTH],
 }
@@ -287,12 +293,12 @@ pub struct Opening {
 /// SYNs of the same addresses and ports within `OPENING_SECONDS`, a power of two; one more has to wait.
 pub const OPENINGS: usize = 8;
 
-/// What is known of a connection to a port where TLS is forced.
+/// The state of a connection to a port where TLS is forced.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Stream {
-    /// Of the SYNs that the server may have taken for the connection's: every one has to hold. A client
-    /// that connects often comes to use its ports again.
+    /// One for each SYN that the server may have accepted: the stream has to hold for every one. A client
+    /// that connects often uses the same ports again.
     pub openings: [Opening; OPENINGS],
     /// Bytes that the client sent, counted up to 2^31.
     pub carried: u32,
@@ -305,12 +311,26 @@ pub struct Stream {
 impl Stream {
     /// Counted as a connection with TLS.
     pub const JUDGED: u32 = 1;
-    /// Refused: no byte of it passes any more.
+    /// Refused: none of its bytes passes any more.
     pub const REFUSED: u32 = 2;
-    /// The server was told that it is refused.
-    pub const TOLD: u32 = 4;
-    /// It was under way before TLS was forced, and is let run.
+    /// A reset was sent to the server.
+    pub const RESET_SENT: u32 = 4;
+    /// The connection was open before TLS was forced, and goes on unjudged: it is adopted.
     pub const UNJUDGED: u32 = 8;
+    /// The number of the adoption that adopted it: above this bit.
+    pub const ADOPTION_SHIFT: u32 = 8;
+    /// Adoptions are counted modulo this.
+    pub const ADOPTIONS: u32 = 1 << (32 - Self::ADOPTION_SHIFT);
+
+    /// The state of a connection that is adopted.
+    pub const fn adopted(adoption: u32) -> u32 {
+        Self::UNJUDGED | adoption << Self::ADOPTION_SHIFT
+    }
+
+    /// Whether a connection of this state was adopted, and by an adoption that has ended since.
+    pub const fn is_judged_again(state: u32, adoption: u32) -> bool {
+        state & Self::UNJUDGED != 0 && state >> Self::ADOPTION_SHIFT != adoption
+    }
 }
 
 /// Key of the map of local addresses.
@@ -349,26 +369,25 @@ pub struct Source6 {
     pub address: [u8; 16],
 }
 
-/// Leading bits of an address that tell whether it is near an allowed prefix: by these alone one of a
-/// prefix begins as well.
-pub const NEAR_BITS: u32 = 25;
+/// Leading bits that key the prefix Bloom filter: a trie is searched only if some allowed prefix contains an
+/// address with the same bits.
+pub const BLOOM_PREFIX_BITS: u32 = 25;
 
-/// Shorter prefixes are not in the map of what is near: most of the Internet would be.
-pub const NEAR_SHORTEST: u8 = 8;
+/// Shorter prefixes are not in the prefix Bloom filter: most of the Internet would match.
+pub const BLOOM_SHORTEST: u8 = 8;
 
-/// One line of that map, as large as the processor's: one is fetched for a packet.
-pub type NearLine = [u64; 8];
+/// One line of the filter, as large as a CPU's cache line: one is fetched for a packet.
+pub type BloomLine = [u64; 8];
 
-/// Lines of that map, a Bloom filter of 512 KiB for both families, which stays in a processor's second
-/// cache. With the beginnings of 100,000 prefixes in it, it takes one of 3,000 others for one of them,
-/// with those of a million one of eight.
-pub const NEAR_LINES: u32 = 1 << 13;
+/// Lines of the filter, 512 KiB for both families, which stays in a CPU's second-level cache. With 100,000
+/// prefixes one of 3,000 other addresses matches by mistake, with a million one of eight.
+pub const BLOOM_LINES: u32 = 1 << 13;
 
-/// The line, the word in it and the bits in that of an address, by its first four bytes as in memory.
-/// What is near has all of the bits set.
+/// The line, the word in it and the bits in that word for an address, by its first four bytes as in
+/// memory. An address may match where all of the bits are set.
 #[inline(always)]
-pub const fn near_place(first: u32, is_v4: bool) -> (u32, usize, u64) {
-    let beginning = first & (u32::MAX << (32 - NEAR_BITS)).to_be();
+pub const fn bloom_place(first: u32, is_v4: bool) -> (u32, usize, u64) {
+    let beginning = first & (u32::MAX << (32 - BLOOM_PREFIX_BITS)).to_be();
     let family = (is_v4 as u64) << 32;
     // Fibonacci hashing: the highest bits of a product with 2^64 over the golden ratio.
     let hash = (beginning as u64 | family).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -388,7 +407,8 @@ pub const fn slot_key(slot: u16) -> [u8; 4] {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum Reason {
-    /// An allowed prefix holds the source.
+    /// An allowed prefix holds the source. Such packets are counted as hits of their rule; the counter
+    /// of this reason holds those of rules that were removed.
     Allowed = 0,
     /// No allowed prefix holds the source.
     NotAllowed = 1,
@@ -446,13 +466,13 @@ impl Reason {
     }
 }
 
-/// A packet that was not allowed, as it is sent to the agent.
+/// A packet that was not allowed, as it stands in the ring buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Sample {
     /// As in the header; IPv4 in the first half of the second.
     pub source: [u64; 2],
-    /// 4, 6, or zero: the source cannot be told.
+    /// 4, 6, or 0: the packet has no readable source.
     pub family: u32,
     /// A `Reason`.
     pub reason: u32,
@@ -461,39 +481,80 @@ pub struct Sample {
     pub interface: u32,
 }
 
-/// Bytes of the ring of samples: some 13,000.
-pub const SAMPLES: u32 = 1 << 19;
+/// Bytes of the ring buffer of samples: room for some 13,000.
+pub const SAMPLE_RING_BYTES: u32 = 1 << 19;
 
-/// Sources that a processor judges without asking the tries, a power of two. A source has one place, and
-/// takes it from another.
-pub const KNOWN_SOURCES: u32 = 1 << 10;
+/// Entries of a CPU's verdict cache, a power of two. A source has one place, and takes it from another.
+pub const CACHED_SOURCES: u32 = 1 << 10;
 
-/// Places for the samples of packets whose source is not judged, a power of two.
+/// Places that limit samples of packets whose source is not looked up, a power of two.
 pub const SAMPLE_PLACES: u32 = 64;
 
-/// Samples that a processor may take for each place, of sources or of samples, every time the agent
-/// grants more, which it does every second. A flood from one source leaves those of other places.
+/// Samples that a CPU may take for each place whenever the agent grants more, which it does every second. A
+/// flood from one source leaves the samples of other places.
 pub const SAMPLES_GRANTED: u32 = 4;
 
-/// Counters of one slot: a row of reasons enforced, a row of reasons only monitored.
-const REASON_ROW: u32 = 16;
+/// The counters of a slot: a row of what was enforced, then one of what was only monitored. A row has the
+/// reasons of packets first, and from `first_fate` on the fates of connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CounterRow {
+    pub length: u32,
+    pub first_fate: u32,
+}
+
+impl CounterRow {
+    /// The rows of a layout, for an agent that takes its counters over.
+    pub const fn of(layout: u32) -> Self {
+        let (length, first_fate) = match layout {
+            0..=3 => (16, 12),
+            4 => (32, 27),
+            // Of the build that tests upgrade to.
+            _ => (64, 50),
+        };
+        Self { length, first_fate }
+    }
+
+    /// Entries of the counter map for so many slots.
+    pub const fn counters(self, slots: u32) -> u32 {
+        slots * 2 * self.length
+    }
+
+    /// Indexes of all counters of one slot.
+    pub const fn of_slot(self, slot: u16) -> core::ops::Range<u32> {
+        let first = slot as u32 * 2 * self.length;
+        first..first + 2 * self.length
+    }
+
+    /// Index of the counter of a reason.
+    pub const fn reason(self, slot: u16, reason: Reason, monitored: bool) -> u32 {
+        (slot as u32 * 2 + monitored as u32) * self.length + reason as u32
+    }
+
+    /// Index of the counter of a fate.
+    pub const fn fate(self, slot: u16, fate: Fate, monitored: bool) -> u32 {
+        (slot as u32 * 2 + monitored as u32) * self.length + self.first_fate + fate as u32
+    }
+}
+
+/// The rows of this layout.
+pub const COUNTER_ROW: CounterRow = CounterRow::of(LAYOUT);
 
 /// Entries of the counter map.
-pub const COUNTERS: u32 = SLOTS * 2 * REASON_ROW;
+pub const COUNTERS: u32 = COUNTER_ROW.counters(SLOTS);
 
-/// What becomes of a connection to a port where TLS is forced. Counted once for each, beside the
-/// reasons of its packets.
+/// The result of judging a connection to a port where TLS is forced. Counted once for each connection, beside
+/// the reasons of its packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum Fate {
-    /// It began with TLS.
-    Tls = 12,
+    /// The connection began with TLS.
+    Tls = 0,
     /// A CancelRequest in the clear.
-    Cancel = 13,
-    /// It was under way before TLS was forced.
-    Unjudged = 14,
-    /// It was refused.
-    Refused = 15,
+    Cancel = 1,
+    /// The connection was open before TLS was forced.
+    Unjudged = 2,
+    /// The connection was refused.
+    Refused = 3,
 }
 
 impl Fate {
@@ -510,29 +571,12 @@ impl Fate {
     }
 }
 
-/// Indexes of all counters of one slot.
-pub const fn counters_of(slot: u16) -> core::ops::Range<u32> {
-    let first = slot as u32 * 2 * REASON_ROW;
-    first..first + 2 * REASON_ROW
-}
-
-/// Index of the counter of connections.
-pub const fn fate_index(slot: u16, fate: Fate, monitored: bool) -> u32 {
-    (slot as u32 * 2 + monitored as u32) * REASON_ROW + fate as u32
-}
-
 /// Entries of the map of hits.
 pub const HITS: u32 = RULE_IDS * 2;
 
 /// Index of a rule's hits: packets that it allowed, while its database was only monitored or was not.
 pub const fn hit_index(rule: u32, monitored: bool) -> u32 {
     rule * 2 + monitored as u32
-}
-
-/// Index of a counter. Packets that a rule allows are counted as its hits only; here are those of rules
-/// that are no more.
-pub const fn counter_index(slot: u16, reason: Reason, monitored: bool) -> u32 {
-    (slot as u32 * 2 + monitored as u32) * REASON_ROW + reason as u32
 }
 
 /// A text in a map value: what a slot or a rule id stands for, so that a restarted agent finds the
@@ -600,8 +644,9 @@ const _: () = {
     assert!(size_of::<Connection>() == 36);
     assert!(size_of::<Stream>() == 108);
     assert!(size_of::<Sample>() == 32);
-    assert!((Reason::ALL.len() as u32) <= Fate::Tls as u32);
-    assert!((Fate::Refused as u32) < REASON_ROW);
+    // Room for 16 more reasons, and one more fate.
+    assert!(Reason::ALL.len() as u32 + 16 <= COUNTER_ROW.first_fate);
+    assert!(COUNTER_ROW.first_fate + (Fate::ALL.len() as u32) < COUNTER_ROW.length);
 };
 
 #[cfg(feature = "user")]

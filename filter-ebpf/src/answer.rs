@@ -18,7 +18,7 @@ use crate::{
     scratch::{Headers, Scratch, scratch},
 };
 
-/// By engine; written by the agent.
+/// The answer of each engine; the agent writes them.
 #[btf_map]
 static ANSWERS_BY_ENGINE: Array<Answer, { ANSWERS as usize }> = Array::new();
 
@@ -29,16 +29,16 @@ const ACK: u8 = 16;
 
 const TCP_HEADER: usize = 20;
 
-/// What becomes of a packet that is refused.
+/// What is done with a refused packet.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 pub enum Ending {
     Dropped = 0,
-    /// It goes back to the client, as the server's last word.
+    /// Sent back to the client, as the last packet from the server.
     ToClient = 1,
-    /// It goes on to the server, as a reset.
+    /// Passed on to the server, as a reset.
     ResetServer = 2,
-    /// It goes on to the server without what it carries.
+    /// Passed on to the server without its data.
     Emptied = 3,
 }
 
@@ -46,7 +46,7 @@ const TO_CLIENT: u32 = Ending::ToClient as u32;
 const RESET_SERVER: u32 = Ending::ResetServer as u32;
 const EMPTIED: u32 = Ending::Emptied as u32;
 
-/// What the packet becomes.
+/// The TCP header that the packet gets.
 struct Shape {
     to_client: bool,
     sequence: u32,
@@ -54,8 +54,8 @@ struct Shape {
     flags: u8,
 }
 
-/// Rewrites the packet as its ending says; zero where it cannot: where there are IP options or extension
-/// headers. Verified by itself, as `tls::judge_segment`.
+/// Rewrites the packet for its ending. Returns 0 if it cannot: with IP options or extension headers. A global
+/// function, which the kernel verifies once, as `tls::judge_tls`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
@@ -112,7 +112,7 @@ fn rewrite(ctx: &XdpContext, scratch: &mut Scratch, shape: &Shape) -> Option<()>
         TCP_HEADER
     };
     let moved = resize(ctx, transport + length)?;
-    // First, since what follows is written over where it was.
+    // First: the headers that follow overwrite the place where it was.
     link_header(ctx, &mut scratch.headers, network, moved, shape.to_client)?;
     let [p0, p1, d0, d1] = scratch.tcp.ports.to_ne_bytes();
     let [s0, s1, s2, s3] = shape.sequence.to_be_bytes();
@@ -195,8 +195,8 @@ fn link_header(
     store(ctx, network - 2, &headers.ethertype)
 }
 
-/// Gives the packet this length, in bytes. Where it has to grow it begins earlier: there is room for
-/// that in every driver, and behind it in few. Returns by how much.
+/// Gives the packet this length, in bytes. A packet grows at its beginning: every driver leaves room there,
+/// few leave room behind it. Returns by how much it grew.
 #[inline(always)]
 fn resize(ctx: &XdpContext, length: usize) -> Option<usize> {
     let ctx = ctx.as_ptr().cast();

@@ -48,8 +48,8 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
             reason,
             sampled,
         } => {
-            rules::count(guard, reason, None);
-            rules::sample(ctx, packet, guard, reason, Some(sampled));
+            rules::count(guard, reason as u32, None);
+            rules::sample(ctx, packet, guard, reason as u32, Some(sampled));
             if guard.is_monitor() {
                 XDP_PASS
             } else {

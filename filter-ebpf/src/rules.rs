@@ -1,6 +1,9 @@
 //! The maps, and the verdict for a parsed packet.
 
-use core::{arch::asm, ptr::read_volatile};
+use core::{
+    arch::asm,
+    ptr::{read_volatile, write_volatile},
+};
 
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP},
@@ -9,10 +12,10 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, Fate, Guard, KNOWN_SOURCES, LocalKey,
-    MAX_LOCALS, MONITORED_SHIFT, NEAR_LINES, Name, NearLine, PORTS, Port, RULE_IDS, Reason,
-    SAMPLE_PLACES, SAMPLES, SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6,
-    is_bad_source4, is_bad_source6, mapped, near_place, port_index, slot_key,
+    ANY_SLOT, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT,
+    Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT, Name, PORTS, Port, RULE_IDS, Reason,
+    SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6,
+    bloom_place, is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
 };
 
 use crate::{
@@ -41,24 +44,24 @@ static PROTOCOLS: Array<u32, 1> = Array::new();
 static ALLOWED4: LpmTrie<Source4, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
 static ALLOWED6: LpmTrie<Source6, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
-/// What is near an allowed prefix, of any database: most of a flood from forged sources is not, and
-/// need not be looked up in a trie, whose cost grows with its size.
+/// The prefix Bloom filter of every database's allowed prefixes: most of a flood from forged sources does not
+/// match, and needs no look-up in a trie, whose cost grows with its size.
 #[btf_map]
-static NEAR: Array<NearLine, { NEAR_LINES as usize }> = Array::new();
-/// What the tries said of sources, on this CPU: it holds for one epoch.
+static PREFIX_BLOOM: Array<BloomLine, { BLOOM_LINES as usize }> = Array::new();
+/// The verdict cache: what the tries returned for sources, on this CPU. An entry holds for one epoch.
 #[btf_map]
-static KNOWN: PerCpuArray<Known, { KNOWN_SOURCES as usize }> = PerCpuArray::new();
-/// Packets that were not allowed, by database slot and reason; connections by what became of them.
+static VERDICT_CACHE: PerCpuArray<Entry, { CACHED_SOURCES as usize }> = PerCpuArray::new();
+/// Packets that were not allowed by database slot and reason, and connections by fate: see `CounterRow`.
 #[btf_map]
 static COUNTS: PerCpuArray<u64, { COUNTERS as usize }> = PerCpuArray::new();
 /// Packets that were allowed, by rule id.
 #[btf_map]
 static HITS: PerCpuArray<u64, { filter_common::HITS as usize }> = PerCpuArray::new();
-/// Some of the packets that were not allowed: a `Sample` of each, for the agent. Of one program only,
-/// not pinned. libbpf, and with it bpftool, loads no ring whose values have a size.
+/// Samples of packets that were not allowed, for the agent. Not pinned: it belongs to one program. The
+/// values have no type, since libbpf, and with it bpftool, loads no ring buffer whose values have a size.
 #[btf_map]
-static SAMPLED: RingBuf<(), { SAMPLES as usize }> = RingBuf::new();
-/// Samples that were taken on this CPU where no source was judged.
+static SAMPLES: RingBuf<(), { SAMPLE_RING_BYTES as usize }> = RingBuf::new();
+/// Samples taken on this CPU of packets whose source was not looked up.
 #[btf_map]
 static TAKEN: PerCpuArray<u32, { SAMPLE_PLACES as usize }> = PerCpuArray::new();
 /// The epoch, names of slots and of rule ids, and the probe packets among the counts: read by the agent
@@ -72,14 +75,18 @@ static RULE_NAMES: Array<Name, { RULE_IDS as usize }> = Array::new();
 #[btf_map]
 static PROBES: Array<u64, { (COUNTERS + filter_common::HITS) as usize }> = Array::new();
 
-/// Samples that the agent has granted so far, to each CPU for each place of `KNOWN` and of `TAKEN`. The
-/// kernel makes a map of it, and of reading it one instruction.
+/// Samples that the agent has granted so far, to each CPU for each entry of `VERDICT_CACHE` and of `TAKEN`.
+/// The kernel makes a map of it, and one instruction of reading it.
 #[unsafe(no_mangle)]
 static mut GRANTED: u32 = 0;
 
-/// A source and its rule, as a guard's database has it.
+/// An entry of the verdict cache: a source and its rule, in the database of one port guard.
+///
+/// Packets of one CPU are judged one after the other, but for the agent's test runs, which some kernels (5.18)
+/// let packets interrupt. So no reference to an entry is made, and an entry that is being written matches
+/// no source: its tag is zero from before the first write until after the last.
 #[repr(C)]
-struct Known {
+struct Entry {
     /// As in the header; IPv4 in the lower half of the second.
     source: [u64; 2],
     /// The `Port`, with `V6`. Never zero, which is what an entry begins with: no guard is.
@@ -90,21 +97,71 @@ struct Known {
     taken: u32,
 }
 
-impl Known {
+#[derive(Clone, Copy)]
+struct EntryPointer(*mut Entry);
+
+impl EntryPointer {
+    /// The rule of a source, if this entry is of that source.
     #[inline(always)]
-    const fn remember(&mut self, source: [u64; 2], tag: u64, rule: u32) {
-        self.source = source;
-        self.tag = tag;
-        self.rule = rule;
+    fn rule(self, source: [u64; 2], tag: u64) -> Option<u32> {
+        // SAFETY: aligned fields of an element of a per-CPU array, which stays where it is; the same below.
+        unsafe {
+            let is_same = read_volatile(&raw const (*self.0).tag) == tag
+                && (*self.0).source[0] == source[0]
+                && (*self.0).source[1] == source[1];
+            is_same.then(|| (*self.0).rule)
+        }
+    }
+
+    #[inline(always)]
+    fn remember(self, source: [u64; 2], tag: u64, rule: u32) {
+        // SAFETY: as in `rule`.
+        unsafe {
+            write_volatile(&raw mut (*self.0).tag, 0);
+            write_volatile(&raw mut (*self.0).source[0], source[0]);
+            write_volatile(&raw mut (*self.0).source[1], source[1]);
+            write_volatile(&raw mut (*self.0).rule, rule);
+            write_volatile(&raw mut (*self.0).tag, tag);
+        }
+    }
+
+    /// Whether a source that is far from every allowed prefix may take this place: a flood of such sources
+    /// takes none from a source that is allowed.
+    #[inline(always)]
+    fn is_free(self, tag: u64) -> bool {
+        // SAFETY: as in `rule`.
+        unsafe {
+            read_volatile(&raw const (*self.0).tag) >> 32 != tag >> 32 || (*self.0).rule == NO_RULE
+        }
+    }
+
+    /// Clears the tag by an exchange (kernel 5.12), which is a barrier.
+    #[inline(always)]
+    fn clear(self) {
+        // SAFETY: one instruction on eight bytes of the element, aligned as the map's values are.
+        unsafe {
+            asm!(
+                "{0} = xchg_64({1} + 0, {0})",
+                inout(reg) 0_u64 => _,
+                in(reg) &raw mut (*self.0).tag,
+                options(nostack)
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn take(self) -> bool {
+        // SAFETY: as in `rule`; nothing else has a reference to the field.
+        take(unsafe { &mut (*self.0).taken })
     }
 }
 
-/// What no rule's id is, whatever the bits beside it.
+/// Not the id of any rule, whatever the bits beside it: no rule allows the source.
 const NO_RULE: u32 = u32::MAX;
-/// The same, since it is no host's source. Every rule's id is lower.
+/// The same for a source that no host may have. Every rule's id is lower.
 const BAD_SOURCE: u32 = u32::MAX - 1;
 
-/// In a tag: of an IPv6 source. A bit that guards do not use.
+/// Set in the tag of an IPv6 source. Port guards do not use the bit.
 const V6: u64 = 1 << 31;
 
 pub enum Outcome {
@@ -115,20 +172,23 @@ pub enum Outcome {
         rule: u32,
         /// Whether TLS is forced on the source.
         force_tls: bool,
-        fate: Option<Fate>,
+        /// The number of the `Fate` that this packet decides for its connection.
+        fate: Option<u32>,
     },
     Dropped {
         guard: Guard,
         reason: Reason,
-        /// Whether the agent is to be told.
+        /// Whether a sample of it is taken.
         sampled: bool,
     },
     /// TLS is forced, and the connection does not begin with it.
     Refused {
         guard: Guard,
-        reason: Reason,
+        /// The number of the `Reason`.
+        reason: u32,
         ending: Ending,
-        fate: Option<Fate>,
+        /// The number of the `Fate` that this packet decides for its connection.
+        fate: Option<u32>,
     },
 }
 
@@ -163,19 +223,21 @@ pub fn judge(ctx: &XdpContext, packet: &Packet) -> Outcome {
 #[inline(always)]
 fn judge_stream(ctx: &XdpContext, segment: &Segment, guard: Guard, rule: u32) -> Outcome {
     let judged = tls::judge(ctx, segment, guard);
-    match judged.refused() {
-        None => Outcome::Allowed {
+    let fate = judged.fate();
+    if judged.is_refused() {
+        Outcome::Refused {
+            guard,
+            reason: judged.reason(),
+            ending: judged.ending(),
+            fate,
+        }
+    } else {
+        Outcome::Allowed {
             guard,
             rule,
             force_tls: true,
-            fate: judged.fate(),
-        },
-        Some((reason, ending)) => Outcome::Refused {
-            guard,
-            reason,
-            ending,
-            fate: judged.fate(),
-        },
+            fate,
+        }
     }
 }
 
@@ -236,13 +298,12 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
     let guard = port.guard();
     let Addresses { is_v4, source, .. } = segment.addresses;
     let tag = if is_v4 { port.0 } else { port.0 | V6 };
-    let Some(known) = known(source) else {
+    let Some(entry) = cache_entry(source) else {
         return dropped(guard, Reason::NoPolicy);
     };
-    let rule = if known.tag == tag && known.source == source {
-        known.rule
-    } else {
-        rule_of(source, tag, known)
+    let rule = match entry.rule(source, tag) {
+        Some(rule) => rule,
+        None => rule_of(source, tag, entry),
     };
     if rule < BAD_SOURCE {
         Outcome::Allowed {
@@ -259,18 +320,17 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
             } else {
                 Reason::BadSource
             },
-            sampled: take(&mut known.taken),
+            sampled: entry.take(),
         }
     }
 }
 
-/// Where a source's rule is remembered.
+/// The entry of the verdict cache that a source may use.
 #[inline(always)]
-fn known(source: [u64; 2]) -> Option<&'static mut Known> {
-    let known = KNOWN.get_ptr_mut(place(source, KNOWN_SOURCES))?;
-    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
-    // this CPU uses it, and no two functions at a time.
-    Some(unsafe { &mut *known })
+fn cache_entry(source: [u64; 2]) -> Option<EntryPointer> {
+    VERDICT_CACHE
+        .get_ptr_mut(place(source, CACHED_SOURCES))
+        .map(EntryPointer)
 }
 
 /// One of `places`, a power of two, by Fibonacci hashing: the highest bits of a product with 2^64 over
@@ -281,13 +341,13 @@ const fn place(source: [u64; 2], places: u32) -> u32 {
     (hash >> (64 - places.trailing_zeros())) as u32
 }
 
-/// The id of the rule that allows a source that is not known, with `EXEMPT`; or `NO_RULE`, or
-/// `BAD_SOURCE`. It is known then, in `known`.
+/// The id of the rule that allows a source that is not in the verdict cache, with `EXEMPT`; or `NO_RULE`,
+/// or `BAD_SOURCE`. Writes it to `entry`.
 ///
-/// What is found out under an epoch has to hold as long as that does: the epoch is read before the maps
-/// are, also by processors that read in another order than they are told to.
+/// A cached verdict holds for its whole epoch, so the epoch has to be read before the maps are: also on
+/// CPUs that reorder reads.
 #[inline(always)]
-fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
+fn rule_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
     let is_v4 = tag & V6 == 0;
     let (first, is_bad) = if is_v4 {
         (low as u32, is_bad_source4(u32::from_be(low as u32)))
@@ -298,33 +358,23 @@ fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
     if is_bad {
         return BAD_SOURCE;
     }
-    let (line, word, bits) = near_place(first, is_v4);
-    // Zero, which no processor knows before it has read the epoch.
+    let (line, word, bits) = bloom_place(first, is_v4);
+    // Zero, but computed of the tag: no CPU has the index of the line before it has read the epoch.
     let mut zero = tag;
     // SAFETY: one instruction, of a register that it names.
     unsafe {
         asm!("{0} ^= {0}", inout(reg) zero, options(pure, nomem, nostack));
     }
-    let line = NEAR.get(line | zero as u32);
-    let is_near = line.is_some_and(|line| line[word] & bits == bits);
-    // What is near no prefix is on no database's list, but on those whose prefixes are not there.
-    if !is_near && !Port(tag).guard().is_wide() {
-        // A flood of such sources takes no place from one that is allowed.
-        if known.tag >> 32 != tag >> 32 || known.rule == NO_RULE {
-            known.remember([high, low], tag, NO_RULE);
+    let line = PREFIX_BLOOM.get(line | zero as u32);
+    let may_match = line.is_some_and(|line| line[word] & bits == bits);
+    // Only databases with prefixes too short for the Bloom filter may allow the source then.
+    if !may_match && !Port(tag).guard().is_wide() {
+        if entry.is_free(tag) {
+            entry.remember([high, low], tag, NO_RULE);
         }
         return NO_RULE;
     }
-    // An exchange (kernel 5.12) is a barrier.
-    // SAFETY: one instruction on eight bytes of the element, aligned as the map's values are.
-    unsafe {
-        asm!(
-            "{0} = xchg_64({1} + 0, {0})",
-            inout(reg) 0_u64 => _,
-            in(reg) &raw mut known.tag,
-            options(nostack)
-        );
-    }
+    entry.clear();
     let slot = slot_key(Port(tag).guard().slot());
     let rule = if is_v4 {
         let address = (low as u32).to_ne_bytes();
@@ -334,7 +384,7 @@ fn rule_of([high, low]: [u64; 2], tag: u64, known: &mut Known) -> u32 {
         ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
     };
     let rule = rule.copied().unwrap_or(NO_RULE);
-    known.remember([high, low], tag, rule);
+    entry.remember([high, low], tag, rule);
     rule
 }
 
@@ -359,20 +409,20 @@ fn octets(halves: [u64; 2]) -> [u8; 16] {
 
 /// Counts a packet that is allowed, by `rule`.
 #[inline(always)]
-pub fn count_allowed(guard: Guard, rule: u32, fate: Option<Fate>) {
+pub fn count_allowed(guard: Guard, rule: u32, fate: Option<u32>) {
     increment(HITS.get_ptr_mut(guard.hit(rule)));
     count_fate(guard, fate);
 }
 
 /// Counts one that is not.
 #[inline(always)]
-pub fn count(guard: Guard, reason: Reason, fate: Option<Fate>) {
-    increment(COUNTS.get_ptr_mut(guard.counter(reason as u32)));
+pub fn count(guard: Guard, reason: u32, fate: Option<u32>) {
+    increment(COUNTS.get_ptr_mut(guard.counter(reason)));
     count_fate(guard, fate);
 }
 
-/// Whether a sample may be taken, which it is then. No clock is read, and nothing is written that
-/// processors share: a flood that has taken what was granted gets no further.
+/// Takes a sample if the grant allows one more. Reads no clock and writes nothing that CPUs share: a flood
+/// that has used up the grant costs one comparison a packet.
 #[inline(always)]
 fn take(taken: &mut u32) -> bool {
     // SAFETY: an aligned integer that is there as long as the program is, and that the agent writes.
@@ -391,16 +441,10 @@ fn take_at(place: u32) -> bool {
     taken.is_some_and(|taken| take(unsafe { &mut *taken }))
 }
 
-/// Tells the agent of a packet that was not allowed. `sampled`: whether a sample is taken of it; `None`:
-/// by its source.
+/// Sends a sample of a packet that was not allowed to the agent. `sampled`: whether one is taken; `None`:
+/// decided by the packet's source.
 #[inline(always)]
-pub fn sample(
-    ctx: &XdpContext,
-    packet: &Packet,
-    guard: Guard,
-    reason: Reason,
-    sampled: Option<bool>,
-) {
+pub fn sample(ctx: &XdpContext, packet: &Packet, guard: Guard, reason: u32, sampled: Option<bool>) {
     let (source, family) = match packet {
         Packet::Segment(Segment { addresses, .. }) => {
             (addresses.source, if addresses.is_v4 { 4 } else { 6 })
@@ -409,12 +453,12 @@ pub fn sample(
     };
     if sampled.unwrap_or_else(|| take_at(place(source, SAMPLE_PLACES))) {
         let [high, low] = source;
-        send(ctx, high, low, family << 16 | reason as u32, guard);
+        send(ctx, high, low, family << 16 | reason, guard);
     }
 }
 
-/// A function of its own for its stack, of which those that judge a stream leave no more. `what`: the
-/// address family, and the reason in the lower half.
+/// Not inlined, for its stack: the functions that judge a stream leave too little. `what`: the address
+/// family, and the reason in the lower half.
 #[inline(never)]
 fn send(ctx: &XdpContext, high: u64, low: u64, what: u32, guard: Guard) {
     let sample = Sample {
@@ -424,14 +468,14 @@ fn send(ctx: &XdpContext, high: u64, low: u64, what: u32, guard: Guard) {
         guard,
         interface: ctx.ingress_ifindex() as u32,
     };
-    // Where the ring is full, the packet is counted all the same. The agent looks by itself.
-    let _ = SAMPLED.output_untyped::<Sample>(sample, BPF_RB_NO_WAKEUP.into());
+    // A full ring loses the sample; the packet is counted all the same. The agent polls: no wake-up.
+    let _ = SAMPLES.output_untyped::<Sample>(sample, BPF_RB_NO_WAKEUP.into());
 }
 
 #[inline(always)]
-fn count_fate(guard: Guard, fate: Option<Fate>) {
+fn count_fate(guard: Guard, fate: Option<u32>) {
     if let Some(fate) = fate {
-        increment(COUNTS.get_ptr_mut(guard.counter(fate as u32)));
+        increment(COUNTS.get_ptr_mut(guard.fate_counter(fate)));
     }
 }
 

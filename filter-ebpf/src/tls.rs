@@ -1,8 +1,10 @@
 //! Whether a connection begins with TLS, where that is forced.
 //!
-//! By the place of bytes in the client's stream, not by packet: every byte at a decisive place is
-//! compared whenever it passes, in whatever order, as often as it is sent, so that what the server reads
-//! there is the beginning of TLS or nothing. Only where the stream begins has to be remembered.
+//! Bytes are judged by their place in the client's stream, not by packet: every byte at a decisive place is
+//! compared whenever it passes, in any order, as often as it is sent. So the server reads the beginning
+//! of TLS there, or nothing. Only the sequence number at which the stream begins is stored.
+
+use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::{
     bindings::xdp_md,
@@ -26,9 +28,13 @@ use crate::{
 #[btf_map]
 static STREAMS: LruHashMap<Connection, Stream, { DEFAULT_TLS_CONNECTIONS as usize }> =
     LruHashMap::new();
-/// Until when, in nanoseconds since boot, a connection of a slot that is found under way is let run.
+/// Until when, in nanoseconds since boot, a connection to a slot's database without a known beginning is adopted.
 #[btf_map]
 static ADOPT_UNTIL: Array<u64, { SLOTS as usize }> = Array::new();
+/// The number of the current adoption, below `Stream::ADOPTIONS`. The agent ends an adoption by raising it:
+/// the connections that it adopted are judged again.
+#[btf_map]
+static ADOPTION: Array<u32, 1> = Array::new();
 
 const FIN: u32 = 1;
 const SYN: u32 = 2;
@@ -60,21 +66,21 @@ const HELLO_LENGTH: u32 = 6;
 /// Past every decisive place of every engine.
 const FARTHEST: u32 = 64;
 
-/// What a segment holds at the decisive places of a stream.
+/// The content of a segment at the decisive places of a stream.
 enum Finding {
     /// Nothing.
     Beyond,
-    /// What should be there, of a stream of this form; `tls`: a ClientHello, too.
+    /// The right bytes for a stream of this form. `tls`: a ClientHello is among them.
     Good {
         form: u32,
         tls: bool,
     },
-    /// Too little to tell, or not from where it could be told.
+    /// Too few bytes, or bytes that do not begin where they can be judged.
     Unclear,
     NotTls,
 }
 
-/// What is to be done with a segment.
+/// The verdict on a segment.
 enum Verdict {
     Pass(Option<Fate>),
     Refuse(Reason, Ending, Option<Fate>),
@@ -84,67 +90,180 @@ const PASS: Verdict = Verdict::Pass(None);
 const UNCLEAR: Verdict = Verdict::Refuse(Reason::TlsUnclear, Ending::Dropped, None);
 const FAILED: Verdict = Verdict::Refuse(Reason::NoPolicy, Ending::Dropped, None);
 
-/// What became of a segment, in one number: what such a function returns.
+/// The verdict on a segment, packed into the one number that a function of its own returns.
 #[derive(Clone, Copy)]
 pub struct Judged(u32);
 
 impl Judged {
     const REFUSED: u32 = 1;
+    const ENDING_SHIFT: u32 = 4;
+    const ENDING: u32 = 3 << Self::ENDING_SHIFT;
+    const FATE_SHIFT: u32 = 8;
+    const REASON_SHIFT: u32 = 16;
 
     const fn new(refused: Option<(Reason, Ending)>, fate: Option<Fate>) -> Self {
         let fate = match fate {
-            Some(fate) => fate as u32,
+            Some(fate) => fate as u32 + 1,
             None => 0,
         };
-        match refused {
-            None => Self(fate << 8),
+        let refused = match refused {
             Some((reason, ending)) => {
-                Self(Self::REFUSED | (ending as u32) << 4 | fate << 8 | (reason as u32) << 16)
+                Self::REFUSED
+                    | (ending as u32) << Self::ENDING_SHIFT
+                    | (reason as u32) << Self::REASON_SHIFT
             }
-        }
+            None => 0,
+        };
+        Self(refused | fate << Self::FATE_SHIFT)
     }
 
     #[inline(always)]
-    fn ending(self) -> u32 {
-        self.0 >> 4 & 0xf
+    pub fn is_refused(self) -> bool {
+        self.0 & Self::REFUSED != 0
+    }
+
+    /// The number of the `Reason`: it is counted and sampled as it is, so that none can be taken for another.
+    #[inline(always)]
+    pub fn reason(self) -> u32 {
+        self.0 >> Self::REASON_SHIFT
+    }
+
+    #[inline(always)]
+    pub fn ending(self) -> Ending {
+        // The two bits have a value for each ending.
+        match (self.0 & Self::ENDING) >> Self::ENDING_SHIFT {
+            0 => Ending::Dropped,
+            1 => Ending::ToClient,
+            2 => Ending::ResetServer,
+            _ => Ending::Emptied,
+        }
     }
 
     /// The same, for a packet that could not be rewritten.
     #[inline(always)]
     fn dropped(self) -> Self {
-        Self(self.0 & !0xf0)
+        Self(self.0 & !Self::ENDING)
     }
 
-    /// Why and how it was refused; `None`: it passes.
+    /// The number of the `Fate`, of a connection whose fate this segment decides.
     #[inline(always)]
-    pub fn refused(self) -> Option<(Reason, Ending)> {
-        if self.0 & Self::REFUSED == 0 {
-            return None;
-        }
-        let reason = match self.0 >> 16 {
-            reason if reason == Reason::NotTls as u32 => Reason::NotTls,
-            reason if reason == Reason::BadHeader as u32 => Reason::BadHeader,
-            reason if reason == Reason::TlsUnclear as u32 => Reason::TlsUnclear,
-            _ => Reason::NoPolicy,
-        };
-        let ending = match self.ending() {
-            ending if ending == Ending::ToClient as u32 => Ending::ToClient,
-            ending if ending == Ending::ResetServer as u32 => Ending::ResetServer,
-            ending if ending == Ending::Emptied as u32 => Ending::Emptied,
-            _ => Ending::Dropped,
-        };
-        Some((reason, ending))
+    pub fn fate(self) -> Option<u32> {
+        (self.0 >> Self::FATE_SHIFT & 0xff).checked_sub(1)
+    }
+}
+
+const _: () = {
+    assert!(Ending::Dropped as u32 == 0 && Ending::ToClient as u32 == 1);
+    assert!(Ending::ResetServer as u32 == 2 && Ending::Emptied as u32 == 3);
+};
+
+/// A stream in the map. Another CPU may use it at the same time, and the kernel may give it to another
+/// connection: no reference to it is made, and each field is read and written by itself, once.
+#[derive(Clone, Copy)]
+struct StreamPointer(*mut Stream);
+
+impl StreamPointer {
+    #[inline(always)]
+    fn get(self, field: impl FnOnce(*mut Stream) -> *mut u32) -> u32 {
+        // SAFETY: an aligned integer of a map's element, which a program that holds the pointer may read.
+        unsafe { read_volatile(field(self.0)) }
     }
 
     #[inline(always)]
-    pub fn fate(self) -> Option<Fate> {
-        match self.0 >> 8 & 0xff {
-            fate if fate == Fate::Tls as u32 => Some(Fate::Tls),
-            fate if fate == Fate::Cancel as u32 => Some(Fate::Cancel),
-            fate if fate == Fate::Unjudged as u32 => Some(Fate::Unjudged),
-            fate if fate == Fate::Refused as u32 => Some(Fate::Refused),
-            _ => None,
+    fn set(self, field: impl FnOnce(*mut Stream) -> *mut u32, value: u32) {
+        // SAFETY: as `get`'s.
+        unsafe { write_volatile(field(self.0), value) }
+    }
+
+    #[inline(always)]
+    fn state(self) -> u32 {
+        // SAFETY: a field of the element; as the fields below.
+        self.get(|stream| unsafe { &raw mut (*stream).state })
+    }
+
+    #[inline(always)]
+    fn set_state(self, state: u32) {
+        // SAFETY: as `state`'s.
+        self.set(|stream| unsafe { &raw mut (*stream).state }, state);
+    }
+
+    #[inline(always)]
+    fn carried(self) -> u32 {
+        // SAFETY: as `state`'s.
+        self.get(|stream| unsafe { &raw mut (*stream).carried })
+    }
+
+    #[inline(always)]
+    fn set_carried(self, carried: u32) {
+        // SAFETY: as `state`'s.
+        self.set(|stream| unsafe { &raw mut (*stream).carried }, carried);
+    }
+
+    #[inline(always)]
+    fn refused_at(self) -> u32 {
+        // SAFETY: as `state`'s.
+        self.get(|stream| unsafe { &raw mut (*stream).refused_at })
+    }
+
+    #[inline(always)]
+    fn set_refused_at(self, sequence: u32) {
+        // SAFETY: as `state`'s.
+        self.set(|stream| unsafe { &raw mut (*stream).refused_at }, sequence);
+    }
+
+    /// One of `OPENINGS`.
+    #[inline(always)]
+    fn opening(self, place: usize) -> OpeningPointer {
+        // SAFETY: an element of the array, since the place is below its length.
+        OpeningPointer(unsafe { &raw mut (*self.0).openings[place % OPENINGS] })
+    }
+
+    /// Forgets where the stream begins.
+    #[inline(always)]
+    fn forget(self) {
+        for place in 0..OPENINGS {
+            self.opening(place).write(Opening {
+                first: 0,
+                began: 0,
+                form: 0,
+            });
         }
+        self.set_carried(0);
+    }
+}
+
+#[derive(Clone, Copy)]
+struct OpeningPointer(*mut Opening);
+
+impl OpeningPointer {
+    #[inline(always)]
+    fn read(self) -> Opening {
+        // SAFETY: aligned integers of a map's element, as `StreamPointer`'s.
+        unsafe {
+            Opening {
+                first: read_volatile(&raw const (*self.0).first),
+                began: read_volatile(&raw const (*self.0).began),
+                form: read_volatile(&raw const (*self.0).form),
+            }
+        }
+    }
+
+    /// Word by word: together it would be a call of memset, whose frame, at least 32 bytes on Linux 6.1,
+    /// has no room left on the stack.
+    #[inline(always)]
+    fn write(self, opening: Opening) {
+        // SAFETY: as `read`'s.
+        unsafe {
+            write_volatile(&raw mut (*self.0).first, opening.first);
+            write_volatile(&raw mut (*self.0).began, opening.began);
+            write_volatile(&raw mut (*self.0).form, opening.form);
+        }
+    }
+
+    #[inline(always)]
+    fn set_form(self, form: u32) {
+        // SAFETY: as `read`'s.
+        unsafe { write_volatile(&raw mut (*self.0).form, form) }
     }
 }
 
@@ -159,7 +278,7 @@ pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
     scratch.guard = guard.0;
     scratch.is_v4 = segment.addresses.is_v4.into();
     let judged = Judged(judge_tls(ctx.ctx));
-    let ending = judged.ending();
+    let ending = judged.ending() as u32;
     if ending == Ending::Dropped as u32 || guard.is_monitor() {
         return judged;
     }
@@ -187,7 +306,7 @@ extern "C" fn judge_tls(ctx: *mut xdp_md) -> u32 {
     let Some(tcp) = tcp(&context, &scratch.place) else {
         return refused(Reason::BadHeader);
     };
-    // The rest of a fragmented segment passes unseen.
+    // The later fragments of a segment pass without being judged.
     if !network.is_whole {
         return refused(Reason::TlsUnclear);
     }
@@ -200,22 +319,6 @@ extern "C" fn judge_tls(ctx: *mut xdp_md) -> u32 {
     judged.0
 }
 
-/// Forgets where a stream begins, word by word: together it would be a call of memset, whose frame, at
-/// least 32 bytes on Linux 6.1, has no place on the stack any more.
-#[inline(always)]
-fn forget(stream: &mut Stream) {
-    for opening in &mut stream.openings {
-        // SAFETY: a reference may be written to.
-        unsafe {
-            core::ptr::write_volatile(&mut opening.first, 0);
-            core::ptr::write_volatile(&mut opening.began, 0);
-            core::ptr::write_volatile(&mut opening.form, 0);
-        }
-    }
-    // SAFETY: as above.
-    unsafe { core::ptr::write_volatile(&mut stream.carried, 0) }
-}
-
 #[inline(always)]
 fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
     let guard = Guard(scratch.guard);
@@ -225,31 +328,32 @@ fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
         return UNCLEAR;
     }
     let connection = &scratch.connection;
-    let stream = STREAMS.get_ptr_mut(connection);
+    let stream = STREAMS.get_ptr_mut(connection).map(StreamPointer);
+    // A stream that an ended adoption let go on is judged as one that is not in the map.
+    let stream = stream.filter(|stream| !Stream::is_judged_again(stream.state(), adoption()));
     if tcp.flags & (SYN | ACK) == SYN {
         return begin(scratch, stream);
     }
     let Some(stream) = stream else {
         return adopt(ctx, scratch);
     };
-    // SAFETY: an element of a preallocated map; it may be given to another connection while it is
-    // read, which a stream that is evicted under load has to bear.
-    let stream = unsafe { &mut *stream };
-    if stream.state & Stream::REFUSED != 0 {
-        scratch.reset_at = stream.refused_at;
+    if stream.state() & Stream::REFUSED != 0 {
+        scratch.reset_at = stream.refused_at();
         return go_on_refusing(stream, tcp);
     }
     if tcp.length == 0 {
         return PASS;
     }
     // Sequence numbers begin anew after 2^32 bytes, and with them what looks like the opening.
-    if stream.carried >= 1 << 31 {
+    let carried = stream.carried();
+    if carried >= 1 << 31 {
         return PASS;
     }
-    stream.carried = stream.carried.saturating_add(tcp.length);
+    stream.set_carried(carried.saturating_add(tcp.length));
     let mut found = None;
-    for (place, opening) in stream.openings.iter().enumerate() {
-        // They are taken in turn.
+    for place in 0..OPENINGS {
+        let opening = stream.opening(place).read();
+        // Openings are filled in order.
         if opening.began == 0 {
             break;
         }
@@ -266,7 +370,8 @@ fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
     let Some(place) = found else {
         return PASS;
     };
-    let opening = &mut stream.openings[place % OPENINGS];
+    let pointer = stream.opening(place);
+    let opening = pointer.read();
     let offset = tcp.sequence.wrapping_sub(opening.first);
     let fate = match examine(ctx, guard, opening.form, offset, tcp) {
         Finding::Beyond => return PASS,
@@ -277,7 +382,7 @@ fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
             if opening.form != 0 && opening.form != form {
                 return UNCLEAR;
             }
-            opening.form = form;
+            pointer.set_form(form);
             match form {
                 CANCEL => Fate::Cancel,
                 _ if tls => Fate::Tls,
@@ -285,11 +390,18 @@ fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
             }
         }
     };
-    if stream.state & Stream::JUDGED == 0 {
-        stream.state |= Stream::JUDGED;
+    let state = stream.state();
+    if state & Stream::JUDGED == 0 {
+        stream.set_state(state | Stream::JUDGED);
         return Verdict::Pass(Some(fate));
     }
     PASS
+}
+
+/// The number of the current adoption.
+#[inline(always)]
+fn adoption() -> u32 {
+    ADOPTION.get(0).copied().unwrap_or(0)
 }
 
 #[inline(always)]
@@ -298,10 +410,10 @@ fn nanoseconds() -> u64 {
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// A SYN. The server may have taken an earlier one with another sequence number, and refuses this one
-/// then: as long as that could be, both have to hold.
+/// Notes a SYN. The server may have accepted an earlier SYN with another sequence number, and ignore this one:
+/// as long as that is possible, the stream has to hold for both.
 #[inline(always)]
-fn begin(scratch: &mut Scratch, stream: Option<*mut Stream>) -> Verdict {
+fn begin(scratch: &mut Scratch, stream: Option<StreamPointer>) -> Verdict {
     // TCP Fast Open: a client sends the data again, without the SYN.
     if scratch.tcp.length != 0 {
         return UNCLEAR;
@@ -313,30 +425,32 @@ fn begin(scratch: &mut Scratch, stream: Option<*mut Stream>) -> Verdict {
         form: 0,
     };
     let Some(stream) = stream else {
-        forget(&mut scratch.stream);
-        scratch.stream.openings[0] = opening;
-        scratch.stream.state = 0;
+        let stream = StreamPointer(&raw mut scratch.stream);
+        stream.forget();
+        stream.opening(0).write(opening);
+        stream.set_state(0);
         return remember(scratch, PASS);
     };
-    // SAFETY: as in `judge_tcp`.
-    let stream = unsafe { &mut *stream };
-    for known in &stream.openings {
+    for place in 0..OPENINGS {
+        let known = stream.opening(place).read();
         if known.began != 0 && known.first == opening.first {
             return PASS;
         }
     }
-    for known in &mut stream.openings {
-        if known.began == 0 || now.wrapping_sub(known.began) > OPENING_SECONDS {
-            *known = opening;
-            stream.carried = 0;
-            stream.state = 0;
+    for place in 0..OPENINGS {
+        let known = stream.opening(place);
+        let began = known.read().began;
+        if began == 0 || now.wrapping_sub(began) > OPENING_SECONDS {
+            known.write(opening);
+            stream.set_carried(0);
+            stream.set_state(0);
             return PASS;
         }
     }
     UNCLEAR
 }
 
-/// A segment of a connection whose SYN was not seen, or is forgotten.
+/// Judges a segment of a connection whose SYN was not seen, or was evicted.
 #[inline(always)]
 fn adopt(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
     let tcp = &scratch.tcp;
@@ -344,22 +458,23 @@ fn adopt(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
         return PASS;
     }
     let guard = Guard(scratch.guard);
-    forget(&mut scratch.stream);
+    let stream = StreamPointer(&raw mut scratch.stream);
+    stream.forget();
     let until = ADOPT_UNTIL.get(guard.slot().into());
     if until.is_some_and(|&until| nanoseconds() < until) {
-        scratch.stream.state = Stream::UNJUDGED;
+        stream.set_state(Stream::adopted(adoption()));
         return remember(scratch, Verdict::Pass(Some(Fate::Unjudged)));
     }
     if tcp.length < 5 {
         return UNCLEAR;
     }
-    // A connection that was forgotten was idle, and goes on with a whole record (RFC 8446 5.1).
+    // A stream that the LRU evicted was idle, and goes on with a whole record (RFC 8446 5.1).
     if let Some([20..=23, 3, 0..=4, 0..=0x48, _]) = load::<5>(ctx, tcp.payload as usize) {
-        scratch.stream.state = Stream::JUDGED;
+        stream.set_state(Stream::JUDGED);
         return remember(scratch, PASS);
     }
-    scratch.stream.state = 0;
-    let verdict = refuse(guard, &mut scratch.stream, tcp);
+    stream.set_state(0);
+    let verdict = refuse(guard, stream, tcp);
     remember(scratch, verdict)
 }
 
@@ -374,32 +489,33 @@ fn remember(scratch: &Scratch, verdict: Verdict) -> Verdict {
 }
 
 #[inline(always)]
-fn refuse(guard: Guard, stream: &mut Stream, tcp: &Tcp) -> Verdict {
+fn refuse(guard: Guard, stream: StreamPointer, tcp: &Tcp) -> Verdict {
     if tcp.flags & ACK == 0 {
         return UNCLEAR;
     }
-    stream.refused_at = tcp.sequence;
+    stream.set_refused_at(tcp.sequence);
     if guard.is_monitor() {
-        // It goes on, also when it is no longer only monitored.
-        forget(stream);
-        stream.state = Stream::UNJUDGED;
+        // The connection goes on, also once its database is enforced.
+        stream.forget();
+        stream.set_state(Stream::adopted(adoption()));
     } else {
-        stream.state |= Stream::REFUSED;
+        stream.set_state(stream.state() | Stream::REFUSED);
     }
     Verdict::Refuse(Reason::NotTls, Ending::ToClient, Some(Fate::Refused))
 }
 
-/// The client was told at once; its next packet tells the server, and whatever follows is answered by
-/// the server's kernel, which knows no such connection any more. Told again in turns, since either may
-/// be lost.
+/// Judges a further packet of a refused connection. The client received its answer at once; its next packet
+/// resets the server's side, and the server's kernel answers the rest, since the connection no longer exists
+/// there. Reset and emptied packets alternate, since either may be lost.
 #[inline(always)]
-fn go_on_refusing(stream: &mut Stream, tcp: &Tcp) -> Verdict {
-    let ending = if stream.state & Stream::TOLD == 0 {
-        stream.state |= Stream::TOLD;
+fn go_on_refusing(stream: StreamPointer, tcp: &Tcp) -> Verdict {
+    let state = stream.state();
+    let ending = if state & Stream::RESET_SENT == 0 {
+        stream.set_state(state | Stream::RESET_SENT);
         Ending::ResetServer
     } else {
         if tcp.length != 0 || tcp.flags & (FIN | RST) != 0 {
-            stream.state &= !Stream::TOLD;
+            stream.set_state(state & !Stream::RESET_SENT);
         }
         Ending::Emptied
     };

@@ -1,4 +1,4 @@
-//! What a client that does not begin with TLS is told, in its engine's protocol. Pure.
+//! The error that a client receives that does not begin with TLS, in its engine's protocol. Pure.
 
 use filter_common::{ANSWER_LENGTH, Answer, Engine};
 
@@ -7,7 +7,8 @@ const NOTHING: Answer = Answer {
     bytes: [0; ANSWER_LENGTH],
 };
 
-/// Of one length, padded with spaces, so that the packet path has one packet to make.
+/// Returns an engine's answer. All have one length, padded with spaces, so that the packet path builds one
+/// kind of packet.
 pub fn answer(engine: Engine) -> Answer {
     match engine {
         // "Message Formats": ErrorResponse; invalid_authorization_specification.
@@ -36,7 +37,7 @@ pub fn answer(engine: Engine) -> Answer {
             "TLS is required here, whatever the server would accept (--tls)",
             b"\r\n",
         ),
-        // A MongoDB driver reads no answer to a question that it did not number.
+        // A MongoDB driver ignores a reply that carries no number of a request of its own.
         Engine::Mongodb | Engine::Other => NOTHING,
     }
 }

@@ -144,8 +144,10 @@ impl Filter {
         self.maps.clear_counters(&self.image, image)?;
         let until = since_boot()? + ADOPTION_SECONDS * 1_000_000_000;
         for &slot in image.forced().difference(&self.image.forced()) {
-            replaced.adoption.push((slot, self.maps.adoption(slot)?));
-            self.maps.set_adoption(slot, until)?;
+            replaced
+                .adoption
+                .push((slot, self.maps.adoption_end(slot)?));
+            self.maps.set_adoption_end(slot, until)?;
         }
         for group in steps.chunk_by(Step::is_independent_of) {
             *begun += group.len();
@@ -199,7 +201,7 @@ impl Filter {
             self.maps.set_counter(counter)?;
         }
         for (slot, until) in replaced.adoption {
-            self.maps.set_adoption(slot, until)?;
+            self.maps.set_adoption_end(slot, until)?;
         }
         Ok(())
     }

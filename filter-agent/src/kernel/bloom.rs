@@ -2,34 +2,33 @@
 
 use std::collections::BTreeMap;
 
-use filter_common::{NEAR_BITS, NearLine, near_place};
+use filter_common::{BLOOM_PREFIX_BITS, BloomLine, bloom_place};
 
 use crate::kernel::change::{Change, changes};
 
-/// Puts what is near ranges of one address family, given by the first 32 bits of their first and their
-/// last addresses, into the lines of the map.
-pub(super) fn add_near(
-    lines: &mut [NearLine],
+/// Adds ranges of one address family, given by the first 32 bits of their first and last addresses.
+pub(super) fn add_ranges(
+    lines: &mut [BloomLine],
     ranges: impl Iterator<Item = (u32, u32)>,
     is_v4: bool,
 ) {
-    const UNIT: u32 = 32 - NEAR_BITS;
+    const UNIT: u32 = 32 - BLOOM_PREFIX_BITS;
     for (first, last) in ranges {
         for address in (first >> UNIT..=last >> UNIT).map(|beginning| beginning << UNIT) {
-            let (line, word, bits) = near_place(address.to_be(), is_v4);
+            let (line, word, bits) = bloom_place(address.to_be(), is_v4);
             lines[line as usize][word] |= bits;
         }
     }
 }
 
-/// What is near by either of two such maps.
-pub(super) fn union(a: &[(u32, NearLine)], b: &[(u32, NearLine)]) -> Vec<(u32, NearLine)> {
+/// The filter that matches whatever either of two filters matches.
+pub(super) fn union(a: &[(u32, BloomLine)], b: &[(u32, BloomLine)]) -> Vec<(u32, BloomLine)> {
     let merged = changes(a, b).into_iter();
     let merged = merged.map(|Change { key, old, new }| {
         let (old, new) = (old.unwrap_or_default(), new.unwrap_or_default());
         (key, std::array::from_fn(|word| old[word] | new[word]))
     });
-    let differ: BTreeMap<u32, NearLine> = merged.collect();
+    let differ: BTreeMap<u32, BloomLine> = merged.collect();
     let mut lines = a.to_vec();
     lines.retain(|(line, _)| !differ.contains_key(line));
     lines.extend(differ);
@@ -39,13 +38,13 @@ pub(super) fn union(a: &[(u32, NearLine)], b: &[(u32, NearLine)]) -> Vec<(u32, N
 
 #[cfg(test)]
 mod tests {
-    use filter_common::NEAR_LINES;
+    use filter_common::BLOOM_LINES;
     use ipnet::Ipv4Net;
 
     use super::*;
 
     #[test]
-    fn near_are_all_addresses_that_begin_as_one_of_a_prefix_does_and_few_others() {
+    fn bloom_filter_matches_every_address_of_its_prefixes_and_few_others() {
         let mut random = fastrand::Rng::with_seed(7);
         let (mut far, mut mistaken) = (0, 0);
         for _ in 0..200 {
@@ -60,19 +59,19 @@ mod tests {
             let ranges = prefixes
                 .iter()
                 .map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
-            let mut lines = vec![NearLine::default(); NEAR_LINES as usize];
-            add_near(&mut lines, ranges, true);
+            let mut lines = vec![BloomLine::default(); BLOOM_LINES as usize];
+            add_ranges(&mut lines, ranges, true);
             for _ in 0..200 {
                 let inside = random.choice(&prefixes).filter(|_| random.bool());
                 let address = inside.map_or(random.u32(..), |prefix| {
                     let around = random.u32(..) >> prefix.prefix_len().min(31);
                     (prefix.network().to_bits() ^ around).wrapping_add(random.u32(..600))
                 });
-                let all = Ipv4Net::new_assert(address.into(), NEAR_BITS as u8);
+                let all = Ipv4Net::new_assert(address.into(), BLOOM_PREFIX_BITS as u8);
                 let expected = prefixes
                     .iter()
                     .any(|prefix| prefix.contains(&all.trunc()) || all.trunc().contains(prefix));
-                let (line, word, bits) = near_place(address.to_be(), true);
+                let (line, word, bits) = bloom_place(address.to_be(), true);
                 let found = lines[line as usize][word] & bits == bits;
                 assert!(found || !expected, "{address:x} of {prefixes:?}");
                 far += u32::from(!expected);

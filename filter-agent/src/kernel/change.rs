@@ -15,7 +15,7 @@ impl<K, V> Change<K, V> {
     }
 }
 
-/// What differs between two sorted lists, by key.
+/// The differences between two sorted lists, by key.
 pub fn changes<K: Ord + Copy, V: PartialEq + Copy>(
     old: &[(K, V)],
     new: &[(K, V)],

@@ -7,9 +7,7 @@ use aya::{
     maps::{Array, Map, MapData, MapInfo, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
-use filter_common::{
-    ANY_SLOT, COUNTERS, Fate, Name, Reason, counter_index, counters_of, fate_index, hit_index,
-};
+use filter_common::{ANY_SLOT, COUNTER_ROW, COUNTERS, CounterRow, Fate, Name, Reason, hit_index};
 
 use crate::kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps};
 
@@ -20,7 +18,7 @@ pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
 /// Packets allowed, by database and text of the rule's key.
 pub type Hits = BTreeMap<(String, String), u64>;
 
-/// Connections by database, what became of them, and whether that was only monitored.
+/// Connections by database, fate, and whether the fate was only monitored.
 pub type Fates = BTreeMap<(String, Fate, bool), u64>;
 
 /// The value of a counter.
@@ -41,7 +39,7 @@ impl Maps {
         for (slot, name) in [any].iter().chain(&image.slots) {
             for reason in Reason::ALL {
                 for monitored in [false, true] {
-                    let index = counter_index(*slot as u16, reason, monitored);
+                    let index = COUNTER_ROW.reason(*slot as u16, reason, monitored);
                     let mut packets = self.count(&self.counts, index, index)?;
                     if reason == Reason::Allowed {
                         let rules = image.rules.iter();
@@ -68,7 +66,7 @@ impl Maps {
             };
             for fate in Fate::ALL {
                 for monitored in [false, true] {
-                    let index = fate_index(*slot as u16, fate, monitored);
+                    let index = COUNTER_ROW.fate(*slot as u16, fate, monitored);
                     let connections = self.count(&self.counts, index, index)?;
                     if connections > 0 {
                         fates.insert((database.to_owned(), fate, monitored), connections);
@@ -101,7 +99,7 @@ impl Maps {
         self.count(&self.hits, index, COUNTERS + index)
     }
 
-    /// One counter, summed over the CPUs. `probes`: its place in the map of probes.
+    /// One counter, summed over the CPUs, without probes. `probes`: its index in the map of probes.
     fn count(&self, map: &PerCpuArray<MapData, u64>, index: u32, probes: u32) -> Result<u64> {
         let packets: u64 = map.get(&index, 0).context("read a counter")?.iter().sum();
         if packets == 0 {
@@ -117,9 +115,14 @@ impl Maps {
         Ok(self.probes.set(index, probes + 1, 0)?)
     }
 
-    /// Adopts the counters of another layout's maps, by the names of databases and rules; whether
-    /// they are such as this layout's.
-    pub(super) fn carry_counters(&mut self, pins: &Path, held: &Image) -> Result<bool> {
+    /// Adopts the counters of an older layout's maps, by the names of databases and rules and by the meaning of
+    /// each counter. Returns whether it knows how that layout counts.
+    pub(super) fn carry_counters(
+        &mut self,
+        layout: u32,
+        pins: &Path,
+        image: &Image,
+    ) -> Result<bool> {
         let names = ["SLOT_NAMES", "RULE_NAMES", "COUNTS", "HITS", "PROBES"];
         let mut sizes = BTreeMap::new();
         for shape in SHAPES.iter().filter(|shape| names.contains(&shape.name)) {
@@ -131,8 +134,11 @@ impl Maps {
             }
             sizes.insert(shape.name, info.max_entries());
         }
-        // Before layout 3 the packets of a rule were counted otherwise.
-        if sizes["HITS"] != hit_index(sizes["RULE_NAMES"], false) {
+        let row = CounterRow::of(layout);
+        // Layouts before 3 counted the packets of a rule in another way.
+        if sizes["HITS"] != hit_index(sizes["RULE_NAMES"], false)
+            || sizes["COUNTS"] != row.counters(sizes["SLOT_NAMES"])
+        {
             return Ok(false);
         }
         let open = |name: &str| MapData::from_pin(pins.join(name));
@@ -141,7 +147,7 @@ impl Maps {
         let counts: PerCpuArray<_, u64> = Map::PerCpuArray(open("COUNTS")?).try_into()?;
         let hits: PerCpuArray<_, u64> = Map::PerCpuArray(open("HITS")?).try_into()?;
         let probes: Array<_, u64> = Map::Array(open("PROBES")?).try_into()?;
-        let new_slots = held.slots_by_name();
+        let new_slots = image.slots_by_name();
         let mut slots = BTreeMap::from([(u32::from(ANY_SLOT), ANY_SLOT)]);
         for old in 1..sizes["SLOT_NAMES"] {
             let name = slot_names.get(&old, 0)?;
@@ -149,7 +155,7 @@ impl Maps {
             slots.extend(new.map(|&new| (old, new)));
         }
         for (&old, &new) in &slots {
-            for (from, to) in counters_of(old as u16).zip(counters_of(new)) {
+            for (from, to) in carried(row, old as u16, new) {
                 self.counts.set(to, counts.get(&from, 0)?, 0)?;
                 self.probes.set(to, probes.get(&from, 0)?, 0)?;
             }
@@ -161,7 +167,7 @@ impl Maps {
             };
             let same = |(_, new): &&(u32, Name)| new.slot == slot && new.text() == name.text();
             if name != Name::FREE
-                && let Some(&(new, _)) = held.rules.iter().find(same)
+                && let Some(&(new, _)) = image.rules.iter().find(same)
             {
                 for monitored in [false, true] {
                     let (old, new) = (hit_index(old, monitored), hit_index(new, monitored));
@@ -175,17 +181,17 @@ impl Maps {
     }
 
     /// Zeroes the counters of slots and rule ids that `new` begins to use.
-    pub(super) fn clear_counters(&mut self, held: &Image, new: &Image) -> Result<()> {
+    pub(super) fn clear_counters(&mut self, current: &Image, new: &Image) -> Result<()> {
         let cpus = nr_cpus().map_err(|(file, error)| anyhow!(error).context(file))?;
         let zero = || PerCpuValues::try_from(vec![0_u64; cpus]).context("make a zero counter");
         let is_new =
-            |held: &[(u32, Name)], id: u32| held.binary_search_by_key(&id, |e| e.0).is_err();
+            |current: &[(u32, Name)], id: u32| current.binary_search_by_key(&id, |e| e.0).is_err();
         for &(slot, _) in new
             .slots
             .iter()
-            .filter(|entry| is_new(&held.slots, entry.0))
+            .filter(|entry| is_new(&current.slots, entry.0))
         {
-            for index in counters_of(slot as u16) {
+            for index in COUNTER_ROW.of_slot(slot as u16) {
                 self.counts
                     .set(index, zero()?, 0)
                     .context("clear a counter")?;
@@ -195,7 +201,7 @@ impl Maps {
         for &(id, _) in new
             .rules
             .iter()
-            .filter(|entry| is_new(&held.rules, entry.0))
+            .filter(|entry| is_new(&current.rules, entry.0))
         {
             for index in [false, true].map(|monitored| hit_index(id, monitored)) {
                 self.hits
@@ -223,7 +229,7 @@ impl Maps {
             };
             for monitored in [false, true] {
                 let from = hit_index(change.key, monitored);
-                let index = counter_index(rule.slot, Reason::Allowed, monitored);
+                let index = COUNTER_ROW.reason(rule.slot, Reason::Allowed, monitored);
                 let kept = Counter {
                     index,
                     packets: self.counts.get(&index, 0)?.to_vec(),
@@ -252,5 +258,46 @@ impl Maps {
         self.probes
             .set(counter.index, counter.probes, 0)
             .context("write a counter")
+    }
+}
+
+/// The counters of a slot of another layout, by its index there and in this layout.
+fn carried(row: CounterRow, old: u16, new: u16) -> Vec<(u32, u32)> {
+    let mut carried = Vec::new();
+    for monitored in [false, true] {
+        // Reasons that the other layout has no room for it does not count.
+        let reasons = Reason::ALL.into_iter();
+        let reasons = reasons.filter(|&reason| (reason as u32) < row.first_fate);
+        carried.extend(reasons.map(|reason| {
+            let from = row.reason(old, reason, monitored);
+            (from, COUNTER_ROW.reason(new, reason, monitored))
+        }));
+        carried.extend(Fate::ALL.into_iter().map(|fate| {
+            let from = row.fate(old, fate, monitored);
+            (from, COUNTER_ROW.fate(new, fate, monitored))
+        }));
+    }
+    carried
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_of_layout_3_are_carried_by_their_meaning() {
+        let row = CounterRow::of(3);
+        let carried: BTreeMap<u32, u32> = carried(row, 2, 5).into_iter().collect();
+        assert_eq!(carried.len(), 2 * (Reason::ALL.len() + Fate::ALL.len()));
+        // Slot 2's rows began at 64 and 80; fates began at 12, with TLS.
+        let monitored = true;
+        let tls = COUNTER_ROW.fate(5, Fate::Tls, !monitored);
+        assert_eq!(carried[&(64 + 12)], tls);
+        let refused = COUNTER_ROW.fate(5, Fate::Refused, monitored);
+        assert_eq!(carried[&(80 + 15)], refused);
+        let not_tls = COUNTER_ROW.reason(5, Reason::NotTls, monitored);
+        assert_eq!(carried[&(80 + 9)], not_tls);
+        let range = COUNTER_ROW.of_slot(5);
+        assert!(carried.values().all(|to| range.contains(to)));
     }
 }

@@ -11,7 +11,7 @@ use crate::kernel::{
     image::Image,
 };
 
-/// What an apply changes, or would.
+/// The changes of an apply, by database.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub struct Difference {
     pub databases: BTreeMap<String, DatabaseDifference>,
@@ -23,7 +23,7 @@ pub struct DatabaseDifference {
     pub added: Vec<IpNet>,
     /// Prefixes that are no longer allowed.
     pub removed: Vec<IpNet>,
-    /// Ports that come under protection, or change how.
+    /// Ports that become guarded, or whose guard changes.
     pub guarded: Vec<String>,
     pub unguarded: Vec<String>,
 }

@@ -13,16 +13,15 @@ use aya::{
     programs::Xdp,
 };
 use filter_common::{
-    ANSWER_LENGTH, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, LAYOUT, Reason, Stream, counter_index,
-    hit_index,
+    ANSWER_LENGTH, COUNTER_ROW, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, LAYOUT, Reason, hit_index,
 };
 use nix::fcntl::Flock;
 
 use crate::kernel::{
     counters::{Counts, Fates, Hits},
     image::Image,
-    layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_streams},
-    maps::{Maps, absent_is_none},
+    layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_connections},
+    maps::Maps,
     pins::{adopt_new_links, base, layouts, lock, own_directory},
     program::{OBJECT, check_kernel, load_error, program},
     samples::Dropped,
@@ -37,8 +36,8 @@ pub struct Filter {
     pub(super) pins: PathBuf,
     pub(super) ebpf: Ebpf,
     pub(super) maps: Maps,
-    /// What the maps hold. The kernel's tries are read once, before this agent writes: older
-    /// kernels must not be asked to list a trie that changes.
+    /// What the maps hold. The tries are read once, before this agent writes, and again only where a change
+    /// could not be taken back: older kernels must not list a trie that changes.
     pub(super) image: Image,
     /// Prefixes of one address family that a policy may have.
     pub(super) max_prefixes: usize,
@@ -47,11 +46,11 @@ pub struct Filter {
     pub(super) lock: Flock<File>,
 }
 
-/// What the program did with a frame.
+/// The result of a test run on one frame.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ran {
     pub action: u32,
-    /// The frame, as the program left it.
+    /// The frame after the run.
     pub frame: Vec<u8>,
 }
 
@@ -60,7 +59,7 @@ impl Ran {
         self.action == XDP_PASS
     }
 
-    /// Whether it was sent back.
+    /// Whether the frame goes back to the client as an answer.
     pub fn is_answer(&self) -> bool {
         self.action == XDP_TX
     }
@@ -82,7 +81,7 @@ impl Filter {
             adopt_new_links(&pins)?;
         }
         let adopted = check_pins(&pins)?;
-        share_streams(&base, &pins)?;
+        share_connections(&base, &pins)?;
         let max_prefixes = max_prefixes.unwrap_or(DEFAULT_MAX_PREFIXES);
         // Twice: a reload adds all of the new policy before it removes the old.
         let entries = max_prefixes.saturating_mul(2);
@@ -129,22 +128,16 @@ impl Filter {
         })
     }
 
-    /// Judges the connections that were under way before TLS was forced: by what they send next.
+    /// Ends the adoption of connections that were open before TLS was forced: they are judged by what they
+    /// send next.
     pub fn judge_existing(&mut self) -> Result<()> {
         for slot in self.image.forced() {
-            self.maps.set_adoption(slot, 0)?;
+            self.maps.set_adoption_end(slot, 0)?;
         }
-        let connections: Result<Vec<_>, _> = self.maps.streams.iter().collect();
-        for (connection, stream) in connections.context("list the connections")? {
-            if stream.state & Stream::UNJUDGED != 0 {
-                absent_is_none(self.maps.streams.remove(&connection))
-                    .context("forget a connection")?;
-            }
-        }
-        Ok(())
+        self.maps.end_adoption()
     }
 
-    /// The kernel's id of the program this agent loaded: what netlink must tell of each interface.
+    /// The kernel's id of the program that this agent loaded: netlink must report it for each interface.
     pub fn program_id(&self) -> Result<u32> {
         let program = self.program()?;
         Ok(program.info().context("read the XDP program")?.id())
@@ -160,7 +153,7 @@ impl Filter {
 
     /// Runs the loaded program on a frame. Counts like any other packet.
     pub fn run_packet(&self, frame: &[u8]) -> Result<Ran> {
-        // An answer may be longer than what it answers.
+        // An answer may be longer than the frame.
         let mut after = vec![0; frame.len() + ANSWER_LENGTH];
         let options = TestRunOptions {
             data_in: Some(frame),
@@ -184,13 +177,13 @@ impl Filter {
         let passed = self.run_packet(frame)?.passes();
         let counter = match judged.rule {
             Some(id) => COUNTERS + hit_index(id, judged.monitor),
-            None => counter_index(judged.slot, judged.reason, judged.monitor),
+            None => COUNTER_ROW.reason(judged.slot, judged.reason, judged.monitor),
         };
         self.maps.record_probe(counter).context("record a probe")?;
         Ok(passed)
     }
 
-    /// What the maps say of a source at a guarded port, without the program.
+    /// Looks up in the maps how a source is judged at a guarded port, without running the program.
     pub fn judge(&self, database: &str, source: IpAddr, monitor: bool) -> Result<Judged> {
         let slot = self
             .image
@@ -249,15 +242,15 @@ impl Filter {
     }
 }
 
-/// How a packet is judged, and so counted.
+/// How a packet is judged, and therefore counted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Judged {
     pub slot: u16,
     pub reason: Reason,
     pub monitor: bool,
-    /// Id of the rule that allows.
+    /// Id of the rule that allows the source.
     pub rule: Option<u32>,
-    /// Whether TLS is not forced on the source.
+    /// Whether the source is exempt from TLS.
     pub exempt: bool,
     /// Text of that rule's `RuleKey`.
     pub rule_text: Option<String>,

@@ -1,4 +1,4 @@
-//! What the maps hold, as it is and as it should be. Pure.
+//! The image: what the maps hold, or should hold. Pure.
 
 #[cfg(test)]
 mod tests;
@@ -10,12 +10,12 @@ use std::{
 
 use anyhow::{Result, bail};
 use filter_common::{
-    EXEMPT, Guard, LocalKey, NEAR_LINES, NEAR_SHORTEST, Name, NearLine, RULE_IDS, SLOTS, mapped,
+    BLOOM_LINES, BLOOM_SHORTEST, BloomLine, EXEMPT, Guard, LocalKey, Name, RULE_IDS, SLOTS, mapped,
     port_index,
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use crate::{compile::Compiled, kernel::bloom::add_near};
+use crate::{compile::Compiled, kernel::bloom::add_ranges};
 
 /// The content of every map that decides a verdict, and the names of slots and rules. Each list is
 /// sorted by key, no two alike.
@@ -29,8 +29,8 @@ pub struct Image {
     /// forced on it.
     pub allowed4: Vec<((u16, Ipv4Net), u32)>,
     pub allowed6: Vec<((u16, Ipv6Net), u32)>,
-    /// What is near those prefixes: the lines that are not all zeros.
-    pub near: Vec<(u32, NearLine)>,
+    /// The prefix Bloom filter: the lines that are not all zeros.
+    pub bloom: Vec<(u32, BloomLine)>,
     pub locals: Vec<(LocalKey, Guard)>,
     /// By `port_index`.
     pub ports: Vec<(u32, Guard)>,
@@ -39,23 +39,23 @@ pub struct Image {
 }
 
 impl Image {
-    /// What `compiled` needs, with the slots and rule ids of `held` for what stays, and unused ones
-    /// for what is new: nothing that `held` still enforces changes its meaning on the way.
+    /// Returns the image for `compiled`. Databases and rules that `current` has keep their slots and ids, new
+    /// ones get unused ones: no entry in force changes its meaning while steps are written.
     ///
     /// # Errors
     /// More databases or rules, old and new together, than the kernel has slots or ids.
-    pub fn of(compiled: &Compiled, held: &Self) -> Result<Self> {
+    pub fn of(compiled: &Compiled, current: &Self) -> Result<Self> {
         let mut image = Self::default();
-        let mut slots = held.slots_by_name();
-        let moving = held.moving(compiled, &slots);
+        let mut slots = current.slots_by_name();
+        let moving = current.moving(compiled, &slots);
         slots.retain(|_, slot| !moving.contains(slot));
-        let mut free_slots = held.free_slots();
-        let ids: BTreeMap<(u16, &str), u32> = held
+        let mut free_slots = current.free_slots();
+        let ids: BTreeMap<(u16, &str), u32> = current
             .rules
             .iter()
             .filter_map(|(id, name)| Some(((name.slot, name.text()?), *id)))
             .collect();
-        let mut free_ids = held.free_ids();
+        let mut free_ids = current.free_ids();
         let mut ports: BTreeMap<u32, Guard> = BTreeMap::new();
         for (database, entries) in &compiled.databases {
             let slot = match slots.get(database.as_str()) {
@@ -98,7 +98,7 @@ impl Image {
             };
             let v4 = entries.v4.iter().map(|(prefix, _)| prefix.prefix_len());
             let v6 = entries.v6.iter().map(|(prefix, _)| prefix.prefix_len());
-            let is_wide = v4.chain(v6).any(|length| length < NEAR_SHORTEST);
+            let is_wide = v4.chain(v6).any(|length| length < BLOOM_SHORTEST);
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
                 let mut guard = Guard::new(slot, entries.monitor);
@@ -132,19 +132,19 @@ impl Image {
         image.allowed6.sort_by_key(|&(key, _)| key);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
         let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
-        let v4 = v4.filter(|prefix| prefix.prefix_len() >= NEAR_SHORTEST);
+        let v4 = v4.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
         let v4 = v4.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
-        let mut near = vec![NearLine::default(); NEAR_LINES as usize];
-        add_near(&mut near, v4, true);
+        let mut lines = vec![BloomLine::default(); BLOOM_LINES as usize];
+        add_ranges(&mut lines, v4, true);
         let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
-        let v6 = v6.filter(|prefix| prefix.prefix_len() >= NEAR_SHORTEST);
+        let v6 = v6.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
         let first_bits = |address: Ipv6Addr| (address.to_bits() >> 96) as u32;
         let v6 = v6.map(|prefix| (first_bits(prefix.network()), first_bits(prefix.broadcast())));
-        add_near(&mut near, v6, false);
+        add_ranges(&mut lines, v6, false);
         let used = (0..)
-            .zip(near)
-            .filter(|(_, line)| *line != NearLine::default());
-        image.near = used.collect();
+            .zip(lines)
+            .filter(|(_, line)| *line != BloomLine::default());
+        image.bloom = used.collect();
         Ok(image)
     }
 
@@ -156,7 +156,7 @@ impl Image {
         forced.map(|guard| guard.slot()).collect()
     }
 
-    /// Where each database is in the kernel.
+    /// The slot of each database.
     pub fn slots_by_name(&self) -> BTreeMap<&str, u16> {
         self.slots
             .iter()
@@ -164,7 +164,7 @@ impl Image {
             .collect()
     }
 
-    /// Where one database is in the kernel.
+    /// The slot of one database.
     pub fn slot(&self, database: &str) -> Option<u16> {
         let named = |(_, name): &&(u32, Name)| name.text() == Some(database);
         self.slots.iter().find(named).map(|&(slot, _)| slot as u16)
@@ -206,7 +206,7 @@ impl Image {
         moving
     }
 
-    /// Slots that no map mentions, what a crashed agent left without a name included.
+    /// Slots that no map mentions. A crashed agent may have left entries of a slot without a name.
     fn free_slots(&self) -> impl Iterator<Item = u16> {
         let slots = self.slots.iter().map(|&(slot, _)| slot as u16);
         let slots = slots.chain(self.allowed4.iter().map(|&((slot, _), _)| slot));

@@ -1,20 +1,20 @@
-//! The layout of the pinned maps: what a map must be to be adopted.
+//! The layout of the pinned maps: type, sizes and flags that a map must have to be reused.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{MapData, MapInfo, MapType};
 use filter_common::{
-    ANSWERS, Answer, COUNTERS, Connection, Guard, HITS, LAYOUT, LocalKey, MAX_LOCALS, NEAR_LINES,
-    Name, NearLine, PORTS, Port, RULE_IDS, SLOTS, Source4, Source6, Stream,
+    ANSWERS, Answer, BLOOM_LINES, BloomLine, COUNTERS, Connection, Guard, HITS, LAYOUT, LocalKey,
+    MAX_LOCALS, Name, PORTS, Port, RULE_IDS, SLOTS, Source4, Source6, Stream,
 };
 
 use crate::kernel::pins::{exists, layouts, pinned_interfaces};
 
 const BPF_F_NO_PREALLOC: u32 = 1;
 
-/// What a pinned map has to be to be adopted: aya opens an existing pin without comparing.
-/// Entries of `None` are the operator's choice, made when the map was.
+/// Type, sizes and flags that a pinned map must have before it is reused: aya opens an existing pin without
+/// comparing. `entries` of `None`: chosen by the operator when the map was made.
 pub(super) struct Shape {
     pub(super) name: &'static str,
     pub(super) map_type: MapType,
@@ -25,7 +25,7 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Whether a map's entries are like this one's, however many there are.
+    /// Whether a map has this type and these sizes of key and value, however many entries.
     pub(super) fn holds_the_same(&self, info: &MapInfo) -> bool {
         info.map_type().ok() == Some(self.map_type)
             && info.key_size() as usize == self.key
@@ -65,7 +65,7 @@ const fn per_cpu(name: &'static str, entries: u32) -> Shape {
 /// The pinned maps by name, with file descriptors of their own.
 pub(super) type PinnedMaps = BTreeMap<&'static str, MapData>;
 
-pub(super) const SHAPES: [Shape; 15] = [
+pub(super) const SHAPES: [Shape; 16] = [
     array("PORT_GUARDS", size_of::<Port>(), PORTS),
     Shape {
         name: "LOCAL_GUARDS",
@@ -78,7 +78,7 @@ pub(super) const SHAPES: [Shape; 15] = [
     array("PROTOCOLS", 4, 1),
     trie("ALLOWED4", size_of::<Source4>()),
     trie("ALLOWED6", size_of::<Source6>()),
-    array("NEAR", size_of::<NearLine>(), NEAR_LINES),
+    array("PREFIX_BLOOM", size_of::<BloomLine>(), BLOOM_LINES),
     array("EPOCH", 4, 1),
     per_cpu("COUNTS", COUNTERS),
     per_cpu("HITS", HITS),
@@ -94,10 +94,11 @@ pub(super) const SHAPES: [Shape; 15] = [
         flags: 0,
     },
     array("ADOPT_UNTIL", 8, SLOTS),
+    array("ADOPTION", 4, 1),
     array("ANSWERS_BY_ENGINE", size_of::<Answer>(), ANSWERS),
 ];
 
-/// Checks every map that is pinned; whether any is.
+/// Checks every map that is pinned. Returns whether any is.
 pub(super) fn check_pins(pins: &Path) -> Result<bool> {
     let mut missing = None;
     let mut found = false;
@@ -109,8 +110,8 @@ pub(super) fn check_pins(pins: &Path) -> Result<bool> {
             missing = Some(shape.name);
         }
     }
-    // Without a link this is a first start that was cut short. With one, a new and empty map would
-    // take the place of the one that is enforced.
+    // Without a link, a first start was cut short. With one, a new and empty map would replace the one in
+    // force.
     if let Some(name) = missing
         && !pinned_interfaces(pins)?.is_empty()
     {
@@ -142,20 +143,21 @@ pub(super) fn check_pin(pins: &Path, shape: &Shape) -> Result<MapInfo> {
     Ok(info)
 }
 
-/// The connections that an agent of another layout follows, in a map like this layout's, go on being
-/// followed in the same map.
-pub(super) fn share_streams(base: &Path, pins: &Path) -> Result<()> {
-    let own = pins.join("STREAMS");
-    let shape = SHAPES.iter().find(|shape| shape.name == "STREAMS");
-    for (layout, other) in layouts(base)? {
-        let theirs = other.join("STREAMS");
-        let info = MapInfo::from_pin(&theirs);
-        let (Ok(info), Some(shape)) = (info, shape) else {
-            continue;
-        };
-        if layout != LAYOUT && !exists(&own)? && shape.holds_the_same(&info) {
-            fs::hard_link(&theirs, &own)
-                .with_context(|| format!("share {} with layout {LAYOUT}", theirs.display()))?;
+/// Pins the maps of connections of another layout under this one's directory too, where they have this
+/// layout's shape: open connections go on being followed through a change of layouts.
+pub(super) fn share_connections(base: &Path, pins: &Path) -> Result<()> {
+    let shared = ["STREAMS", "ADOPTION"];
+    for shape in SHAPES.iter().filter(|shape| shared.contains(&shape.name)) {
+        let own = pins.join(shape.name);
+        for (layout, other) in layouts(base)? {
+            let theirs = other.join(shape.name);
+            let Ok(info) = MapInfo::from_pin(&theirs) else {
+                continue;
+            };
+            if layout != LAYOUT && !exists(&own)? && shape.holds_the_same(&info) {
+                fs::hard_link(&theirs, &own)
+                    .with_context(|| format!("share {} with layout {LAYOUT}", theirs.display()))?;
+            }
         }
     }
     Ok(())

@@ -26,37 +26,41 @@ use crate::{
     policy::Mode,
 };
 
-/// How `attach` came to run the program on an interface.
+/// The result of `attach`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Attached {
-    /// The link was there; it runs the current program now.
+    /// A pinned link was there. It now runs this agent's program, or, if another layout made it, will after
+    /// `take_over`.
     Kept,
     Native,
-    /// `refusal`: why not native, where native was tried.
+    /// `refusal`: the error of native mode, where that was tried first.
     Generic {
         refusal: Option<String>,
     },
 }
 
-/// What was taken over from an agent of another layout.
+/// Links and counters taken over from an agent of another layout.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TakenOver {
     pub layout: u32,
     /// Interfaces whose program was switched.
     pub links: usize,
-    /// Whether counters go on where they were.
+    /// Whether the counters were carried over; else they begin at zero.
     pub counters: bool,
 }
 
 impl Filter {
-    /// Runs the program on `interface`: over the link that is pinned for it where it is whole, else
-    /// over a new one that is pinned.
+    /// Runs the program on `interface`: by the pinned link where that is intact, else by a new link, which is
+    /// pinned.
+    ///
+    /// # Errors
+    /// The kernel's refusal; `is_gone` recognises an interface that vanished.
     pub fn attach(&mut self, interface: &Interface, mode: Mode) -> Result<Attached> {
         let pin = self.link_pin(interface.index);
         if let Some(found) = self.find_link(interface.index)?
             && self.is_whole(interface)?
         {
-            // One of another layout is switched when the maps are full, by `take_over`.
+            // `take_over` switches a link of another layout, once the maps hold the policy.
             if found != pin {
                 return Ok(Attached::Kept);
             }
@@ -67,8 +71,8 @@ impl Filter {
             }
             return Ok(Attached::Kept);
         }
-        // The pin that is there is of a link that was detached by force, which the new one replaces, or of one whose
-        // interface is in another network namespace and left its index to this one.
+        // The pinned link was detached by force, and the new one replaces it; or its interface is in another
+        // network namespace, and this interface has its index now.
         if exists(&pin)? {
             match self.update(&pin) {
                 Ok(()) => set_aside(&pin, &self.pins)?,
@@ -162,7 +166,7 @@ impl Filter {
                 back.push(interface.index);
             }
         }
-        // Of several the kernel does not say which is which.
+        // The kernel does not report which link belongs to which of several interfaces.
         if let ([pin], [index]) = (away.as_slice(), back.as_slice()) {
             let to = self.link_pin(*index);
             fs::rename(pin, &to)
@@ -171,7 +175,7 @@ impl Filter {
         Ok(())
     }
 
-    /// Whether the link pinned for an interface is the one whose program runs there.
+    /// Whether the program of the link that is pinned for an interface runs there.
     fn is_whole(&self, interface: &Interface) -> Result<bool> {
         let Some(pin) = self.find_link(interface.index)? else {
             return Ok(false);
@@ -195,7 +199,7 @@ impl Filter {
         Ok(None)
     }
 
-    /// What agents of other layouts left, by layout.
+    /// The directories of other layouts.
     fn other_layouts(&self) -> Result<Vec<(u32, PathBuf)>> {
         let base = self.pins.parent().context("find the pins' directory")?;
         let mut others = layouts(base)?;
@@ -214,8 +218,9 @@ impl Filter {
         let mut taken = Vec::new();
         for (layout, pins) in self.other_layouts()? {
             own_directory(&pins)?;
-            // What the counters of a later layout mean this agent cannot know.
-            let counters = layout < LAYOUT && self.maps.carry_counters(&pins, &self.image)?;
+            // The meaning of a later layout's counters is not known here.
+            let counters =
+                layout < LAYOUT && self.maps.carry_counters(layout, &pins, &self.image)?;
             let mut links = 0;
             for pin in entries(&pins)? {
                 let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
@@ -227,7 +232,7 @@ impl Filter {
                 let to = self.pins.join(name);
                 let is_taken = exists(&to)?;
                 match self.update(&pin) {
-                    // Another interface has this one's index by now.
+                    // Another interface has the index of this link's interface now.
                     Ok(()) if is_taken => set_aside(&pin, &self.pins)?,
                     Ok(()) => fs::rename(&pin, &to)
                         .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?,
@@ -238,7 +243,7 @@ impl Filter {
                     }
                     Err(error) => {
                         return Err(error.context(format!(
-                            "switch {} to layout {LAYOUT}; what layout {layout} enforces stays in force",
+                            "switch {} to layout {LAYOUT}; the policy of layout {layout} stays in force",
                             pin.display()
                         )));
                     }

@@ -12,8 +12,8 @@ use aya::{
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use filter_common::{
-    Answer, Connection, Engine, Guard, LocalKey, MAX_LOCALS, NEAR_LINES, Name, NearLine, PORTS,
-    Port, RULE_IDS, SLOT_BITS, SLOTS, Source4, Source6, Stream, slot_key,
+    Answer, BLOOM_LINES, BloomLine, Engine, Guard, LocalKey, MAX_LOCALS, Name, PORTS, Port,
+    RULE_IDS, SLOT_BITS, SLOTS, Source4, Source6, Stream, slot_key,
 };
 use ipnet::{Ipv4Net, Ipv6Net};
 
@@ -30,15 +30,15 @@ pub(super) struct Maps {
     pub(super) locals: HashMap<MapData, LocalKey, Guard>,
     pub(super) protocols: Array<MapData, u32>,
     pub(super) allowed: Allowed,
-    pub(super) near: Array<MapData, NearLine>,
+    pub(super) bloom: Array<MapData, BloomLine>,
     pub(super) epoch: Array<MapData, u32>,
     pub(super) counts: PerCpuArray<MapData, u64>,
     pub(super) hits: PerCpuArray<MapData, u64>,
     pub(super) slot_names: Array<MapData, Name>,
     pub(super) rule_names: Array<MapData, Name>,
     pub(super) probes: Array<MapData, u64>,
-    pub(super) streams: HashMap<MapData, Connection, Stream>,
     pub(super) adopt_until: Array<MapData, u64>,
+    pub(super) adoption: Array<MapData, u32>,
     pub(super) answers: Array<MapData, Answer>,
     pub(super) granted: Array<MapData, u32>,
     pub(super) sampled: RingBuf<MapData>,
@@ -62,18 +62,18 @@ impl Maps {
                 v4: typed(ebpf, "ALLOWED4")?,
                 v6: typed(ebpf, "ALLOWED6")?,
             },
-            near: typed(ebpf, "NEAR")?,
+            bloom: typed(ebpf, "PREFIX_BLOOM")?,
             epoch: typed(ebpf, "EPOCH")?,
             counts: typed(ebpf, "COUNTS")?,
             hits: typed(ebpf, "HITS")?,
             slot_names: typed(ebpf, "SLOT_NAMES")?,
             rule_names: typed(ebpf, "RULE_NAMES")?,
             probes: typed(ebpf, "PROBES")?,
-            streams: typed(ebpf, "STREAMS")?,
             adopt_until: typed(ebpf, "ADOPT_UNTIL")?,
+            adoption: typed(ebpf, "ADOPTION")?,
             answers: typed(ebpf, "ANSWERS_BY_ENGINE")?,
             granted: typed(ebpf, ".bss")?,
-            sampled: typed(ebpf, "SAMPLED")?,
+            sampled: typed(ebpf, "SAMPLES")?,
         })
     }
 
@@ -81,28 +81,28 @@ impl Maps {
         for engine in Engine::ALL {
             self.answers
                 .set(engine as u32, answer(engine), 0)
-                .context("write what refused clients are told")?;
+                .context("write the answers to refused clients")?;
         }
         Ok(())
     }
 
-    pub(super) fn adoption(&self, slot: u16) -> Result<u64> {
+    pub(super) fn adoption_end(&self, slot: u16) -> Result<u64> {
         self.adopt_until
             .get(&slot.into(), 0)
-            .context("read until when connections are let run")
+            .context("read the end of an adoption window")
     }
 
-    /// Until when, in nanoseconds since boot, connections of a slot that are found under way are let
-    /// run.
-    pub(super) fn set_adoption(&mut self, slot: u16, until: u64) -> Result<()> {
+    /// Sets until when, in nanoseconds since boot, connections to a slot's database that have no known
+    /// beginning are adopted.
+    pub(super) fn set_adoption_end(&mut self, slot: u16, until: u64) -> Result<()> {
         self.adopt_until
             .set(slot.into(), until, 0)
-            .context("write until when connections are let run")
+            .context("write the end of an adoption window")
     }
 
-    /// What an earlier agent left. Arrays are read whole: the kernel has no list of what is set in one.
+    /// Reads the image. Arrays are read whole: the kernel does not list the elements that are set.
     pub(super) fn read(&self) -> Result<Image> {
-        self.try_read().context("read what the kernel holds")
+        self.try_read().context("read the maps")
     }
 
     fn try_read(&self) -> Result<Image, MapError> {
@@ -128,10 +128,10 @@ impl Maps {
                 image.ports.push((index, guard));
             }
         }
-        for line in 0..NEAR_LINES {
-            let near = self.near.get(&line, 0)?;
-            if near != NearLine::default() {
-                image.near.push((line, near));
+        for line in 0..BLOOM_LINES {
+            let bits = self.bloom.get(&line, 0)?;
+            if bits != BloomLine::default() {
+                image.bloom.push((line, bits));
             }
         }
         for entry in self.locals.iter() {
@@ -164,7 +164,7 @@ impl Maps {
         Ok(image)
     }
 
-    /// Ends what the packet path remembers of the tries.
+    /// Ends the verdicts in the caches: those of another epoch do not match.
     pub(super) fn begin_epoch(&mut self, ports: &[(u32, Guard)]) -> Result<()> {
         let epoch = self.epoch()?.wrapping_add(1);
         self.epoch.set(0, epoch, 0).context("begin an epoch")?;
@@ -174,6 +174,14 @@ impl Maps {
                 .context("begin an epoch")?;
         }
         Ok(())
+    }
+
+    /// Ends the present adoption: the connections that it let go on are judged by what they send next. They are not
+    /// listed for that, since the map of streams changes all the time, and a list of it may never end.
+    pub(super) fn end_adoption(&mut self) -> Result<()> {
+        let adoption = self.adoption.get(&0, 0).context("read the adoption")?;
+        let next = (adoption + 1) % Stream::ADOPTIONS;
+        self.adoption.set(0, next, 0).context("end the adoption")
     }
 
     fn epoch(&self) -> Result<u32> {
@@ -191,10 +199,10 @@ impl Maps {
                 .set(change.key, change.new.unwrap_or(Name::FREE), 0)
                 .with_context(|| format!("write the name of rule {}", change.key)),
             Step::Prefix(ref step) => self.allowed.write(step),
-            Step::Near(ref change) => self
-                .near
+            Step::Bloom(ref change) => self
+                .bloom
                 .set(change.key, change.new.unwrap_or_default(), 0)
-                .context("write what is near the prefixes"),
+                .context("write the prefix Bloom filter"),
             Step::Local(Change { key, new, .. }) => match new {
                 Some(guard) => self.locals.insert(key, guard, 0),
                 None => absent_is_none(self.locals.remove(&key)).map(drop),
@@ -288,7 +296,7 @@ fn write_prefix<K: aya::Pod>(
 }
 
 /// aya names a missing key in three ways, by map type and call.
-pub(super) fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
+fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),

@@ -17,11 +17,11 @@ use nix::{
 
 use crate::host::coverage::Pinned;
 
-/// Begins the name of the pin of a new link that has not replaced the last link's pin yet.
+/// Prefix of the pin of a new link until it replaces the pin of the link before.
 pub(super) const NEW_LINK: &str = "new_link_";
 
-/// Begins the name of the pin of a link whose interface is in another network namespace, while another interface
-/// has its index here.
+/// Prefix of the pin of a link whose interface is in another network namespace, while another interface has
+/// its index here.
 pub(super) const AWAY_LINK: &str = "away_link_";
 
 /// The directory that the agent owns on a BPF file system.
@@ -69,7 +69,7 @@ pub(super) fn is_locked(lock: &Flock<File>, base: &Path) -> Result<bool> {
     Ok((locked.dev(), locked.ino()) == (found.dev(), found.ino()))
 }
 
-/// Held as long as the agent lives, and let go by the kernel however it ends.
+/// Locks the directory. The kernel releases the lock when the agent ends, however it ends.
 pub(super) fn lock(base: &Path) -> Result<Flock<File>> {
     let directory = File::open(base).with_context(|| format!("open {}", base.display()))?;
     match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
@@ -86,7 +86,7 @@ pub(super) fn lock(base: &Path) -> Result<Flock<File>> {
 /// Whether there is such a file.
 ///
 /// # Errors
-/// What kept us from seeing: that is not the same as none.
+/// The reason why it cannot be seen, for example EACCES: that is not the same as absent.
 pub(super) fn exists(path: &Path) -> Result<bool> {
     path.try_exists()
         .with_context(|| format!("examine {}", path.display()))
@@ -121,7 +121,8 @@ pub(super) fn pinned_interfaces(pins: &Path) -> Result<Vec<u32>> {
     Ok(entries(pins)?.iter().filter_map(index).collect())
 }
 
-/// By index, which a rename does not change; bpffs allows no dot, as in eth0.100, in a name.
+/// The name of a link's pin: by index, since a rename of the interface does not change it, and bpffs allows no
+/// dot in a name, as in eth0.100.
 pub(super) fn link_name(interface: u32) -> String {
     format!("link_{interface}")
 }
@@ -137,8 +138,7 @@ pub(super) fn set_aside(pin: &Path, pins: &Path) -> Result<()> {
     bail!("{} cannot be set aside", pin.display())
 }
 
-/// Finishes what an agent that was killed left half done: links that are attached and pinned under the name
-/// of new ones.
+/// Renames links that an agent attached and pinned under the name of new links, before it was killed.
 pub(super) fn adopt_new_links(pins: &Path) -> Result<()> {
     for new in entries(pins)? {
         let name = new.file_name().and_then(|name| name.to_str());

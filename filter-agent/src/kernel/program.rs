@@ -24,7 +24,7 @@ pub(super) fn program(ebpf: &mut Ebpf) -> Result<&mut Xdp, ProgramError> {
     program.try_into()
 }
 
-/// The kernel's refusal with the end of the verifier's log, which says why; all of it is pages long.
+/// The load error with the line of the verifier's log that names the cause; the whole log is pages long.
 pub(super) fn load_error(error: ProgramError) -> anyhow::Error {
     let ProgramError::LoadError {
         io_error,
@@ -34,7 +34,7 @@ pub(super) fn load_error(error: ProgramError) -> anyhow::Error {
         return error.into();
     };
     let log = verifier_log.to_string();
-    // What it counted stands after what it refused.
+    // Statistics follow the cause.
     let counted = ["processed ", "stack depth ", "verification time "];
     let mut lines = log
         .lines()

@@ -1,6 +1,6 @@
 //! The writes that turn one image into another. Pure.
 
-use filter_common::{Guard, LocalKey, Name, NearLine};
+use filter_common::{BloomLine, Guard, LocalKey, Name};
 use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::kernel::{
@@ -9,13 +9,13 @@ use crate::kernel::{
     image::Image,
 };
 
-/// One write to one map. What is large is boxed: nearly all steps of a long list are prefixes.
+/// One write to one map. Large variants are boxed: nearly all steps of a long list are prefixes.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Step {
     Slot(Box<Change<u32, Name>>),
     Rule(Box<Change<u32, Name>>),
     Prefix(PrefixStep),
-    Near(Box<Change<u32, NearLine>>),
+    Bloom(Box<Change<u32, BloomLine>>),
     Local(Change<LocalKey, Guard>),
     Port(Change<u32, Guard>),
     Protocols { old: u32, new: u32 },
@@ -64,7 +64,7 @@ impl Step {
             Self::Rule(change) => Self::Rule(swap(change).into()),
             Self::Prefix(PrefixStep::V4(change)) => Self::Prefix(PrefixStep::V4(swap(change))),
             Self::Prefix(PrefixStep::V6(change)) => Self::Prefix(PrefixStep::V6(swap(change))),
-            Self::Near(change) => Self::Near(swap(change).into()),
+            Self::Bloom(change) => Self::Bloom(swap(change).into()),
             Self::Local(change) => Self::Local(swap(change)),
             Self::Port(change) => Self::Port(swap(change)),
             &Self::Protocols { old, new } => Self::Protocols { old: new, new: old },
@@ -73,9 +73,9 @@ impl Step {
 }
 
 impl Image {
-    /// The writes that turn a kernel that holds `self` into one that holds `new`, in the order in
-    /// which at every instant a source allowed by both passes and one denied by both is dropped:
-    /// what allows is added before a port is guarded by it, and removed after.
+    /// Returns the steps from this image to `new`, in an order in which at every instant a source that both allow
+    /// passes, and one that both deny is dropped: prefixes are added before a port is guarded by them,
+    /// and removed after.
     pub fn steps_to(&self, new: &Self) -> Vec<Step> {
         let slots = changes(&self.slots, &new.slots);
         let rules = changes(&self.rules, &new.rules);
@@ -85,11 +85,11 @@ impl Image {
         let mut steps = Vec::with_capacity(allowed4.len() + allowed6.len());
         steps.extend(set(&slots).map(|change| Step::Slot(change.into())));
         steps.extend(set(&rules).map(|change| Step::Rule(change.into())));
-        let near = union(&self.near, &new.near);
+        let both_blooms = union(&self.bloom, &new.bloom);
         steps.extend(
-            changes(&self.near, &near)
+            changes(&self.bloom, &both_blooms)
                 .into_iter()
-                .map(|change| Step::Near(change.into())),
+                .map(|change| Step::Bloom(change.into())),
         );
         steps.extend(set(&allowed4).map(PrefixStep::V4).map(Step::Prefix));
         steps.extend(set(&allowed6).map(PrefixStep::V6).map(Step::Prefix));
@@ -103,9 +103,9 @@ impl Image {
         steps.extend(removed(&allowed4).map(PrefixStep::V4).map(Step::Prefix));
         steps.extend(removed(&allowed6).map(PrefixStep::V6).map(Step::Prefix));
         steps.extend(
-            changes(&near, &new.near)
+            changes(&both_blooms, &new.bloom)
                 .into_iter()
-                .map(|change| Step::Near(change.into())),
+                .map(|change| Step::Bloom(change.into())),
         );
         steps.extend(removed(&rules).map(|change| Step::Rule(change.into())));
         steps.extend(removed(&slots).map(|change| Step::Slot(change.into())));

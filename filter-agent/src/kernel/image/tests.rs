@@ -1,6 +1,6 @@
 use std::net::Ipv4Addr;
 
-use filter_common::{Protocol, near_place};
+use filter_common::{Protocol, bloom_place};
 
 use super::*;
 use crate::{
@@ -20,7 +20,7 @@ struct Kernel {
     rules: BTreeMap<u32, Name>,
     allowed4: BTreeMap<(u16, Ipv4Net), u32>,
     allowed6: BTreeMap<(u16, Ipv6Net), u32>,
-    near: BTreeMap<u32, NearLine>,
+    bloom: BTreeMap<u32, BloomLine>,
     locals: BTreeMap<LocalKey, Guard>,
     ports: BTreeMap<u32, Guard>,
     protocols: u32,
@@ -42,7 +42,7 @@ impl Kernel {
             Step::Rule(change) => put(&mut self.rules, change),
             Step::Prefix(PrefixStep::V4(change)) => put(&mut self.allowed4, change),
             Step::Prefix(PrefixStep::V6(change)) => put(&mut self.allowed6, change),
-            Step::Near(change) => put(&mut self.near, change),
+            Step::Bloom(change) => put(&mut self.bloom, change),
             Step::Local(change) => put(&mut self.locals, change),
             Step::Port(change) => put(&mut self.ports, change),
             &Step::Protocols { old, new } => {
@@ -61,7 +61,7 @@ impl Kernel {
             rules: list(&self.rules),
             allowed4: list(&self.allowed4),
             allowed6: list(&self.allowed6),
-            near: list(&self.near),
+            bloom: list(&self.bloom),
             locals: list(&self.locals),
             ports: list(&self.ports),
             protocols: self.protocols,
@@ -84,10 +84,10 @@ impl Kernel {
         };
         let mut allowed = self.allowed4.keys();
         let allowed = allowed.any(|(slot, net)| *slot == guard.slot() && net.contains(&source));
-        let (line, word, bits) = near_place(source.to_bits().to_be(), true);
-        let line = self.near.get(&line);
-        let near = line.is_some_and(|line| line[word] & bits == bits);
-        (near || guard.is_wide()) && allowed || guard.is_monitor()
+        let (line, word, bits) = bloom_place(source.to_bits().to_be(), true);
+        let line = self.bloom.get(&line);
+        let may_match = line.is_some_and(|line| line[word] & bits == bits);
+        (may_match || guard.is_wide()) && allowed || guard.is_monitor()
     }
 }
 
