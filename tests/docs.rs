@@ -179,6 +179,35 @@ fn every_command_and_option_is_described() {
     }
 }
 
+#[test]
+fn manual_page_has_every_command_option_and_exit_status() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut pages = Command::new(env!("CARGO"));
+    pages.args(["run", "--quiet", "--package", "filter-agent"]);
+    pages.args(["--example", "pages", "--"]).arg(folder.path());
+    pages.current_dir(root());
+    assert!(pages.status().unwrap().success());
+    let page = fs::read_to_string(folder.path().join("filter-agent.8")).unwrap();
+    // roff writes a hyphen as `\-`.
+    let page = page.replace("\\-", "-");
+    for (command, options) in commands() {
+        let (_, section) = page
+            .split_once(&format!(".SS filter-agent {command}\n"))
+            .unwrap();
+        let section = section.split("\n.SS ").next().unwrap();
+        for option in options {
+            assert!(section.contains(&option), "{command}: {option}");
+        }
+    }
+    let (_, statuses) = page.split_once("\n.SH EXIT STATUS\n").unwrap();
+    let statuses = statuses.split("\n.SH ").next().unwrap();
+    let statuses: Vec<&str> = statuses.split(".TP\n").skip(1).collect();
+    let statuses = statuses.iter().map(|entry| entry.lines().next().unwrap());
+    let documented = rows("docs/operations.md", "status");
+    let documented = documented.iter().map(|row| row[0].trim_matches('`'));
+    assert!(statuses.eq(documented));
+}
+
 /// The fields that the policy's reader takes at a place, as its error about another field lists them.
 fn fields(text: &str) -> BTreeSet<String> {
     let problems = policy::parse(text).unwrap_err();

@@ -1,6 +1,7 @@
 //! Region files: reading them, and learning that they changed.
 
 mod read;
+mod table;
 mod walk;
 mod watch;
 

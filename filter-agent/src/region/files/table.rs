@@ -1,0 +1,140 @@
+//! What inotify events mean for watched files. Asks the kernel for nothing but the removal of watches.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    path::{Path, PathBuf},
+    task::Waker,
+    time::{Duration, Instant},
+};
+
+use inotify::{EventMask, WatchDescriptor, Watches};
+
+/// Time after which a new name without writes is complete although no writer closed it, as a hard link is.
+pub(super) const CREATION_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// A name in a watched directory; `None`: the watched file itself.
+pub(super) type Hop = (WatchDescriptor, Option<OsString>);
+
+/// What a name on the way to a file stands for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Part {
+    /// A directory or a symbolic link.
+    Way,
+    /// The file, which is made and then written.
+    File,
+}
+
+/// Which names lead to which files, and what happened to them.
+#[derive(Default)]
+pub(super) struct Table {
+    names: BTreeMap<WatchDescriptor, BTreeMap<Option<OsString>, BTreeMap<PathBuf, Part>>>,
+    pub(super) files: BTreeMap<PathBuf, Watched>,
+    /// Files to announce.
+    pub(super) changed: BTreeSet<PathBuf>,
+    pub(super) waker: Option<Waker>,
+    /// Threads that add watches which are not among `names` yet.
+    pub(super) adding: usize,
+}
+
+#[derive(Default)]
+pub(super) struct Watched {
+    hops: BTreeMap<Hop, Part>,
+    pub(super) changes: u64,
+    /// Where the file was changed and not closed since, and when that was first seen.
+    unfinished: BTreeMap<Hop, Instant>,
+}
+
+impl Watched {
+    pub(super) fn is_unfinished(&self, now: Instant) -> bool {
+        let unfinished = |(hop, since): (&Hop, &Instant)| {
+            let (_, name) = hop;
+            name.is_none() || now.duration_since(*since) < CREATION_TIMEOUT
+        };
+        self.unfinished.iter().any(unfinished)
+    }
+}
+
+impl Table {
+    /// Replaces the way to a file.
+    pub(super) fn replace(&mut self, path: &Path, hops: BTreeMap<Hop, Part>) {
+        let file = self.files.entry(path.to_owned()).or_default();
+        for (wd, name) in file.hops.keys() {
+            if let Some(files) = self.names.get_mut(wd).and_then(|names| names.get_mut(name)) {
+                files.remove(path);
+            }
+        }
+        for ((wd, name), part) in &hops {
+            let names = self.names.entry(wd.clone()).or_default();
+            let files = names.entry(name.clone()).or_default();
+            files.insert(path.to_owned(), *part);
+        }
+        let is_file = |hop: &Hop| hops.get(hop) == Some(&Part::File);
+        file.unfinished.retain(|hop, _| is_file(hop));
+        file.hops = hops;
+    }
+
+    /// Removes the watches that no file needs. The kernel has one watch a directory: not while another thread may have
+    /// added one of them for a file of its own.
+    pub(super) fn remove_unused(&mut self, watches: &mut Watches) {
+        if self.adding > 0 {
+            return;
+        }
+        self.names.retain(|wd, names| {
+            names.retain(|_, files| !files.is_empty());
+            if names.is_empty() {
+                // Fails where the directory is gone, and the watch with it.
+                let _ = watches.remove(wd.clone());
+            }
+            !names.is_empty()
+        });
+    }
+
+    pub(super) fn event(&mut self, wd: WatchDescriptor, name: Option<OsString>, mask: EventMask) {
+        if mask.contains(EventMask::Q_OVERFLOW) {
+            for (path, file) in &mut self.files {
+                file.changes += 1;
+                // It may have been closed meanwhile.
+                file.unfinished.clear();
+                self.changed.insert(path.clone());
+            }
+            return;
+        }
+        if mask.contains(EventMask::IGNORED) {
+            // The directory is gone, or its file system.
+            for path in self
+                .names
+                .remove(&wd)
+                .into_iter()
+                .flatten()
+                .flat_map(|(_, f)| f.into_keys())
+            {
+                if let Some(file) = self.files.get_mut(&path) {
+                    file.changes += 1;
+                    file.unfinished.retain(|(other, _), _| *other != wd);
+                }
+                self.changed.insert(path);
+            }
+            return;
+        }
+        let Some(files) = self.names.get(&wd).and_then(|names| names.get(&name)) else {
+            return;
+        };
+        let begins = mask.intersects(EventMask::CREATE | EventMask::MODIFY);
+        for (path, part) in files {
+            let Some(file) = self.files.get_mut(path) else {
+                continue;
+            };
+            file.changes += 1;
+            if *part == Part::File && begins {
+                let hop = (wd.clone(), name.clone());
+                file.unfinished.entry(hop).or_insert_with(Instant::now);
+                // Announced when it is closed.
+                self.changed.remove(path);
+            } else {
+                file.unfinished.remove(&(wd.clone(), name.clone()));
+                self.changed.insert(path.clone());
+            }
+        }
+    }
+}
