@@ -1,12 +1,15 @@
 //! Every system call that matters may fail, and at every one the agent may die. What the kernel enforces
 //! then is what the agent says, nobody gets in whom no policy allows, and the next start puts all right.
 
-use std::{collections::BTreeMap, env, fmt::Write as _};
+use std::{collections::BTreeMap, env, fmt::Write as _, path::Path};
 
 use filter_tests::{
-    injector::{Action, Fault, Kind, Since, Supervised},
+    injector::{Action, Fault, Kind, Supervised},
     laboratory::{InForce, Laboratory, Started, Version, claims_refusal},
 };
+
+/// Becomes the agent, with the filter that reports its calls.
+const LAUNCHER: &str = env!("CARGO_BIN_EXE_launcher");
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Scenario {
@@ -37,7 +40,7 @@ struct Sweep {
 
 impl Sweep {
     fn new(name: &str, scenario: Scenario, kind: Kind) -> Self {
-        let mut laboratory = Laboratory::new(name, kind);
+        let mut laboratory = Laboratory::new(name, Path::new(LAUNCHER), kind);
         laboratory.round = "without a fault".into();
         let version = Version::Old;
         laboratory.net.write_policy(&version.text());
@@ -90,7 +93,7 @@ impl Sweep {
         let to = self.version;
         let laboratory = &mut self.laboratory;
         laboratory.net.write_policy(&to.text());
-        let mut agent = laboratory.spawn(Since::PolicyRead, fault);
+        let mut agent = laboratory.spawn(fault);
         let started = laboratory.wait_for_start(&mut agent);
         name_calls(laboratory, &agent);
         let before = from.map_or(InForce::Nothing, InForce::Policy);

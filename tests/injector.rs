@@ -5,20 +5,24 @@
 //! fail it with an errno without running it, or kill the agent instead.
 
 use std::{
+    convert::Infallible,
+    ffi::OsString,
     fs::{self, File},
+    io::{self, BufRead as _, BufReader, Read as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::fs::FileExt as _,
+        unix::{fs::FileExt as _, process::CommandExt as _},
     },
     path::{Path, PathBuf},
-    process::{Child, Command},
-    sync::{Arc, Mutex, MutexGuard, mpsc},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, MutexGuard},
     thread::{self, JoinHandle},
 };
 
+use anyhow::{Context as _, Result};
 use libseccomp::{
     ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpNotifReq, ScmpNotifResp,
-    ScmpNotifRespFlags, ScmpSyscall, error::SeccompError, notify_id_valid, reset_global_state,
+    ScmpNotifRespFlags, ScmpSyscall, error::SeccompError, notify_id_valid, set_api,
 };
 use nix::{
     errno::Errno,
@@ -28,7 +32,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::net::Namespace;
 
@@ -85,23 +89,15 @@ pub struct Fault {
     pub action: Action,
 }
 
-/// Since when calls are counted.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Since {
-    /// The agent's first look at its policy file: what the loader and the runtime do before is not
-    /// the agent's.
-    PolicyRead,
-    /// `Supervised::arm`.
-    Armed,
-}
-
 /// What the supervisor watches.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Watch {
     pub kind: Kind,
     pub policy: PathBuf,
     /// For `Kind::Files`.
     pub directories: Vec<PathBuf>,
+    /// The agent's standard error.
+    pub log: File,
 }
 
 /// An agent whose calls are supervised.
@@ -113,42 +109,57 @@ pub struct Supervised {
 
 #[derive(Default)]
 struct State {
+    /// Since the agent's first look at its policy file: what the loader and the runtime do before is
+    /// not the agent's.
     counts: bool,
-    starts_at_policy: bool,
     fault: Option<Fault>,
     count: usize,
     fired: Vec<String>,
 }
 
 impl Supervised {
-    /// Starts the agent in a namespace. `fault`: counted since it reads its policy.
+    /// Starts the agent in a namespace, by the launcher. `fault`: counted since it reads its policy.
     pub fn spawn(
+        launcher: &Path,
         namespace: &Namespace,
-        command: &mut Command,
+        agent: &Command,
         watch: Watch,
-        since: Since,
         fault: Option<Fault>,
     ) -> Self {
+        let mut command = Command::new(launcher);
+        command.arg(format!("{:?}", watch.kind));
+        command.arg(agent.get_program()).args(agent.get_args());
+        command.envs(
+            agent
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+        if let Some(directory) = agent.get_current_dir() {
+            command.current_dir(directory);
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(watch.log.try_clone().unwrap());
+        let mut child = namespace.run(|| command.spawn().unwrap());
+        let mut line = String::new();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        output.read_line(&mut line).unwrap();
+        let number = line
+            .trim()
+            .parse()
+            .expect("the launcher prints its listener");
+        let pid = rustix::process::Pid::from_child(&child);
+        let launcher = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        let listener = pidfd_getfd(launcher, number, PidfdGetfdFlags::empty()).unwrap();
         let state = Arc::new(Mutex::new(State {
-            starts_at_policy: since == Since::PolicyRead,
             fault,
             ..State::default()
         }));
-        // The supervisor must not have the filter itself, so it is there before the thread that gets it.
-        let (send, listener) = mpsc::channel::<OwnedFd>();
-        let kind = watch.kind;
         let supervisor = thread::spawn({
             let state = state.clone();
-            move || {
-                if let Ok(listener) = listener.recv() {
-                    supervise(&listener, &watch, &state);
-                }
-            }
+            move || supervise(&listener, &watch, &state)
         });
-        let child = namespace.run(|| {
-            send.send(install(kind)).unwrap();
-            command.spawn().unwrap()
-        });
+        // Now the launcher becomes the agent.
+        drop(child.stdin.take());
         Self {
             child,
             state,
@@ -197,22 +208,37 @@ impl Drop for Supervised {
     }
 }
 
-/// Installs the filter on the calling thread and what it starts, and returns the listener.
-fn install(kind: Kind) -> OwnedFd {
-    // libseccomp has one listener in the whole process: ours is a copy, so that the next agent gets
-    // its own.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock().unwrap();
-    let filter = filter(kind).expect("make a seccomp filter");
-    filter.load().expect("load a seccomp filter");
-    let listener = filter.get_notify_fd().expect("get the listener");
-    let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-    let copy = pidfd_getfd(own, listener, PidfdGetfdFlags::empty()).unwrap();
-    reset_global_state().unwrap();
-    copy
+/// What the launcher does: installs the filter on itself, hands the listener to the test, and becomes
+/// the agent.
+///
+/// The calls that hand it over are not in any filter: nobody would answer them yet.
+///
+/// # Errors
+/// The agent was not started.
+pub fn launch(mut arguments: impl Iterator<Item = OsString>) -> Result<Infallible> {
+    let name = arguments.next().context("the kind of calls is missing")?;
+    let is_named = |kind: &Kind| name.to_str() == Some(&format!("{kind:?}"));
+    let kind = Kind::ALL
+        .into_iter()
+        .find(is_named)
+        .context("no such kind of calls")?;
+    let program = arguments.next().context("the program is missing")?;
+    let filter = filter(kind).context("make a seccomp filter")?;
+    filter.load().context("load the seccomp filter")?;
+    // The kernel closes it when the agent takes the place of this program.
+    println!("{}", filter.get_notify_fd().context("get the listener")?);
+    io::stdin()
+        .read_to_end(&mut Vec::new())
+        .context("wait for the test")?;
+    let mut agent = Command::new(program);
+    agent
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    Err(agent.exec()).context("start the agent")
 }
 
-fn filter(kind: Kind) -> Result<ScmpFilterContext, SeccompError> {
+fn filter(kind: Kind) -> std::result::Result<ScmpFilterContext, SeccompError> {
     const LOW: ScmpCompareOp = ScmpCompareOp::MaskedEqual(0xffff_ffff);
     let mut filter = ScmpFilterContext::new(ScmpAction::Allow)?;
     let mut notify = |name: &str, conditions: &[ScmpArgCompare]| {
@@ -247,6 +273,9 @@ fn filter(kind: Kind) -> Result<ScmpFilterContext, SeccompError> {
 
 const MAP_LOOKUP_ELEM: u64 = 1;
 
+/// The API level of libseccomp that has them.
+const NOTIFICATIONS: u32 = 6;
+
 /// Besides openat(2).
 const FILE_CALLS: [&str; 12] = [
     "open",
@@ -265,6 +294,8 @@ const FILE_CALLS: [&str; 12] = [
 
 /// Answers calls until no process has the filter.
 fn supervise(listener: &OwnedFd, watch: &Watch, state: &Mutex<State>) {
+    // Where no filter was loaded, libseccomp does not find out by itself that the kernel has notifications.
+    set_api(NOTIFICATIONS).unwrap();
     loop {
         let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
@@ -306,12 +337,7 @@ fn judge(request: &ScmpNotifReq, watch: &Watch, state: &Mutex<State>) -> Option<
     let name = request.data.syscall.get_name().unwrap_or_default();
     let mut state = state.lock().unwrap();
     if !state.counts {
-        if state.starts_at_policy
-            && name == "openat"
-            && path_of(request, 0, 1).as_ref() == Some(&watch.policy)
-        {
-            state.counts = true;
-        }
+        state.counts = name == "openat" && path_of(request, 0, 1).as_ref() == Some(&watch.policy);
         return None;
     }
     let call = describe(request, &name, watch)?;

@@ -21,7 +21,7 @@ use nix::{
 
 use crate::{
     datagrams::Datagrams,
-    injector::{Fault, Kind, Since, Supervised, Watch},
+    injector::{Fault, Kind, Supervised, Watch},
     net::{ALLOWED4, ALLOWED6, DENIED4, DENIED6, NEIGHBOURS, Net, policy, wait_until},
 };
 
@@ -152,6 +152,7 @@ pub struct Finding {
 
 pub struct Laboratory {
     pub net: Net,
+    launcher: &'static Path,
     /// The kind of the calls that are counted.
     pub kind: Kind,
     /// The scenario and the fault under way.
@@ -167,7 +168,7 @@ pub struct Laboratory {
 
 impl Laboratory {
     /// `name` is the test's, and must be no other's.
-    pub fn new(name: &str, kind: Kind) -> Self {
+    pub fn new(name: &str, launcher: &'static Path, kind: Kind) -> Self {
         let net = Net::new(name);
         net.fix_neighbours();
         let others = [ALWAYS_TOO, ONLY_OLD, ONLY_NEW, NEVER_TOO];
@@ -178,6 +179,7 @@ impl Laboratory {
             .unwrap();
         Self {
             net,
+            launcher,
             kind,
             round: String::new(),
             findings: Vec::new(),
@@ -206,19 +208,18 @@ impl Laboratory {
     }
 
     /// Starts the agent and does not wait.
-    pub fn spawn(&self, since: Since, fault: Option<Fault>) -> Supervised {
+    pub fn spawn(&self, fault: Option<Fault>) -> Supervised {
         // Of the last agent.
         while self.ready.recv(&mut [0; 4096]).is_ok() {}
         let mut command = self.net.agent_command(&["run"]);
         command.env("NOTIFY_SOCKET", self.net.dir().join("ready"));
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        command.stderr(File::create(self.log_path()).unwrap());
         let watch = Watch {
             kind: self.kind,
             policy: self.net.policy_path(),
             directories: vec![self.net.state_dir(), self.net.bpffs()],
+            log: File::create(self.log_path()).unwrap(),
         };
-        Supervised::spawn(&self.net.db, &mut command, watch, since, fault)
+        Supervised::spawn(self.launcher, &self.net.db, &command, watch, fault)
     }
 
     /// Waits until the agent tells its service manager that it is ready, or ends.
@@ -345,14 +346,14 @@ impl Laboratory {
 
     /// Starts the agent without a fault, which must enforce the policy file, whatever it finds.
     pub fn converge(&mut self, expected: Version) -> Supervised {
-        let mut agent = self.spawn(Since::Armed, None);
+        let mut agent = self.spawn(None);
         let mut started = self.wait_for_start(&mut agent);
         if started != Started::Ready {
             self.find("the next start fails", &format!("{started:?}"));
             // The next round begins from nothing.
             drop(agent);
             self.clear();
-            agent = self.spawn(Since::Armed, None);
+            agent = self.spawn(None);
             started = self.wait_for_start(&mut agent);
             assert_eq!(started, Started::Ready, "{}", self.log());
         }
