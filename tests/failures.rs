@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, env, fmt::Write as _, path::Path};
 use filter_tests::{
     injector::{Action, Fault, Kind, Supervised},
     laboratory::{InForce, Laboratory, Started, Version, claims_refusal},
+    net::{agent_binary, next_layout_binary, wait_until},
 };
 
 /// Becomes the agent, with the filter that reports its calls.
@@ -17,8 +18,12 @@ enum Scenario {
     FirstStart,
     /// The file differs from the policy that is pinned and kept.
     Restart,
+    /// The same, and what is pinned has another layout.
+    TakeOver,
     /// One prefix is added, and one removed.
     Reload,
+    /// While the agent runs.
+    Detach,
 }
 
 /// What one round showed.
@@ -31,29 +36,35 @@ struct Round {
 /// A laboratory and the scenario that it repeats.
 struct Sweep {
     scenario: Scenario,
+    kind: Kind,
     laboratory: Laboratory,
-    /// What is in force between two rounds.
+    /// The policy in force between two rounds.
     version: Version,
-    /// The running agent, between two reloads.
+    /// The running agent between two rounds, where these begin with one.
     agent: Option<Supervised>,
 }
 
 impl Sweep {
     fn new(name: &str, scenario: Scenario, kind: Kind) -> Self {
-        let mut laboratory = Laboratory::new(name, Path::new(LAUNCHER), kind);
-        laboratory.round = "without a fault".into();
+        if scenario == Scenario::TakeOver {
+            // Built before anything runs that would wait for it.
+            next_layout_binary();
+        }
+        let mut laboratory = Laboratory::new(name, Path::new(LAUNCHER));
+        laboratory.round = "before any fault".into();
         let version = Version::Old;
         laboratory.net.write_policy(&version.text());
-        let mut agent = laboratory.converge(version);
+        let mut agent = laboratory.converge(kind, version);
         let agent = match scenario {
-            Scenario::Reload => Some(agent),
-            Scenario::FirstStart | Scenario::Restart => {
+            Scenario::Reload | Scenario::Detach => Some(agent),
+            Scenario::FirstStart | Scenario::Restart | Scenario::TakeOver => {
                 laboratory.stop(&mut agent);
                 None
             }
         };
         Self {
             scenario,
+            kind,
             laboratory,
             version,
             agent,
@@ -62,16 +73,17 @@ impl Sweep {
 
     /// The scenario once, with this fault in it.
     fn round(&mut self, fault: Option<Fault>) -> Round {
-        let (scenario, kind) = (self.scenario, self.laboratory.kind);
+        let (scenario, kind) = (self.scenario, self.kind);
         self.laboratory.round = match fault {
             None => format!("{scenario:?} without a fault"),
-            Some(Fault {
-                first,
-                calls,
-                action,
-            }) => {
-                let last = if calls == 1 { "" } else { " and all after it" };
-                format!("{scenario:?}, {kind:?} call {first}{last}: {action:?}")
+            Some(fault) => {
+                let more = if fault.calls == 1 {
+                    ""
+                } else {
+                    " and all after it"
+                };
+                let (first, action) = (fault.first, fault.action);
+                format!("{scenario:?}, {kind:?} call {first}{more}: {action:?}")
             }
         };
         match scenario {
@@ -84,7 +96,18 @@ impl Sweep {
                 self.version = from.other();
                 self.start(fault, Some(from))
             }
+            Scenario::TakeOver => {
+                let from = self.version;
+                self.version = from.other();
+                let binary = match self.version {
+                    Version::Old => agent_binary(),
+                    Version::New => next_layout_binary(),
+                };
+                self.laboratory.net.binary = binary.to_owned();
+                self.start(fault, Some(from))
+            }
             Scenario::Reload => self.reload(fault),
+            Scenario::Detach => self.detach(fault),
         }
     }
 
@@ -93,9 +116,9 @@ impl Sweep {
         let to = self.version;
         let laboratory = &mut self.laboratory;
         laboratory.net.write_policy(&to.text());
-        let mut agent = laboratory.spawn(fault);
+        let mut agent = laboratory.spawn(self.kind, fault);
         let started = laboratory.wait_for_start(&mut agent);
-        name_calls(laboratory, &agent);
+        name_call(laboratory, &agent);
         let before = from.map_or(InForce::Nothing, InForce::Policy);
         let in_force = laboratory.in_force();
         match started {
@@ -117,22 +140,26 @@ impl Sweep {
                     && !claims_refusal(message)
                     && message.contains("in force");
                 if in_force != before && !is_admitted {
-                    let what = format!("a start fails and leaves {}", relative(in_force, to));
+                    let what = format!(
+                        "a start fails and leaves in force {}",
+                        relative(in_force, to)
+                    );
                     laboratory.find(&what, "");
                 }
             }
             Started::Hangs => laboratory.find("a start neither succeeds nor fails", ""),
         }
         laboratory.stop(&mut agent);
-        name_calls(laboratory, &agent);
+        name_call(laboratory, &agent);
         laboratory.check_steady();
-        let mut next = laboratory.converge(to);
+        // Nothing of it fails: let it run at full speed.
+        let mut next = laboratory.converge(Kind::Log, to);
         laboratory.stop(&mut next);
         laboratory.check_steady();
         round_of(&agent)
     }
 
-    /// A reload with a fault, and a start without.
+    /// A reload with a fault, one without, and a start.
     fn reload(&mut self, fault: Option<Fault>) -> Round {
         let from = self.version;
         let to = from.other();
@@ -140,34 +167,37 @@ impl Sweep {
         let mut agent = self
             .agent
             .take()
-            .expect("the agent runs between two reloads");
+            .expect("the agent runs between two rounds");
         laboratory.net.write_policy(&to.text());
         agent.arm(fault);
         let answer = laboratory.command(&["reload"]);
         let in_force = laboratory.in_force();
-        name_calls(laboratory, &agent);
+        name_call(laboratory, &agent);
+        let expected = if answer.succeeded() || !claims_refusal(&answer.text) {
+            to
+        } else {
+            from
+        };
         if answer.status.is_none() {
             laboratory.find("a reload hangs", &answer.text);
-        } else if answer.succeeded() {
-            if in_force != InForce::Policy(to) && !has_died(&mut agent) {
-                let what = format!("a reload succeeds and leaves {}", relative(in_force, to));
-                laboratory.find(&what, &answer.text);
-            }
-        } else if !has_died(&mut agent) {
-            let is_refused = claims_refusal(&answer.text);
-            let expected = if is_refused { from } else { to };
-            if in_force != InForce::Policy(expected) {
-                let how = if is_refused { "is refused" } else { "fails" };
-                let what = format!("a reload {how} and leaves {}", relative(in_force, to));
-                laboratory.find(&what, &answer.text);
-            }
+        } else if in_force != InForce::Policy(expected) && !has_died(&mut agent) {
+            let how = match expected {
+                _ if answer.succeeded() => "succeeds",
+                _ if expected == from => "is refused",
+                _ => "fails",
+            };
+            let what = format!(
+                "a reload {how} and leaves in force {}",
+                relative(in_force, to)
+            );
+            laboratory.find(&what, &answer.text);
         }
         if !agent.fired().is_empty() && !has_died(&mut agent) {
             agent.disarm();
             let again = laboratory.command(&["reload"]);
             let in_force = laboratory.in_force();
             if !again.succeeded() || in_force != InForce::Policy(to) {
-                let what = format!("the next reload leaves {}", relative(in_force, to));
+                let what = format!("the next reload leaves in force {}", relative(in_force, to));
                 laboratory.find(&what, &format!("{}\nthen:\n{}", answer.text, again.text));
             }
             let status = laboratory.command(&["status"]);
@@ -176,33 +206,106 @@ impl Sweep {
             }
         }
         laboratory.stop(&mut agent);
-        name_calls(laboratory, &agent);
+        name_call(laboratory, &agent);
         laboratory.check_steady();
         self.version = to;
-        self.agent = Some(laboratory.converge(to));
+        self.agent = Some(laboratory.converge(self.kind, to));
         laboratory.check_steady();
+        round_of(&agent)
+    }
+
+    /// A detach with a fault, one without, and a start.
+    fn detach(&mut self, fault: Option<Fault>) -> Round {
+        let version = self.version;
+        let laboratory = &mut self.laboratory;
+        let mut agent = self
+            .agent
+            .take()
+            .expect("the agent runs between two rounds");
+        laboratory.check_steady();
+        agent.arm(fault);
+        let answer = laboratory.command(&["detach", "--yes"]);
+        name_call(laboratory, &agent);
+        let is_refused = !answer.succeeded() && claims_refusal(&answer.text);
+        if is_refused {
+            laboratory.check_steady();
+        }
+        laboratory.expect_anything();
+        let detaches = || wait_until(|| laboratory.in_force() == InForce::Nothing);
+        if answer.status.is_none() {
+            laboratory.find("a detach hangs", &answer.text);
+        } else if answer.succeeded() && !detaches() {
+            laboratory.find("a detach succeeds and leaves a filter", &answer.text);
+        } else if is_refused && laboratory.in_force() != InForce::Policy(version) {
+            laboratory.find(
+                "a detach is refused and leaves another policy in force",
+                &answer.text,
+            );
+        }
+        if !answer.succeeded() {
+            agent.disarm();
+            let again = laboratory.command(&["detach", "--yes"]);
+            if !again.succeeded() || !wait_until(|| laboratory.in_force() == InForce::Nothing) {
+                let both = format!("{}\nthen:\n{}", answer.text, again.text);
+                laboratory.find("the next detach does not detach", &both);
+            }
+        }
+        laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
+        let left = laboratory.files();
+        if !left.is_empty() {
+            laboratory.find("a detach leaves files", &format!("{left:?}"));
+        }
+        laboratory.clear();
+        self.agent = Some(laboratory.converge(self.kind, version));
         round_of(&agent)
     }
 
     /// Every call, one after another, until there are no more. `actions`: taken in turn.
     fn every_call(&mut self, actions: &[Action]) {
-        let calls = self.round(None).calls;
+        let expected = self.round(None).calls;
+        let mut last = 0;
         // The number of calls differs a little from round to round.
-        let mut missed = 0;
-        for first in 1.. {
+        for first in 1..=expected + 50 {
             let action = actions[first % actions.len()];
-            let fault = Fault {
-                first,
-                calls: 1,
-                action,
-            };
-            let round = self.round(Some(fault));
-            missed = if round.has_fired { 0 } else { missed + 1 };
-            if missed == 2 {
-                assert!(first + 20 > calls, "{first} calls, not {calls}");
+            if self.fails(first, 1, action) {
+                last = first;
+            } else if first > last + 2 {
                 break;
             }
         }
+        println!(
+            "{:?}, {:?}: {last} calls, one by one",
+            self.scenario, self.kind
+        );
+        assert!(
+            last > 0 && last + 50 > expected,
+            "{last} calls, not {expected}"
+        );
+    }
+
+    /// Some calls. `calls`: how many fail from there on.
+    fn some_calls(&mut self, rounds: usize, calls: usize, actions: &[Action]) {
+        let expected = self.round(None).calls;
+        let mut random = fastrand::Rng::with_seed(11);
+        let mut fired = 0;
+        for round in 0..rounds {
+            let first = random.usize(1..=expected);
+            fired += usize::from(self.fails(first, calls, actions[round % actions.len()]));
+        }
+        let (scenario, kind) = (self.scenario, self.kind);
+        println!("{scenario:?}, {kind:?}: {fired} of {expected} calls, {calls} at a time");
+        assert!(fired > 0, "none of {expected} calls failed");
+    }
+
+    /// Whether the fault was met.
+    fn fails(&mut self, first: usize, calls: usize, action: Action) -> bool {
+        let fault = Fault {
+            first,
+            calls,
+            action,
+        };
+        self.round(Some(fault)).has_fired
     }
 
     /// Panics with what was found, the same once.
@@ -217,19 +320,15 @@ impl Sweep {
             for finding in found {
                 writeln!(report, "  {}", finding.round).unwrap();
             }
-            writeln!(
-                report,
-                "  the first one: {}",
-                found[0].evidence.replace('\n', "\n    ")
-            )
-            .unwrap();
+            let evidence = found[0].evidence.replace('\n', "\n    ");
+            writeln!(report, "  the first one: {evidence}").unwrap();
         }
         assert!(findings.is_empty(), "{report}");
     }
 }
 
-/// Adds the calls that did not run to the name of the round.
-fn name_calls(laboratory: &mut Laboratory, agent: &Supervised) {
+/// Adds the first call that did not run to the name of the round.
+fn name_call(laboratory: &mut Laboratory, agent: &Supervised) {
     if let Some(call) = agent.fired().first()
         && !laboratory.round.contains(call)
     {
@@ -257,11 +356,16 @@ fn relative(in_force: InForce, to: Version) -> String {
     }
 }
 
-/// Each call fails, and at each the agent is killed: in turn, or both with `cargo xtask test --full`.
-fn sweep(name: &str, scenario: Scenario, kind: Kind) {
+/// Whether `cargo xtask test --full` runs this.
+fn is_full() -> bool {
+    env::var_os("FILTER_TESTS_FULL").is_some()
+}
+
+/// Each call fails, and at each the agent is killed: in turn, or both in the full test.
+fn every_call(name: &str, scenario: Scenario, kind: Kind) {
     let mut sweep = Sweep::new(name, scenario, kind);
     let actions = [Action::Fail(kind.errno()), Action::Kill];
-    if env::var_os("FILTER_TESTS_FULL").is_some() {
+    if is_full() {
         for action in actions {
             sweep.every_call(&[action]);
         }
@@ -271,17 +375,125 @@ fn sweep(name: &str, scenario: Scenario, kind: Kind) {
     sweep.report();
 }
 
-#[test]
-fn first_start_meets_bpf_faults() {
-    sweep("fault-first-bpf", Scenario::FirstStart, Kind::Bpf);
+/// The same for some of the calls; the full test takes all, or many where they are too many.
+fn some_calls(name: &str, scenario: Scenario, kind: Kind) {
+    const MANY: usize = 100;
+    let is_endless = (scenario, kind) == (Scenario::Restart, Kind::BpfLookup);
+    if is_full() && !is_endless {
+        every_call(name, scenario, kind);
+        return;
+    }
+    let mut sweep = Sweep::new(name, scenario, kind);
+    let rounds = if is_full() { MANY } else { 6 };
+    sweep.some_calls(rounds, 1, &[Action::Fail(kind.errno()), Action::Kill]);
+    sweep.report();
 }
 
 #[test]
-fn restart_meets_bpf_faults() {
-    sweep("fault-restart-bpf", Scenario::Restart, Kind::Bpf);
+fn first_start_meets_faults_of_bpf() {
+    every_call("fault-first-bpf", Scenario::FirstStart, Kind::Bpf);
 }
 
 #[test]
-fn reload_meets_bpf_faults() {
-    sweep("fault-reload-bpf", Scenario::Reload, Kind::Bpf);
+fn first_start_meets_faults_of_lookups() {
+    some_calls("fault-first-lookup", Scenario::FirstStart, Kind::BpfLookup);
+}
+
+#[test]
+fn first_start_meets_faults_of_files() {
+    every_call("fault-first-files", Scenario::FirstStart, Kind::Files);
+}
+
+#[test]
+fn first_start_meets_faults_of_netlink() {
+    some_calls("fault-first-netlink", Scenario::FirstStart, Kind::Netlink);
+}
+
+#[test]
+fn first_start_meets_faults_of_the_log() {
+    some_calls("fault-first-log", Scenario::FirstStart, Kind::Log);
+}
+
+#[test]
+fn restart_meets_faults_of_bpf() {
+    every_call("fault-restart-bpf", Scenario::Restart, Kind::Bpf);
+}
+
+#[test]
+fn restart_meets_faults_of_lookups() {
+    some_calls("fault-restart-lookup", Scenario::Restart, Kind::BpfLookup);
+}
+
+#[test]
+fn restart_meets_faults_of_files() {
+    every_call("fault-restart-files", Scenario::Restart, Kind::Files);
+}
+
+#[test]
+fn restart_meets_faults_of_netlink() {
+    some_calls("fault-restart-netlink", Scenario::Restart, Kind::Netlink);
+}
+
+#[test]
+fn restart_meets_faults_of_the_log() {
+    some_calls("fault-restart-log", Scenario::Restart, Kind::Log);
+}
+
+#[test]
+fn reload_meets_faults_of_bpf() {
+    every_call("fault-reload-bpf", Scenario::Reload, Kind::Bpf);
+}
+
+#[test]
+fn reload_meets_faults_of_lookups() {
+    every_call("fault-reload-lookup", Scenario::Reload, Kind::BpfLookup);
+}
+
+#[test]
+fn reload_meets_faults_of_files() {
+    every_call("fault-reload-files", Scenario::Reload, Kind::Files);
+}
+
+#[test]
+fn reload_meets_faults_of_netlink() {
+    some_calls("fault-reload-netlink", Scenario::Reload, Kind::Netlink);
+}
+
+#[test]
+fn reload_meets_faults_of_the_log() {
+    some_calls("fault-reload-log", Scenario::Reload, Kind::Log);
+}
+
+/// What undoes a change fails as well.
+#[test]
+fn reload_meets_a_kernel_that_refuses_all_from_some_call_on() {
+    let mut sweep = Sweep::new("fault-reload-all", Scenario::Reload, Kind::Bpf);
+    let rounds = if is_full() { 200 } else { 20 };
+    sweep.some_calls(rounds, usize::MAX, &[Action::Fail(Kind::Bpf.errno())]);
+    sweep.report();
+}
+
+#[test]
+fn take_over_meets_faults_of_bpf() {
+    some_calls("fault-takeover-bpf", Scenario::TakeOver, Kind::Bpf);
+}
+
+#[test]
+fn take_over_meets_faults_of_files() {
+    some_calls("fault-takeover-files", Scenario::TakeOver, Kind::Files);
+}
+
+#[test]
+fn detach_meets_faults_of_bpf() {
+    some_calls("fault-detach-bpf", Scenario::Detach, Kind::Bpf);
+}
+
+#[test]
+fn detach_meets_faults_of_files() {
+    some_calls("fault-detach-files", Scenario::Detach, Kind::Files);
+}
+
+#[test]
+fn detach_meets_faults_of_netlink() {
+    some_calls("fault-detach-netlink", Scenario::Detach, Kind::Netlink);
 }

@@ -153,22 +153,21 @@ pub struct Finding {
 pub struct Laboratory {
     pub net: Net,
     launcher: &'static Path,
-    /// The kind of the calls that are counted.
-    pub kind: Kind,
     /// The scenario and the fault under way.
     pub round: String,
     pub findings: Vec<Finding>,
     datagrams: Datagrams,
     ready: UnixDatagram,
     /// The files on the BPF file system and in the state directory after a clean run.
-    clean: Option<[BTreeSet<PathBuf>; 2]>,
+    /// By the agent's binary: another layout has other pins.
+    clean: BTreeMap<PathBuf, [BTreeSet<PathBuf>; 2]>,
     /// Whether a policy is in force, so that the steady sources must be judged.
     is_enforced: bool,
 }
 
 impl Laboratory {
     /// `name` is the test's, and must be no other's.
-    pub fn new(name: &str, launcher: &'static Path, kind: Kind) -> Self {
+    pub fn new(name: &str, launcher: &'static Path) -> Self {
         let net = Net::new(name);
         net.fix_neighbours();
         let others = [ALWAYS_TOO, ONLY_OLD, ONLY_NEW, NEVER_TOO];
@@ -180,12 +179,11 @@ impl Laboratory {
         Self {
             net,
             launcher,
-            kind,
             round: String::new(),
             findings: Vec::new(),
             datagrams,
             ready,
-            clean: None,
+            clean: BTreeMap::new(),
             is_enforced: false,
         }
     }
@@ -208,13 +206,13 @@ impl Laboratory {
     }
 
     /// Starts the agent and does not wait.
-    pub fn spawn(&self, fault: Option<Fault>) -> Supervised {
+    pub fn spawn(&self, kind: Kind, fault: Option<Fault>) -> Supervised {
         // Of the last agent.
         while self.ready.recv(&mut [0; 4096]).is_ok() {}
         let mut command = self.net.agent_command(&["run"]);
         command.env("NOTIFY_SOCKET", self.net.dir().join("ready"));
         let watch = Watch {
-            kind: self.kind,
+            kind,
             policy: self.net.policy_path(),
             directories: vec![self.net.state_dir(), self.net.bpffs()],
             log: File::create(self.log_path()).unwrap(),
@@ -309,6 +307,11 @@ impl Laboratory {
         self.is_enforced = true;
     }
 
+    /// From now on the filter may be gone.
+    pub fn expect_anything(&mut self) {
+        self.is_enforced = false;
+    }
+
     /// Looks at what passed since the last look, if a policy was in force all the time.
     pub fn check_steady(&mut self) {
         let passed: BTreeMap<_, _> = self.datagrams.look();
@@ -345,15 +348,16 @@ impl Laboratory {
     }
 
     /// Starts the agent without a fault, which must enforce the policy file, whatever it finds.
-    pub fn converge(&mut self, expected: Version) -> Supervised {
-        let mut agent = self.spawn(None);
+    /// `kind`: of its calls that can fail later.
+    pub fn converge(&mut self, kind: Kind, expected: Version) -> Supervised {
+        let mut agent = self.spawn(kind, None);
         let mut started = self.wait_for_start(&mut agent);
         if started != Started::Ready {
             self.find("the next start fails", &format!("{started:?}"));
             // The next round begins from nothing.
             drop(agent);
             self.clear();
-            agent = self.spawn(None);
+            agent = self.spawn(kind, None);
             started = self.wait_for_start(&mut agent);
             assert_eq!(started, Started::Ready, "{}", self.log());
         }
@@ -370,13 +374,22 @@ impl Laboratory {
         agent
     }
 
+    /// What is pinned and kept.
+    pub fn files(&self) -> BTreeSet<PathBuf> {
+        let pinned = files_below(&self.net.bpffs().join("filter-agent"));
+        pinned
+            .union(&files_below(&self.net.state_dir()))
+            .cloned()
+            .collect()
+    }
+
     /// Compares what is pinned and kept with what a clean run leaves there.
     fn check_files(&mut self) {
         // The policy in force is written after it is enforced.
         let files = || [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
-        let Some(clean) = &self.clean else {
+        let Some(clean) = self.clean.get(&self.net.binary) else {
             self.net.wait_until_confirmed();
-            self.clean = Some(files());
+            self.clean.insert(self.net.binary.clone(), files());
             return;
         };
         let mut found = files();
