@@ -1,13 +1,17 @@
 //! Every system call that matters may fail, and at every one the agent may die. What the kernel enforces
 //! then is what the agent says, nobody gets in whom no policy allows, and the next start puts all right.
 
-use std::{collections::BTreeMap, env, fmt::Write as _, path::Path};
+use std::{collections::BTreeMap, env, fmt::Write as _, path::Path, time::Duration};
 
 use filter_tests::{
     injector::{Action, Fault, Kind, Supervised},
-    laboratory::{InForce, Laboratory, Started, Version, claims_refusal},
-    net::{agent_binary, next_layout_binary, wait_until},
+    laboratory::{InForce, Laboratory, Started, Version, claims_refusal, within_limit},
+    net::{agent_binary, next_layout_binary},
 };
+use jiff::Timestamp;
+
+/// Time for the agent to start before the rule of `Scenario::End` ends.
+const UNTIL_END: Duration = Duration::from_secs(2);
 
 /// Becomes the agent, with the filter that reports its calls.
 const LAUNCHER: &str = env!("CARGO_BIN_EXE_launcher");
@@ -24,6 +28,10 @@ enum Scenario {
     Reload,
     /// While the agent runs.
     Detach,
+    /// A region's file changes.
+    Region,
+    /// A rule ends.
+    End,
 }
 
 /// What one round showed.
@@ -53,11 +61,14 @@ impl Sweep {
         let mut laboratory = Laboratory::new(name, Path::new(LAUNCHER));
         laboratory.round = "before any fault".into();
         let version = Version::Old;
-        laboratory.net.write_policy(&version.text());
-        let mut agent = laboratory.converge(kind, version);
+        match scenario {
+            Scenario::Region => laboratory.write_region(version),
+            _ => laboratory.net.write_policy(&version.text()),
+        }
+        let mut agent = laboratory.converge(kind, InForce::Policy(version));
         let agent = match scenario {
-            Scenario::Reload | Scenario::Detach => Some(agent),
-            Scenario::FirstStart | Scenario::Restart | Scenario::TakeOver => {
+            Scenario::Reload | Scenario::Detach | Scenario::Region => Some(agent),
+            Scenario::FirstStart | Scenario::Restart | Scenario::TakeOver | Scenario::End => {
                 laboratory.stop(&mut agent);
                 None
             }
@@ -108,6 +119,8 @@ impl Sweep {
             }
             Scenario::Reload => self.reload(fault),
             Scenario::Detach => self.detach(fault),
+            Scenario::Region => self.change_region(fault),
+            Scenario::End => self.end(fault),
         }
     }
 
@@ -153,7 +166,7 @@ impl Sweep {
         name_call(laboratory, &agent);
         laboratory.check_steady();
         // Nothing of it fails: let it run at full speed.
-        let mut next = laboratory.converge(Kind::Log, to);
+        let mut next = laboratory.converge(Kind::Log, InForce::Policy(to));
         laboratory.stop(&mut next);
         laboratory.check_steady();
         round_of(&agent)
@@ -209,7 +222,7 @@ impl Sweep {
         name_call(laboratory, &agent);
         laboratory.check_steady();
         self.version = to;
-        self.agent = Some(laboratory.converge(self.kind, to));
+        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(to)));
         laboratory.check_steady();
         round_of(&agent)
     }
@@ -231,7 +244,7 @@ impl Sweep {
             laboratory.check_steady();
         }
         laboratory.expect_anything();
-        let detaches = || wait_until(|| laboratory.in_force() == InForce::Nothing);
+        let detaches = || within_limit(|| laboratory.in_force() == InForce::Nothing);
         if answer.status.is_none() {
             laboratory.find("a detach hangs", &answer.text);
         } else if answer.succeeded() && !detaches() {
@@ -245,7 +258,7 @@ impl Sweep {
         if !answer.succeeded() {
             agent.disarm();
             let again = laboratory.command(&["detach", "--yes"]);
-            if !again.succeeded() || !wait_until(|| laboratory.in_force() == InForce::Nothing) {
+            if !again.succeeded() || !within_limit(|| laboratory.in_force() == InForce::Nothing) {
                 let both = format!("{}\nthen:\n{}", answer.text, again.text);
                 laboratory.find("the next detach does not detach", &both);
             }
@@ -257,7 +270,59 @@ impl Sweep {
             laboratory.find("a detach leaves files", &format!("{left:?}"));
         }
         laboratory.clear();
-        self.agent = Some(laboratory.converge(self.kind, version));
+        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(version)));
+        round_of(&agent)
+    }
+
+    /// A change of a region's file with a fault, and a start without.
+    fn change_region(&mut self, fault: Option<Fault>) -> Round {
+        let from = self.version;
+        let to = from.other();
+        let laboratory = &mut self.laboratory;
+        let mut agent = self
+            .agent
+            .take()
+            .expect("the agent runs between two rounds");
+        agent.arm(fault);
+        laboratory.write_region(to);
+        // A change that fails leaves what was in force, and `status` says so.
+        let is_settled = within_limit(|| {
+            has_died(&mut agent)
+                || laboratory.in_force() == InForce::Policy(to)
+                || !laboratory.command(&["status"]).succeeded()
+                    && laboratory.in_force() == InForce::Policy(from)
+        });
+        name_call(laboratory, &agent);
+        if !is_settled {
+            let in_force = relative(laboratory.in_force(), to);
+            laboratory.find(&format!("a region's change leaves in force {in_force}"), "");
+        }
+        laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
+        laboratory.check_steady();
+        self.version = to;
+        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(to)));
+        laboratory.check_steady();
+        round_of(&agent)
+    }
+
+    /// The end of a rule with a fault, and a start without.
+    fn end(&mut self, fault: Option<Fault>) -> Round {
+        let laboratory = &mut self.laboratory;
+        let end = Timestamp::now() + UNTIL_END;
+        laboratory.net.write_policy(&self.version.text_until(end));
+        let mut agent = laboratory.converge(self.kind, InForce::Policy(self.version));
+        agent.arm(fault);
+        if !within_limit(|| laboratory.in_force() == InForce::ONLY_ALWAYS) {
+            let in_force = laboratory.in_force().to_string();
+            laboratory.find(&format!("the end of a rule leaves in force {in_force}"), "");
+        }
+        name_call(laboratory, &agent);
+        laboratory.stop(&mut agent);
+        laboratory.check_steady();
+        let mut next = laboratory.converge(Kind::Log, InForce::ONLY_ALWAYS);
+        laboratory.stop(&mut next);
+        laboratory.check_steady();
         round_of(&agent)
     }
 
@@ -496,4 +561,19 @@ fn detach_meets_faults_of_files() {
 #[test]
 fn detach_meets_faults_of_netlink() {
     some_calls("fault-detach-netlink", Scenario::Detach, Kind::Netlink);
+}
+
+#[test]
+fn change_of_a_region_meets_faults_of_bpf() {
+    some_calls("fault-region-bpf", Scenario::Region, Kind::Bpf);
+}
+
+#[test]
+fn change_of_a_region_meets_faults_of_files() {
+    some_calls("fault-region-files", Scenario::Region, Kind::Files);
+}
+
+#[test]
+fn end_of_a_rule_meets_faults_of_bpf() {
+    some_calls("fault-end-bpf", Scenario::End, Kind::Bpf);
 }

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::Timestamp;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -22,7 +23,7 @@ use nix::{
 use crate::{
     datagrams::Datagrams,
     injector::{Fault, Kind, Supervised, Watch},
-    net::{ALLOWED4, ALLOWED6, DENIED4, DENIED6, NEIGHBOURS, Net, policy, wait_until},
+    net::{ALLOWED4, ALLOWED6, DENIED4, DENIED6, NEIGHBOURS, Net, policy},
 };
 
 pub const PORT: u16 = 5432;
@@ -55,17 +56,30 @@ impl Version {
         }
     }
 
-    pub fn text(self) -> String {
-        let own = match self {
-            Self::Old => ONLY_OLD,
-            Self::New => ONLY_NEW,
-        };
-        let database = format!(
-            "{{name: orders, port: {PORT}, protocol: udp, engine: other, model: dedicated, \
-             force_tls: false, rules: [{{cidr: {ALWAYS}/31}}, {{cidr: '{own}/128'}}]}}"
-        );
-        policy("eth0", "native", &[database])
+    fn prefix(self) -> String {
+        match self {
+            Self::Old => format!("{ONLY_OLD}/128"),
+            Self::New => format!("{ONLY_NEW}/128"),
+        }
     }
+
+    pub fn text(self) -> String {
+        text(&format!("cidr: '{}'", self.prefix()))
+    }
+
+    /// The same until then.
+    pub fn text_until(self, end: Timestamp) -> String {
+        text(&format!("cidr: '{}', expires: {end}", self.prefix()))
+    }
+}
+
+/// A policy with two rules: one for the sources that always pass, and this one.
+fn text(rule: &str) -> String {
+    let database = format!(
+        "{{name: orders, port: {PORT}, protocol: udp, engine: other, model: dedicated, \
+         force_tls: false, rules: [{{cidr: {ALWAYS}/31}}, {{{rule}}}]}}"
+    );
+    policy("eth0", "native", &[database])
 }
 
 /// The policy that the kernel enforces, as packets show.
@@ -80,6 +94,16 @@ pub enum InForce {
         only_new: bool,
         never: bool,
     },
+}
+
+impl InForce {
+    /// Either policy without its own prefix.
+    pub const ONLY_ALWAYS: Self = Self::Neither {
+        always: true,
+        only_old: false,
+        only_new: false,
+        never: false,
+    };
 }
 
 impl fmt::Display for InForce {
@@ -203,6 +227,20 @@ impl Laboratory {
 
     fn log_path(&self) -> PathBuf {
         self.net.dir().join("log")
+    }
+
+    /// Writes a policy whose second rule is a region with this version's prefix. Where such a policy is there
+    /// already, only the region's file changes.
+    pub fn write_region(&self, version: Version) {
+        let path = self.net.dir().join("office.txt");
+        let next = self.net.dir().join("office.next");
+        fs::write(&next, format!("{}\n", version.prefix())).unwrap();
+        fs::rename(next, &path).unwrap();
+        let region = format!("regions: {{office: {{file: {}}}}}\n", path.display());
+        let policy = text("region: office") + &region;
+        if fs::read_to_string(self.net.policy_path()).ok().as_ref() != Some(&policy) {
+            self.net.write_policy(&policy);
+        }
     }
 
     /// Starts the agent and does not wait.
@@ -341,7 +379,7 @@ impl Laboratory {
         }
         // The kernel frees the links a moment later.
         assert!(
-            wait_until(|| self.in_force() == InForce::Nothing),
+            within_limit(|| self.in_force() == InForce::Nothing),
             "{}",
             self.in_force()
         );
@@ -349,7 +387,7 @@ impl Laboratory {
 
     /// Starts the agent without a fault, which must enforce the policy file, whatever it finds.
     /// `kind`: of its calls that can fail later.
-    pub fn converge(&mut self, kind: Kind, expected: Version) -> Supervised {
+    pub fn converge(&mut self, kind: Kind, expected: InForce) -> Supervised {
         let mut agent = self.spawn(kind, None);
         let mut started = self.wait_for_start(&mut agent);
         if started != Started::Ready {
@@ -363,7 +401,7 @@ impl Laboratory {
         }
         self.expect_enforced();
         let in_force = self.in_force();
-        if in_force != InForce::Policy(expected) {
+        if in_force != expected {
             self.find(&format!("the next start leaves in force {in_force}"), "");
         }
         let status = self.command(&["status"]);
@@ -429,13 +467,23 @@ fn files_below(directory: &Path) -> BTreeSet<PathBuf> {
     found
 }
 
-fn wait(child: &mut Child) -> Option<ExitStatus> {
+/// Whether a condition comes true within the time that anything may take.
+pub fn within_limit(mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + LIMIT;
     while Instant::now() < deadline {
-        if let Some(status) = child.try_wait().unwrap() {
-            return Some(status);
+        if condition() {
+            return true;
         }
         thread::sleep(Duration::from_millis(1));
     }
-    None
+    condition()
+}
+
+fn wait(child: &mut Child) -> Option<ExitStatus> {
+    let mut status = None;
+    within_limit(|| {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status
 }
