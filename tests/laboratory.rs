@@ -213,6 +213,8 @@ impl Laboratory {
     }
 
     pub fn find(&mut self, what: &str, evidence: &str) {
+        // At once too, for a run that somebody ends.
+        eprintln!("{}: {what}", self.round);
         self.findings.push(Finding {
             what: what.into(),
             round: self.round.clone(),
@@ -421,15 +423,19 @@ impl Laboratory {
             .collect()
     }
 
-    /// Compares what is pinned and kept with what a clean run leaves there.
+    /// Remembers what a clean run left, after its end.
+    pub fn remember_files(&mut self) {
+        let files = [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
+        self.clean.insert(self.net.binary.clone(), files);
+    }
+
+    /// Compares what is pinned and kept with what a clean run left there.
     fn check_files(&mut self) {
-        // The policy in force is written after it is enforced.
-        let files = || [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
         let Some(clean) = self.clean.get(&self.net.binary) else {
-            self.net.wait_until_confirmed();
-            self.clean.insert(self.net.binary.clone(), files());
             return;
         };
+        // The agent writes what it keeps after it is ready.
+        let files = || [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
         let mut found = files();
         let deadline = Instant::now() + Duration::from_secs(2);
         while found != *clean && Instant::now() < deadline {
