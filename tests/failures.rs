@@ -142,7 +142,7 @@ impl Sweep {
                 laboratory.expect_enforced();
                 let status = laboratory.command(&["status"]);
                 let is_admitted = from.is_some() && in_force == before && !status.succeeded();
-                if in_force != InForce::Policy(to) && !is_admitted && !has_died(&mut agent) {
+                if in_force != InForce::Policy(to) && !is_admitted && !agent.has_ended() {
                     let what = format!("READY, and in force is {}", relative(in_force, to));
                     laboratory.find(&what, &status.text);
                 }
@@ -196,7 +196,7 @@ impl Sweep {
         };
         if answer.status.is_none() {
             laboratory.find("a reload hangs", &answer.text);
-        } else if in_force != InForce::Policy(expected) && !has_died(&mut agent) {
+        } else if in_force != InForce::Policy(expected) && !agent.has_ended() {
             let how = match expected {
                 _ if answer.succeeded() => "succeeds",
                 _ if expected == from => "is refused",
@@ -208,7 +208,7 @@ impl Sweep {
             );
             laboratory.find(&what, &answer.text);
         }
-        if !agent.fired().is_empty() && !has_died(&mut agent) {
+        if !agent.fired().is_empty() && !agent.has_ended() {
             agent.disarm();
             let again = laboratory.command(&["reload"]);
             let in_force = laboratory.in_force();
@@ -290,7 +290,7 @@ impl Sweep {
         laboratory.write_region(to);
         // A change that fails leaves what was in force, and `status` says so.
         let is_settled = within_limit(|| {
-            has_died(&mut agent)
+            agent.has_ended()
                 || laboratory.in_force() == InForce::Policy(to)
                 || !laboratory.command(&["status"]).succeeded()
                     && laboratory.in_force() == InForce::Policy(from)
@@ -403,10 +403,6 @@ fn name_call(laboratory: &mut Laboratory, agent: &Supervised) {
     {
         write!(laboratory.round, " ({call})").unwrap();
     }
-}
-
-fn has_died(agent: &mut Supervised) -> bool {
-    agent.child.try_wait().unwrap().is_some()
 }
 
 fn round_of(agent: &Supervised) -> Round {

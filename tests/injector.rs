@@ -184,6 +184,15 @@ impl Supervised {
         self.state().count
     }
 
+    /// Whether the agent was killed at a call, or ended.
+    pub fn has_ended(&mut self) -> bool {
+        let state = self.state();
+        let killed = matches!(state.fault, Some(fault) if fault.action == Action::Kill);
+        let is_dying = killed && !state.fired.is_empty();
+        drop(state);
+        is_dying || self.child.try_wait().unwrap().is_some()
+    }
+
     /// The calls that did not run.
     pub fn fired(&self) -> Vec<String> {
         self.state().fired.clone()
