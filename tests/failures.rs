@@ -68,6 +68,14 @@ impl Sweep {
         for binary in binaries {
             laboratory.net.binary = binary.to_owned();
             let mut agent = laboratory.converge(kind, InForce::Policy(version));
+            if scenario == Scenario::Region {
+                // What a region was is kept when it changes.
+                for version in [version.other(), version] {
+                    laboratory.write_region(version);
+                    let is_in_force = || laboratory.in_force() == InForce::Policy(version);
+                    assert!(within_limit(is_in_force), "{}", laboratory.log());
+                }
+            }
             laboratory.stop(&mut agent);
             laboratory.remember_files();
         }
@@ -316,11 +324,12 @@ impl Sweep {
         laboratory.net.write_policy(&self.version.text_until(end));
         let mut agent = laboratory.converge(self.kind, InForce::Policy(self.version));
         agent.arm(fault);
-        if !within_limit(|| laboratory.in_force() == InForce::ONLY_ALWAYS) {
+        let has_ended = within_limit(|| laboratory.in_force() == InForce::ONLY_ALWAYS);
+        name_call(laboratory, &agent);
+        if !has_ended {
             let in_force = laboratory.in_force().to_string();
             laboratory.find(&format!("the end of a rule leaves in force {in_force}"), "");
         }
-        name_call(laboratory, &agent);
         laboratory.stop(&mut agent);
         laboratory.check_steady();
         let mut next = laboratory.converge(Kind::Log, InForce::ONLY_ALWAYS);
