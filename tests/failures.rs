@@ -522,7 +522,8 @@ fn reload_meets_faults_of_bpf() {
 
 #[test]
 fn reload_meets_faults_of_lookups() {
-    every_call("fault-reload-lookup", Scenario::Reload, Kind::BpfLookup);
+    // Few calls, but the agent starts before each round with those 150,000.
+    some_calls("fault-reload-lookup", Scenario::Reload, Kind::BpfLookup);
 }
 
 #[test]
