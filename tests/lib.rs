@@ -2,7 +2,10 @@
 
 pub mod bpffs;
 pub mod databases;
+pub mod datagrams;
 pub mod frames;
+pub mod injector;
+pub mod laboratory;
 pub mod loaded;
 pub mod mounts;
 pub mod net;

@@ -38,7 +38,8 @@ enum Task {
     Check,
     /// Everything `check` does, then the tests that need root
     Test {
-        /// Boot every kernel in the virtual machine, not only the oldest
+        /// Boot every kernel in the virtual machine, not only the oldest, and fail every system call
+        /// of the agent, not some
         #[arg(long)]
         full: bool,
     },

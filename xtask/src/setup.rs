@@ -18,7 +18,7 @@ pub enum Needs {
     Build,
     /// To make packages as well.
     Package,
-    /// To run the agent and servers as well.
+    /// To build and run the tests that need root as well: the agent, servers, clients.
     Run,
     /// To compare it with what else is in use as well.
     Bench,
@@ -34,10 +34,11 @@ const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 12] = [
+const RUN_PACKAGES: [&str; 13] = [
     "bpftool",
     "iproute2",
     "knot",
+    "libseccomp-dev",
     "mariadb-server",
     "nftables",
     "nginx-light",

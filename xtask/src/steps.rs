@@ -15,7 +15,7 @@ pub fn check() -> Result<()> {
     result
 }
 
-/// Everything. `full`: in the virtual machine every kernel, not only the oldest.
+/// Everything. `full`: in the virtual machine every kernel, not only the oldest, and every fault.
 pub fn test(full: bool) -> Result<()> {
     let mut report = Report::default();
     let result = check_steps(&mut report).and_then(|()| privileged_steps(&mut report, full));
@@ -57,12 +57,13 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     )?;
     // Each of these tests runs an agent, servers and clients of its own: many at once compete for the
     // processor until time-outs expire.
-    report.step(
-        "tests as root",
-        cargo()
-            .args(["test", "--package", "filter-tests"])
-            .args(["--", "--test-threads", "4"]),
-    )?;
+    let mut tests = cargo();
+    tests.args(["test", "--package", "filter-tests"]);
+    tests.args(["--", "--test-threads", "4"]);
+    if full {
+        tests.env("FILTER_TESTS_FULL", "1");
+    }
+    report.step("tests as root", &mut tests)?;
     if full {
         report.time("build the agent before", build_previous)?;
         report.step(

@@ -1,0 +1,586 @@
+//! Every system call that matters may fail, and at every one the agent may die. What the kernel enforces
+//! then is what the agent says, nobody gets in whom no policy allows, and the next start puts all right.
+
+use std::{collections::BTreeMap, env, fmt::Write as _, path::Path, time::Duration};
+
+use filter_tests::{
+    injector::{Action, Fault, Kind, Supervised},
+    laboratory::{InForce, Laboratory, Started, Version, claims_refusal, within_limit},
+    net::{agent_binary, next_layout_binary},
+};
+use jiff::Timestamp;
+
+/// Time for the agent to start before the rule of `Scenario::End` ends.
+const UNTIL_END: Duration = Duration::from_secs(2);
+
+/// Becomes the agent, with the filter that reports its calls.
+const LAUNCHER: &str = env!("CARGO_BIN_EXE_launcher");
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Scenario {
+    /// Nothing is pinned and nothing is kept.
+    FirstStart,
+    /// The file differs from the policy that is pinned and kept.
+    Restart,
+    /// The same, and what is pinned has another layout.
+    TakeOver,
+    /// One prefix is added, and one removed.
+    Reload,
+    /// While the agent runs.
+    Detach,
+    /// A region's file changes.
+    Region,
+    /// A rule ends.
+    End,
+}
+
+/// What one round showed.
+struct Round {
+    /// Calls of the kind, from when they are counted to the agent's end.
+    calls: usize,
+    has_fired: bool,
+}
+
+/// A laboratory and the scenario that it repeats.
+struct Sweep {
+    scenario: Scenario,
+    kind: Kind,
+    laboratory: Laboratory,
+    /// The policy in force between two rounds.
+    version: Version,
+    /// The running agent between two rounds, where these begin with one.
+    agent: Option<Supervised>,
+}
+
+impl Sweep {
+    fn new(name: &str, scenario: Scenario, kind: Kind) -> Self {
+        let mut binaries = vec![agent_binary()];
+        if scenario == Scenario::TakeOver {
+            binaries.insert(0, next_layout_binary());
+        }
+        let mut laboratory = Laboratory::new(name, Path::new(LAUNCHER));
+        laboratory.round = "before any fault".into();
+        let version = Version::Old;
+        match scenario {
+            Scenario::Region => laboratory.write_region(version),
+            _ => laboratory.net.write_policy(&version.text()),
+        }
+        for binary in binaries {
+            laboratory.net.binary = binary.to_owned();
+            let mut agent = laboratory.converge(kind, InForce::Policy(version));
+            if scenario == Scenario::Region {
+                // What a region was is kept when it changes.
+                for version in [version.other(), version] {
+                    laboratory.write_region(version);
+                    let is_in_force = || laboratory.in_force() == InForce::Policy(version);
+                    assert!(within_limit(is_in_force), "{}", laboratory.log());
+                }
+            }
+            laboratory.stop(&mut agent);
+            laboratory.remember_files();
+        }
+        let begins_with_agent = matches!(
+            scenario,
+            Scenario::Reload | Scenario::Detach | Scenario::Region
+        );
+        let agent = begins_with_agent.then(|| laboratory.converge(kind, InForce::Policy(version)));
+        Self {
+            scenario,
+            kind,
+            laboratory,
+            version,
+            agent,
+        }
+    }
+
+    /// The scenario once, with this fault in it.
+    fn round(&mut self, fault: Option<Fault>) -> Round {
+        let (scenario, kind) = (self.scenario, self.kind);
+        self.laboratory.round = match fault {
+            None => format!("{scenario:?} without a fault"),
+            Some(fault) => {
+                let more = if fault.calls == 1 {
+                    ""
+                } else {
+                    " and all after it"
+                };
+                let (first, action) = (fault.first, fault.action);
+                format!("{scenario:?}, {kind:?} call {first}{more}: {action:?}")
+            }
+        };
+        match scenario {
+            Scenario::FirstStart => {
+                self.laboratory.clear();
+                self.start(fault, None)
+            }
+            Scenario::Restart => {
+                let from = self.version;
+                self.version = from.other();
+                self.start(fault, Some(from))
+            }
+            Scenario::TakeOver => {
+                let from = self.version;
+                self.version = from.other();
+                let binary = match self.version {
+                    Version::Old => agent_binary(),
+                    Version::New => next_layout_binary(),
+                };
+                self.laboratory.net.binary = binary.to_owned();
+                self.start(fault, Some(from))
+            }
+            Scenario::Reload => self.reload(fault),
+            Scenario::Detach => self.detach(fault),
+            Scenario::Region => self.change_region(fault),
+            Scenario::End => self.end(fault),
+        }
+    }
+
+    /// A start of the agent with a fault, and one without. `from`: what is in force before.
+    fn start(&mut self, fault: Option<Fault>, from: Option<Version>) -> Round {
+        let to = self.version;
+        let laboratory = &mut self.laboratory;
+        laboratory.net.write_policy(&to.text());
+        let mut agent = laboratory.spawn(self.kind, fault);
+        let started = laboratory.wait_for_start(&mut agent);
+        name_call(laboratory, &agent);
+        let before = from.map_or(InForce::Nothing, InForce::Policy);
+        let in_force = laboratory.in_force();
+        match started {
+            Started::Ready => {
+                laboratory.expect_enforced();
+                let status = laboratory.command(&["status"]);
+                let is_admitted = from.is_some() && in_force == before && !status.succeeded();
+                if in_force != InForce::Policy(to) && !is_admitted && !agent.has_ended() {
+                    let what = format!("READY, and in force is {}", relative(in_force, to));
+                    laboratory.find(&what, &status.text);
+                }
+            }
+            // A killed agent may leave the maps half written.
+            Started::Exited(status) if status.code().is_none() => {}
+            Started::Exited(_) => {
+                let log = laboratory.log();
+                let message = log.lines().last().unwrap_or_default();
+                let is_admitted = in_force == InForce::Policy(to)
+                    && !claims_refusal(message)
+                    && message.contains("in force");
+                if in_force != before && !is_admitted {
+                    let what = format!(
+                        "a start fails and leaves in force {}",
+                        relative(in_force, to)
+                    );
+                    laboratory.find(&what, "");
+                }
+            }
+            Started::Hangs => laboratory.find("a start neither succeeds nor fails", ""),
+        }
+        laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
+        laboratory.check_steady();
+        // Nothing of it fails: let it run at full speed.
+        let mut next = laboratory.converge(Kind::Log, InForce::Policy(to));
+        laboratory.stop(&mut next);
+        laboratory.check_steady();
+        round_of(&agent)
+    }
+
+    /// A reload with a fault, one without, and a start.
+    fn reload(&mut self, fault: Option<Fault>) -> Round {
+        let from = self.version;
+        let to = from.other();
+        let laboratory = &mut self.laboratory;
+        let mut agent = self
+            .agent
+            .take()
+            .expect("the agent runs between two rounds");
+        laboratory.net.write_policy(&to.text());
+        agent.arm(fault);
+        let answer = laboratory.command(&["reload"]);
+        let in_force = laboratory.in_force();
+        name_call(laboratory, &agent);
+        let expected = if answer.succeeded() || !claims_refusal(&answer.text) {
+            to
+        } else {
+            from
+        };
+        if answer.status.is_none() {
+            laboratory.find("a reload hangs", &answer.text);
+        } else if in_force != InForce::Policy(expected) && !agent.has_ended() {
+            let how = match expected {
+                _ if answer.succeeded() => "succeeds",
+                _ if expected == from => "is refused",
+                _ => "fails",
+            };
+            let what = format!(
+                "a reload {how} and leaves in force {}",
+                relative(in_force, to)
+            );
+            laboratory.find(&what, &answer.text);
+        }
+        if !agent.fired().is_empty() && !agent.has_ended() {
+            agent.disarm();
+            let again = laboratory.command(&["reload"]);
+            let in_force = laboratory.in_force();
+            if !again.succeeded() || in_force != InForce::Policy(to) {
+                let what = format!("the next reload leaves in force {}", relative(in_force, to));
+                laboratory.find(&what, &format!("{}\nthen:\n{}", answer.text, again.text));
+            }
+            let status = laboratory.command(&["status"]);
+            if !status.succeeded() {
+                laboratory.find("after the next reload `status` fails", &status.text);
+            }
+        }
+        laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
+        laboratory.check_steady();
+        self.version = to;
+        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(to)));
+        laboratory.check_steady();
+        round_of(&agent)
+    }
+
+    /// A detach with a fault, one without, and a start.
+    fn detach(&mut self, fault: Option<Fault>) -> Round {
+        let version = self.version;
+        let laboratory = &mut self.laboratory;
+        let mut agent = self
+            .agent
+            .take()
+            .expect("the agent runs between two rounds");
+        laboratory.check_steady();
+        agent.arm(fault);
+        let answer = laboratory.command(&["detach", "--yes"]);
+        name_call(laboratory, &agent);
+        let is_refused = !answer.succeeded() && claims_refusal(&answer.text);
+        if is_refused {
+            laboratory.check_steady();
+        }
+        laboratory.expect_anything();
+        let detaches = || within_limit(|| laboratory.in_force() == InForce::Nothing);
+        if answer.status.is_none() {
+            laboratory.find("a detach hangs", &answer.text);
+        } else if answer.succeeded() && !detaches() {
+            laboratory.find("a detach succeeds and leaves a filter", &answer.text);
+        } else if is_refused && laboratory.in_force() != InForce::Policy(version) {
+            laboratory.find(
+                "a detach is refused and leaves another policy in force",
+                &answer.text,
+            );
+        }
+        if !answer.succeeded() {
+            agent.disarm();
+            let again = laboratory.command(&["detach", "--yes"]);
+            if !again.succeeded() || !within_limit(|| laboratory.in_force() == InForce::Nothing) {
+                let both = format!("{}\nthen:\n{}", answer.text, again.text);
+                laboratory.find("the next detach does not detach", &both);
+            }
+        }
+        laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
+        let left = laboratory.files();
+        if !left.is_empty() {
+            laboratory.find("a detach leaves files", &format!("{left:?}"));
+        }
+        laboratory.clear();
+        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(version)));
+        round_of(&agent)
+    }
+
+    /// A change of a region's file with a fault, and a start without.
+    fn change_region(&mut self, fault: Option<Fault>) -> Round {
+        let from = self.version;
+        let to = from.other();
+        let laboratory = &mut self.laboratory;
+        let mut agent = self
+            .agent
+            .take()
+            .expect("the agent runs between two rounds");
+        agent.arm(fault);
+        laboratory.write_region(to);
+        // A change that fails leaves what was in force, and `status` says so.
+        let is_settled = within_limit(|| {
+            agent.has_ended()
+                || laboratory.in_force() == InForce::Policy(to)
+                || !laboratory.command(&["status"]).succeeded()
+                    && laboratory.in_force() == InForce::Policy(from)
+        });
+        name_call(laboratory, &agent);
+        if !is_settled {
+            let in_force = relative(laboratory.in_force(), to);
+            laboratory.find(&format!("a region's change leaves in force {in_force}"), "");
+        }
+        laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
+        laboratory.check_steady();
+        self.version = to;
+        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(to)));
+        laboratory.check_steady();
+        round_of(&agent)
+    }
+
+    /// The end of a rule with a fault, and a start without.
+    fn end(&mut self, fault: Option<Fault>) -> Round {
+        let laboratory = &mut self.laboratory;
+        let end = Timestamp::now() + UNTIL_END;
+        laboratory.net.write_policy(&self.version.text_until(end));
+        let mut agent = laboratory.converge(self.kind, InForce::Policy(self.version));
+        agent.arm(fault);
+        let has_ended = within_limit(|| laboratory.in_force() == InForce::ONLY_ALWAYS);
+        name_call(laboratory, &agent);
+        if !has_ended {
+            let in_force = laboratory.in_force().to_string();
+            laboratory.find(&format!("the end of a rule leaves in force {in_force}"), "");
+        }
+        laboratory.stop(&mut agent);
+        laboratory.check_steady();
+        let mut next = laboratory.converge(Kind::Log, InForce::ONLY_ALWAYS);
+        laboratory.stop(&mut next);
+        laboratory.check_steady();
+        round_of(&agent)
+    }
+
+    /// Every call, one after another, until there are no more. `actions`: taken in turn.
+    fn every_call(&mut self, actions: &[Action]) {
+        let expected = self.round(None).calls;
+        let mut last = 0;
+        // The number of calls differs a little from round to round.
+        for first in 1..=expected + 50 {
+            let action = actions[first % actions.len()];
+            if self.fails(first, 1, action) {
+                last = first;
+            } else if first > last + 2 {
+                break;
+            }
+        }
+        println!(
+            "{:?}, {:?}: {last} calls, one by one",
+            self.scenario, self.kind
+        );
+        assert!(
+            last > 0 && last + 50 > expected,
+            "{last} calls, not {expected}"
+        );
+    }
+
+    /// Some calls. `calls`: how many fail from there on.
+    fn some_calls(&mut self, rounds: usize, calls: usize, actions: &[Action]) {
+        let expected = self.round(None).calls;
+        let mut random = fastrand::Rng::with_seed(11);
+        let mut fired = 0;
+        for round in 0..rounds {
+            let first = random.usize(1..=expected);
+            fired += usize::from(self.fails(first, calls, actions[round % actions.len()]));
+        }
+        let (scenario, kind) = (self.scenario, self.kind);
+        let more = if calls == 1 { "" } else { " and all after it" };
+        println!("{scenario:?}, {kind:?}: {fired} times one of {expected} calls{more}");
+        assert!(fired > 0, "none of {expected} calls failed");
+    }
+
+    /// Whether the fault was met.
+    fn fails(&mut self, first: usize, calls: usize, action: Action) -> bool {
+        let fault = Fault {
+            first,
+            calls,
+            action,
+        };
+        self.round(Some(fault)).has_fired
+    }
+
+    /// Panics with what was found, the same once.
+    fn report(self) {
+        let mut findings: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for finding in &self.laboratory.findings {
+            findings.entry(&finding.what).or_default().push(finding);
+        }
+        let mut report = String::new();
+        for (what, found) in &findings {
+            writeln!(report, "\n{what}:").unwrap();
+            for finding in found {
+                writeln!(report, "  {}", finding.round).unwrap();
+            }
+            let evidence = found[0].evidence.replace('\n', "\n    ");
+            writeln!(report, "  the first one: {evidence}").unwrap();
+        }
+        assert!(findings.is_empty(), "{report}");
+    }
+}
+
+/// Adds the first call that did not run to the name of the round.
+fn name_call(laboratory: &mut Laboratory, agent: &Supervised) {
+    if let Some(call) = agent.fired().first()
+        && !laboratory.round.contains(call)
+    {
+        write!(laboratory.round, " ({call})").unwrap();
+    }
+}
+
+fn round_of(agent: &Supervised) -> Round {
+    Round {
+        calls: agent.count(),
+        has_fired: !agent.fired().is_empty(),
+    }
+}
+
+/// Rounds take turns between the two policies; a finding is the same for both.
+fn relative(in_force: InForce, to: Version) -> String {
+    match in_force {
+        InForce::Policy(version) if version == to => "the policy of the file".into(),
+        InForce::Policy(_) => "the policy of before".into(),
+        other => other.to_string(),
+    }
+}
+
+/// Whether `cargo xtask test --full` runs this.
+fn is_full() -> bool {
+    env::var_os("FILTER_TESTS_FULL").is_some()
+}
+
+/// Each call fails, and at each the agent is killed. At a start, which has hundreds of them, it is one or
+/// the other in turn, and both in the full test.
+fn every_call(name: &str, scenario: Scenario, kind: Kind) {
+    let mut sweep = Sweep::new(name, scenario, kind);
+    let actions = [Action::Fail(kind.errno()), Action::Kill];
+    if is_full() || matches!(scenario, Scenario::Reload | Scenario::Detach) {
+        for action in actions {
+            sweep.every_call(&[action]);
+        }
+    } else {
+        sweep.every_call(&actions);
+    }
+    sweep.report();
+}
+
+/// The same for some of the calls; the full test takes all, or many where they are too many.
+fn some_calls(name: &str, scenario: Scenario, kind: Kind) {
+    const MANY: usize = 100;
+    const SOME: usize = 6;
+    let is_endless = (scenario, kind) == (Scenario::Restart, Kind::BpfLookup);
+    if is_full() && !is_endless {
+        every_call(name, scenario, kind);
+        return;
+    }
+    let mut sweep = Sweep::new(name, scenario, kind);
+    let rounds = if is_full() { MANY } else { SOME };
+    sweep.some_calls(rounds, 1, &[Action::Fail(kind.errno()), Action::Kill]);
+    sweep.report();
+}
+
+#[test]
+fn first_start_meets_faults_of_bpf() {
+    every_call("fault-first-bpf", Scenario::FirstStart, Kind::Bpf);
+}
+
+#[test]
+fn first_start_meets_faults_of_lookups() {
+    some_calls("fault-first-lookup", Scenario::FirstStart, Kind::BpfLookup);
+}
+
+#[test]
+fn first_start_meets_faults_of_files() {
+    every_call("fault-first-files", Scenario::FirstStart, Kind::Files);
+}
+
+#[test]
+fn first_start_meets_faults_of_netlink() {
+    some_calls("fault-first-netlink", Scenario::FirstStart, Kind::Netlink);
+}
+
+#[test]
+fn first_start_meets_faults_of_the_log() {
+    some_calls("fault-first-log", Scenario::FirstStart, Kind::Log);
+}
+
+#[test]
+fn restart_meets_faults_of_bpf() {
+    every_call("fault-restart-bpf", Scenario::Restart, Kind::Bpf);
+}
+
+#[test]
+fn restart_meets_faults_of_lookups() {
+    some_calls("fault-restart-lookup", Scenario::Restart, Kind::BpfLookup);
+}
+
+#[test]
+fn restart_meets_faults_of_files() {
+    every_call("fault-restart-files", Scenario::Restart, Kind::Files);
+}
+
+#[test]
+fn restart_meets_faults_of_netlink() {
+    some_calls("fault-restart-netlink", Scenario::Restart, Kind::Netlink);
+}
+
+#[test]
+fn restart_meets_faults_of_the_log() {
+    some_calls("fault-restart-log", Scenario::Restart, Kind::Log);
+}
+
+#[test]
+fn reload_meets_faults_of_bpf() {
+    every_call("fault-reload-bpf", Scenario::Reload, Kind::Bpf);
+}
+
+#[test]
+fn reload_meets_faults_of_lookups() {
+    // Few calls, but the agent starts before each round with those 150,000.
+    some_calls("fault-reload-lookup", Scenario::Reload, Kind::BpfLookup);
+}
+
+#[test]
+fn reload_meets_faults_of_files() {
+    every_call("fault-reload-files", Scenario::Reload, Kind::Files);
+}
+
+#[test]
+fn reload_meets_faults_of_netlink() {
+    some_calls("fault-reload-netlink", Scenario::Reload, Kind::Netlink);
+}
+
+#[test]
+fn reload_meets_faults_of_the_log() {
+    some_calls("fault-reload-log", Scenario::Reload, Kind::Log);
+}
+
+/// What undoes a change fails as well.
+#[test]
+fn reload_meets_a_kernel_that_refuses_all_from_some_call_on() {
+    let mut sweep = Sweep::new("fault-reload-all", Scenario::Reload, Kind::Bpf);
+    let rounds = if is_full() { 200 } else { 20 };
+    sweep.some_calls(rounds, usize::MAX, &[Action::Fail(Kind::Bpf.errno())]);
+    sweep.report();
+}
+
+#[test]
+fn take_over_meets_faults_of_bpf() {
+    some_calls("fault-takeover-bpf", Scenario::TakeOver, Kind::Bpf);
+}
+
+#[test]
+fn take_over_meets_faults_of_files() {
+    some_calls("fault-takeover-files", Scenario::TakeOver, Kind::Files);
+}
+
+#[test]
+fn detach_meets_faults_of_files() {
+    some_calls("fault-detach-files", Scenario::Detach, Kind::Files);
+}
+
+#[test]
+fn detach_meets_faults_of_netlink() {
+    some_calls("fault-detach-netlink", Scenario::Detach, Kind::Netlink);
+}
+
+#[test]
+fn change_of_a_region_meets_faults_of_bpf() {
+    some_calls("fault-region-bpf", Scenario::Region, Kind::Bpf);
+}
+
+#[test]
+fn change_of_a_region_meets_faults_of_files() {
+    some_calls("fault-region-files", Scenario::Region, Kind::Files);
+}
+
+#[test]
+fn end_of_a_rule_meets_faults_of_bpf() {
+    some_calls("fault-end-bpf", Scenario::End, Kind::Bpf);
+}
