@@ -304,10 +304,11 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
     let mut errors = Vec::new();
     let mut not_taken_over = None;
     if is_start {
-        match filter.take_over() {
-            Ok(taken) => entries.extend(taken.iter().map(describe_takeover)),
-            Err(error) => not_taken_over = Some(error),
-        }
+        let result = filter.take_over();
+        entries.extend(result.taken.iter().map(describe_takeover));
+        let found = result.errors.iter();
+        errors.extend(found.map(|error| format!("take over an older agent's pins: {error:#}")));
+        not_taken_over = result.not_switched.into_iter().next();
     }
     for (interface, how) in &attached {
         entries.push(describe_attachment(interface, how));

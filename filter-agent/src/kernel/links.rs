@@ -49,6 +49,16 @@ pub struct TakenOver {
     pub counters: bool,
 }
 
+/// The result of a take-over.
+#[derive(Debug, Default)]
+pub struct TakeOver {
+    pub taken: Vec<TakenOver>,
+    /// Links that the kernel refused to switch.
+    pub not_switched: Vec<anyhow::Error>,
+    /// Errors beside that, such as pins that cannot be removed: the next start goes on there.
+    pub errors: Vec<anyhow::Error>,
+}
+
 impl Filter {
     /// Runs the program on `interface`: by the pinned link where that is intact, else by a new link, which is
     /// pinned.
@@ -207,57 +217,77 @@ impl Filter {
         Ok(others)
     }
 
-    /// Takes over what an agent of another layout left in force: carries its counters, switches each of
-    /// its links to this program atomically, and only then removes its maps. The maps must hold the
-    /// policy by now. Whenever it is cut off, the next start goes on with what is left.
-    ///
-    /// # Errors
-    /// A link that the kernel does not switch: it and the old maps stay as they are. Only a link whose
-    /// interface is certainly gone is removed.
-    pub fn take_over(&mut self) -> Result<Vec<TakenOver>> {
-        let mut taken = Vec::new();
-        for (layout, pins) in self.other_layouts()? {
-            own_directory(&pins)?;
-            // The meaning of a later layout's counters is not known here.
-            let counters =
-                layout < LAYOUT && self.maps.carry_counters(layout, &pins, &self.image)?;
-            let mut links = 0;
-            for pin in entries(&pins)? {
-                let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
-                    continue;
-                };
-                if !name.starts_with("link_") && !name.starts_with(AWAY_LINK) {
-                    continue;
-                }
-                let to = self.pins.join(name);
-                let is_taken = exists(&to)?;
-                match self.update(&pin) {
-                    // Another interface has the index of this link's interface now.
-                    Ok(()) if is_taken => set_aside(&pin, &self.pins)?,
-                    Ok(()) => fs::rename(&pin, &to)
-                        .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?,
-                    Err(error) if is_detached(&error) => {
-                        fs::remove_file(&pin)
-                            .with_context(|| format!("remove {}", pin.display()))?;
-                        continue;
-                    }
-                    Err(error) => {
-                        return Err(error.context(format!(
-                            "switch {} to layout {LAYOUT}; the policy of layout {layout} stays in force",
-                            pin.display()
-                        )));
-                    }
-                }
-                links += 1;
+    /// Takes over what agents of other layouts left in force: carries their counters, switches each of their
+    /// links to this program atomically, and only then removes their maps. The maps must hold the policy by
+    /// now. Whenever it is cut off, the next start goes on with what is left. Only a link whose interface is
+    /// certainly gone is removed; one that the kernel does not switch stays with its program and maps.
+    pub fn take_over(&mut self) -> TakeOver {
+        let mut result = TakeOver::default();
+        let others = match self.other_layouts() {
+            Ok(others) => others,
+            Err(error) => {
+                result.errors.push(error.context("look for other layouts"));
+                return result;
             }
-            remove_directory(&pins)?;
-            taken.push(TakenOver {
-                layout,
-                links,
-                counters,
-            });
+        };
+        for (layout, pins) in others {
+            match self.take_over_layout(layout, &pins, &mut result.not_switched) {
+                Ok(taken) => result.taken.extend(taken),
+                Err(error) => result.errors.push(error),
+            }
         }
-        Ok(taken)
+        result
+    }
+
+    /// Takes over one layout. Returns `None` where a link was not switched.
+    fn take_over_layout(
+        &mut self,
+        layout: u32,
+        pins: &Path,
+        not_switched: &mut Vec<anyhow::Error>,
+    ) -> Result<Option<TakenOver>> {
+        own_directory(pins)?;
+        // The meaning of a later layout's counters is not known here.
+        let counters = layout < LAYOUT && self.maps.carry_counters(layout, pins, &self.image)?;
+        let before = not_switched.len();
+        let mut links = 0;
+        for pin in entries(pins)? {
+            let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
+                continue;
+            };
+            if !name.starts_with("link_") && !name.starts_with(AWAY_LINK) {
+                continue;
+            }
+            let to = self.pins.join(name);
+            let is_taken = exists(&to)?;
+            match self.update(&pin) {
+                // Another interface has the index of this link's interface now.
+                Ok(()) if is_taken => set_aside(&pin, &self.pins)?,
+                Ok(()) => fs::rename(&pin, &to)
+                    .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?,
+                Err(error) if is_detached(&error) => {
+                    fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
+                    continue;
+                }
+                Err(error) => {
+                    not_switched.push(error.context(format!(
+                        "switch {} to layout {LAYOUT}; the policy of layout {layout} stays in force",
+                        pin.display()
+                    )));
+                    continue;
+                }
+            }
+            links += 1;
+        }
+        if not_switched.len() > before {
+            return Ok(None);
+        }
+        remove_directory(pins)?;
+        Ok(Some(TakenOver {
+            layout,
+            links,
+            counters,
+        }))
     }
 
     /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
