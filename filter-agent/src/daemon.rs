@@ -60,6 +60,7 @@ pub async fn run(options: Options) -> Result<()> {
         nix::unistd::geteuid().is_root(),
         "run needs root: it loads BPF programs and attaches them to interfaces"
     );
+    refuse_second_agent(&options.socket).await?;
     let mut links = host::events()?;
     let (watcher, mut files) = Watcher::new();
     let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
@@ -283,11 +284,20 @@ fn notify_systemd(state: &[NotifyState<'_>]) {
     }
 }
 
+/// # Errors
+/// An agent that answers on the socket.
+async fn refuse_second_agent(socket: &Path) -> Result<()> {
+    ensure!(
+        UnixStream::connect(socket).await.is_err(),
+        "another filter-agent answers on {}",
+        socket.display()
+    );
+    Ok(())
+}
+
 /// The control socket, for root only.
 async fn listen(socket: &Path) -> Result<UnixListener> {
-    if UnixStream::connect(socket).await.is_ok() {
-        bail!("another filter-agent answers on {}", socket.display());
-    }
+    refuse_second_agent(socket).await?;
     if let Some(directory) = socket.parent() {
         let mut builder = fs::DirBuilder::new();
         let made = builder.recursive(true).mode(0o750).create(directory);
