@@ -215,7 +215,7 @@ fn filter_that_is_taken_off_by_force_is_put_back_and_counted() {
     assert_filtered(&net);
     assert_eq!(net.agent_json(&["status"])["repairs"], 1);
     let text = net.agent_text(&["status"]);
-    assert!(text.contains("put back 1 time"), "{text}");
+    assert!(text.contains("attached again 1 time"), "{text}");
 }
 
 #[test]
