@@ -181,7 +181,9 @@ pub struct Laboratory {
     pub round: String,
     pub findings: Vec<Finding>,
     datagrams: Datagrams,
-    ready: UnixDatagram,
+    /// The service manager's end, while a start is under way. Afterwards there is none: datagrams that
+    /// nobody reads would make the agent wait.
+    ready: Option<UnixDatagram>,
     /// The files on the BPF file system and in the state directory after a clean run.
     /// By the agent's binary: another layout has other pins.
     clean: BTreeMap<PathBuf, [BTreeSet<PathBuf>; 2]>,
@@ -196,17 +198,13 @@ impl Laboratory {
         net.fix_neighbours();
         let others = [ALWAYS_TOO, ONLY_OLD, ONLY_NEW, NEVER_TOO];
         let datagrams = Datagrams::start(&net, PORT, &[ALWAYS, NEVER], &others);
-        let ready = UnixDatagram::bind(net.dir().join("ready")).unwrap();
-        ready
-            .set_read_timeout(Some(Duration::from_millis(5)))
-            .unwrap();
         Self {
             net,
             launcher,
             round: String::new(),
             findings: Vec::new(),
             datagrams,
-            ready,
+            ready: None,
             clean: BTreeMap::new(),
             is_enforced: false,
         }
@@ -246,11 +244,16 @@ impl Laboratory {
     }
 
     /// Starts the agent and does not wait.
-    pub fn spawn(&self, kind: Kind, fault: Option<Fault>) -> Supervised {
-        // Of the last agent.
-        while self.ready.recv(&mut [0; 4096]).is_ok() {}
+    pub fn spawn(&mut self, kind: Kind, fault: Option<Fault>) -> Supervised {
+        let path = self.net.dir().join("ready");
+        let _ = fs::remove_file(&path);
+        let ready = UnixDatagram::bind(&path).unwrap();
+        ready
+            .set_read_timeout(Some(Duration::from_millis(5)))
+            .unwrap();
+        self.ready = Some(ready);
         let mut command = self.net.agent_command(&["run"]);
-        command.env("NOTIFY_SOCKET", self.net.dir().join("ready"));
+        command.env("NOTIFY_SOCKET", path);
         let watch = Watch {
             kind,
             policy: self.net.policy_path(),
@@ -261,11 +264,12 @@ impl Laboratory {
     }
 
     /// Waits until the agent tells its service manager that it is ready, or ends.
-    pub fn wait_for_start(&self, agent: &mut Supervised) -> Started {
+    pub fn wait_for_start(&mut self, agent: &mut Supervised) -> Started {
+        let ready = self.ready.take().expect("the agent was just started");
         let deadline = Instant::now() + LIMIT;
         let mut message = [0; 4096];
         while Instant::now() < deadline {
-            if let Ok(length) = self.ready.recv(&mut message)
+            if let Ok(length) = ready.recv(&mut message)
                 && String::from_utf8_lossy(&message[..length]).contains("READY=1")
             {
                 return Started::Ready;
