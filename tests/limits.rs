@@ -4,15 +4,18 @@
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr},
-    os::unix::net::UnixStream,
-    process::Command,
+    os::unix::net::{UnixDatagram, UnixStream},
+    process::{Command, Stdio},
 };
 
 use filter_tests::mounts::Mounted;
 use filter_tests::net::{
-    ALLOWED4, Connection, DB4, DENIED4, Net, Protected, dedicated, policy, wait_until,
+    ALLOWED4, Connection, DB4, DENIED4, Net, Protected, dedicated, policy, wait, wait_until,
 };
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 const PORT: u16 = 5432;
 
@@ -147,4 +150,33 @@ fn disk_that_hangs_delays_no_repair_and_no_answer() {
         status["errors"] == serde_json::json!([])
     }));
     drop(hung);
+}
+
+/// Guarantee 11: a service manager that read nothing stopped the agent's only thread.
+#[test]
+fn service_manager_that_reads_nothing_stops_nothing() {
+    let net = Net::new("deaf-manager");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&policy(
+        "eth0",
+        "native",
+        &[dedicated("orders", PORT, &ALLOWED, "")],
+    ));
+    let path = net.dir().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    let filler = UnixDatagram::unbound().unwrap();
+    filler.set_nonblocking(true).unwrap();
+    while filler.send_to(b"full", &path).is_ok() {}
+    let mut command = net.agent_command(&["run"]);
+    command.env("NOTIFY_SOCKET", &path).stderr(Stdio::null());
+    let mut agent = net.db.run(|| command.spawn().unwrap());
+    assert!(wait_until(|| net.agent(&["status"]).status.success()));
+    net.agent_text(&["reload"]);
+    net.db.ip("link delete eth0");
+    net.make_pair();
+    assert!(wait_until(|| net.agent(&["status"]).status.success()));
+    let pid = Pid::from_raw(i32::try_from(agent.id()).unwrap());
+    kill(pid, Signal::SIGTERM).unwrap();
+    assert!(wait(&mut agent).expect("the agent ends").success());
+    drop(manager);
 }

@@ -9,7 +9,6 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures_util::{FutureExt as _, StreamExt as _};
-use sd_notify::NotifyState;
 use tokio::{
     net::{UnixListener, UnixStream},
     signal::unix::{SignalKind, signal},
@@ -30,6 +29,7 @@ use crate::{
     host,
     log::Entry,
     look_ups::LookUp,
+    notify::Notifier,
     policy_file::PolicyFile,
     reconcile::Refused,
     region::{files::Watcher, lookup},
@@ -94,6 +94,7 @@ pub async fn run(options: Options) -> Result<()> {
         watcher,
         is_stopping: false,
         failure: None,
+        notifier: Notifier::start()?,
     };
     performer.perform(effects);
     while !performer.is_stopping {
@@ -119,7 +120,7 @@ pub async fn run(options: Options) -> Result<()> {
                 checks = (checks + 1) % THOROUGH_CHECK;
                 performer.check(checks == 0 || !agent.is_ready(), &agent);
                 if !enforcer.is_stuck() {
-                    notify_systemd(&[NotifyState::Watchdog]);
+                    performer.notifier.alive();
                 }
                 Event::Tick
             }
@@ -134,7 +135,7 @@ pub async fn run(options: Options) -> Result<()> {
         }
         performer.perform(effects);
     }
-    notify_systemd(&[NotifyState::Stopping]);
+    performer.notifier.stopping();
     // Requests under way get their answers, in bounded time.
     server.stop(SHUTDOWN_TIMEOUT).await;
     Entry::info(agent.describe_stop()).log();
@@ -160,6 +161,7 @@ struct Performer {
     watcher: Watcher,
     is_stopping: bool,
     failure: Option<String>,
+    notifier: Notifier,
 }
 
 impl Performer {
@@ -183,8 +185,8 @@ impl Performer {
         match effect {
             Effect::Log(entry) => entry.log(),
             Effect::Save(write) => self.store.save(write),
-            Effect::Status(summary) => notify_systemd(&[NotifyState::Status(&summary)]),
-            Effect::Ready => notify_systemd(&[NotifyState::Ready]),
+            Effect::Status(summary) => self.notifier.status(summary),
+            Effect::Ready => self.notifier.ready(),
             Effect::Watch(files) => self.watcher.keep_only(|path| files.contains(path)),
             Effect::Stop => self.is_stopping = true,
             Effect::Fail(error) => {
@@ -275,13 +277,6 @@ async fn ask(look_up: LookUp, watcher: Watcher, events: UnboundedSender<Event>) 
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::symlink_metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
-}
-
-/// Nothing happens where no service manager wants to know.
-fn notify_systemd(state: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(state) {
-        Entry::warning(format!("notify systemd: {error}")).log();
-    }
 }
 
 /// # Errors

@@ -14,6 +14,7 @@ pub mod kernel;
 mod late;
 mod log;
 mod look_ups;
+mod notify;
 pub mod policy;
 pub mod policy_file;
 mod proposals;
