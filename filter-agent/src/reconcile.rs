@@ -143,12 +143,15 @@ impl Refused {
 
     /// The error with its consequence. `what`: the kind of change, as in `reload`.
     pub fn describe(self, what: &str) -> anyhow::Error {
-        let consequence = match self.kernel {
-            Kernel::Unchanged => "nothing is changed",
-            Kernel::Mixed => "the agent tries to take back the rest",
-            Kernel::Unknown => "the agent ends, and the filter stays in force",
+        // Only what left the kernel as it was is called refused.
+        let outcome = match self.kernel {
+            Kernel::Unchanged => "refused, nothing is changed",
+            Kernel::Mixed => "failed half way, and the agent tries to take back the rest",
+            Kernel::Unknown => {
+                "failed half way, and the agent ends; the next one goes on from what is in force"
+            }
         };
-        self.error.context(format!("{what} refused, {consequence}"))
+        self.error.context(format!("{what} {outcome}"))
     }
 }
 

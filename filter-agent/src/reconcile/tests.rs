@@ -205,12 +205,12 @@ fn refusal_says_that_nothing_is_changed_only_where_that_is_so() {
     );
     let mixed = refused(error().context(NotTakenBack).context("attach"));
     assert!(
-        mixed.starts_with("reload refused, the agent tries to take back the rest: "),
+        mixed.starts_with("reload failed half way, and the agent tries to take back the rest: "),
         "{mixed}"
     );
     let unknown = refused(error().context(Unknown));
     assert!(
-        unknown.starts_with("reload refused, the agent ends, and the filter stays"),
+        unknown.starts_with("reload failed half way, and the agent ends; the next one goes on"),
         "{unknown}"
     );
 }
