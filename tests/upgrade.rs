@@ -223,7 +223,7 @@ fn takeover_that_cannot_update_a_link_leaves_the_old_program_and_maps_in_force()
     net.binary = next_layout_binary().to_owned();
     for error in [Errno::ENOMEM, Errno::EBUSY, Errno::EPERM] {
         let line = net.refusal_without_bpf_command(BPF_LINK_UPDATE, error);
-        assert!(line.contains("what layout"), "{line}");
+        assert!(line.contains("the policy of layout"), "{line}");
         assert!(layouts(&net).contains(&format!("v{LAYOUT}")), "{error}");
         assert_eq!(net.connect_all(&denied), [Silence, Silence], "{error}");
     }
