@@ -1,0 +1,252 @@
+//! Regions looked up by HTTPS.
+
+use std::{fmt::Write as _, fs, path::Path};
+
+use filter_tests::{
+    net::{CLIENT4, Net, wait_until},
+    servers::{Ca, Certificate, FAULTS, Resolv, Web},
+};
+
+use crate::orders::{
+    GOOD, GOOD_LIST, PORT, keeps_the_last_good_set, policy, policy_with_rules, prefixes, region,
+    wait_for_prefixes, watch_good, who_gets_in,
+};
+
+/// Region `x` from `https://lists.test/list`.
+fn url(ca: &Path, more: &str) -> String {
+    format!(
+        "  x: {{url: 'https://lists.test/list', ca_file: {}, {more}}}",
+        ca.display()
+    )
+}
+
+/// A web server at the client's address under the name `lists.test`, which the agent's host knows.
+fn web(net: &mut Net) -> (Web, Resolv, std::path::PathBuf) {
+    let ca = Ca::new(net.dir());
+    let file = ca.file();
+    let web = Web::start(&net.client, net.dir(), CLIENT4.into(), ca, "lists.test");
+    let hosts = [(CLIENT4.into(), "lists.test")];
+    let resolv = Resolv::new(&net.db, CLIENT4.into(), &hosts);
+    net.own_resolver = true;
+    (web, resolv, file)
+}
+
+#[test]
+fn every_https_fault_keeps_the_last_good_set() {
+    let mut net = Net::new("https-faults");
+    let _listener = net.listen(PORT);
+    let (mut web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    web.put("plain", b"198.51.100.0/24\n");
+    let guards = "min_refresh: 1h, max_refresh: 1h, retire_after: 0s";
+    let with_timeout = |timeout: &str| policy(&url(&ca, &format!("timeout: {timeout}, {guards}")));
+    net.write_policy(&with_timeout("1m"));
+    watch_good(&net);
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    who_gets_in(&net);
+
+    for fault in FAULTS {
+        let expected = match fault {
+            "500" => "500 Internal Server Error",
+            "html" => "\"<html>",
+            "to-http" => "it redirects to http://lists.test/plain, which is not encrypted",
+            "loop" => "it redirects more than 5 times",
+            "slow" => "not all of it came within 2s",
+            "endless" | "bomb" => "the body is longer than",
+            "cut" => "fetch https://lists.test/list",
+            other => panic!("{other}"),
+        };
+        web.fault(Some(fault));
+        // That answer never ends; the others may take their time.
+        let timeout = if fault == "slow" { "2s" } else { "1m" };
+        net.reload(&with_timeout(timeout));
+        keeps_the_last_good_set(&net, fault, expected);
+    }
+    web.fault(None);
+    for (content, expected) in [
+        ("", "no prefix that is selected"),
+        (
+            "203.0.113.10/32\n<br>\n",
+            "line 2: \"<br>\" is not a prefix",
+        ),
+        (
+            "203.0.113.10/32\n203.0.113.200/32\n2001:db8::10/128\n0.0.0.0/0\n",
+            "broader than /8",
+        ),
+        ("198.51.100.0/24\n", "3 of 3 prefixes are gone"),
+    ] {
+        web.put("list", content.as_bytes());
+        keeps_the_last_good_set(&net, content, expected);
+    }
+    web.put("list", GOOD_LIST);
+    for kind in [Certificate::Expired, Certificate::SelfSigned] {
+        web.certify(kind);
+        keeps_the_last_good_set(&net, "certificate", "certificate");
+    }
+    web.stop();
+    keeps_the_last_good_set(&net, "no server", "fetch https://lists.test/list");
+    web.certify(Certificate::Good);
+    assert_eq!(
+        net.agent_text(&["refresh", "x"]),
+        "x: no change, 3 prefixes\n"
+    );
+    who_gets_in(&net);
+    // The prefixes of the plain list never got in: `who_gets_in` tried.
+}
+
+#[test]
+fn list_that_did_not_change_is_not_sent_again() {
+    let mut net = Net::new("https-304");
+    let (web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    net.write_policy(&policy(&url(&ca, "min_refresh: 1h, max_refresh: 1h")));
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    let confirmed = region(&net, "x")["confirmed"].clone();
+    net.agent_text(&["refresh"]);
+    assert_ne!(region(&net, "x")["confirmed"], confirmed);
+    let log = web.log();
+    assert_eq!(log.len(), 2, "{log:?}");
+    assert!(
+        log[0] == "200 /list -" && log[1].starts_with("304 /list "),
+        "{log:?}"
+    );
+    // Nor after a restart.
+    assert!(wait_until(|| net
+        .state_dir()
+        .join("regions/x.json")
+        .exists()));
+    net.terminate();
+    net.start();
+    assert!(wait_until(|| web.log().len() == 3));
+    assert!(web.log()[2].starts_with("304 /list "), "{:?}", web.log());
+    assert_eq!(prefixes(&net, "x"), GOOD);
+    // And what did change is.
+    web.put("list", &[GOOD_LIST, b"192.0.2.0/24\n"].concat());
+    let text = net.agent_text(&["refresh", "x"]);
+    assert!(text.contains("+ 192.0.2.0/24"), "{text}");
+}
+
+#[test]
+fn every_format_is_fetched() {
+    let mut net = Net::new("https-formats");
+    let (web, _resolv, ca) = web(&mut net);
+    let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../filter-agent/tests/lists");
+    let formats = [
+        (
+            "aws.json",
+            "aws, region: eu-west-3, service: EC2",
+            "13.36.0.0/14",
+        ),
+        ("gcp.json", "gcp, scope: europe-west9", "34.155.0.0/16"),
+        (
+            "azure.json",
+            "azure, tag: AzureCloud.francecentral",
+            "4.176.0.0/16",
+        ),
+        ("cloudflare.json", "cloudflare", "103.21.244.0/22"),
+        ("github.json", "github, key: actions", "4.148.0.0/16"),
+        (
+            "oracle.json",
+            "oracle, region: eu-paris-1",
+            "129.149.0.0/20",
+        ),
+        (
+            "digitalocean.csv",
+            "digitalocean, city: Frankfurt",
+            "64.226.64.0/20",
+        ),
+        ("list.txt", "text", "198.51.100.0/24"),
+        ("gcp.json", "json, path: '$..ipv4Prefix'", "34.1.208.0/20"),
+    ];
+    let mut regions = String::new();
+    let mut rules = Vec::new();
+    for (number, (file, select, _)) in formats.iter().enumerate() {
+        web.put(file, &fs::read(samples.join(file)).unwrap());
+        writeln!(
+            regions,
+            "  r{number}: {{url: 'https://lists.test/{file}', ca_file: {}, select: {{format: \
+             {select}}}}}",
+            ca.display()
+        )
+        .unwrap();
+        rules.push(format!("{{region: r{number}}}"));
+    }
+    web.put("list", b"192.0.2.0/24\n");
+    writeln!(
+        regions,
+        "  moved: {{url: 'https://lists.test/to-https', ca_file: {}}}
+  plain: {{url: 'http://lists.test/list', insecure: true}}",
+        ca.display()
+    )
+    .unwrap();
+    rules.push("{region: moved}, {region: plain}".into());
+    net.write_policy(&policy_with_rules(&regions, &rules.join(", ")));
+    let checked = net.agent_text(&["check", "--resolve", net.policy_path().to_str().unwrap()]);
+    assert!(!checked.contains("was not looked up"), "{checked}");
+    net.start();
+    let waited = wait_until(|| {
+        let status = net.agent_json(&["status"]);
+        status["errors"].as_array().unwrap().is_empty()
+    });
+    assert!(waited, "{}", net.agent_json(&["status"]));
+    for (number, (file, _, first)) in formats.iter().enumerate() {
+        let prefixes = prefixes(&net, &format!("r{number}"));
+        assert_eq!(prefixes[0], *first, "{file}");
+    }
+    assert_eq!(prefixes(&net, "moved"), ["192.0.2.0/24"]);
+    assert_eq!(prefixes(&net, "plain"), ["192.0.2.0/24"]);
+}
+
+#[test]
+fn fifty_regions_of_a_thousand_prefixes_stay_within_64_mib() {
+    let mut net = Net::new("fifty");
+    let (web, _resolv, ca) = web(&mut net);
+    let mut regions = String::new();
+    let mut rules = vec![Vec::new(); 2];
+    for region in 0..50 {
+        let mut list = String::new();
+        for i in 0..1000 {
+            // None next to another: nothing is merged.
+            writeln!(list, "51.{region}.{}.{}/32", i / 100, i % 100 * 2).unwrap();
+        }
+        web.put(&format!("r{region}"), list.as_bytes());
+        writeln!(
+            regions,
+            "  r{region}: {{url: 'https://lists.test/r{region}', ca_file: {}, min_refresh: 1h, \
+             max_refresh: 1h}}",
+            ca.display()
+        )
+        .unwrap();
+        rules[region % 2].push(format!("{{region: r{region}}}"));
+    }
+    let text = format!(
+        "interfaces: [eth0]\nregions:\n{regions}databases:\n\
+         - {{name: a, port: 1, model: dedicated, force_tls: false, rules: [{}]}}\n\
+         - {{name: b, port: 2, model: dedicated, force_tls: false, rules: [{}]}}\n",
+        rules[0].join(", "),
+        rules[1].join(", ")
+    );
+    net.write_policy(&text);
+    net.start();
+    let all = || {
+        let status = net.agent_json(&["status"]);
+        let databases = status["databases"].as_array().unwrap();
+        databases
+            .iter()
+            .all(|database| database["prefixes"] == 25_000)
+    };
+    assert!(wait_until(all), "{}", net.agent_text(&["status"]));
+    for round in 0..3 {
+        for region in 0..50 {
+            let list = fs::read(net.dir().join(format!("nginx/root/r{region}"))).unwrap();
+            let more = format!("52.{region}.{round}.0/24\n");
+            web.put(&format!("r{region}"), &[&list, more.as_bytes()].concat());
+        }
+        net.agent_text(&["refresh"]);
+    }
+    let (peak, resident) = net.memory();
+    println!("peak {peak} KiB, resident {resident} KiB");
+    assert!(peak <= 64 << 10, "{peak} KiB");
+}
