@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     process::Stdio,
     sync::mpsc,
-    thread::{self, available_parallelism},
+    thread,
     time::Duration,
 };
 
@@ -19,6 +19,10 @@ use filter_tests::{
         ALLOWED4, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Net, addressing, dedicated,
         policy, wait_until,
     },
+};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
 };
 use serde_json::Value;
 
@@ -184,8 +188,12 @@ fn follow_tells_what_is_new_until_the_agent_stops() {
 
 #[test]
 fn samples_are_bounded_until_the_agent_grants_more_however_often_it_reads() {
+    // Samples are granted to each CPU.
+    let mut cpu = CpuSet::new();
+    cpu.set(0).unwrap();
+    sched_setaffinity(Pid::from_raw(0), &cpu).unwrap();
     let mut loaded = Loaded::new(&orders());
-    let cpus = available_parallelism().unwrap().get();
+    let cpus = 1;
     let (v4, v6) = (
         segment(DENIED4.into(), PORT),
         segment(DENIED6.into(), MONITORED),

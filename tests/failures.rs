@@ -219,7 +219,8 @@ impl Sweep {
             );
             laboratory.find(&what, &answer.text);
         }
-        if !agent.fired().is_empty() && !agent.has_ended() {
+        let ends = answer.text.contains("the agent ends");
+        if !agent.fired().is_empty() && !agent.has_ended() && !ends {
             agent.disarm();
             let again = laboratory.command(&["reload"]);
             let in_force = laboratory.in_force();

@@ -67,18 +67,20 @@ impl Notifier {
             while !(next.is_ready || next.is_alive || next.is_stopping || next.status.is_some()) {
                 next = added.wait(next).unwrap_or_else(PoisonError::into_inner);
             }
-            let next = mem::take(&mut *next);
+            let sent = mem::take(&mut *next);
+            // Whoever adds a message must not wait for the one that is sent.
+            drop(next);
             let mut states = Vec::new();
-            if next.is_ready {
+            if sent.is_ready {
                 states.push(NotifyState::Ready);
             }
-            if let Some(status) = &next.status {
+            if let Some(status) = &sent.status {
                 states.push(NotifyState::Status(status));
             }
-            if next.is_alive {
+            if sent.is_alive {
                 states.push(NotifyState::Watchdog);
             }
-            if next.is_stopping {
+            if sent.is_stopping {
                 states.push(NotifyState::Stopping);
             }
             // Nothing happens where no service manager wants to know.

@@ -573,7 +573,7 @@ fn rule_that_ends_is_taken_out_also_when_the_clock_was_set_back() {
     world.reload();
     world.settle(OFFICE);
     assert_eq!(world.agent.enforced.next_expiry, Some(ends));
-    world.now.wall = world.now.wall - Duration::from_secs(3600);
+    world.now.wall -= Duration::from_secs(3600);
     world.pass(99);
     world.settle(OFFICE);
     assert_eq!(world.agent.enforced.next_expiry, Some(ends));
