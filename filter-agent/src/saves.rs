@@ -69,8 +69,8 @@ impl Saves {
         self.regions.insert(name.into(), now);
         Some(Write::Region {
             name: name.into(),
-            source: state.region.source.clone(),
-            set: set.clone(),
+            source: state.region.source.clone().into(),
+            set: set.clone().into(),
         })
     }
 

@@ -62,8 +62,8 @@ pub enum Write {
     Confirmed(Option<Confirmed>),
     Region {
         name: String,
-        source: RegionSource,
-        set: Set,
+        source: Box<RegionSource>,
+        set: Box<Set>,
     },
     /// Nothing is kept of any other region.
     Regions(BTreeSet<String>),
@@ -449,8 +449,8 @@ mod tests {
     fn region(name: &str, prefix: &str) -> Write {
         Write::Region {
             name: name.into(),
-            source: source(),
-            set: set(prefix),
+            source: source().into(),
+            set: set(prefix).into(),
         }
     }
 
