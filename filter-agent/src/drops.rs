@@ -1,4 +1,4 @@
-//! Who is turned away: samples of packets that were not allowed, summed up. Pure.
+//! Sums up samples of packets that were not allowed, by source. Pure.
 
 use std::{
     cmp::Reverse,
@@ -86,7 +86,7 @@ impl Drops {
             seen.packets += 1;
             seen.last = now;
         }
-        // Sources of a flood that are forged come once each: who tries again and again stays.
+        // A forged source of a flood comes once: the sources with the most packets stay.
         if self.seen.len() > 2 * MOST {
             let mut all: Vec<_> = std::mem::take(&mut self.seen).into_iter().collect();
             all.sort_unstable_by_key(|(_, seen)| Reverse((seen.packets, seen.last)));

@@ -423,7 +423,7 @@ pub enum Reason {
     /// More than `MAX_EXTENSION_HEADERS` extension headers, or a packet inside a routing header.
     ExtensionHeaders = 6,
     /// The port belongs to different databases by address, and which address the packet ends at
-    /// cannot be told: source-routed, multicast or broadcast.
+    /// is unknown: source-routed, multicast or broadcast.
     Destination = 7,
     /// A map could not be read, or written.
     NoPolicy = 8,

@@ -1,4 +1,4 @@
-//! Packet bytes to addresses and ports, or a reason why they cannot be told. The only pointer code.
+//! Reads addresses and ports from packet bytes, or returns the reason why it cannot. The only pointer code.
 
 use core::{arch::asm, mem::MaybeUninit};
 

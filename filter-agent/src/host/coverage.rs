@@ -194,8 +194,8 @@ impl Coverage {
             .any(|interface| interface.index == index)
     }
 
-    /// Whether only memory says that this interface is meant. It may have become somebody else's, so that what
-    /// is wrong with it is an error, but refuses nothing.
+    /// Whether no entry matches this interface now, and one did before. Its use may have changed since: what is wrong
+    /// with it is an error, but refuses nothing.
     pub fn is_remembered(&self, index: u32) -> bool {
         self.remembered.iter().any(|(found, _)| *found == index)
     }

@@ -125,7 +125,7 @@ pub(super) fn check_pins(pins: &Path) -> Result<bool> {
 }
 
 /// # Errors
-/// A map of another type, size or flags than this layout has: made by somebody else.
+/// A map of another type, size or flags than this layout has: another program made it.
 pub(super) fn check_pin(pins: &Path, shape: &Shape) -> Result<MapInfo> {
     let pin = pins.join(shape.name);
     let info = MapInfo::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;

@@ -345,7 +345,7 @@ impl Filter {
 /// Whether the program may be attached where this agent's does not run.
 ///
 /// # Errors
-/// An interface that is not Ethernet, or on which somebody else's program runs.
+/// An interface that is not Ethernet, or one on which another program runs.
 pub fn check_free(interface: &Interface) -> Result<()> {
     let name = &interface.name;
     ensure!(

@@ -38,7 +38,7 @@ pub(super) fn base(bpffs: &Path) -> Result<PathBuf> {
     Ok(bpffs.join("filter-agent"))
 }
 
-/// Makes the directory, or refuses one that somebody else could have filled.
+/// Makes the directory, or refuses one that another user could have filled.
 pub(super) fn own_directory(path: &Path) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {

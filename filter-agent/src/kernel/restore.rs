@@ -1,4 +1,4 @@
-//! Putting back pins that somebody removed under a running agent.
+//! Restores pins that were removed while the agent runs.
 
 use std::fs;
 
