@@ -1,12 +1,12 @@
 //! Changing what the kernel holds: writing a difference, and taking it back.
 
-use std::{collections::BTreeSet, fmt, thread, time::Duration};
+use std::{collections::BTreeSet, fmt, thread};
 
-use anyhow::{Context as _, Error, Result, anyhow, ensure};
+use anyhow::{Error, Result, anyhow, ensure};
 use filter_common::ADOPTION_SECONDS;
-use nix::time::{ClockId, clock_gettime};
 
 use crate::{
+    clock::since_boot,
     compile::Compiled,
     kernel::{
         counters::Counter, difference::Difference, filter::Filter, image::Image, maps::Allowed,
@@ -142,7 +142,7 @@ impl Filter {
     ) -> Result<()> {
         // Free slots and rule ids are not shown: clearing their counters changes nothing that is in force.
         self.maps.clear_counters(&self.image, image)?;
-        let until = since_boot()? + ADOPTION_SECONDS * 1_000_000_000;
+        let until = since_boot().as_nanos() as u64 + ADOPTION_SECONDS * 1_000_000_000;
         for &slot in image.forced().difference(&self.image.forced()) {
             replaced
                 .adoption
@@ -229,10 +229,4 @@ impl Filter {
         }
         group.iter().try_for_each(|step| self.maps.write(step))
     }
-}
-
-/// Nanoseconds since the host started, suspended or not: the clock of the packet path.
-fn since_boot() -> Result<u64> {
-    let time = clock_gettime(ClockId::CLOCK_BOOTTIME).context("read the clock")?;
-    Ok(Duration::from(time).as_nanos() as u64)
 }
