@@ -349,13 +349,14 @@ fn sampled(report: &mut Report, host: &Host, filter: &mut Filter, plan: &Plan) -
         for _ in 0..plan.live_rounds {
             let alone = flood.rate(places)?;
             let over = AtomicBool::new(false);
-            // Grants samples, however late the sampler's thread is.
-            filter.dropped()?;
+            // However late the sampler's thread is.
+            filter.grant_samples()?;
             let (rate, samples) = std::thread::scope(|scope| {
                 let sampler = scope.spawn(|| {
                     let mut samples = 0;
                     while !over.load(Ordering::Relaxed) {
                         samples += filter.dropped()?.len();
+                        filter.grant_samples()?;
                         std::thread::sleep(Duration::from_millis(10));
                     }
                     anyhow::Ok(samples + filter.dropped()?.len())
