@@ -242,7 +242,7 @@ impl Scenario {
         ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
         // By the fields that the agent gives the journal.
         let refused = self.machine.command(
-            "journalctl -b -u filter-agent INTERFACE=eth1 PRIORITY=6 | grep 'attached to eth1'",
+            "journalctl -b -u filter-agent INTERFACE=eth1 PRIORITY=5 | grep 'attached to eth1'",
         )?;
         ensure!(
             refused.contains("in generic mode, since native mode was refused: "),
