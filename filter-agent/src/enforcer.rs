@@ -52,8 +52,8 @@ pub struct Enforcer {
     covered: BTreeSet<u32>,
     /// Why listed interfaces are not filtered, by index: each is logged once.
     unfiltered: BTreeMap<u32, String>,
-    /// Errors of the checks and repairs; each is logged once.
-    complaints: BTreeSet<String>,
+    /// Errors of the checks and repairs, by what they are about; each is logged once.
+    complaints: BTreeMap<&'static str, String>,
     repairs: u64,
     drops: Drops,
     /// Number of the round of probes that was sent last.
@@ -154,7 +154,7 @@ impl Enforcer {
             },
             covered: BTreeSet::new(),
             unfiltered: BTreeMap::new(),
-            complaints: BTreeSet::new(),
+            complaints: BTreeMap::new(),
             repairs: 0,
             probe_round: 0,
             is_detached: false,
@@ -326,16 +326,18 @@ impl Enforcer {
     }
 
     /// Logs an error of the checks once, until it is over or another.
-    fn note(&mut self, what: &str, result: Result<()>, entries: &mut Vec<Entry>) {
-        let prefix = format!("{what}: ");
-        let error = result.err().map(|error| format!("{prefix}{error:#}"));
-        let is_known = error.as_ref().is_some_and(|e| self.complaints.contains(e));
-        self.complaints.retain(|known| !known.starts_with(&prefix));
-        if let Some(error) = error {
-            if !is_known {
-                entries.push(Entry::error(error[prefix.len()..].to_owned()));
+    fn note(&mut self, what: &'static str, result: Result<()>, entries: &mut Vec<Entry>) {
+        match result {
+            Ok(()) => {
+                self.complaints.remove(what);
             }
-            self.complaints.insert(error);
+            Err(error) => {
+                let error = format!("{error:#}");
+                if self.complaints.get(what) != Some(&error) {
+                    entries.push(Entry::error(error.clone()));
+                }
+                self.complaints.insert(what, error);
+            }
         }
     }
 
@@ -455,7 +457,10 @@ impl Enforcer {
         if verify {
             self.verify(&mut entries);
         }
+        let complaints = self.complaints.iter();
+        let complaints = complaints.map(|(what, error)| format!("{what}: {error}"));
         let observed = Observed {
+            complaints: complaints.collect(),
             in_force: self.in_force.clone(),
             host: self.netlink.interfaces()?,
             pinned: self.filter.pinned()?,
@@ -465,7 +470,6 @@ impl Enforcer {
             hits: self.filter.hits()?,
             repairs: self.repairs,
             verified: self.verified.clone(),
-            complaints: self.complaints.iter().cloned().collect(),
         };
         Ok((observed, entries))
     }
