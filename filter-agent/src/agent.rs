@@ -251,13 +251,17 @@ impl Agent {
         };
         let file = match file {
             Ok(file) => Arc::new(file),
-            Err(error) => return self.refuse(number, error),
+            Err(error) => {
+                if let Some(proposal) = self.proposals.remove(number) {
+                    self.refuse_aim(proposal.aim, error);
+                }
+                return;
+            }
         };
         proposal.file = Some(file.clone());
         for (name, version) in region::to_ask(&file.policy, &self.regions) {
             let look_up = LookUp {
                 number: self.look_ups.begin_for_proposal(number, name),
-                name: name.into(),
                 region: file.policy.regions[name].clone(),
                 version,
             };
@@ -301,13 +305,6 @@ impl Agent {
                 reply,
             }),
             (aim, Err(error)) => self.refuse_aim(aim, error),
-        }
-    }
-
-    fn refuse(&mut self, number: u64, error: anyhow::Error) {
-        self.look_ups.drop_proposal(number);
-        if let Some(proposal) = self.proposals.remove(number) {
-            self.refuse_aim(proposal.aim, error);
         }
     }
 
@@ -514,7 +511,6 @@ impl Agent {
         state.next = None;
         let look_up = LookUp {
             number: self.look_ups.begin(name, accept, waiter),
-            name: name.into(),
             region: state.region.clone(),
             version: state.version().cloned(),
         };
@@ -569,7 +565,6 @@ impl Agent {
         for (number, name, region) in self.proposals.file_changed(path) {
             self.effects.push(Effect::LookUp(LookUp {
                 number: self.look_ups.begin_for_proposal(number, &name),
-                name,
                 region,
                 version: None,
             }));
@@ -632,20 +627,22 @@ impl Agent {
         if self.stuck.as_ref().is_some_and(|stuck| stuck.next > now) {
             return;
         }
-        let mut regions = self.regions.clone();
-        let mut changes = Vec::new();
-        for (name, state) in &mut regions {
-            if state.next_tick().is_some_and(|next| next <= now) {
-                changes.push((name.clone(), state.tick(now)));
-            }
-        }
+        let is_due = |state: &State| state.next_tick().is_some_and(|next| next <= now);
+        let due = self.regions.values().any(is_due);
         let ends = self.ends.now(self.now);
         let ended = self.enforced.next_expiry.filter(|&next| next <= ends);
         let must_repair = self
             .stuck
             .as_ref()
             .is_some_and(|stuck| stuck.not_taken_back);
-        if !changes.is_empty() || ended.is_some() || must_repair {
+        if due || ended.is_some() || must_repair {
+            let mut regions = self.regions.clone();
+            let mut changes = Vec::new();
+            for (name, state) in &mut regions {
+                if is_due(state) {
+                    changes.push((name.clone(), state.tick(now)));
+                }
+            }
             self.change_regions(regions, Cause::Time { changes, ended });
         }
     }
@@ -653,14 +650,13 @@ impl Agent {
     /// How long until the next tick.
     pub fn until_tick(&self, now: Now) -> Duration {
         let late = self.late.iter().map(|late| late.until);
+        let retry = self.stuck.as_ref().map(|stuck| stuck.next);
         let regions = self.regions.iter().flat_map(|(name, state)| {
             let next = state.next.filter(|_| !self.look_ups.is_under_way(name));
-            let retry = self.stuck.as_ref().map(|stuck| stuck.next);
+            let ends = state.next_tick();
             [
                 next,
-                state
-                    .next_tick()
-                    .max(retry.filter(|_| state.next_tick().is_some())),
+                ends.map(|end| retry.map_or(end, |retry| end.max(retry))),
             ]
         });
         let next = regions.flatten().chain(late).min();
@@ -694,14 +690,10 @@ impl Agent {
     /// what was written last. Returns whether it is. What cannot be read is left for the operator to see until
     /// a reload.
     fn confirm(&mut self) -> bool {
-        let confirmed = Confirmed {
-            policy: self.file.text.clone(),
-            interfaces: self.remembered.clone(),
-        };
         if self.unreadable.is_some() {
             return false;
         }
-        let write = self.saves.confirm(confirmed);
+        let write = self.saves.confirm(&self.file.text, &self.remembered);
         let is_saving = write.is_some();
         self.effects.extend(write.map(Effect::Save));
         is_saving

@@ -8,7 +8,6 @@ use crate::{policy::Region, region::answer::Version};
 #[derive(Clone, Debug)]
 pub struct LookUp {
     pub number: u64,
-    pub name: String,
     pub region: Region,
     /// The version that is known: the source may answer that it is unchanged.
     pub version: Option<Version>,
@@ -87,12 +86,6 @@ impl LookUps {
     pub fn is_waiting(&self, proposal: u64) -> bool {
         let is_its = |purpose: &Purpose| matches!(purpose, Purpose::Proposal { number, .. } if *number == proposal);
         self.under_way.values().any(is_its)
-    }
-
-    /// Forgets the look-ups of a proposal.
-    pub fn drop_proposal(&mut self, proposal: u64) {
-        let is_its = |purpose: &Purpose| matches!(purpose, Purpose::Proposal { number, .. } if *number == proposal);
-        self.under_way.retain(|_, purpose| !is_its(purpose));
     }
 
     /// Forgets the look-ups of regions in force with such names. Returns, of each, whether it was to be accepted,

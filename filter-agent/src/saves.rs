@@ -9,6 +9,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use crate::{
+    host::coverage::Remembered,
     log::Entry,
     region::state::State,
     store::{Confirmed, Record, Write},
@@ -42,12 +43,16 @@ impl Saves {
     }
 
     /// The write that keeps the policy in force for the next start; `None`: it is on disk.
-    pub fn confirm(&mut self, confirmed: Confirmed) -> Option<Write> {
-        let is_saved =
-            self.confirmed.as_ref() == Some(&confirmed) && self.error(&Record::Confirmed).is_none();
-        if is_saved {
+    pub fn confirm(&mut self, policy: &str, interfaces: &Remembered) -> Option<Write> {
+        let is_same = |kept: &Confirmed| kept.policy == policy && kept.interfaces == *interfaces;
+        let is_saved = self.confirmed.as_ref().is_some_and(is_same);
+        if is_saved && self.error(&Record::Confirmed).is_none() {
             return None;
         }
+        let confirmed = Confirmed {
+            policy: policy.into(),
+            interfaces: interfaces.clone(),
+        };
         self.confirmed = Some(confirmed.clone());
         Some(Write::Confirmed(Some(confirmed)))
     }
