@@ -79,6 +79,32 @@ fn committed(order: &Order) -> Committed {
     }
 }
 
+/// The regions of a policy before any is looked up.
+fn not_looked_up(file: &PolicyFile) -> Regions {
+    region::next(&file.policy, &Regions::new(), BTreeMap::new(), at(0).steady).unwrap()
+}
+
+/// The result of a start at `at(0)`.
+fn started(file: PolicyFile, regions: Regions) -> Started {
+    let file = Arc::new(file);
+    let order = Order {
+        file: file.clone(),
+        prefixes: region::prefixes(&regions),
+        at: at(0).wall,
+    };
+    Started {
+        path: "/etc/policy.yaml".into(),
+        file,
+        regions,
+        unsaved: BTreeSet::new(),
+        committed: committed(&order),
+        checked: checked(),
+        confirmed: None,
+        instead_of_file: None,
+        unreadable: None,
+    }
+}
+
 fn refused(is_mixed: bool) -> Refused {
     let kernel = if is_mixed {
         Kernel::Mixed
@@ -118,35 +144,17 @@ struct World {
 impl World {
     fn new() -> Self {
         let text = policy(1, "");
-        let file = Arc::new(file(&text));
+        let file = file(&text);
+        let regions = not_looked_up(&file);
+        let prefixes = region::prefixes(&regions);
         let now = at(0);
-        let regions =
-            region::next(&file.policy, &Regions::new(), BTreeMap::new(), now.steady).unwrap();
-        let order = Order {
-            file: file.clone(),
-            prefixes: region::prefixes(&regions),
-            at: now.wall,
-        };
-        let (agent, effects) = Agent::start(
-            Started {
-                path: "/etc/policy.yaml".into(),
-                file,
-                regions,
-                unsaved: BTreeSet::new(),
-                committed: committed(&order),
-                checked: checked(),
-                confirmed: None,
-                instead_of_file: None,
-                unreadable: None,
-            },
-            now,
-        );
+        let (agent, effects) = Agent::start(started(file, regions), now);
         let mut world = Self {
             agent,
             now,
             effects: Vec::new(),
             log: Vec::new(),
-            kernel: (text.clone(), order.prefixes),
+            kernel: (text.clone(), prefixes),
             is_dirty: false,
             is_detached: false,
             text,
@@ -436,33 +444,14 @@ fn file_that_changes_while_a_reload_waits_is_read_again() {
 /// Fault A9.
 #[test]
 fn set_that_a_start_read_is_saved() {
-    let text = policy(1, "");
-    let file = Arc::new(file(&text));
-    let now = at(0);
-    let regions = region::next(&file.policy, &Regions::new(), BTreeMap::new(), now.steady);
-    let mut regions = regions.unwrap();
+    let file = file(&policy(1, ""));
+    let mut regions = not_looked_up(&file);
     for state in regions.values_mut() {
-        state.take(found(OFFICE), false, now.steady);
+        state.take(found(OFFICE), false, at(0).steady);
     }
-    let order = Order {
-        file: file.clone(),
-        prefixes: region::prefixes(&regions),
-        at: now.wall,
-    };
-    let (_, effects) = Agent::start(
-        Started {
-            path: "/etc/policy.yaml".into(),
-            file,
-            regions,
-            unsaved: ["office".into()].into(),
-            committed: committed(&order),
-            checked: checked(),
-            confirmed: None,
-            instead_of_file: None,
-            unreadable: None,
-        },
-        now,
-    );
+    let mut started = started(file, regions);
+    started.unsaved.insert("office".into());
+    let (_, effects) = Agent::start(started, at(0));
     let saved = effects.iter().filter_map(|effect| match effect {
         Effect::Save(Write::Region { name, .. }) => Some(name.as_str()),
         _ => None,
