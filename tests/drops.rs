@@ -2,12 +2,13 @@
 
 use std::{
     collections::BTreeSet,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::unix::net::UnixStream,
     process::Stdio,
     sync::mpsc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use filter_agent::kernel::samples::Dropped;
@@ -144,6 +145,66 @@ fn flood_from_one_source_hides_no_other_and_all_is_accounted_for() {
     let text = net.agent_text(&["drops"]);
     let more = format!("orders: {} more packets, not-allowed", FLOOD - sampled);
     assert!(text.contains(&more), "{text}");
+}
+
+/// Fault B8: every reader of the drops granted more samples, and opened the ring's lock to a flood.
+#[test]
+fn readers_of_the_drops_grant_no_samples() {
+    const READS: u64 = 100;
+    let mut net = Net::new("drops-read");
+    net.fix_neighbours();
+    net.write_policy(&orders());
+    net.start();
+    let begun = Instant::now();
+    let (wire, frame) = (net.wire(), segment(DENIED4.into(), PORT));
+    for _ in 0..READS {
+        for _ in 0..10 {
+            wire.send(&frame);
+        }
+        net.settle();
+        let mut client = UnixStream::connect(net.socket()).unwrap();
+        client
+            .write_all(b"GET /drops HTTP/1.1\r\nhost: x\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    let sampled = told(&net.agent_json(&["drops"]), "orders", DENIED4);
+    // Once a second, and before.
+    let grants = begun.elapsed().as_secs() + 3;
+    let cpus = thread::available_parallelism().unwrap().get() as u64;
+    let most = grants * u64::from(SAMPLES_GRANTED) * cpus;
+    assert!(sampled > 0 && sampled <= most, "{sampled} of {most}");
+}
+
+/// Fault B9: samples taken before the database was removed were subtracted from what was counted since.
+#[test]
+fn drops_of_a_database_that_was_removed_and_added_again_are_accounted_for() {
+    const AFTER: u64 = 100;
+    let mut net = Net::new("drops-again");
+    net.fix_neighbours();
+    net.write_policy(&orders());
+    net.start();
+    let (wire, frame) = (net.wire(), segment(DENIED4.into(), PORT));
+    wire.send(&frame);
+    let sampled = || told(&net.agent_json(&["drops"]), "orders", DENIED4);
+    assert!(wait_until(|| sampled() == 1));
+    let shop = dedicated("shop", MONITORED, &[], "monitor: true");
+    net.reload_unprotected(&policy("eth0", "native", &[shop]));
+    net.reload(&orders());
+    for _ in 0..AFTER {
+        wire.send(&frame);
+    }
+    let counted = || {
+        let status = net.agent_json(&["status"]);
+        status["databases"][0]["dropped"]["not-allowed"].as_u64()
+    };
+    assert!(wait_until(|| counted() == Some(AFTER)));
+    let drops = net.agent_json(&["drops"]);
+    let unsampled = drops["unsampled"][0]["packets"].as_u64().unwrap();
+    let sampled = told(&drops, "orders", DENIED4) - 1;
+    assert_eq!(sampled + unsampled, AFTER, "{drops:#}");
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Interfaces that appear, vanish, change and are named in other ways than by their name.
 
 use std::{
-    fs,
+    fs::{self, Permissions},
     net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
     process::Command,
 };
 
@@ -271,7 +272,9 @@ fn check_of_the_host_tells_what_attaching_would_meet_and_touches_nothing() {
     net.write_policy(&orders("eth0"));
     net.start();
     net.agent_text(&check);
-    // Without permission to look at the pins, the agent's own program is not taken for another's.
+    // Without permission to look at the pins, the agent's own program is not taken for another's. systemd mounts
+    // the BPF file system so.
+    fs::set_permissions(net.bpffs(), Permissions::from_mode(0o700)).unwrap();
     let mut unprivileged = Command::new("setpriv");
     unprivileged.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
     unprivileged

@@ -112,44 +112,41 @@ fn requests_that_are_none_are_refused_and_harm_nobody() {
     net.agent_text(&["status", "--verify"]);
 }
 
-/// Fault B6: the end waited for a write to disk that hung.
-#[test]
-fn disk_that_hangs_does_not_keep_the_agent_from_ending() {
-    let mut net = start("hung-disk");
+/// Starts an agent, lets its state directory hang, reloads with these rules and this field of the database, and
+/// runs the rest of the test.
+fn with_hung_disk(name: &str, rules: &[&str], field: &str, test: impl FnOnce(&mut Net)) {
+    let mut net = start(name);
     net.wait_until_confirmed();
     let state = net.state_dir();
     let hung = Mounted::hanging(&state);
-    net.reload(&policy(
-        "eth0",
-        "native",
-        &[dedicated("orders", PORT, &["198.51.100.0/24"], "")],
-    ));
-    net.signal(Signal::SIGTERM);
-    let status = net.wait_for_exit();
-    assert!(status.success(), "{status}");
+    let database = dedicated("orders", PORT, rules, field);
+    net.reload(&policy("eth0", "native", &[database]));
+    test(&mut net);
     drop(hung);
 }
 
-/// The filter is looked after while a write to disk hangs.
+/// Fault B6: the end waited for a write to disk that hung.
+#[test]
+fn disk_that_hangs_does_not_keep_the_agent_from_ending() {
+    with_hung_disk("hung-disk", &["198.51.100.0/24"], "", |net| {
+        net.signal(Signal::SIGTERM);
+        let status = net.wait_for_exit();
+        assert!(status.success(), "{status}");
+    });
+}
+
+/// The filter is checked and attached again while a write to disk hangs.
 #[test]
 fn disk_that_hangs_delays_no_repair_and_no_answer() {
-    let mut net = start("slow-disk");
-    net.wait_until_confirmed();
-    let state = net.state_dir();
-    let hung = Mounted::hanging(&state);
-    net.reload(&policy(
-        "eth0",
-        "native",
-        &[dedicated("orders", PORT, &ALLOWED, "monitor: false")],
-    ));
-    net.db.ip("link delete eth0");
-    net.make_pair();
-    net.wait_for_line("attached to eth0");
-    assert!(wait_until(|| {
-        let status = net.agent_json(&["status"]);
-        status["errors"] == serde_json::json!([])
-    }));
-    drop(hung);
+    with_hung_disk("slow-disk", &ALLOWED, "monitor: false", |net| {
+        net.db.ip("link delete eth0");
+        net.make_pair();
+        net.wait_for_line("attached to eth0");
+        assert!(wait_until(|| {
+            let status = net.agent_json(&["status"]);
+            status["errors"] == serde_json::json!([])
+        }));
+    });
 }
 
 /// Guarantee 11: a service manager that read nothing stopped the agent's only thread.

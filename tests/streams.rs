@@ -4,12 +4,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::Ipv4Addr,
+    process::Command,
 };
 
 use fastrand::Rng;
 use filter_agent::kernel::filter::Ran;
 use filter_common::{Fate, Reason};
 use filter_tests::loaded::Loaded;
+use serde_json::Value;
 
 const SYN: u8 = 2;
 const RST: u8 = 4;
@@ -611,4 +613,34 @@ fn nothing_that_reaches_a_server_in_any_order_reads_as_plain() {
         }
     }
     assert!(reached > 1000, "hardly anything passes: {reached}");
+}
+
+fn bpftool(arguments: &str) -> Value {
+    let mut command = Command::new("bpftool");
+    command.arg("--json").args(arguments.split(' '));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{arguments}: {output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Fault B17: a packet that interrupted one of the agent's test runs overwrote the segment that the test run went on
+/// judging, so that the packet's connection was taken for one from before TLS was forced.
+#[test]
+fn test_runs_have_a_segment_of_their_own_which_no_packet_overwrites() {
+    let connection = Connection::open("postgresql");
+    assert!(connection.data(0, SSL_REQUEST));
+    let program = connection.loaded.filter.program_id().unwrap();
+    let program = bpftool(&format!("prog show id {program}"));
+    let maps = program["map_ids"].as_array().unwrap();
+    let name = |id: &Value| bpftool(&format!("map show id {id}"))["name"].clone();
+    let id = maps.iter().find(|id| name(id) == "SCRATCH").unwrap();
+    // The record of packets, then that of test runs.
+    let is_used = |record: &Value| {
+        let of_cpus = record["values"].as_array().unwrap().iter();
+        let mut bytes = of_cpus.flat_map(|of_cpu| of_cpu["value"].as_array().unwrap());
+        bytes.any(|byte| byte != "0x00")
+    };
+    let records = bpftool(&format!("map dump id {id}"));
+    let used: Vec<bool> = records.as_array().unwrap().iter().map(is_used).collect();
+    assert_eq!(used, [false, true]);
 }

@@ -1,6 +1,10 @@
 //! Definitions that the packet path and the agent share: map keys and values, reasons, limits and names.
 #![no_std]
 
+mod cache;
+
+pub use cache::{CacheEntry, EntryPointer, NO_RULE};
+
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.

@@ -59,7 +59,8 @@ struct Shape {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
-    let Some(scratch) = scratch() else {
+    let ctx = XdpContext::new(ctx);
+    let Some(scratch) = scratch(&ctx) else {
         return 0;
     };
     let tcp = &scratch.tcp;
@@ -86,9 +87,7 @@ pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
         },
         _ => return 0,
     };
-    rewrite(&XdpContext::new(ctx), scratch, &shape)
-        .is_some()
-        .into()
+    rewrite(&ctx, scratch, &shape).is_some().into()
 }
 
 #[inline(always)]

@@ -12,10 +12,10 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT,
-    Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT, Name, PORTS, Port, RULE_IDS, Reason,
-    SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6,
-    bloom_place, is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
+    ANY_SLOT, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, CacheEntry, DEFAULT_MAX_PREFIXES,
+    EXEMPT, EntryPointer, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT, NO_RULE, Name, PORTS, Port,
+    RULE_IDS, Reason, SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample,
+    Source4, Source6, bloom_place, is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
 };
 
 use crate::{
@@ -50,7 +50,7 @@ static ALLOWED6: LpmTrie<Source6, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmT
 static PREFIX_BLOOM: Array<BloomLine, { BLOOM_LINES as usize }> = Array::new();
 /// The verdict cache: what the tries returned for sources, on this CPU. An entry holds for one epoch.
 #[btf_map]
-static VERDICT_CACHE: PerCpuArray<Entry, { CACHED_SOURCES as usize }> = PerCpuArray::new();
+static VERDICT_CACHE: PerCpuArray<CacheEntry, { CACHED_SOURCES as usize }> = PerCpuArray::new();
 /// Packets that were not allowed by database slot and reason, and connections by fate: see `CounterRow`.
 #[btf_map]
 static COUNTS: PerCpuArray<u64, { COUNTERS as usize }> = PerCpuArray::new();
@@ -80,85 +80,7 @@ static PROBES: Array<u64, { (COUNTERS + filter_common::HITS) as usize }> = Array
 #[unsafe(no_mangle)]
 static mut GRANTED: u32 = 0;
 
-/// An entry of the verdict cache: a source and its rule, in the database of one port guard.
-///
-/// Packets of one CPU are judged one after the other, but for the agent's test runs, which some kernels (5.18)
-/// let packets interrupt. So no reference to an entry is made, and an entry that is being written matches
-/// no source: its tag is zero from before the first write until after the last.
-#[repr(C)]
-struct Entry {
-    /// As in the header; IPv4 in the lower half of the second.
-    source: [u64; 2],
-    /// The `Port`, with `V6`. Never zero, which is what an entry begins with: no guard is.
-    tag: u64,
-    /// As in the tries, or `NO_RULE`.
-    rule: u32,
-    /// Samples taken of the sources of this place.
-    taken: u32,
-}
-
-#[derive(Clone, Copy)]
-struct EntryPointer(*mut Entry);
-
-impl EntryPointer {
-    /// The rule of a source, if this entry is of that source.
-    #[inline(always)]
-    fn rule(self, source: [u64; 2], tag: u64) -> Option<u32> {
-        // SAFETY: aligned fields of an element of a per-CPU array, which stays where it is; the same below.
-        unsafe {
-            let is_same = read_volatile(&raw const (*self.0).tag) == tag
-                && (*self.0).source[0] == source[0]
-                && (*self.0).source[1] == source[1];
-            is_same.then(|| (*self.0).rule)
-        }
-    }
-
-    #[inline(always)]
-    fn remember(self, source: [u64; 2], tag: u64, rule: u32) {
-        // SAFETY: as in `rule`.
-        unsafe {
-            write_volatile(&raw mut (*self.0).tag, 0);
-            write_volatile(&raw mut (*self.0).source[0], source[0]);
-            write_volatile(&raw mut (*self.0).source[1], source[1]);
-            write_volatile(&raw mut (*self.0).rule, rule);
-            write_volatile(&raw mut (*self.0).tag, tag);
-        }
-    }
-
-    /// Whether a source that is far from every allowed prefix may take this place: a flood of such sources
-    /// takes none from a source that is allowed.
-    #[inline(always)]
-    fn is_free(self, tag: u64) -> bool {
-        // SAFETY: as in `rule`.
-        unsafe {
-            read_volatile(&raw const (*self.0).tag) >> 32 != tag >> 32 || (*self.0).rule == NO_RULE
-        }
-    }
-
-    /// Clears the tag by an exchange (kernel 5.12), which is a barrier.
-    #[inline(always)]
-    fn clear(self) {
-        // SAFETY: one instruction on eight bytes of the element, aligned as the map's values are.
-        unsafe {
-            asm!(
-                "{0} = xchg_64({1} + 0, {0})",
-                inout(reg) 0_u64 => _,
-                in(reg) &raw mut (*self.0).tag,
-                options(nostack)
-            );
-        }
-    }
-
-    #[inline(always)]
-    fn take(self) -> bool {
-        // SAFETY: as in `rule`; nothing else has a reference to the field.
-        take(unsafe { &mut (*self.0).taken })
-    }
-}
-
-/// Not the id of any rule, whatever the bits beside it: no rule allows the source.
-const NO_RULE: u32 = u32::MAX;
-/// The same for a source that no host may have. Every rule's id is lower.
+/// As `NO_RULE`, for a source that no host may have. Every rule's id is lower.
 const BAD_SOURCE: u32 = u32::MAX - 1;
 
 /// Set in the tag of an IPv6 source. Port guards do not use the bit.
@@ -320,7 +242,7 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
             } else {
                 Reason::BadSource
             },
-            sampled: entry.take(),
+            sampled: take(entry.taken()),
         }
     }
 }
@@ -328,9 +250,9 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
 /// The entry of the verdict cache that a source may use.
 #[inline(always)]
 fn cache_entry(source: [u64; 2]) -> Option<EntryPointer> {
-    VERDICT_CACHE
-        .get_ptr_mut(place(source, CACHED_SOURCES))
-        .map(EntryPointer)
+    let entry = VERDICT_CACHE.get_ptr_mut(place(source, CACHED_SOURCES))?;
+    // SAFETY: a non-null element of a per-CPU array, which exists as long as the program does.
+    Some(unsafe { EntryPointer::new(entry) })
 }
 
 /// One of `places`, a power of two, by Fibonacci hashing: the highest bits of a product with 2^64 over
@@ -370,11 +292,11 @@ fn rule_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
     // Only databases with prefixes too short for the Bloom filter may allow the source then.
     if !may_match && !Port(tag).guard().is_wide() {
         if entry.is_free(tag) {
-            entry.remember([high, low], tag, NO_RULE);
+            entry.remember([high, low], tag, NO_RULE, || ());
         }
         return NO_RULE;
     }
-    entry.clear();
+    barrier(entry.tag());
     let slot = slot_key(Port(tag).guard().slot());
     let rule = if is_v4 {
         let address = (low as u32).to_ne_bytes();
@@ -384,8 +306,22 @@ fn rule_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
         ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
     };
     let rule = rule.copied().unwrap_or(NO_RULE);
-    entry.remember([high, low], tag, rule);
+    entry.remember([high, low], tag, rule, || ());
     rule
+}
+
+/// Adds nothing to a word, in one instruction (kernel 5.12) that no CPU reorders with reads and writes.
+#[inline(always)]
+fn barrier(word: *mut u64) {
+    // SAFETY: one instruction on eight bytes of a map's element, aligned as the map's values are.
+    unsafe {
+        asm!(
+            "{0} = atomic_fetch_add((u64 *)({1} + 0), {0})",
+            inout(reg) 0_u64 => _,
+            in(reg) word,
+            options(nostack)
+        );
+    }
 }
 
 /// The four bytes that come first in memory.
@@ -424,21 +360,22 @@ pub fn count(guard: Guard, reason: u32, fate: Option<u32>) {
 /// Takes a sample if the grant allows one more. Reads no clock and writes nothing that CPUs share: a flood
 /// that has used up the grant costs one comparison a packet.
 #[inline(always)]
-fn take(taken: &mut u32) -> bool {
-    // SAFETY: an aligned integer that is there as long as the program is, and that the agent writes.
-    let granted = unsafe { read_volatile(&raw const GRANTED) };
-    let may = *taken < granted;
+fn take(number: *mut u32) -> bool {
+    // SAFETY: aligned integers that are there as long as the program is. The agent writes the first; of the second
+    // a packet that interrupts a test run may take a sample more than is granted.
+    let (granted, taken) = unsafe { (read_volatile(&raw const GRANTED), read_volatile(number)) };
+    let may = taken < granted;
     if may {
-        *taken = granted.saturating_sub(SAMPLES_GRANTED).max(*taken) + 1;
+        let taken = granted.saturating_sub(SAMPLES_GRANTED).max(taken) + 1;
+        // SAFETY: as above.
+        unsafe { write_volatile(number, taken) };
     }
     may
 }
 
 #[inline(always)]
 fn take_at(place: u32) -> bool {
-    let taken = TAKEN.get_ptr_mut(place);
-    // SAFETY: as `increment`'s.
-    taken.is_some_and(|taken| take(unsafe { &mut *taken }))
+    TAKEN.get_ptr_mut(place).is_some_and(take)
 }
 
 /// Sends a sample of a packet that was not allowed to the agent. `sampled`: whether one is taken; `None`:
@@ -482,8 +419,8 @@ fn count_fate(guard: Guard, fate: Option<u32>) {
 #[inline(always)]
 fn increment(counter: Option<*mut u64>) {
     if let Some(counter) = counter {
-        // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so no other
-        // program on this CPU writes it between the read and the write.
+        // SAFETY: a non-null element of a per-CPU array; no packet interrupts another, and of one that
+        // interrupts a test run (before Linux 6.3) the count may be lost.
         unsafe { *counter += 1 }
     }
 }

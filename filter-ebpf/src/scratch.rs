@@ -1,6 +1,6 @@
 //! The per-CPU record of a segment while it is judged and answered: shared by `tls` and `answer`.
 
-use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map};
+use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map, programs::XdpContext};
 use filter_common::{Connection, Stream};
 
 use crate::parse::{Place, Tcp};
@@ -37,14 +37,19 @@ pub struct Headers {
     pub tcp: [u8; 20],
 }
 
-/// The segment that this CPU judges. The stack, 512 bytes, is too small for it.
+/// The segments that this CPU judges. The stack, 512 bytes, is too small for them. Two: before Linux 6.3 a packet may
+/// interrupt one of the agent's test runs, which then goes on with its own segment.
 #[btf_map]
-static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+static SCRATCH: PerCpuArray<Scratch, 2> = PerCpuArray::new();
+
+/// Index of the loopback interface, through which test runs come in. It is never filtered.
+const LOOPBACK: usize = 1;
 
 #[inline(always)]
-pub fn scratch() -> Option<&'static mut Scratch> {
-    let scratch = SCRATCH.get_ptr_mut(0)?;
-    // SAFETY: a non-null element of a per-CPU array; XDP runs with preemption off, so nothing else on
-    // this CPU uses it until the segment is done with, and no two functions use it at a time.
+pub fn scratch(ctx: &XdpContext) -> Option<&'static mut Scratch> {
+    let is_test_run = ctx.ingress_ifindex() == LOOPBACK;
+    let scratch = SCRATCH.get_ptr_mut(is_test_run.into())?;
+    // SAFETY: a non-null element of a per-CPU array. No packet interrupts another, nor a test run another one, so
+    // nothing else on this CPU uses it until the segment is done with, and no two functions use it at a time.
     Some(unsafe { &mut *scratch })
 }

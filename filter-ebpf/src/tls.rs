@@ -271,7 +271,7 @@ impl OpeningPointer {
 /// not just dropped.
 #[inline(always)]
 pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
-    let Some(scratch) = scratch() else {
+    let Some(scratch) = scratch(ctx) else {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None);
     };
     scratch.place = segment.place;
@@ -291,10 +291,10 @@ pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn judge_tls(ctx: *mut xdp_md) -> u32 {
-    let Some(scratch) = scratch() else {
+    let context = XdpContext::new(ctx);
+    let Some(scratch) = scratch(&context) else {
         return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None).0;
     };
-    let context = XdpContext::new(ctx);
     let refused = |reason| Judged::new(Some((reason, Ending::Dropped)), None).0;
     let is_v4 = scratch.is_v4 != 0;
     let Some(network) = network(&context, &scratch.place, is_v4) else {

@@ -1,13 +1,15 @@
 //! Rules that end, change or are reloaded.
 
 use std::{
-    fs,
+    env, fs,
     io::{Read as _, Write as _},
     net::{IpAddr, TcpStream},
+    process::Command,
     thread,
     time::Duration,
 };
 
+use filter_agent::clock::since_boot;
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, Hammer, Net, PATIENCE, Protected, bound,
     dedicated, policy, under_load,
@@ -79,6 +81,40 @@ fn rule_that_expired_while_the_agent_was_down_ends_at_start() {
     net.watch(&[Protected::tcp(PORT, &["2001:db8::10/128"])]);
     assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Silence);
     assert_eq!(net.connect(ALLOWED6.into(), DB_V6), Connection::Accepted);
+}
+
+/// Fault B18: regions went by a clock that stands still while the host is suspended. This runs itself in a time
+/// namespace, where the two clocks differ as after a suspend of a day.
+#[test]
+fn time_goes_on_while_the_host_is_suspended() {
+    const SUSPENDED: &str = "FILTER_TESTS_SUSPENDED";
+    if env::var_os(SUSPENDED).is_none() {
+        let mut command = Command::new("unshare");
+        command
+            .args(["--time", "--fork", "--boottime", "86400", "--"])
+            .arg(env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "changes::time_goes_on_while_the_host_is_suspended",
+            ])
+            .env(SUSPENDED, "");
+        let output = command.output().unwrap();
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{printed}");
+        assert!(printed.contains("1 passed"), "{printed}");
+        return;
+    }
+    let uptime = || {
+        let text = fs::read_to_string("/proc/uptime").unwrap();
+        let seconds = text.split_whitespace().next().unwrap();
+        seconds.parse::<f64>().unwrap()
+    };
+    let (before, time, after) = (uptime(), since_boot().as_secs_f64(), uptime());
+    // It has two digits.
+    assert!(
+        before <= time + 0.01 && time <= after + 0.01,
+        "{before} {time} {after}"
+    );
 }
 
 #[test]

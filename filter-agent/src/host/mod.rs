@@ -294,8 +294,7 @@ fn hardware_address(bytes: &[u8]) -> Option<String> {
     is_set.then(|| text.collect::<Vec<_>>().join(":"))
 }
 
-/// Indexes of the interfaces that default routes lead through. Routes that lead nowhere (unreachable,
-/// blackhole, prohibit) name the loopback interface, which nobody means by `default`.
+/// Indexes of the interfaces that default routes lead through.
 async fn default_routes(handle: &Handle) -> Result<BTreeSet<u32>> {
     let mut indexes = BTreeSet::new();
     let v4 = RouteMessageBuilder::<Ipv4Addr>::new().build();
@@ -305,23 +304,29 @@ async fn default_routes(handle: &Handle) -> Result<BTreeSet<u32>> {
             let RouteNetlinkMessage::NewRoute(route) = entry else {
                 continue;
             };
-            let leads_on = route.header.kind == RouteType::Unicast
-                && route.header.table == RouteHeader::RT_TABLE_MAIN;
-            if !is_default(&route) || !leads_on {
-                continue;
-            }
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Oif(index) => indexes.extend([*index]),
-                    RouteAttribute::MultiPath(hops) => {
-                        indexes.extend(hops.iter().map(|hop| hop.interface_index));
-                    }
-                    _ => {}
-                }
-            }
+            indexes.extend(led_through(&route));
         }
     }
     Ok(indexes)
+}
+
+/// Indexes of the interfaces that a route leads through, if it is a default route of the main table. Routes that lead
+/// nowhere (unreachable, blackhole, prohibit) name the loopback interface, which nobody means by `default`.
+fn led_through(route: &RouteMessage) -> Vec<u32> {
+    let leads_on =
+        route.header.kind == RouteType::Unicast && route.header.table == RouteHeader::RT_TABLE_MAIN;
+    if !is_default(route) || !leads_on {
+        return Vec::new();
+    }
+    let hops = route
+        .attributes
+        .iter()
+        .flat_map(|attribute| match attribute {
+            RouteAttribute::Oif(index) => vec![*index],
+            RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+            _ => Vec::new(),
+        });
+    hops.collect()
 }
 
 fn is_default(route: &RouteMessage) -> bool {
@@ -414,6 +419,26 @@ mod tests {
         }
         for messages in [vec![], vec![link()], vec![link(), done(-12)]] {
             assert!(!read(messages).unwrap_err().is::<Interrupted>());
+        }
+    }
+
+    /// Fault B7: an unreachable default route stood for the loopback interface, which no policy can list.
+    #[test]
+    fn default_route_that_leads_nowhere_leads_through_no_interface() {
+        let route = |kind| {
+            let mut route = RouteMessageBuilder::<Ipv6Addr>::new()
+                .output_interface(1)
+                .build();
+            route.header.kind = kind;
+            led_through(&route)
+        };
+        assert_eq!(route(RouteType::Unicast), [1]);
+        for kind in [
+            RouteType::Unreachable,
+            RouteType::BlackHole,
+            RouteType::Prohibit,
+        ] {
+            assert_eq!(route(kind), [0; 0], "{kind:?}");
         }
     }
 
