@@ -34,6 +34,13 @@ enum Scenario {
     End,
 }
 
+impl Scenario {
+    /// Whether its rounds begin with a running agent, and so end with one.
+    fn begins_with_agent(self) -> bool {
+        matches!(self, Self::Reload | Self::Detach | Self::Region)
+    }
+}
+
 /// What one round showed.
 struct Round {
     /// Calls of the kind, from when they are counted to the agent's end.
@@ -79,11 +86,9 @@ impl Sweep {
             laboratory.stop(&mut agent);
             laboratory.remember_files();
         }
-        let begins_with_agent = matches!(
-            scenario,
-            Scenario::Reload | Scenario::Detach | Scenario::Region
-        );
-        let agent = begins_with_agent.then(|| laboratory.converge(kind, InForce::Policy(version)));
+        let agent = scenario
+            .begins_with_agent()
+            .then(|| laboratory.converge(kind, InForce::Policy(version)));
         Self {
             scenario,
             kind,
@@ -173,14 +178,7 @@ impl Sweep {
             }
             Started::Hangs => laboratory.find("a start neither succeeds nor fails", ""),
         }
-        laboratory.stop(&mut agent);
-        name_call(laboratory, &agent);
-        laboratory.check_steady();
-        // Nothing of it fails: let it run at full speed.
-        let mut next = laboratory.converge(Kind::Log, InForce::Policy(to));
-        laboratory.stop(&mut next);
-        laboratory.check_steady();
-        round_of(&agent)
+        self.finish(agent, InForce::Policy(to))
     }
 
     /// A reload with a fault, one without, and a start.
@@ -233,13 +231,8 @@ impl Sweep {
                 laboratory.find("after the next reload `status` fails", &status.text);
             }
         }
-        laboratory.stop(&mut agent);
-        name_call(laboratory, &agent);
-        laboratory.check_steady();
         self.version = to;
-        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(to)));
-        laboratory.check_steady();
-        round_of(&agent)
+        self.finish(agent, InForce::Policy(to))
     }
 
     /// A detach with a fault, one without, and a start.
@@ -312,13 +305,8 @@ impl Sweep {
             let in_force = relative(laboratory.in_force(), to);
             laboratory.find(&format!("a region's change leaves in force {in_force}"), "");
         }
-        laboratory.stop(&mut agent);
-        name_call(laboratory, &agent);
-        laboratory.check_steady();
         self.version = to;
-        self.agent = Some(laboratory.converge(self.kind, InForce::Policy(to)));
-        laboratory.check_steady();
-        round_of(&agent)
+        self.finish(agent, InForce::Policy(to))
     }
 
     /// The end of a rule with a fault, and a start without.
@@ -326,7 +314,7 @@ impl Sweep {
         let laboratory = &mut self.laboratory;
         let end = Timestamp::now() + UNTIL_END;
         laboratory.net.write_policy(&self.version.text_until(end));
-        let mut agent = laboratory.converge(self.kind, InForce::Policy(self.version));
+        let agent = laboratory.converge(self.kind, InForce::Policy(self.version));
         agent.arm(fault);
         let has_ended = within_limit(|| laboratory.in_force() == InForce::ONLY_ALWAYS);
         name_call(laboratory, &agent);
@@ -334,10 +322,23 @@ impl Sweep {
             let in_force = laboratory.in_force().to_string();
             laboratory.find(&format!("the end of a rule leaves in force {in_force}"), "");
         }
+        self.finish(agent, InForce::ONLY_ALWAYS)
+    }
+
+    /// Ends a round: stops the agent that met the fault, and starts one that meets none. `expected`: what that one
+    /// must leave in force.
+    fn finish(&mut self, mut agent: Supervised, expected: InForce) -> Round {
+        let laboratory = &mut self.laboratory;
         laboratory.stop(&mut agent);
+        name_call(laboratory, &agent);
         laboratory.check_steady();
-        let mut next = laboratory.converge(Kind::Log, InForce::ONLY_ALWAYS);
-        laboratory.stop(&mut next);
+        if self.scenario.begins_with_agent() {
+            self.agent = Some(laboratory.converge(self.kind, expected));
+        } else {
+            // None of its calls fails: of this kind it makes few that have to be reported.
+            let mut next = laboratory.converge(Kind::Log, expected);
+            laboratory.stop(&mut next);
+        }
         laboratory.check_steady();
         round_of(&agent)
     }
