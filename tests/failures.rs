@@ -343,21 +343,30 @@ impl Sweep {
         round_of(&agent)
     }
 
-    /// Every call, one after another, until there are no more. `actions`: taken in turn.
-    fn every_call(&mut self, actions: &[Action]) {
+    /// Every call, one after another, until there are no more. Each meets all the actions, or, `in_turn`, one.
+    fn every_call(&mut self, actions: &[Action], in_turn: bool) {
         let expected = self.round(None).calls;
-        let mut last = 0;
-        // The number of calls differs a little from round to round.
+        // The number of calls differs a little from round to round, where there are many.
+        let slack = (expected / 10).min(2);
+        let (mut last, mut failed) = (0, 0);
         for first in 1..=expected + 50 {
-            let action = actions[first % actions.len()];
-            if self.fails(first, 1, action) {
-                last = first;
-            } else if first > last + 2 {
+            let chosen = match in_turn {
+                true => &actions[first % actions.len()..][..1],
+                false => actions,
+            };
+            for &action in chosen {
+                let met = self.fails(first, 1, action);
+                failed += met;
+                if met > 0 {
+                    last = first;
+                }
+            }
+            if first > last + slack {
                 break;
             }
         }
         println!(
-            "{:?}, {:?}: {last} calls, one by one",
+            "{:?}, {:?}: {last} calls, one by one, {failed} failures",
             self.scenario, self.kind
         );
         assert!(
@@ -373,7 +382,7 @@ impl Sweep {
         let mut fired = 0;
         for round in 0..rounds {
             let first = random.usize(1..=expected);
-            fired += usize::from(self.fails(first, calls, actions[round % actions.len()]));
+            fired += self.fails(first, calls, actions[round % actions.len()]);
         }
         let (scenario, kind) = (self.scenario, self.kind);
         let more = if calls == 1 { "" } else { " and all after it" };
@@ -381,14 +390,19 @@ impl Sweep {
         assert!(fired > 0, "none of {expected} calls failed");
     }
 
-    /// Whether the fault was met.
-    fn fails(&mut self, first: usize, calls: usize, action: Action) -> bool {
+    /// Returns in how many rounds the fault was met. A take-over is made twice: to the later layout, and back.
+    fn fails(&mut self, first: usize, calls: usize, action: Action) -> usize {
         let fault = Fault {
             first,
             calls,
             action,
         };
-        self.round(Some(fault)).has_fired
+        let rounds = match self.scenario {
+            Scenario::TakeOver => 2,
+            _ => 1,
+        };
+        let met = (0..rounds).map(|_| self.round(Some(fault)).has_fired);
+        met.map(usize::from).sum()
     }
 
     /// Panics with what was found, the same once.
@@ -444,15 +458,20 @@ fn is_full() -> bool {
 /// the other in turn, and both in the full test.
 fn every_call(name: &str, scenario: Scenario, kind: Kind) {
     let mut sweep = Sweep::new(name, scenario, kind);
-    let actions = [Action::Fail(kind.errno()), Action::Kill];
-    if is_full() || matches!(scenario, Scenario::Reload | Scenario::Detach) {
-        for action in actions {
-            sweep.every_call(&[action]);
-        }
-    } else {
-        sweep.every_call(&actions);
-    }
+    let is_short = kind == Kind::BpfLink || matches!(scenario, Scenario::Reload | Scenario::Detach);
+    sweep.every_call(&actions(kind), !is_full() && !is_short);
     sweep.report();
+}
+
+/// Calls of a kind fail with each of its errors.
+fn failures(kind: Kind) -> Vec<Action> {
+    let errors = kind.errors().iter();
+    errors.map(|error| Action::Fail(*error)).collect()
+}
+
+/// The same, and the agent is killed at them.
+fn actions(kind: Kind) -> Vec<Action> {
+    [failures(kind), vec![Action::Kill]].concat()
 }
 
 /// The same for some of the calls; the full test takes all, or many where they are too many.
@@ -466,7 +485,7 @@ fn some_calls(name: &str, scenario: Scenario, kind: Kind) {
     }
     let mut sweep = Sweep::new(name, scenario, kind);
     let rounds = if is_full() { MANY } else { SOME };
-    sweep.some_calls(rounds, 1, &[Action::Fail(kind.errno()), Action::Kill]);
+    sweep.some_calls(rounds, 1, &actions(kind));
     sweep.report();
 }
 
@@ -495,6 +514,12 @@ fn first_start_meets_faults_of_the_log() {
     some_calls("fault-first-log", Scenario::FirstStart, Kind::Log);
 }
 
+/// The program of an interface is attached.
+#[test]
+fn first_start_meets_faults_of_links() {
+    every_call("fault-first-link", Scenario::FirstStart, Kind::BpfLink);
+}
+
 #[test]
 fn restart_meets_faults_of_bpf() {
     every_call("fault-restart-bpf", Scenario::Restart, Kind::Bpf);
@@ -518,6 +543,12 @@ fn restart_meets_faults_of_netlink() {
 #[test]
 fn restart_meets_faults_of_the_log() {
     some_calls("fault-restart-log", Scenario::Restart, Kind::Log);
+}
+
+/// The program of an interface is switched.
+#[test]
+fn restart_meets_faults_of_links() {
+    every_call("fault-restart-link", Scenario::Restart, Kind::BpfLink);
 }
 
 #[test]
@@ -551,13 +582,19 @@ fn reload_meets_faults_of_the_log() {
 fn reload_meets_a_kernel_that_refuses_all_from_some_call_on() {
     let mut sweep = Sweep::new("fault-reload-all", Scenario::Reload, Kind::Bpf);
     let rounds = if is_full() { 200 } else { 20 };
-    sweep.some_calls(rounds, usize::MAX, &[Action::Fail(Kind::Bpf.errno())]);
+    sweep.some_calls(rounds, usize::MAX, &failures(Kind::Bpf));
     sweep.report();
 }
 
 #[test]
 fn take_over_meets_faults_of_bpf() {
     some_calls("fault-takeover-bpf", Scenario::TakeOver, Kind::Bpf);
+}
+
+/// Fault A2: the program and maps of another layout stay in force on an interface that cannot be switched.
+#[test]
+fn take_over_meets_faults_of_links() {
+    every_call("fault-takeover-link", Scenario::TakeOver, Kind::BpfLink);
 }
 
 #[test]
@@ -589,11 +626,11 @@ fn change_of_a_region_meets_faults_of_files() {
 #[test]
 fn end_of_a_rule_meets_faults_of_bpf() {
     let mut sweep = Sweep::new("fault-end-bpf", Scenario::End, Kind::Bpf);
-    let actions = [Action::Fail(Kind::Bpf.errno())];
+    let failures = failures(Kind::Bpf);
     if is_full() {
-        sweep.every_call(&actions);
+        sweep.every_call(&failures, false);
     } else {
-        sweep.some_calls(6, 1, &actions);
+        sweep.some_calls(6, 1, &failures);
     }
     sweep.report();
 }
