@@ -459,7 +459,7 @@ fn is_full() -> bool {
 fn every_call(name: &str, scenario: Scenario, kind: Kind) {
     let mut sweep = Sweep::new(name, scenario, kind);
     let is_short = kind == Kind::BpfLink || matches!(scenario, Scenario::Reload | Scenario::Detach);
-    sweep.every_call(&actions(kind), !is_full() && !is_short);
+    sweep.every_call(&actions(scenario, kind), !is_full() && !is_short);
     sweep.report();
 }
 
@@ -469,23 +469,28 @@ fn failures(kind: Kind) -> Vec<Action> {
     errors.map(|error| Action::Fail(*error)).collect()
 }
 
-/// The same, and the agent is killed at them.
-fn actions(kind: Kind) -> Vec<Action> {
-    [failures(kind), vec![Action::Kill]].concat()
+/// The same, and the agent is killed at them: but not before a rule ends, which takes a running agent.
+fn actions(scenario: Scenario, kind: Kind) -> Vec<Action> {
+    let mut actions = failures(kind);
+    if scenario != Scenario::End {
+        actions.push(Action::Kill);
+    }
+    actions
 }
 
 /// The same for some of the calls; the full test takes all, or many where they are too many.
 fn some_calls(name: &str, scenario: Scenario, kind: Kind) {
     const MANY: usize = 100;
-    const SOME: usize = 6;
-    let is_endless = (scenario, kind) == (Scenario::Restart, Kind::BpfLookup);
+    const SOME: usize = 4;
+    let is_endless =
+        kind == Kind::BpfLookup && matches!(scenario, Scenario::Restart | Scenario::TakeOver);
     if is_full() && !is_endless {
         every_call(name, scenario, kind);
         return;
     }
     let mut sweep = Sweep::new(name, scenario, kind);
     let rounds = if is_full() { MANY } else { SOME };
-    sweep.some_calls(rounds, 1, &actions(kind));
+    sweep.some_calls(rounds, 1, &actions(scenario, kind));
     sweep.report();
 }
 
@@ -603,6 +608,21 @@ fn take_over_meets_faults_of_files() {
 }
 
 #[test]
+fn take_over_meets_faults_of_lookups() {
+    some_calls("fault-takeover-lookup", Scenario::TakeOver, Kind::BpfLookup);
+}
+
+#[test]
+fn take_over_meets_faults_of_netlink() {
+    some_calls("fault-takeover-netlink", Scenario::TakeOver, Kind::Netlink);
+}
+
+#[test]
+fn take_over_meets_faults_of_the_log() {
+    some_calls("fault-takeover-log", Scenario::TakeOver, Kind::Log);
+}
+
+#[test]
 fn detach_meets_faults_of_files() {
     some_calls("fault-detach-files", Scenario::Detach, Kind::Files);
 }
@@ -610,6 +630,11 @@ fn detach_meets_faults_of_files() {
 #[test]
 fn detach_meets_faults_of_netlink() {
     some_calls("fault-detach-netlink", Scenario::Detach, Kind::Netlink);
+}
+
+#[test]
+fn detach_meets_faults_of_the_log() {
+    some_calls("fault-detach-log", Scenario::Detach, Kind::Log);
 }
 
 #[test]
@@ -622,15 +647,37 @@ fn change_of_a_region_meets_faults_of_files() {
     some_calls("fault-region-files", Scenario::Region, Kind::Files);
 }
 
-/// Without kills: an end is kept only while an agent runs.
+#[test]
+fn change_of_a_region_meets_faults_of_lookups() {
+    some_calls("fault-region-lookup", Scenario::Region, Kind::BpfLookup);
+}
+
+#[test]
+fn change_of_a_region_meets_faults_of_netlink() {
+    some_calls("fault-region-netlink", Scenario::Region, Kind::Netlink);
+}
+
+#[test]
+fn change_of_a_region_meets_faults_of_the_log() {
+    some_calls("fault-region-log", Scenario::Region, Kind::Log);
+}
+
 #[test]
 fn end_of_a_rule_meets_faults_of_bpf() {
-    let mut sweep = Sweep::new("fault-end-bpf", Scenario::End, Kind::Bpf);
-    let failures = failures(Kind::Bpf);
-    if is_full() {
-        sweep.every_call(&failures, false);
-    } else {
-        sweep.some_calls(6, 1, &failures);
-    }
-    sweep.report();
+    some_calls("fault-end-bpf", Scenario::End, Kind::Bpf);
+}
+
+#[test]
+fn end_of_a_rule_meets_faults_of_lookups() {
+    some_calls("fault-end-lookup", Scenario::End, Kind::BpfLookup);
+}
+
+#[test]
+fn end_of_a_rule_meets_faults_of_netlink() {
+    some_calls("fault-end-netlink", Scenario::End, Kind::Netlink);
+}
+
+#[test]
+fn end_of_a_rule_meets_faults_of_the_log() {
+    some_calls("fault-end-log", Scenario::End, Kind::Log);
 }
