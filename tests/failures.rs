@@ -9,6 +9,7 @@ use filter_tests::{
     net::{agent_binary, next_layout_binary},
 };
 use jiff::Timestamp;
+use nix::errno::Errno;
 
 /// Time for the agent to start before the rule of `Scenario::End` ends.
 const UNTIL_END: Duration = Duration::from_secs(2);
@@ -600,6 +601,21 @@ fn take_over_meets_faults_of_bpf() {
 #[test]
 fn take_over_meets_faults_of_links() {
     every_call("fault-takeover-link", Scenario::TakeOver, Kind::BpfLink);
+}
+
+/// Where the counters of the other layout cannot be read, its links were not switched: the old policy stayed in
+/// force, and the agent was never ready.
+#[test]
+fn take_over_that_cannot_read_the_counters_switches_all_the_same() {
+    let mut sweep = Sweep::new(
+        "fault-takeover-counters",
+        Scenario::TakeOver,
+        Kind::BpfLookup,
+    );
+    // Among thousands of names of rules. Back to the earlier layout, nothing is carried.
+    let failure = Action::Fail(Errno::ENOMEM);
+    assert_eq!(sweep.fails(2_000, 1, failure), 1);
+    sweep.report();
 }
 
 #[test]
