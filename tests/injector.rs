@@ -39,10 +39,13 @@ use crate::net::Namespace;
 /// Kinds of calls that can fail.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Kind {
-    /// bpf(2), except for lookups.
+    /// bpf(2), except for lookups in maps.
     Bpf,
     /// `BPF_MAP_LOOKUP_ELEM`. A kind of its own: a start over pins makes 150,000 of them.
     BpfLookup,
+    /// `BPF_LINK_CREATE` and `BPF_LINK_UPDATE`. A kind of its own: among hundreds of other calls, the one that
+    /// switches an interface's program would seldom be the one that fails.
+    BpfLink,
     /// Opening, making, renaming, removing and syncing files in the watched directories.
     Files,
     /// Making netlink sockets, and sending and receiving on them.
@@ -52,21 +55,24 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Bpf,
         Self::BpfLookup,
+        Self::BpfLink,
         Self::Files,
         Self::Netlink,
         Self::Log,
     ];
 
-    /// The error that the kernel returns most likely for calls of this kind.
-    pub fn errno(self) -> Errno {
+    /// The errors that the kernel returns most likely for calls of this kind.
+    pub fn errors(self) -> &'static [Errno] {
         match self {
-            Self::Bpf | Self::BpfLookup => Errno::ENOMEM,
-            Self::Files => Errno::EIO,
-            Self::Netlink => Errno::ENOBUFS,
-            Self::Log => Errno::ENOSPC,
+            Self::Bpf | Self::BpfLookup => &[Errno::ENOMEM],
+            // Without memory, by another program on the interface, by a policy of the host.
+            Self::BpfLink => &[Errno::ENOMEM, Errno::EBUSY, Errno::EPERM],
+            Self::Files => &[Errno::EIO],
+            Self::Netlink => &[Errno::ENOBUFS],
+            Self::Log => &[Errno::ENOSPC],
         }
     }
 }
@@ -256,10 +262,16 @@ fn filter(kind: Kind) -> std::result::Result<ScmpFilterContext, SeccompError> {
         added.map(|_| ())
     };
     notify("openat", &[])?;
-    let is_lookup = |operator| ScmpArgCompare::new(0, operator, MAP_LOOKUP_ELEM);
+    let is = |command| ScmpArgCompare::new(0, ScmpCompareOp::Equal, command);
+    let is_no_lookup = ScmpArgCompare::new(0, ScmpCompareOp::NotEqual, MAP_LOOKUP_ELEM);
     match kind {
-        Kind::Bpf => notify("bpf", &[is_lookup(ScmpCompareOp::NotEqual)])?,
-        Kind::BpfLookup => notify("bpf", &[is_lookup(ScmpCompareOp::Equal)])?,
+        Kind::Bpf => notify("bpf", &[is_no_lookup])?,
+        Kind::BpfLookup => notify("bpf", &[is(MAP_LOOKUP_ELEM)])?,
+        Kind::BpfLink => {
+            for command in [LINK_CREATE, LINK_UPDATE] {
+                notify("bpf", &[is(command)])?;
+            }
+        }
         Kind::Files => {
             for name in FILE_CALLS {
                 notify(name, &[])?;
@@ -281,6 +293,8 @@ fn filter(kind: Kind) -> std::result::Result<ScmpFilterContext, SeccompError> {
 }
 
 const MAP_LOOKUP_ELEM: u64 = 1;
+const LINK_CREATE: u64 = 28;
+const LINK_UPDATE: u64 = 29;
 
 /// The API level of libseccomp that has them.
 const NOTIFICATIONS: u32 = 6;
@@ -368,7 +382,9 @@ fn describe(request: &ScmpNotifReq, name: &str, watch: &Watch) -> Option<String>
         Some(format!("{name} {}", path.display()))
     };
     match (watch.kind, name) {
-        (Kind::Bpf | Kind::BpfLookup, "bpf") => Some(format!("bpf {}", bpf_command(arguments[0]))),
+        (Kind::Bpf | Kind::BpfLookup | Kind::BpfLink, "bpf") => {
+            Some(format!("bpf {}", bpf_command(arguments[0])))
+        }
         (Kind::Files, "open" | "rename" | "unlink" | "mkdir" | "rmdir") => of_path(WORKING, 0),
         (Kind::Files, "openat" | "renameat" | "renameat2" | "unlinkat" | "mkdirat") => {
             of_path(0, 1)
@@ -449,7 +465,7 @@ fn process(thread: u32) -> Option<Pid> {
 fn bpf_command(number: u64) -> String {
     let name = match number {
         0 => "MAP_CREATE",
-        1 => "MAP_LOOKUP_ELEM",
+        MAP_LOOKUP_ELEM => "MAP_LOOKUP_ELEM",
         2 => "MAP_UPDATE_ELEM",
         3 => "MAP_DELETE_ELEM",
         4 => "MAP_GET_NEXT_KEY",
@@ -464,8 +480,8 @@ fn bpf_command(number: u64) -> String {
         24 => "MAP_LOOKUP_BATCH",
         26 => "MAP_UPDATE_BATCH",
         27 => "MAP_DELETE_BATCH",
-        28 => "LINK_CREATE",
-        29 => "LINK_UPDATE",
+        LINK_CREATE => "LINK_CREATE",
+        LINK_UPDATE => "LINK_UPDATE",
         30 => "LINK_GET_FD_BY_ID",
         34 => "LINK_DETACH",
         _ => return format!("command {number}"),

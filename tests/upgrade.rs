@@ -4,6 +4,7 @@
 use std::{
     env, fs,
     net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     thread,
     time::Duration,
@@ -231,6 +232,45 @@ fn takeover_that_cannot_update_a_link_leaves_the_old_program_and_maps_in_force()
     inside.stop();
     outside.stop();
     assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
+    assert_filtered(&net);
+}
+
+/// The agent went on, filtered nothing by its own program, and was never ready.
+#[test]
+fn takeover_that_cannot_look_at_the_old_pins_is_refused_and_changes_nothing() {
+    let mut net = start("layout-foreign");
+    let _server = net.echo(PORT);
+    net.kill();
+    net.binary = next_layout_binary().to_owned();
+    net.write_policy(&orders(&["198.51.100.7/32"]));
+    let pins = net.bpffs().join("filter-agent").join(format!("v{LAYOUT}"));
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o755)).unwrap();
+    let line = net.refusal(&[]);
+    assert!(line.contains("is not this agent's own"), "{line}");
+    let (allowed, denied) = attempts();
+    assert_eq!(net.connect_all(&allowed), [Accepted, Accepted]);
+    assert_eq!(net.connect_all(&denied), [Silence, Silence]);
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o700)).unwrap();
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    assert_eq!(layouts(&net), [format!("v{}", LAYOUT + 1)]);
+    assert_filtered(&net);
+}
+
+/// A map of connections that cannot be opened was taken for none: the next layout began with an empty one, and
+/// open connections were forgotten.
+#[test]
+fn takeover_that_cannot_open_the_connections_is_refused_and_makes_no_new_map() {
+    const BPF_OBJ_GET: u32 = 7;
+    let mut net = start("layout-streams");
+    let _server = net.echo(PORT);
+    net.kill();
+    net.binary = next_layout_binary().to_owned();
+    let line = net.refusal_without_bpf_command(BPF_OBJ_GET, Errno::ENOMEM);
+    assert!(line.contains(&format!("v{LAYOUT}/STREAMS")), "{line}");
+    let next = format!("filter-agent/v{}/STREAMS", LAYOUT + 1);
+    assert!(!net.bpffs().join(next).exists());
+    net.start();
     assert_filtered(&net);
 }
 

@@ -96,8 +96,8 @@ pub struct Committed {
     pub restarted: BTreeSet<String>,
     /// Errors after the change was made. They refuse nothing.
     pub errors: Vec<String>,
-    /// The links of an older agent that could not be switched: each interface is filtered by the program and
-    /// maps that it has.
+    /// Why a link of another layout was not taken over. Its interface is filtered by the program and maps that the
+    /// link has.
     pub not_taken_over: Option<anyhow::Error>,
 }
 
@@ -284,6 +284,11 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         filtered,
     } = plan;
     let mode = desired.file.policy.mode;
+    let others = if is_start {
+        filter.to_take_over()?
+    } else {
+        Vec::new()
+    };
     // The maps first: no program runs on maps that do not hold the policy yet.
     let applied = filter.apply(&desired.compiled)?;
     let mut attached = Vec::new();
@@ -305,14 +310,11 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
     // change, which stands.
     let mut entries = Vec::new();
     let mut errors = Vec::new();
-    let mut not_taken_over = None;
-    if is_start {
-        let result = filter.take_over();
-        entries.extend(result.taken.iter().map(describe_takeover));
-        let found = result.errors.iter();
-        errors.extend(found.map(|error| format!("take over an older agent's pins: {error:#}")));
-        not_taken_over = result.not_switched.into_iter().next();
-    }
+    let result = filter.take_over(others);
+    entries.extend(result.taken.iter().map(describe_takeover));
+    let found = result.errors.iter();
+    errors.extend(found.map(|error| format!("take over an older agent's pins: {error:#}")));
+    let not_taken_over = result.not_taken.into_iter().next();
     for (interface, how) in &attached {
         entries.push(describe_attachment(interface, how));
     }

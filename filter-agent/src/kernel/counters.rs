@@ -9,7 +9,7 @@ use aya::{
 };
 use filter_common::{ANY_SLOT, COUNTER_ROW, COUNTERS, CounterRow, Fate, Name, Reason, hit_index};
 
-use crate::kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps};
+use crate::kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps, pins::exists};
 
 /// Packets by database (`None`: aimed at no database in particular), reason, and whether the reason
 /// was only counted, not enforced.
@@ -126,9 +126,12 @@ impl Maps {
         let names = ["SLOT_NAMES", "RULE_NAMES", "COUNTS", "HITS", "PROBES"];
         let mut sizes = BTreeMap::new();
         for shape in SHAPES.iter().filter(|shape| names.contains(&shape.name)) {
-            let Ok(info) = MapInfo::from_pin(pins.join(shape.name)) else {
+            let pin = pins.join(shape.name);
+            if !exists(&pin)? {
                 return Ok(false);
-            };
+            }
+            let info =
+                MapInfo::from_pin(&pin).with_context(|| format!("open {}", pin.display()))?;
             if !shape.holds_the_same(&info) {
                 return Ok(false);
             }

@@ -151,10 +151,12 @@ pub(super) fn share_connections(base: &Path, pins: &Path) -> Result<()> {
         let own = pins.join(shape.name);
         for (layout, other) in layouts(base)? {
             let theirs = other.join(shape.name);
-            let Ok(info) = MapInfo::from_pin(&theirs) else {
+            if layout == LAYOUT || exists(&own)? || !exists(&theirs)? {
                 continue;
-            };
-            if layout != LAYOUT && !exists(&own)? && shape.holds_the_same(&info) {
+            }
+            let info =
+                MapInfo::from_pin(&theirs).with_context(|| format!("open {}", theirs.display()))?;
+            if shape.holds_the_same(&info) {
                 fs::hard_link(&theirs, &own)
                     .with_context(|| format!("share {} with layout {LAYOUT}", theirs.display()))?;
             }

@@ -49,13 +49,21 @@ pub struct TakenOver {
     pub counters: bool,
 }
 
+/// What an agent of another layout left pinned.
+#[derive(Debug)]
+pub struct OtherLayout {
+    layout: u32,
+    pins: PathBuf,
+    links: Vec<PathBuf>,
+}
+
 /// The result of a take-over.
 #[derive(Debug, Default)]
 pub struct TakeOver {
     pub taken: Vec<TakenOver>,
-    /// Links that the kernel refused to switch.
-    pub not_switched: Vec<anyhow::Error>,
-    /// Errors beside that, such as pins that cannot be removed: the next start goes on there.
+    /// Links that could not be switched, or not be pinned as this layout's.
+    pub not_taken: Vec<anyhow::Error>,
+    /// Errors beside that, such as counters that cannot be read or pins that cannot be removed.
     pub errors: Vec<anyhow::Error>,
 }
 
@@ -217,77 +225,105 @@ impl Filter {
         Ok(others)
     }
 
+    /// Returns what `take_over` has to take over.
+    ///
+    /// # Errors
+    /// It cannot be listed, or a directory is not ours.
+    pub fn to_take_over(&self) -> Result<Vec<OtherLayout>> {
+        let others = self.other_layouts().context("look for other layouts")?;
+        let list = |(layout, pins): (u32, PathBuf)| {
+            own_directory(&pins)?;
+            let is_link = |pin: &PathBuf| {
+                let name = pin.file_name().and_then(|name| name.to_str());
+                name.is_some_and(|name| name.starts_with("link_") || name.starts_with(AWAY_LINK))
+            };
+            let links = entries(&pins)?.into_iter().filter(is_link).collect();
+            Ok(OtherLayout {
+                layout,
+                pins,
+                links,
+            })
+        };
+        others.into_iter().map(list).collect()
+    }
+
     /// Takes over what agents of other layouts left in force: carries their counters, switches each of their
     /// links to this program atomically, and only then removes their maps. The maps must hold the policy by
     /// now. Whenever it is cut off, the next start goes on with what is left. Only a link whose interface is
     /// certainly gone is removed; one that the kernel does not switch stays with its program and maps.
-    pub fn take_over(&mut self) -> TakeOver {
+    pub fn take_over(&mut self, others: Vec<OtherLayout>) -> TakeOver {
         let mut result = TakeOver::default();
-        let others = match self.other_layouts() {
-            Ok(others) => others,
-            Err(error) => {
-                result.errors.push(error.context("look for other layouts"));
-                return result;
-            }
-        };
-        for (layout, pins) in others {
-            match self.take_over_layout(layout, &pins, &mut result.not_switched) {
-                Ok(taken) => result.taken.extend(taken),
-                Err(error) => result.errors.push(error),
-            }
+        for other in others {
+            self.take_over_layout(&other, &mut result);
         }
         result
     }
 
-    /// Takes over one layout. Returns `None` where a link was not switched.
-    fn take_over_layout(
-        &mut self,
-        layout: u32,
-        pins: &Path,
-        not_switched: &mut Vec<anyhow::Error>,
-    ) -> Result<Option<TakenOver>> {
-        own_directory(pins)?;
-        // The meaning of a later layout's counters is not known here.
-        let counters = layout < LAYOUT && self.maps.carry_counters(layout, pins, &self.image)?;
-        let before = not_switched.len();
-        let mut links = 0;
-        for pin in entries(pins)? {
-            let Some(name) = pin.file_name().and_then(|name| name.to_str()) else {
-                continue;
-            };
-            if !name.starts_with("link_") && !name.starts_with(AWAY_LINK) {
-                continue;
-            }
-            let to = self.pins.join(name);
-            let is_taken = exists(&to)?;
-            match self.update(&pin) {
-                // Another interface has the index of this link's interface now.
-                Ok(()) if is_taken => set_aside(&pin, &self.pins)?,
-                Ok(()) => fs::rename(&pin, &to)
-                    .with_context(|| format!("rename {} to {}", pin.display(), to.display()))?,
-                Err(error) if is_detached(&error) => {
-                    fs::remove_file(&pin).with_context(|| format!("remove {}", pin.display()))?;
-                    continue;
-                }
-                Err(error) => {
-                    not_switched.push(error.context(format!(
-                        "switch {} to layout {LAYOUT}; the policy of layout {layout} stays in force",
-                        pin.display()
-                    )));
-                    continue;
-                }
-            }
-            links += 1;
-        }
-        if not_switched.len() > before {
-            return Ok(None);
-        }
-        remove_directory(pins)?;
-        Ok(Some(TakenOver {
+    fn take_over_layout(&mut self, other: &OtherLayout, result: &mut TakeOver) {
+        let OtherLayout {
             layout,
+            pins,
+            links: pinned,
+        } = other;
+        // The meaning of a later layout's counters is not known here. No packet waits for counters: where they
+        // cannot be read, the links are switched all the same.
+        let counters = *layout < LAYOUT
+            && self
+                .maps
+                .carry_counters(*layout, pins, &self.image)
+                .with_context(|| format!("carry the counters of layout {layout}"))
+                .unwrap_or_else(|error| {
+                    result.errors.push(error);
+                    false
+                });
+        let before = result.not_taken.len();
+        let mut links = 0;
+        for pin in pinned {
+            match self.take_over_link(*layout, pin) {
+                Ok(is_here) => links += usize::from(is_here),
+                Err(error) => result.not_taken.push(error),
+            }
+        }
+        // Its maps are those of a link that was not switched.
+        if result.not_taken.len() > before {
+            return;
+        }
+        result.errors.extend(remove_directory(pins).err());
+        result.taken.push(TakenOver {
+            layout: *layout,
             links,
             counters,
-        }))
+        });
+    }
+
+    /// Switches a link of another layout to this program, and pins it as this layout's. Returns whether its
+    /// interface still exists; where not, the link goes with its layout's directory.
+    fn take_over_link(&mut self, layout: u32, pin: &Path) -> Result<bool> {
+        let name = pin.file_name().context("read the name of a link's pin")?;
+        let to = self.pins.join(name);
+        let describe = || {
+            format!(
+                "switch {} to layout {LAYOUT}; the policy of layout {layout} stays in force",
+                pin.display()
+            )
+        };
+        let is_taken = exists(&to).with_context(describe)?;
+        match self.update(pin) {
+            Ok(()) => {}
+            Err(error) if is_detached(&error) => return Ok(false),
+            Err(error) => return Err(error.context(describe())),
+        }
+        let pinned = if is_taken {
+            // Another interface has the index of this link's interface now.
+            set_aside(pin, &self.pins)
+        } else {
+            fs::rename(pin, &to)
+                .with_context(|| format!("rename {} to {}", pin.display(), to.display()))
+        };
+        pinned.context(
+            "the new policy is in force, but a link of the old layout stays where it is",
+        )?;
+        Ok(true)
     }
 
     /// Whether this agent may attach to the interface: it has an Ethernet link layer and no XDP
