@@ -38,17 +38,31 @@ pub async fn run<T: Send + 'static>(
     let turn = turn.lock_owned().await;
     let _waiting = WAITING.acquire().await.context("wait for other files")?;
     let permit = THREADS.acquire().await.context("wait for a thread")?;
-    let (send, result) = oneshot::channel();
     let held = (turn, permit);
+    let job = move || {
+        let result = job();
+        drop(held);
+        result
+    };
+    run_on_thread("read-file", job).await?
+}
+
+/// Runs a job on a thread of its own. tokio's `spawn_blocking` panics where no thread can be started.
+///
+/// # Errors
+/// No thread, or a panic of the job.
+pub async fn run_on_thread<T: Send + 'static>(
+    name: &str,
+    job: impl FnOnce() -> T + Send + 'static,
+) -> Result<T> {
+    let (send, result) = oneshot::channel();
     thread::Builder::new()
-        .name("read-file".into())
+        .name(name.into())
         .spawn(move || {
-            let result = job();
-            drop(held);
-            let _ = send.send(result);
+            let _ = send.send(job());
         })
         .context("start a thread")?;
-    result.await.context("the thread panicked")?
+    result.await.context("the thread panicked")
 }
 
 /// As `run`, for a bounded time. `what` begins the error, as in `read FILE`.
