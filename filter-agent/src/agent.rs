@@ -583,6 +583,9 @@ impl Agent {
         for name in self.saves.failed_regions() {
             self.save_region(&name, false);
         }
+        if self.saves.error(&Record::Regions).is_some() {
+            self.forget_unused();
+        }
         self.remembered = checked.remembered;
         self.log_all(checked.entries);
         self.effects.extend(checked.summary.map(Effect::Status));

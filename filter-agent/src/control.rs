@@ -3,7 +3,7 @@
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use axum::{
     Json, Router,
     body::{Body, to_bytes},
@@ -57,7 +57,8 @@ impl Shared {
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> event::Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let _ = self.events.send(Event::Request(request(Reply(reply))));
-        answer.await.context("the agent is ending").flatten()
+        let ending = |_| anyhow!("the agent is ending, and did not do it");
+        answer.await.map_err(ending).flatten()
     }
 
     async fn observe(&self, verify: bool) -> Result<Observed> {

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -128,7 +128,7 @@ pub async fn run(options: Options) -> Result<()> {
                 if !enforcer.is_stuck() {
                     performer.notifier.alive();
                 }
-                match restore_socket(&options.socket).await {
+                match restore_socket(&options.socket, own_socket).await {
                     None => {}
                     Some(Ok(listener)) => {
                         server.listen_on(listener);
@@ -137,7 +137,7 @@ pub async fn run(options: Options) -> Result<()> {
                         Entry::warning("the control socket was removed; it is there again").log();
                     }
                     Some(Err(error)) => {
-                        let error = format!("the control socket was removed: {error:#}");
+                        let error = format!("no command reaches the agent: {error:#}");
                         if socket_error.as_ref() != Some(&error) {
                             Entry::error(error.clone()).log();
                         }
@@ -329,15 +329,17 @@ async fn refuse_second_agent(socket: &Path) -> Result<()> {
     }
 }
 
-/// Makes the control socket again where it was removed, or no command would reach the agent any more. `None`: a file
-/// is there. One that is not ours is left alone.
-async fn restore_socket(socket: &Path) -> Option<Result<UnixListener>> {
-    let found = fs::symlink_metadata(socket);
-    let is_gone = found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
-    if is_gone {
-        Some(listen(socket).await)
-    } else {
-        None
+/// Makes the control socket again where it was removed, or no command would reach the agent any more. `None`: it is
+/// there. Another file in its place is left alone.
+async fn restore_socket(socket: &Path, own: Option<(u64, u64)>) -> Option<Result<UnixListener>> {
+    let name = socket.display();
+    match fs::symlink_metadata(socket) {
+        Ok(found) if Some((found.dev(), found.ino())) == own => None,
+        Ok(_) => Some(Err(anyhow!(
+            "another file has the place of {name}: remove it"
+        ))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(listen(socket).await),
+        Err(error) => Some(Err(anyhow!(error).context(format!("examine {name}")))),
     }
 }
 

@@ -412,7 +412,9 @@ fn write_file(directory: &Path, path: &Path, text: &[u8]) -> Result<()> {
     let written = || -> Result<()> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        // Without the random name that the crate adds: each error would be another, and be logged again.
+        let made = tempfile::NamedTempFile::new_in(directory);
+        let mut file = made.map_err(|error| io::Error::from(error.kind()))?;
         file.write_all(text)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -575,6 +577,20 @@ mod tests {
         assert!(warning.contains("others could replace"), "{warning}");
         let error = error(forget_confirmed(base.path()));
         assert!(error.contains("others could replace"), "{error}");
+    }
+
+    /// Each attempt at a directory that takes no file was logged, since each error named another temporary file.
+    #[test]
+    fn error_of_a_directory_that_takes_no_file_is_the_same_each_time() {
+        // Nothing can be made there, by root either.
+        let directory = Path::new("/proc/self");
+        let attempt = || {
+            error(write(
+                directory,
+                &Write::Confirmed(Some(Confirmed::default())),
+            ))
+        };
+        assert_eq!(attempt(), attempt());
     }
 
     /// Fault B19: what waited for a disk that hangs grew without end.

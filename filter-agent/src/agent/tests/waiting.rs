@@ -190,6 +190,23 @@ fn files_of_policies_that_are_not_in_force_are_not_watched() {
     watched(&mut world, true);
 }
 
+/// The same for what is to be removed: the warning stayed in `status` until a reload.
+#[test]
+fn sets_that_could_not_be_removed_are_removed_later() {
+    let mut world = settled();
+    world.text = policy(2, "");
+    world.reload();
+    let is_removal = |effect: &Effect| matches!(effect, Effect::Save(Write::Regions(_)));
+    while !world.effects.is_empty() {
+        let fail = is_removal(&world.effects[0]);
+        world.perform(0, OFFICE, fail, false);
+    }
+    assert_eq!(world.agent.snapshot().unsaved.len(), 1);
+    world.send(Event::Checked(checked()));
+    world.settle(OFFICE);
+    assert!(world.agent.snapshot().unsaved.is_empty());
+}
+
 /// A set that a full disk refused was not written again until it changed.
 #[test]
 fn set_that_could_not_be_written_is_written_again() {
