@@ -23,6 +23,11 @@ use serde_json::value::RawValue;
 
 use crate::{host::coverage::Remembered, policy::RegionSource, region::state::Set};
 
+/// Time allowed to an agent that is ending to let go of the state directory: the kernel takes back its locks one after
+/// the other, and frees its maps between them.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// Longest file that is read, in bytes: a hundred for each of a million prefixes.
 const MAX_FILE: u64 = 100 << 20;
 
@@ -283,7 +288,15 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
     {
         return Ok(());
     }
-    let _lock = lock(directory)?;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    let _lock = loop {
+        match lock(directory) {
+            Err(error) if error.is::<Taken>() && Instant::now() < deadline => {
+                thread::sleep(LOCK_PAUSE);
+            }
+            taken => break taken?,
+        }
+    };
     write(directory, &Write::Confirmed(None))
 }
 
@@ -577,6 +590,23 @@ mod tests {
         assert!(warning.contains("others could replace"), "{warning}");
         let error = error(forget_confirmed(base.path()));
         assert!(error.contains("others could replace"), "{error}");
+    }
+
+    /// `detach` beside an agent that was ending found the pins free, the state directory not, and failed half way.
+    #[test]
+    fn confirmed_policy_is_removed_when_an_ending_agent_lets_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        write(path, &Write::Confirmed(Some(Confirmed::default()))).unwrap();
+        let store = Store::open(path, |error| panic!("{error:#}")).unwrap();
+        thread::scope(|scope| {
+            let forgotten = scope.spawn(|| forget_confirmed(path));
+            // Long enough for a first attempt; an attempt after the drop succeeds as well.
+            thread::sleep(LOCK_PAUSE);
+            drop(store);
+            forgotten.join().unwrap().unwrap();
+        });
+        assert_eq!(read_confirmed(path).unwrap(), None);
     }
 
     /// Each attempt at a directory that takes no file was logged, since each error named another temporary file.
