@@ -1,10 +1,17 @@
 //! What is around an agent, and is taken away, replaced or hangs: its socket, its files, the BPF file system.
 
-use std::{fs, net::SocketAddr, os::unix::net::UnixStream};
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::net::{UnixDatagram, UnixStream},
+    time::{Duration, Instant},
+};
 
 use filter_tests::{
     mounts::Mounted,
-    net::{ALLOWED4, Connection, DB4, DENIED4, Net, Protected, dedicated, policy, wait_until},
+    net::{
+        ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, dedicated, policy, wait_until,
+    },
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -12,7 +19,6 @@ use socket2::{Domain, SockAddr, Socket, Type};
 const PORT: u16 = 5432;
 const DB: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(DB4), PORT);
 const ALLOWED: [&str; 1] = ["203.0.113.10/32"];
-const DENIED: [&str; 1] = ["198.51.100.7/32"];
 
 fn orders(allowed: &[&str]) -> String {
     policy("eth0", "native", &[dedicated("orders", PORT, allowed, "")])
@@ -56,43 +62,36 @@ fn socket_of_an_agent_that_hangs_is_left_alone() {
     let line = net.refusal(&[]);
     assert!(line.contains("its queue of connections is full"), "{line}");
     assert!(net.socket().exists());
-    let other = net.dir().join("datagrams");
-    let _other = std::os::unix::net::UnixDatagram::bind(&other).unwrap();
-    let line = net.refusal(&["--socket", other.to_str().unwrap()]);
+    fs::remove_file(net.socket()).unwrap();
+    let _datagrams = UnixDatagram::bind(net.socket()).unwrap();
+    let line = net.refusal(&[]);
     assert!(line.contains("examine whether an agent answers"), "{line}");
-    assert!(other.exists());
+    assert!(net.socket().exists());
 }
 
 /// The agent's own program was reported as another one, and the databases as open, where the BPF file system was
-/// unmounted: the advice was to detach the program.
+/// unmounted; and where it was mounted again, the agent gave up what kept the links alive.
 #[test]
-fn filter_whose_pins_are_out_of_sight_is_not_taken_for_another_program() {
-    let net = start("unmounted");
+fn filter_stays_in_force_where_the_bpf_file_system_is_unmounted_and_mounted_again() {
+    let mut net = start("unmounted");
     let _listener = net.listen(PORT);
+    let denied = Hammer::denied(&net.client, &[(DENIED4.into(), DB)]);
     umount2(&net.bpffs(), MntFlags::MNT_DETACH).unwrap();
+    let line = net.agent_error(&["status", "--verify"]);
+    assert!(!line.contains("nothing is filtered"), "{line}");
     let none = None::<&str>;
-    mount(
-        Some("bpf"),
-        &net.bpffs(),
-        Some("bpf"),
-        MsFlags::empty(),
-        none,
-    )
-    .unwrap();
-    let errors = || net.agent_json(&["status", "--verify"])["errors"].to_string();
-    let is_reported = || errors().contains("eth0 is filtered only until this agent ends");
-    assert!(wait_until(is_reported), "{}", errors());
-    assert!(!errors().contains("open"), "{}", errors());
-    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
-    // Rules can still be changed.
-    net.watch(&[Protected::tcp(PORT, &[ALLOWED, DENIED].concat())]);
-    net.write_policy(&orders(&DENIED));
-    let output = net.agent(&["reload"]);
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("is enforced"), "{text}");
-    assert_eq!(output.status.code(), Some(1));
-    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
-    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Silence);
+    let bpf = Some("bpf");
+    mount(bpf, &net.bpffs(), bpf, MsFlags::empty(), none).unwrap();
+    net.wait_for_line("error: pins of the filter were removed; they are restored");
+    let is_well = || net.agent(&["status", "--verify"]).status.success();
+    assert!(wait_until(is_well));
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    net.terminate();
+    denied.stop();
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    let log = net.log.join("\n");
+    assert!(!log.contains("another XDP program"), "{log}");
+    assert_eq!(log.matches("attached to eth0").count(), 1, "{log}");
 }
 
 /// Each such file delayed the start by its time limit, one after the other, and a service that starts late is killed and

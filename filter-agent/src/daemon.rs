@@ -232,7 +232,8 @@ impl Performer {
                         Some(text) => PolicyFile::parse(&path, text),
                         None => PolicyFile::read_regular(&path),
                     };
-                    let file = threads::run_within(READ_TIMEOUT, &what, &named, read).await;
+                    let pool = &threads::POLICIES;
+                    let file = threads::run_within(pool, READ_TIMEOUT, &what, &named, read).await;
                     let _ = events.send(Event::PolicyRead { proposal, file });
                 });
             }

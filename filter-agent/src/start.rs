@@ -87,6 +87,7 @@ impl Choice {
         let directory = options.state_dir.clone();
         let path = store::confirmed_path(&directory);
         let kept = threads::run_within(
+            &threads::POLICIES,
             READ_TIMEOUT,
             "read the confirmed policy",
             &path,
@@ -175,7 +176,7 @@ async fn read_policy(path: &Path) -> Result<Arc<PolicyFile>> {
     let what = format!("read {}", path.display());
     let read = path.clone();
     let read = move || PolicyFile::read_regular(&read);
-    let file = threads::run_within(READ_TIMEOUT, &what, &path, read);
+    let file = threads::run_within(&threads::POLICIES, READ_TIMEOUT, &what, &path, read);
     file.await.map(Arc::new)
 }
 
@@ -346,7 +347,7 @@ async fn first_set(
     let (directory, wanted) = (state_dir.to_owned(), (name.to_owned(), source.clone()));
     let what = format!("read the set that was kept of region {name}");
     let place = directory.join(name);
-    let kept = threads::run_within(READ_TIMEOUT, &what, &place, move || {
+    let kept = threads::run_within(&threads::LOOK_UPS, READ_TIMEOUT, &what, &place, move || {
         store::read_region(&directory, &wanted.0, &wanted.1)
     });
     let restored = kept.await.and_then(|set| {

@@ -42,7 +42,7 @@ pub(in crate::region) async fn read(
         let (path, before, watcher) = (path.to_owned(), before.cloned(), watcher.cloned());
         move || read_now(&path, before.as_ref(), watcher.as_ref())
     };
-    let answer = tokio::time::timeout(limit, threads::run(path, job)).await;
+    let answer = tokio::time::timeout(limit, threads::run(&threads::REGION_FILES, path, job)).await;
     let answer = answer.unwrap_or_else(|_| Err(anyhow!("no answer within {}", spelled(limit))));
     answer.with_context(|| format!("read {}", path.display()))
 }
