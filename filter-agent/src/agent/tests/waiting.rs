@@ -84,8 +84,6 @@ fn refresh_waits_for_the_look_ups_that_a_reload_does_not_end() {
         accept: false,
         reply: Reply(reply),
     }));
-    let cloud =
-        world.find(|effect| matches!(effect, Effect::LookUp(l) if l.region.file().is_none()));
     let looking: Vec<Effect> = world.effects.extract_if(.., |e| is_look_up(e)).collect();
     assert_eq!(looking.len(), 2);
     world.text = policy(2, "");
