@@ -240,8 +240,10 @@ fn lock(directory: &Path) -> Result<Flock<File>> {
         .metadata()
         .with_context(|| format!("examine {}", directory.display()))?;
     let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    // In a sticky directory nobody else can rename or remove our files, and files of others are not read.
+    let is_sticky = mode & 0o1000 != 0;
     ensure!(
-        owner == nix::unistd::geteuid().as_raw() && mode & 0o022 == 0,
+        owner == nix::unistd::geteuid().as_raw() && (mode & 0o022 == 0 || is_sticky),
         "{} is not used: others could replace what is kept there (owner {owner}, mode {mode:o})",
         directory.display()
     );
