@@ -1,13 +1,9 @@
 //! The agent's state machine: events in, effects out. It does no I/O and reads no clock. One change is under way at
 //! a time; events that would start another one wait until it is done.
 
-use std::{
-    collections::{BTreeSet, VecDeque},
-    mem,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+mod regions;
+
+use std::{collections::VecDeque, mem, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use jiff::Timestamp;
@@ -19,20 +15,18 @@ use crate::{
     host::coverage::Remembered,
     late::Late,
     log::Entry,
-    look_ups::{LookUp, LookUps, Purpose},
+    look_ups::{LookUp, LookUps},
     policy_file::PolicyFile,
     proposals::{Aim, Proposal, Proposals, Reload},
     reconcile::{Committed, Kernel, Occasion, Refused, list},
-    refreshes::{Refreshes, to_refresh},
-    region::{
-        answer::Answer,
-        state::{self as region, Change, Regions, State},
-    },
+    refreshes::Refreshes,
+    region::state::{self as region, Change, Regions, State},
     report,
     retry::Retry,
     saves::Saves,
-    snapshot::{Snapshot, describe, describe_result},
-    store::{Confirmed, Record, Write},
+    snapshot::{Snapshot, describe},
+    start::Started,
+    store::{Record, Write},
 };
 
 /// Longest time between two ticks: the host's clock may be set meanwhile.
@@ -64,24 +58,6 @@ enum Cause {
     },
 }
 
-/// The result of a start.
-#[derive(Debug)]
-pub struct Started {
-    pub path: PathBuf,
-    pub file: Arc<PolicyFile>,
-    pub regions: Regions,
-    /// Regions whose set is not what is on disk.
-    pub unsaved: BTreeSet<String>,
-    pub committed: Committed,
-    pub checked: Checked,
-    /// As it is on disk.
-    pub confirmed: Option<Confirmed>,
-    /// Why the policy file is not the policy in force.
-    pub instead_of_file: Option<String>,
-    /// Why the confirmed policy could not be read, to compare the file with.
-    pub unreadable: Option<String>,
-}
-
 pub struct Agent {
     /// The policy file that a reload reads.
     path: PathBuf,
@@ -106,6 +82,8 @@ pub struct Agent {
     late: Vec<Late>,
     is_ready: bool,
     is_detached: bool,
+    /// The agent was told to end, and begins nothing more.
+    is_ending: bool,
     effects: Vec<Effect>,
 }
 
@@ -146,6 +124,7 @@ impl Agent {
             late: Vec::new(),
             is_ready: false,
             is_detached: false,
+            is_ending: false,
             effects: Vec::new(),
         };
         if let Some(reason) = &agent.instead_of_file {
@@ -175,12 +154,19 @@ impl Agent {
         {
             self.take(event);
         }
+        if self.is_ending && self.under_way.is_none() && self.late.is_empty() {
+            self.effects.push(Effect::Stop);
+        }
         mem::take(&mut self.effects)
     }
 
     fn take(&mut self, event: Event) {
+        let begins_nothing = matches!(
+            event,
+            Event::Committed(_) | Event::Detached(_) | Event::Saved { .. } | Event::Tick
+        );
         // Replies are dropped, which their clients see.
-        if self.is_detached && !matches!(event, Event::Saved { .. } | Event::Tick) {
+        if (self.is_detached || self.is_ending) && !begins_nothing {
             return;
         }
         match event {
@@ -189,8 +175,11 @@ impl Agent {
             Event::Checked(checked) => {
                 self.checked(checked);
             }
-            Event::Saved { record, result } => self.saved(&record, result),
+            Event::Saved { write, result } => self.saved(&write, result),
             Event::Tick => self.tick(),
+            Event::Terminate => self.terminate(),
+            // Each reads the file when its turn comes: one is enough.
+            Event::Hangup if self.deferred.iter().any(|e| matches!(e, Event::Hangup)) => {}
             event if self.under_way.is_some() => self.deferred.push_back(event),
             Event::Request(Request::Reload { options, reply }) => {
                 self.reload(options, Some(reply));
@@ -220,6 +209,15 @@ impl Agent {
 
     fn log_all(&mut self, entries: Vec<Entry>) {
         self.effects.extend(entries.into_iter().map(Effect::Log));
+    }
+
+    /// Begins nothing more. The change under way is waited for: its client learns what came of it, and the last line
+    /// of the log is true.
+    fn terminate(&mut self) {
+        self.is_ending = true;
+        self.deferred.clear();
+        self.proposals = Proposals::default();
+        self.refreshes = Refreshes::default();
     }
 
     // Proposals: a reload or a plan, until it is decided.
@@ -300,17 +298,23 @@ impl Agent {
                 let cause = Cause::Reload { file, asked, reply };
                 self.change(regions, cause, order, occasion, options.existing);
             }
-            (Aim::Plan { reply }, Ok(regions)) => self.effects.push(Effect::Plan {
-                order: order(&regions, self.now.wall),
-                reply,
-            }),
+            (Aim::Plan { reply }, Ok(regions)) => {
+                self.effects.push(Effect::Plan {
+                    order: order(&regions, self.now.wall),
+                    reply,
+                });
+                self.watch_used();
+            }
             (aim, Err(error)) => self.refuse_aim(aim, error),
         }
     }
 
     fn refuse_aim(&mut self, aim: Aim, error: anyhow::Error) {
         match aim {
-            Aim::Plan { reply } => reply.send(Err(error)),
+            Aim::Plan { reply } => {
+                reply.send(Err(error));
+                self.watch_used();
+            }
             Aim::Reload(reload) => self.refuse_reload(reload.reply, Refused::from(error)),
         }
     }
@@ -321,6 +325,7 @@ impl Agent {
         if let Some(reply) = reply {
             reply.send(Err(error));
         }
+        self.watch_used();
         let next = self.proposals.next_reload();
         self.begin_reload(next);
     }
@@ -463,7 +468,6 @@ impl Agent {
             let source = |regions: &Regions| regions.get(name).map(|s| s.region.source.clone());
             asked.iter().any(|asked| asked == name) || source(regions) != source(before)
         });
-        let ended: Vec<u64> = ended.into_iter().flat_map(|(_, waiters)| waiters).collect();
         for name in asked {
             let same = before.get(name).zip(self.regions.get(name));
             let same = same.is_some_and(|(before, now)| before.holds_the_same(now));
@@ -478,9 +482,10 @@ impl Agent {
         for error in &committed.errors {
             self.log(Entry::error(error.clone()));
         }
-        for name in before.keys() {
-            let state = self.regions.get(name);
-            self.refreshes.done(name, state, &Change::default(), &ended);
+        for (name, _, waiters) in ended {
+            let state = self.regions.get(&name);
+            let unchanged = Change::default();
+            self.refreshes.done(&name, state, &unchanged, &waiters);
         }
         if let Some(reply) = reply {
             let reloaded = report::Reloaded {
@@ -501,108 +506,6 @@ impl Agent {
         self.begin_reload(next);
     }
 
-    // Regions.
-
-    fn look_up(&mut self, name: &str, accept: bool, waiter: Option<u64>) {
-        let Some(state) = self.regions.get_mut(name) else {
-            return;
-        };
-        // The answer says when to ask again.
-        state.next = None;
-        let look_up = LookUp {
-            number: self.look_ups.begin(name, accept, waiter),
-            region: state.region.clone(),
-            version: state.version().cloned(),
-        };
-        self.effects.push(Effect::LookUp(look_up));
-    }
-
-    fn looked_up(&mut self, number: u64, answer: Result<Answer>) {
-        match self.look_ups.finish(number) {
-            None => {}
-            Some(Purpose::Proposal { number, name }) => {
-                if let Some(proposal) = self.proposals.get_mut(number) {
-                    proposal.answers.insert(name, answer);
-                    self.decide(number);
-                }
-            }
-            Some(Purpose::Region {
-                name,
-                accept,
-                waiters,
-            }) => {
-                let Some(before) = self.regions.get(&name).cloned() else {
-                    return;
-                };
-                let mut state = before.clone();
-                let change = state.take(answer, accept, self.now.steady);
-                // A file may have changed again since it was read.
-                state.next = [state.next, before.next].into_iter().flatten().min();
-                if change.is_empty() {
-                    self.regions.insert(name.clone(), state);
-                    self.region_done(&name, Some(&before), change, &waiters);
-                } else {
-                    let mut regions = self.regions.clone();
-                    regions.insert(name.clone(), state);
-                    let cause = Cause::Region {
-                        name,
-                        change,
-                        waiters,
-                    };
-                    self.change_regions(regions, cause);
-                }
-            }
-        }
-    }
-
-    fn file_changed(&mut self, path: &Path) {
-        for state in self.regions.values_mut() {
-            if state.region.file().is_some_and(|file| file == path) {
-                state.next = Some(self.now.steady);
-            }
-        }
-        // What was read for a policy that is not in force yet is out of date as well.
-        for (number, name, region) in self.proposals.file_changed(path) {
-            self.effects.push(Effect::LookUp(LookUp {
-                number: self.look_ups.begin_for_proposal(number, &name),
-                region,
-                version: None,
-            }));
-        }
-        self.tick();
-    }
-
-    /// Logs the result of a look-up, saves the set, and replies to requests that wait for it.
-    fn region_done(&mut self, name: &str, before: Option<&State>, change: Change, waiters: &[u64]) {
-        if let Some(state) = self.regions.get(name) {
-            let entry = describe_result(name, before, state, self.now);
-            self.effects.extend(entry.map(Effect::Log));
-        }
-        self.save_region(name, !change.is_empty());
-        self.refreshes
-            .done(name, self.regions.get(name), &change, waiters);
-    }
-
-    fn refresh(
-        &mut self,
-        region: Option<String>,
-        accept: bool,
-        reply: Reply<Vec<report::Refreshed>>,
-    ) {
-        let names = match to_refresh(&self.regions, region) {
-            Ok(names) => names,
-            Err(error) => return reply.send(Err(error)),
-        };
-        if names.is_empty() {
-            return reply.send(Ok(Vec::new()));
-        }
-        let number = self.look_ups.number();
-        self.refreshes.begin(number, &names, reply);
-        for name in names {
-            self.look_up(&name, accept, Some(number));
-        }
-    }
-
     // Time.
 
     /// Starts look-ups that are due, takes out prefixes and rules that ended, and sends replies that waited enough.
@@ -615,7 +518,7 @@ impl Agent {
         {
             self.answer(late);
         }
-        if self.under_way.is_some() || self.is_detached {
+        if self.under_way.is_some() || self.is_detached || self.is_ending {
             return;
         }
         let due = self.regions.iter().filter(|(name, state)| {
@@ -664,7 +567,8 @@ impl Agent {
             Duration::try_from(instant.duration_since(now)).unwrap_or_default()
         };
         let mut wait = next.map_or(LONGEST_WAIT, |next| until(next, now.steady));
-        if self.under_way.is_some() {
+        // Nothing that is due begins now.
+        if self.under_way.is_some() || self.is_detached || self.is_ending {
             wait = LONGEST_WAIT;
         } else if let (Some(expiry), None) = (self.enforced.next_expiry, &self.stuck) {
             wait = wait.min(until(expiry, now.wall));
@@ -676,6 +580,12 @@ impl Agent {
 
     /// Returns whether the confirmed policy is on its way to disk.
     fn checked(&mut self, checked: Checked) -> bool {
+        for name in self.saves.failed_regions() {
+            self.save_region(&name, false);
+        }
+        if self.saves.error(&Record::Regions).is_some() {
+            self.forget_unused();
+        }
         self.remembered = checked.remembered;
         self.log_all(checked.entries);
         self.effects.extend(checked.summary.map(Effect::Status));
@@ -694,9 +604,8 @@ impl Agent {
             return false;
         }
         let write = self.saves.confirm(&self.file.text, &self.remembered);
-        let is_saving = write.is_some();
         self.effects.extend(write.map(Effect::Save));
-        is_saving
+        self.saves.is_confirming()
     }
 
     /// Has a region's set written to disk, if it changed or its time there is old.
@@ -712,15 +621,21 @@ impl Agent {
         let names = self.regions.keys().cloned().collect();
         let write = self.saves.keep_only(names);
         self.effects.push(Effect::Save(write));
+        self.watch_used();
+    }
+
+    /// Ends the watches on files of regions that no policy in force or under way has.
+    fn watch_used(&mut self) {
         let files = self.regions.values().filter_map(|s| s.region.file());
         let files = files.chain(self.proposals.region_files()).cloned();
         self.effects.push(Effect::Watch(files.collect()));
     }
 
-    fn saved(&mut self, record: &Record, result: Result<()>) {
-        let entry = self.saves.written(record, result);
+    fn saved(&mut self, write: &Write, result: Result<()>) {
+        let entry = self.saves.written(write, result);
         self.effects.extend(entry.map(Effect::Log));
-        if *record == Record::Confirmed {
+        // Not after a version that was overtaken: what is to outlast a restart is the latest one.
+        if write.record() == Record::Confirmed && !self.saves.is_confirming() {
             for late in mem::take(&mut self.late) {
                 self.answer(late);
             }
@@ -734,7 +649,8 @@ impl Agent {
         match result {
             Ok(names) => {
                 self.is_detached = true;
-                self.effects.push(Effect::Save(Write::Confirmed(None)));
+                let forget = self.saves.forget();
+                self.effects.push(Effect::Save(forget));
                 self.late
                     .push(Late::detached(names, reply, self.now.steady));
             }
@@ -748,7 +664,8 @@ impl Agent {
     /// Sends a reply that waited for the disk.
     fn answer(&mut self, late: Late) {
         let ends_agent = late.ends_agent();
-        late.send(self.saves.error(&Record::Confirmed), self.now.steady);
+        let error = self.saves.error(&Record::Confirmed).map(String::as_str);
+        late.send(error, self.saves.is_confirming());
         if ends_agent {
             self.effects.push(Effect::Stop);
         }
@@ -783,7 +700,18 @@ impl Agent {
             return "detached; nothing is filtered any more".into();
         }
         let names = list(self.file.policy.interfaces.iter());
-        format!("stopping; the filter stays in force on {names}")
+        match self.under_way {
+            None => format!("stopping; the filter stays in force on {names}"),
+            Some(UnderWay::Change { .. }) => format!(
+                "stopping in the middle of a change, which the next start completes or takes back; the filter \
+                 stays in force on {names}"
+            ),
+            Some(UnderWay::Detach { .. }) => {
+                "stopping in the middle of a detach: parts of the filter may be gone; run `filter-agent detach` \
+                 again"
+                    .into()
+            }
+        }
     }
 }
 

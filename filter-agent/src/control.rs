@@ -3,7 +3,7 @@
 
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use axum::{
     Json, Router,
     body::{Body, to_bytes},
@@ -19,6 +19,7 @@ use serde::Deserialize;
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::{Notify, Semaphore, mpsc::UnboundedSender, oneshot, watch},
+    task::JoinHandle,
 };
 use tower_service::Service as _;
 
@@ -56,7 +57,8 @@ impl Shared {
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> event::Request) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         let _ = self.events.send(Event::Request(request(Reply(reply))));
-        answer.await.context("the agent is ending").flatten()
+        let ending = |_| anyhow!("the agent is ending, and did not do it");
+        answer.await.map_err(ending).flatten()
     }
 
     async fn observe(&self, verify: bool) -> Result<Observed> {
@@ -73,7 +75,8 @@ impl Shared {
 
 /// The server on the control socket.
 pub struct Server {
-    stop: Arc<Notify>,
+    router: Router,
+    accepting: JoinHandle<()>,
     connections: Arc<Semaphore>,
 }
 
@@ -84,45 +87,50 @@ impl Server {
         snapshot: watch::Receiver<Snapshot>,
         enforcer: Handle,
     ) -> Self {
-        let server = Self {
-            stop: Arc::default(),
-            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-        };
         let router = router(Shared {
             events,
             snapshot,
             enforcer,
         });
-        let (stop, connections) = (server.stop.clone(), server.connections.clone());
-        tokio::spawn(async move {
-            loop {
-                let Ok(permit) = connections.clone().acquire_owned().await else {
-                    return;
-                };
-                let accepted = tokio::select! {
-                    accepted = listener.accept() => accepted,
-                    () = stop.notified() => return,
-                };
-                match accepted {
-                    Ok((stream, _)) => {
-                        let router = router.clone();
-                        tokio::spawn(async move {
-                            serve(stream, router).await;
-                            drop(permit);
-                        });
-                    }
-                    Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
-                }
-            }
-        });
-        server
+        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let accepting = tokio::spawn(accept(listener, router.clone(), connections.clone()));
+        Self {
+            router,
+            accepting,
+            connections,
+        }
+    }
+
+    /// Takes connections from another listener: the socket of the one before was removed.
+    pub fn listen_on(&mut self, listener: UnixListener) {
+        self.accepting.abort();
+        let (router, connections) = (self.router.clone(), self.connections.clone());
+        self.accepting = tokio::spawn(accept(listener, router, connections));
     }
 
     /// Takes no more connections, and lets those that are open end, for a bounded time.
     pub async fn stop(self, timeout: Duration) {
-        self.stop.notify_one();
+        self.accepting.abort();
         let all = self.connections.acquire_many(MAX_CONNECTIONS as u32);
         let _ = tokio::time::timeout(timeout, all).await;
+    }
+}
+
+async fn accept(listener: UnixListener, router: Router, connections: Arc<Semaphore>) {
+    loop {
+        let Ok(permit) = connections.clone().acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let router = router.clone();
+                tokio::spawn(async move {
+                    serve(stream, router).await;
+                    drop(permit);
+                });
+            }
+            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
     }
 }
 

@@ -4,10 +4,10 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -48,6 +48,9 @@ const THOROUGH_CHECK: u32 = 30;
 /// Time allowed for open requests and disk writes at shutdown.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Time allowed at shutdown for the change under way: a million prefixes take a few seconds.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Time allowed for the policy file to be read.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -71,18 +74,19 @@ pub async fn run(options: Options) -> Result<()> {
     let opened = open(&options, clock, &watcher).await?;
     let enforcer = opened.enforcer.clone();
     let listener = listen(&options.socket).await?;
-    let own_socket = identity(&options.socket);
+    let mut own_socket = identity(&options.socket);
+    let mut socket_error = None;
     let store = Store::open(&options.state_dir, |error| {
         Entry::warning(format!("{error:#}")).log();
     })?;
     let saved = events.clone();
-    store.start(move |record, result| {
-        let _ = saved.send(Event::Saved { record, result });
+    store.start(move |write, result| {
+        let _ = saved.send(Event::Saved { write, result });
     })?;
     let started = enforce(opened, &options, clock, &watcher).await?;
     let (mut agent, effects) = Agent::start(started, clock.now());
     let (publish, snapshot) = watch::channel(agent.snapshot());
-    let server = control::Server::start(listener, events.clone(), snapshot, enforcer.clone());
+    let mut server = control::Server::start(listener, events.clone(), snapshot, enforcer.clone());
 
     let mut ticks = tokio::time::interval(CHECK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -97,11 +101,13 @@ pub async fn run(options: Options) -> Result<()> {
         notifier: Notifier::start()?,
     };
     performer.perform(effects);
+    let mut deadline = None;
     while !performer.is_stopping {
         let mut thorough = false;
         let event = tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            () = passed(deadline) => break,
+            _ = terminate.recv() => Event::Terminate,
+            _ = interrupt.recv() => Event::Terminate,
             _ = hangup.recv() => Event::Hangup,
             Some(event) = happened.recv() => event,
             Some(()) = links.next() => {
@@ -122,11 +128,30 @@ pub async fn run(options: Options) -> Result<()> {
                 if !enforcer.is_stuck() {
                     performer.notifier.alive();
                 }
+                match restore_socket(&options.socket, own_socket).await {
+                    None => {}
+                    Some(Ok(listener)) => {
+                        server.listen_on(listener);
+                        own_socket = identity(&options.socket);
+                        socket_error = None;
+                        Entry::warning("the control socket was removed; it is there again").log();
+                    }
+                    Some(Err(error)) => {
+                        let error = format!("no command reaches the agent: {error:#}");
+                        if socket_error.as_ref() != Some(&error) {
+                            Entry::error(error.clone()).log();
+                        }
+                        socket_error = Some(error);
+                    }
+                }
                 Event::Tick
             }
         };
         if thorough {
             performer.check(true, &agent);
+        }
+        if let Event::Terminate = event {
+            deadline = deadline.or(Some(Instant::now() + CHANGE_TIMEOUT));
         }
         let is_quiet = matches!(event, Event::Tick);
         let effects = agent.handle(event, clock.now());
@@ -205,9 +230,10 @@ impl Performer {
                     let (what, named) = (format!("read {}", path.display()), path.clone());
                     let read = move || match text {
                         Some(text) => PolicyFile::parse(&path, text),
-                        None => PolicyFile::read(&path),
+                        None => PolicyFile::read_regular(&path),
                     };
-                    let file = threads::run_within(READ_TIMEOUT, &what, &named, read).await;
+                    let pool = &threads::POLICIES;
+                    let file = threads::run_within(pool, READ_TIMEOUT, &what, &named, read).await;
                     let _ = events.send(Event::PolicyRead { proposal, file });
                 });
             }
@@ -273,6 +299,14 @@ async fn ask(look_up: LookUp, watcher: Watcher, events: UnboundedSender<Event>) 
     let _ = events.send(Event::LookedUp { number, answer });
 }
 
+/// Waits for an instant; without one, for ever.
+async fn passed(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The device and inode of a file; `None`: there is none, or it cannot be examined.
 fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::symlink_metadata(path).ok()?;
@@ -280,14 +314,34 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 /// # Errors
-/// An agent that answers on the socket.
+/// An agent that has the socket, or that it cannot be found out whether one has: an agent that hangs refuses
+/// connections once its queue of them is full.
 async fn refuse_second_agent(socket: &Path) -> Result<()> {
-    ensure!(
-        UnixStream::connect(socket).await.is_err(),
-        "another filter-agent answers on {}",
-        socket.display()
-    );
-    Ok(())
+    let name = socket.display();
+    match UnixStream::connect(socket).await {
+        Ok(_) => bail!("another filter-agent answers on {name}"),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Ok(()),
+            io::ErrorKind::WouldBlock => bail!(
+                "another filter-agent hangs on {name}: its queue of connections is full; end it first"
+            ),
+            _ => Err(error).with_context(|| format!("examine whether an agent answers on {name}")),
+        },
+    }
+}
+
+/// Makes the control socket again where it was removed, or no command would reach the agent any more. `None`: it is
+/// there. Another file in its place is left alone.
+async fn restore_socket(socket: &Path, own: Option<(u64, u64)>) -> Option<Result<UnixListener>> {
+    let name = socket.display();
+    match fs::symlink_metadata(socket) {
+        Ok(found) if Some((found.dev(), found.ino())) == own => None,
+        Ok(_) => Some(Err(anyhow!(
+            "another file has the place of {name}: remove it"
+        ))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Some(listen(socket).await),
+        Err(error) => Some(Err(anyhow!(error).context(format!("examine {name}")))),
+    }
 }
 
 /// The control socket, for root only.

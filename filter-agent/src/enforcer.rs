@@ -281,8 +281,8 @@ impl Enforcer {
         } = &self.in_force;
         let prefixes: usize = compiled.databases.values().map(|e| e.prefixes()).sum();
         let coverage = Coverage::of(&file.policy, remembered, &host);
-        let (pinned, ours) = (self.filter.pinned()?, self.filter.program_id()?);
-        let mut on = coverage.filtered(&pinned, ours).join(", ");
+        let ours = self.filter.program_id()?;
+        let mut on = coverage.filtered(ours).join(", ");
         if on.is_empty() {
             on = "no interface".into();
         }
@@ -299,7 +299,7 @@ impl Enforcer {
             counted(prefixes, "prefix", "prefixes"),
             enforced.enforced_ms,
         );
-        Ok((summary, coverage.inert(&pinned, ours)))
+        Ok((summary, coverage.inert(ours)))
     }
 
     /// Checks that the program is still attached, and repairs. Any process with the right to can detach it, and the

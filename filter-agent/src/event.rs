@@ -15,7 +15,7 @@ use crate::{
     reconcile::{Committed, Occasion, Refused},
     region::answer::Answer,
     report,
-    store::{Record, Write},
+    store::Write,
 };
 
 /// Everything that happens.
@@ -24,6 +24,8 @@ pub enum Event {
     Request(Request),
     /// SIGHUP: a reload that nobody waits for.
     Hangup,
+    /// SIGTERM or SIGINT: the agent ends once the change under way is done.
+    Terminate,
     PolicyRead {
         proposal: u64,
         file: Result<PolicyFile>,
@@ -38,7 +40,7 @@ pub enum Event {
     Detached(Result<Vec<String>>),
     Checked(Checked),
     Saved {
-        record: Record,
+        write: Write,
         result: Result<()>,
     },
     /// Time passes.
@@ -120,7 +122,7 @@ pub enum Effect {
     Status(String),
     /// The policy is enforced on every listed interface that exists, for the first time: report READY.
     Ready,
-    /// The filter was detached: the agent ends.
+    /// The filter was detached, or the agent was told to end and nothing is under way: it ends.
     Stop,
     /// The agent cannot go on and ends with this error. The filter stays in force.
     Fail(String),

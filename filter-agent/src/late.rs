@@ -47,17 +47,22 @@ impl Late {
         matches!(self.answer, Answer::Detached(..))
     }
 
-    /// Sends it. `error`: why the confirmed policy is not on disk as it should be.
-    pub fn send(self, error: Option<&String>, now: Timestamp) {
-        let is_late = self.until <= now;
+    /// Sends it. `error`: why the confirmed policy is not on disk as it should be. `is_slow`: it is on its way there.
+    pub fn send(self, error: Option<&str>, is_slow: bool) {
         match self.answer {
             Answer::Reloaded(mut reloaded, reply) => {
-                reloaded.plan.warnings.extend(error.cloned());
+                let error = match error {
+                    _ if is_slow => Some(
+                        "the policy in force is not kept for the next start yet: the disk takes too long",
+                    ),
+                    error => error,
+                };
+                reloaded.plan.warnings.extend(error.map(str::to_owned));
                 reply.send(Ok(*reloaded));
             }
             Answer::Detached(names, reply) => {
                 let error = match error {
-                    None if is_late => "remove the confirmed policy: the disk takes too long",
+                    _ if is_slow => "remove the confirmed policy: the disk takes too long",
                     None => return reply.send(Ok(names)),
                     Some(error) => error,
                 };

@@ -51,7 +51,7 @@ impl LookUps {
     /// that one wait for this one, and if that one was to be accepted, so is this one.
     pub fn begin(&mut self, region: &str, mut accept: bool, waiter: Option<u64>) -> u64 {
         let mut waiters = Vec::from_iter(waiter);
-        for (earlier, more) in self.end(|name| name == region) {
+        for (_, earlier, more) in self.end(|name| name == region) {
             accept |= earlier;
             waiters.extend(more);
         }
@@ -88,9 +88,9 @@ impl LookUps {
         self.under_way.values().any(is_its)
     }
 
-    /// Forgets the look-ups of regions in force with such names. Returns, of each, whether it was to be accepted,
-    /// and who waits for it.
-    pub fn end(&mut self, is_meant: impl Fn(&str) -> bool) -> Vec<(bool, Vec<u64>)> {
+    /// Forgets the look-ups of regions in force with such names. Returns the region of each, whether its result was to be
+    /// accepted, and the numbers of the requests that wait for it.
+    pub fn end(&mut self, is_meant: impl Fn(&str) -> bool) -> Vec<(String, bool, Vec<u64>)> {
         let is_meant =
             |purpose: &Purpose| matches!(purpose, Purpose::Region { name, .. } if is_meant(name));
         let ended = self
@@ -98,8 +98,10 @@ impl LookUps {
             .extract_if(.., |_, purpose| is_meant(purpose))
             .filter_map(|(_, purpose)| match purpose {
                 Purpose::Region {
-                    accept, waiters, ..
-                } => Some((accept, waiters)),
+                    name,
+                    accept,
+                    waiters,
+                } => Some((name, accept, waiters)),
                 Purpose::Proposal { .. } => None,
             });
         ended.collect()

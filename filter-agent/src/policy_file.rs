@@ -1,14 +1,16 @@
 //! The policy file: read whole, checked, and described.
 
 use std::{
-    fs,
+    fs::{self, File, OpenOptions},
     io::Read as _,
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::Instant,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use jiff::Timestamp;
+use nix::fcntl::OFlag;
 
 use crate::{
     compile::Compiled,
@@ -31,19 +33,38 @@ pub struct PolicyFile {
 }
 
 impl PolicyFile {
-    /// Reads and checks a policy file.
+    /// Reads and checks a policy, from a file or a pipe.
     ///
     /// # Errors
     /// A file that cannot be read, or everything wrong with its content, a line each.
     pub fn read(path: &Path) -> Result<Self> {
-        let read = || -> Result<String> {
-            let mut text = String::new();
-            let length = fs::File::open(path)?
-                .take(MAX_LENGTH + 1)
-                .read_to_string(&mut text)?;
+        let read = || read_text(&mut File::open(path)?);
+        let text = read().with_context(|| format!("read {}", path.display()))?;
+        Self::parse(path, text)
+    }
+
+    /// Reads and checks the agent's policy file. A pipe is refused: one without a writer would hold up the thread that
+    /// reads it for good, and with it every later read of the file.
+    ///
+    /// # Errors
+    /// As `read`, and a file that is not a regular one, or changed while it was read.
+    pub fn read_regular(path: &Path) -> Result<Self> {
+        let is_regular = |metadata: &fs::Metadata| metadata.is_file();
+        let read = || {
+            // Opening a device can have effects.
+            ensure!(is_regular(&fs::metadata(path)?), "it is not a regular file");
+            // A pipe may have taken its place meanwhile.
+            let mut file = OpenOptions::new()
+                .read(true)
+                .custom_flags(OFlag::O_NONBLOCK.bits())
+                .open(path)?;
+            let before = file.metadata()?;
+            ensure!(is_regular(&before), "it is not a regular file");
+            let text = read_text(&mut file)?;
+            let after = file.metadata()?;
             ensure!(
-                length as u64 <= MAX_LENGTH,
-                "it is longer than {MAX_LENGTH} bytes"
+                before.modified()? == after.modified()? && after.len() == text.len() as u64,
+                "it changed while it was read"
             );
             Ok(text)
         };
@@ -80,5 +101,45 @@ impl PolicyFile {
             .chain(&compiled.warnings)
             .cloned()
             .collect()
+    }
+}
+
+fn read_text(file: &mut File) -> Result<String> {
+    let mut text = String::new();
+    let length = file.take(MAX_LENGTH + 1).read_to_string(&mut text)?;
+    ensure!(
+        length as u64 <= MAX_LENGTH,
+        "it is longer than {MAX_LENGTH} bytes"
+    );
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::channel, thread, time::Duration};
+
+    use nix::{sys::stat::Mode, unistd::mkfifo};
+
+    use super::*;
+
+    /// A pipe without a writer in the file's place held up every later reload.
+    #[test]
+    fn agent_reads_no_pipe_and_waits_for_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("policy.yaml");
+        mkfifo(&path, Mode::S_IRUSR).unwrap();
+        let (send, result) = channel();
+        let pipe = path.clone();
+        thread::spawn(move || send.send(PolicyFile::read_regular(&pipe).map(drop)));
+        let read = result.recv_timeout(Duration::from_secs(10));
+        let error = format!("{:#}", read.expect("it does not wait").unwrap_err());
+        assert!(error.ends_with("it is not a regular file"), "{error}");
+        for other in [folder.path(), Path::new("/dev/zero")] {
+            let error = format!("{:#}", PolicyFile::read_regular(other).unwrap_err());
+            assert!(error.ends_with("it is not a regular file"), "{error}");
+        }
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "databases: []\ninterfaces: [eth0]\n").unwrap();
+        PolicyFile::read_regular(&path).unwrap();
     }
 }

@@ -47,8 +47,13 @@ pub struct Proposals {
 }
 
 impl Proposals {
-    /// Returns the reload, if it is its turn; else it waits for `next_reload`.
+    /// Returns the reload, if it is its turn; else it waits for `next_reload`. One that nobody waits for is dropped where
+    /// another such one waits, which reads the file later than now.
     pub fn reload(&mut self, reload: Reload) -> Option<Reload> {
+        let is_hangup = |reload: &Reload| reload.reply.is_none();
+        if is_hangup(&reload) && self.waiting.iter().any(is_hangup) {
+            return None;
+        }
         self.waiting.push_back(reload);
         if self.is_reloading {
             return None;

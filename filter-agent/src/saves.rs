@@ -18,10 +18,15 @@ use crate::{
 /// How often a set that stays the same is written to disk, for the time it was confirmed.
 const SAVE_AGAIN: Duration = Duration::from_mins(10);
 
+/// Pause before a set that could not be written is written again.
+const RETRY: Duration = Duration::from_mins(1);
+
 #[derive(Debug)]
 pub struct Saves {
     /// The confirmed policy that was given to the store last.
     confirmed: Option<Confirmed>,
+    /// Whether that one is on its way to disk.
+    is_confirming: bool,
     /// When each region's set was given to the store last.
     regions: BTreeMap<String, Timestamp>,
     /// Why records are not on disk.
@@ -37,6 +42,7 @@ impl Saves {
     ) -> Self {
         Self {
             confirmed,
+            is_confirming: false,
             regions: regions.map(|name| (name, now)).collect(),
             errors: BTreeMap::new(),
         }
@@ -54,7 +60,20 @@ impl Saves {
             interfaces: interfaces.clone(),
         };
         self.confirmed = Some(confirmed.clone());
+        self.is_confirming = true;
         Some(Write::Confirmed(Some(confirmed)))
+    }
+
+    /// The write that keeps no policy for the next start.
+    pub fn forget(&mut self) -> Write {
+        self.confirmed = None;
+        self.is_confirming = true;
+        Write::Confirmed(None)
+    }
+
+    /// Whether the confirmed policy, or its removal, is on its way to disk.
+    pub fn is_confirming(&self) -> bool {
+        self.is_confirming
     }
 
     /// The write of a region's set, if it changed or its time on disk is old.
@@ -65,7 +84,9 @@ impl Saves {
         changed: bool,
         now: Timestamp,
     ) -> Option<Write> {
-        let is_old = |saved: &Timestamp| *saved + SAVE_AGAIN <= now;
+        let failed = self.errors.contains_key(&Record::Region(name.into()));
+        let pause = if failed { RETRY } else { SAVE_AGAIN };
+        let is_old = |saved: &Timestamp| *saved + pause <= now;
         let set = state.set.as_ref()?;
         let is_due = changed || self.regions.get(name).is_none_or(is_old);
         if !is_due || state.region.is_constant() {
@@ -89,7 +110,14 @@ impl Saves {
     }
 
     /// Notes the result of a write. Returns a line for the log.
-    pub fn written(&mut self, record: &Record, result: Result<()>) -> Option<Entry> {
+    pub fn written(&mut self, write: &Write, result: Result<()>) -> Option<Entry> {
+        let record = &write.record();
+        // A version that was overtaken says nothing about the latest one.
+        if let Write::Confirmed(written) = write
+            && *written == self.confirmed
+        {
+            self.is_confirming = false;
+        }
         let entry = |entry: Entry| match record {
             Record::Region(name) => entry.with("REGION", name),
             _ => entry,
@@ -107,11 +135,11 @@ impl Saves {
             }
             Err(error) => {
                 let error = match record {
-                    Record::Confirmed => {
+                    Record::Confirmed if *write != Write::Confirmed(None) => {
                         format!("the policy in force is not kept for the next start: {error:#}")
                     }
                     Record::Region(name) => format!("region {name}: {error:#}"),
-                    Record::Regions => format!("{error:#}"),
+                    Record::Confirmed | Record::Regions => format!("{error:#}"),
                 };
                 let is_new = self.error(record) != Some(&error);
                 self.errors.insert(record.clone(), error.clone());
@@ -123,6 +151,15 @@ impl Saves {
     /// Why a record is not on disk; `None`: it is, or is on its way.
     pub fn error(&self, record: &Record) -> Option<&String> {
         self.errors.get(record)
+    }
+
+    /// Regions whose set could not be written.
+    pub fn failed_regions(&self) -> Vec<String> {
+        let failed = self.errors.keys().filter_map(|record| match record {
+            Record::Region(name) => Some(name.clone()),
+            _ => None,
+        });
+        failed.collect()
     }
 
     pub fn errors(&self) -> impl Iterator<Item = &String> {

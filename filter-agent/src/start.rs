@@ -8,12 +8,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow};
+use futures_util::future::join_all;
+use jiff::Timestamp;
 
 use crate::{
-    agent::Started,
     clock::{Clock, Now},
     compile::{Compiled, compile},
-    enforcer::{Enforcer, Handle},
+    enforcer::{Checked, Enforcer, Handle},
     event::Order,
     host::{self, coverage::Remembered},
     kernel::pins,
@@ -21,11 +22,11 @@ use crate::{
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
     protection,
-    reconcile::{Desired, InForce, Kernel, Occasion, describe_unguarded},
+    reconcile::{Committed, Desired, InForce, Kernel, Occasion, describe_unguarded},
     region::{
         files::Watcher,
         lookup,
-        state::{self as region, Regions},
+        state::{self as region, Regions, State},
     },
     store::{self, Confirmed},
     threads,
@@ -44,6 +45,24 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// Prefixes of one address family that a policy may have; `None`: the default.
     pub max_prefixes: Option<u32>,
+}
+
+/// The result of a start.
+#[derive(Debug)]
+pub struct Started {
+    pub path: PathBuf,
+    pub file: Arc<PolicyFile>,
+    pub regions: Regions,
+    /// Regions whose set is not what is on disk.
+    pub unsaved: BTreeSet<String>,
+    pub committed: Committed,
+    pub checked: Checked,
+    /// As it is on disk.
+    pub confirmed: Option<Confirmed>,
+    /// Why the policy file is not the policy in force.
+    pub instead_of_file: Option<String>,
+    /// Why the confirmed policy could not be read, to compare the file with.
+    pub unreadable: Option<String>,
 }
 
 /// Policies that a start may enforce, and what the last agent left on disk.
@@ -68,6 +87,7 @@ impl Choice {
         let directory = options.state_dir.clone();
         let path = store::confirmed_path(&directory);
         let kept = threads::run_within(
+            &threads::POLICIES,
             READ_TIMEOUT,
             "read the confirmed policy",
             &path,
@@ -155,8 +175,8 @@ async fn read_policy(path: &Path) -> Result<Arc<PolicyFile>> {
     let path = path.to_owned();
     let what = format!("read {}", path.display());
     let read = path.clone();
-    let read = move || PolicyFile::read(&read);
-    let file = threads::run_within(READ_TIMEOUT, &what, &path, read);
+    let read = move || PolicyFile::read_regular(&read);
+    let file = threads::run_within(&threads::POLICIES, READ_TIMEOUT, &what, &path, read);
     file.await.map(Arc::new)
 }
 
@@ -276,9 +296,9 @@ pub async fn enforce(
 /// Compiles on a thread of its own: long lists take a while.
 ///
 /// # Errors
-/// A compiler that panicked.
+/// No thread, or a compiler that panicked.
 pub async fn compile_order(order: Order) -> Result<Desired> {
-    let compiled = tokio::task::spawn_blocking(move || {
+    let compiled = threads::run_on_thread("compile", move || {
         let compiled = Arc::new(compile(&order.file.policy, &order.prefixes, order.at));
         Desired {
             compiled_ms: order.file.since.elapsed().as_secs_f64() * 1000.0,
@@ -299,39 +319,53 @@ async fn first_regions(
 ) -> Result<(Regions, BTreeSet<String>)> {
     let now = now.steady;
     let mut regions = region::next(policy, &Regions::new(), BTreeMap::new(), now)?;
-    let mut unsaved = BTreeSet::new();
-    for (name, state) in &mut regions {
-        let Region { source, guards } = state.region.clone();
-        if let RegionSource::Prefixes(_) = source {
-            continue;
-        }
-        let (directory, wanted) = (options.state_dir.clone(), (name.clone(), source.clone()));
-        let what = format!("read the set that was kept of region {name}");
-        let place = directory.join(name.as_str());
-        let kept = threads::run_within(READ_TIMEOUT, &what, &place, move || {
-            store::read_region(&directory, &wanted.0, &wanted.1)
-        });
-        let restored = kept.await.and_then(|set| {
-            let Some(set) = set else { return Ok(()) };
-            let restored = state.restore(set, now);
-            restored.context("the set that was kept on disk is ignored")
-        });
-        if let Err(error) = restored {
-            let entry = Entry::warning(format!("region {name}: {error:#}"));
-            entry.with("REGION", name).log();
-        }
-        if let RegionSource::File(_) = source {
-            let kept = state.clone();
-            let answer = lookup::ask(&source, &guards, state.version(), Some(watcher)).await;
-            state.take(answer, false, now);
-            if !state.holds_the_same(&kept) {
-                unsaved.insert(name.clone());
-            }
-            if let (true, Some(error)) = (state.failing, &state.error) {
-                let entry = Entry::warning(format!("region {name}: {}", error.text));
-                entry.with("REGION", name).log();
-            }
-        }
-    }
+    // At once: files that hang delay the start by one time limit, not by one each.
+    let read = regions
+        .iter_mut()
+        .map(|(name, state)| first_set(name, state, &options.state_dir, watcher, now));
+    let unsaved = join_all(read).await.into_iter().flatten().collect();
     Ok((regions, unsaved))
+}
+
+/// Puts the kept set of a region in force, and the content of its file. Returns the name of a region whose set is not the
+/// one on disk.
+async fn first_set(
+    name: &str,
+    state: &mut State,
+    state_dir: &Path,
+    watcher: &Watcher,
+    now: Timestamp,
+) -> Option<String> {
+    let warn = |error: String| {
+        let entry = Entry::warning(format!("region {name}: {error}"));
+        entry.with("REGION", name).log();
+    };
+    let Region { source, guards } = state.region.clone();
+    if let RegionSource::Prefixes(_) = source {
+        return None;
+    }
+    let (directory, wanted) = (state_dir.to_owned(), (name.to_owned(), source.clone()));
+    let what = format!("read the set that was kept of region {name}");
+    let place = directory.join(name);
+    let kept = threads::run_within(&threads::LOOK_UPS, READ_TIMEOUT, &what, &place, move || {
+        store::read_region(&directory, &wanted.0, &wanted.1)
+    });
+    let restored = kept.await.and_then(|set| {
+        let Some(set) = set else { return Ok(()) };
+        let restored = state.restore(set, now);
+        restored.context("the set that was kept on disk is ignored")
+    });
+    if let Err(error) = restored {
+        warn(format!("{error:#}"));
+    }
+    let RegionSource::File(_) = source else {
+        return None;
+    };
+    let kept = state.clone();
+    let answer = lookup::ask(&source, &guards, state.version(), Some(watcher)).await;
+    state.take(answer, false, now);
+    if let (true, Some(error)) = (state.failing, &state.error) {
+        warn(error.text.clone());
+    }
+    (!state.holds_the_same(&kept)).then(|| name.to_owned())
 }

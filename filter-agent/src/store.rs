@@ -23,6 +23,11 @@ use serde_json::value::RawValue;
 
 use crate::{host::coverage::Remembered, policy::RegionSource, region::state::Set};
 
+/// Time allowed to an agent that is ending to let go of the state directory: the kernel takes back its locks one after
+/// the other, and frees its maps between them.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// Longest file that is read, in bytes: a hundred for each of a million prefixes.
 const MAX_FILE: u64 = 100 << 20;
 
@@ -136,11 +141,11 @@ impl Store {
         })
     }
 
-    /// Begins to write. `done` is called, on the writer's thread, with what came of each write.
+    /// Begins to write. `done` is called, on the writer's thread, with each version that was written, and the result.
     ///
     /// # Errors
     /// No thread.
-    pub fn start(&self, done: impl Fn(Record, Result<()>) + Send + 'static) -> Result<()> {
+    pub fn start(&self, done: impl Fn(Write, Result<()>) + Send + 'static) -> Result<()> {
         let (directory, queue) = (self.directory.clone(), self.queue.clone());
         let locked = self.lock.clone();
         let serve = move || {
@@ -161,14 +166,14 @@ impl Store {
                 drop(waiting);
                 let mut locked = locked.lock().unwrap_or_else(PoisonError::into_inner);
                 let result = match &*locked {
-                    Some(_) => Ok(()),
-                    None => lock(&directory)
+                    Some(lock) if is_of(lock, &directory) => Ok(()),
+                    _ => lock(&directory)
                         .map(|lock| *locked = Some(lock))
                         .with_context(|| format!("write {}", record.path(&directory).display())),
                 };
                 drop(locked);
                 let result = result.and_then(|()| write(&directory, &next));
-                done(record, result);
+                done(next, result);
             }
         };
         thread::Builder::new()
@@ -217,12 +222,31 @@ impl std::fmt::Display for Taken {
 
 impl std::error::Error for Taken {}
 
+/// Whether a lock is one of the directory that is there now. One on a directory that was removed keeps no other agent
+/// from the new one.
+fn is_of(lock: &File, directory: &Path) -> bool {
+    let (locked, found) = (lock.metadata(), fs::metadata(directory));
+    let identity = |metadata: &fs::Metadata| (metadata.dev(), metadata.ino());
+    matches!((&locked, &found), (Ok(locked), Ok(found)) if identity(locked) == identity(found))
+}
+
 /// Makes the directory and locks it; the kernel lets go however the agent ends.
 fn lock(directory: &Path) -> Result<Flock<File>> {
     let mut builder = fs::DirBuilder::new();
     let made = builder.recursive(true).mode(0o700).create(directory);
     made.with_context(|| format!("create {}", directory.display()))?;
     let file = File::open(directory).with_context(|| format!("open {}", directory.display()))?;
+    let metadata = file
+        .metadata()
+        .with_context(|| format!("examine {}", directory.display()))?;
+    let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+    // In a sticky directory nobody else can rename or remove our files, and files of others are not read.
+    let is_sticky = mode & 0o1000 != 0;
+    ensure!(
+        owner == nix::unistd::geteuid().as_raw() && (mode & 0o022 == 0 || is_sticky),
+        "{} is not used: others could replace what is kept there (owner {owner}, mode {mode:o})",
+        directory.display()
+    );
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
         Errno::EWOULDBLOCK => Taken(directory.to_owned()).into(),
         error => anyhow::Error::new(error).context(format!("lock {}", directory.display())),
@@ -266,7 +290,15 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
     {
         return Ok(());
     }
-    let _lock = lock(directory)?;
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    let _lock = loop {
+        match lock(directory) {
+            Err(error) if error.is::<Taken>() && Instant::now() < deadline => {
+                thread::sleep(LOCK_PAUSE);
+            }
+            taken => break taken?,
+        }
+    };
     write(directory, &Write::Confirmed(None))
 }
 
@@ -395,7 +427,9 @@ fn write_file(directory: &Path, path: &Path, text: &[u8]) -> Result<()> {
     let written = || -> Result<()> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory)?;
-        let mut file = tempfile::NamedTempFile::new_in(directory)?;
+        // Without the random name that the crate adds: each error would be another, and be logged again.
+        let made = tempfile::NamedTempFile::new_in(directory);
+        let mut file = made.map_err(|error| io::Error::from(error.kind()))?;
         file.write_all(text)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
@@ -524,6 +558,73 @@ mod tests {
         drop(Store::open(directory.path(), |error| panic!("{error:#}")).unwrap());
     }
 
+    /// A state directory that was removed under a running agent was used without a lock from then on.
+    #[test]
+    fn directory_that_was_removed_is_locked_again() {
+        let base = tempfile::tempdir().unwrap();
+        let place = base.path().join("state");
+        let store = Store::open(&place, |error| panic!("{error:#}")).unwrap();
+        let (done, written) = channel();
+        store
+            .start(move |_, result| done.send(result.is_ok()).unwrap())
+            .unwrap();
+        let confirm = || store.save(Write::Confirmed(Some(Confirmed::default())));
+        for _ in 0..2 {
+            confirm();
+            assert!(written.recv().unwrap());
+            let second = Store::open(&place, |error| panic!("{error:#}"));
+            assert!(error(second.map(drop)).contains("another filter-agent"));
+            fs::remove_dir_all(&place).unwrap();
+        }
+        let other = Store::open(&place, |error| panic!("{error:#}")).unwrap();
+        confirm();
+        assert!(!written.recv().unwrap());
+        drop(other);
+    }
+
+    /// Whoever can write the directory can put an old confirmed policy in the place of the present one.
+    #[test]
+    fn directory_that_others_can_write_is_not_used() {
+        let base = tempfile::tempdir().unwrap();
+        fs::set_permissions(base.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        let mut warning = String::new();
+        Store::open(base.path(), |error| warning = format!("{error:#}")).unwrap();
+        assert!(warning.contains("others could replace"), "{warning}");
+        let error = error(forget_confirmed(base.path()));
+        assert!(error.contains("others could replace"), "{error}");
+    }
+
+    /// `detach` beside an agent that was ending found the pins free, the state directory not, and failed half way.
+    #[test]
+    fn confirmed_policy_is_removed_when_an_ending_agent_lets_go() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        write(path, &Write::Confirmed(Some(Confirmed::default()))).unwrap();
+        let store = Store::open(path, |error| panic!("{error:#}")).unwrap();
+        thread::scope(|scope| {
+            let forgotten = scope.spawn(|| forget_confirmed(path));
+            // Long enough for a first attempt; an attempt after the drop succeeds as well.
+            thread::sleep(LOCK_PAUSE);
+            drop(store);
+            forgotten.join().unwrap().unwrap();
+        });
+        assert_eq!(read_confirmed(path).unwrap(), None);
+    }
+
+    /// Each attempt at a directory that takes no file was logged, since each error named another temporary file.
+    #[test]
+    fn error_of_a_directory_that_takes_no_file_is_the_same_each_time() {
+        // Nothing can be made there, by root either.
+        let directory = Path::new("/proc/self");
+        let attempt = || {
+            error(write(
+                directory,
+                &Write::Confirmed(Some(Confirmed::default())),
+            ))
+        };
+        assert_eq!(attempt(), attempt());
+    }
+
     /// Fault B19: what waited for a disk that hangs grew without end.
     #[test]
     fn latest_version_is_written_and_the_ones_before_it_are_not() {
@@ -536,7 +637,7 @@ mod tests {
         store.save(Write::Confirmed(None));
         let (done, written) = channel();
         store
-            .start(move |record, result| done.send((record, result.is_ok())).unwrap())
+            .start(move |write, result| done.send((write.record(), result.is_ok())).unwrap())
             .unwrap();
         assert!(store.finish(Duration::from_secs(60)));
         let office = Record::Region("office".into());

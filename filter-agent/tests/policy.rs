@@ -256,3 +256,16 @@ fn policy_without_an_end_is_refused() {
     let error = format!("{:#}", error.expect("a device is no policy"));
     assert!(error.contains("it is longer than"), "{error}");
 }
+
+/// The time that such a file took grew with the square of its length, and kept the right file waiting.
+#[test]
+fn brackets_without_end_are_refused_at_once() {
+    for open in ["[", "{a: "] {
+        let text = format!("databases:\n{}", open.repeat(200_000));
+        let problems = policy::parse(&text).unwrap_err();
+        assert_eq!(
+            lines(&problems),
+            ["line 2: more than 1000 brackets are open"]
+        );
+    }
+}

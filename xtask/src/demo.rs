@@ -44,10 +44,10 @@ const ELSEWHERE: Host = Host {
     ipv6: "2001:db8:f::10",
 };
 
-/// The namespace that is the network between the hosts.
 /// Limit of every wait for something that must happen, so long that a busy machine does not reach it.
 const PATIENCE: Duration = Duration::from_secs(180);
 
+/// The namespace that is the network between the hosts.
 const NETWORK: &str = "net";
 
 pub fn show(agent: &Path) -> Result<()> {

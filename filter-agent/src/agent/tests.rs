@@ -1,4 +1,9 @@
-use std::collections::BTreeMap;
+mod waiting;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use anyhow::anyhow;
 use fastrand::Rng;
@@ -9,7 +14,7 @@ use crate::{
     compile::{self, compile},
     event::Order,
     kernel::difference::Difference,
-    region::answer::Found,
+    region::answer::{Answer, Found},
     report::{Enforced, Verified},
 };
 
@@ -241,12 +246,11 @@ impl World {
                 self.send(Event::Detached(result));
             }
             Effect::Save(write) => {
-                let record = write.record();
                 let result = if fail { Err(anyhow!("full")) } else { Ok(()) };
                 if !fail {
-                    self.disk.insert(record.clone(), write);
+                    self.disk.insert(write.record(), write.clone());
                 }
-                self.send(Event::Saved { record, result });
+                self.send(Event::Saved { write, result });
             }
             Effect::Fail(error) => panic!("{error}"),
             Effect::Watch(_)

@@ -155,7 +155,7 @@ async fn connect(socket: &Path) -> io::Result<UnixStream> {
 }
 
 /// Whether nobody listens on a socket, rather than that the connection failed.
-fn is_absent(error: &io::Error) -> bool {
+pub(super) fn is_absent(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused

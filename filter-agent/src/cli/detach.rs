@@ -10,7 +10,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    cli::{client::Agent, output::end_with_the_reader},
+    cli::{
+        client::{Agent, is_absent},
+        output::end_with_the_reader,
+    },
     kernel::pins,
     store,
 };
@@ -21,7 +24,11 @@ const DETACH_TIMEOUT: Duration = Duration::from_mins(1);
 /// Adds to an error of reaching the agent what is filtered all the same: pins need no agent.
 pub(super) fn tell_what_is_left(error: anyhow::Error, bpffs: &Path) -> anyhow::Error {
     match pins::left_in_force(bpffs) {
-        Ok(interfaces) if interfaces.is_empty() => error.context("nothing is filtered"),
+        // An agent that runs may filter by links whose pins are out of sight.
+        Ok(interfaces) if interfaces.is_empty() => match error.downcast_ref::<io::Error>() {
+            Some(cause) if is_absent(cause) => error.context("nothing is filtered"),
+            _ => error,
+        },
         Ok(interfaces) => {
             let names: Vec<String> = interfaces.into_iter().map(interface_name).collect();
             let names = names.join(", ");

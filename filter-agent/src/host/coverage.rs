@@ -220,25 +220,20 @@ impl Coverage {
     pub fn not_enforced(&self, pinned: &[Pinned], ours: u32) -> Vec<String> {
         let present = self.present.iter();
         let unfiltered = present.filter_map(|interface| unfiltered(interface, pinned, ours));
-        self.inert(pinned, ours)
-            .into_iter()
-            .chain(unfiltered)
-            .collect()
+        self.inert(ours).into_iter().chain(unfiltered).collect()
     }
 
     /// Names of the interfaces on which this agent's program runs.
-    pub fn filtered(&self, pinned: &[Pinned], ours: u32) -> Vec<&str> {
-        let filtered = self
-            .present
-            .iter()
-            .filter(|i| unfiltered(i, pinned, ours).is_none());
+    pub fn filtered(&self, ours: u32) -> Vec<&str> {
+        let runs = |i: &&Interface| i.xdp.is_some_and(|xdp| xdp.program_id == ours);
+        let filtered = self.present.iter().filter(runs);
         filtered.map(|interface| interface.name.as_str()).collect()
     }
 
     /// The error of a policy that protects databases, and whose program runs on no interface at all.
-    pub fn inert(&self, pinned: &[Pinned], ours: u32) -> Option<String> {
+    pub fn inert(&self, ours: u32) -> Option<String> {
         let lists_any = !self.present.is_empty() || !self.missing.is_empty();
-        if !lists_any || !self.filtered(pinned, ours).is_empty() {
+        if !lists_any || !self.filtered(ours).is_empty() {
             return None;
         }
         let why: Vec<String> = self.missing.iter().map(describe_missing).collect();
@@ -351,11 +346,17 @@ fn unfiltered(interface: &Interface, pinned: &[Pinned], ours: u32) -> Option<Str
     let link = pinned
         .iter()
         .find(|pinned| pinned.interface == interface.index);
-    let whole = xdp.program_id == ours && link.is_some_and(|link| link.program_id == ours);
-    (!whole).then(|| {
-        format!(
+    if xdp.program_id != ours {
+        return Some(format!(
             "interface {name} runs XDP program {}, not this agent's ({ours})",
             xdp.program_id
+        ));
+    }
+    let is_pinned = link.is_some_and(|link| link.program_id == ours);
+    (!is_pinned).then(|| {
+        format!(
+            "interface {name} is filtered only until this agent ends: the pin of its link is gone, as where the BPF \
+             file system was unmounted; a restart of the agent attaches it anew, after a moment without a filter"
         )
     })
 }

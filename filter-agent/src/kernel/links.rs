@@ -89,6 +89,9 @@ impl Filter {
             }
             return Ok(Attached::Kept);
         }
+        if self.is_ours_without_pin(interface)? {
+            return Ok(Attached::Kept);
+        }
         // The pinned link was detached by force, and the new one replaces it; or its interface is in another
         // network namespace, and this interface has its index now.
         if exists(&pin)? {
@@ -202,6 +205,13 @@ impl Filter {
         Ok(interface
             .xdp
             .is_some_and(|xdp| xdp.program_id == program_id))
+    }
+
+    /// Whether this agent's program runs on an interface by a link whose pin is gone, as where the BPF file system was
+    /// unmounted. Only this agent keeps the link then: a new one is refused while it is there.
+    fn is_ours_without_pin(&self, interface: &Interface) -> Result<bool> {
+        let runs = interface.xdp.map(|xdp| xdp.program_id) == Some(self.program_id()?);
+        Ok(runs && self.find_link(interface.index)?.is_none())
     }
 
     /// The link that is pinned for an interface, by this layout or another.
@@ -332,7 +342,7 @@ impl Filter {
         let Some(xdp) = interface.xdp else {
             return check_free(interface);
         };
-        if !self.is_whole(interface)? {
+        if !self.is_whole(interface)? && !self.is_ours_without_pin(interface)? {
             return check_free(interface);
         }
         let name = &interface.name;

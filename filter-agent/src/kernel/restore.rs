@@ -1,14 +1,17 @@
 //! Restores pins that were removed while the agent runs.
 
-use std::fs;
+use std::{fs, os::fd::AsRawFd as _, path::Path};
 
 use anyhow::{Context as _, Result};
-use aya::maps::MapInfo;
+use aya::{
+    maps::MapInfo,
+    programs::links::{FdLink, PinnedLink},
+};
 
 use crate::kernel::{
     filter::Filter,
     layout::SHAPES,
-    pins::{self, exists, is_locked, lock, own_directory},
+    pins::{self, AWAY_LINK, entries, exists, is_locked, lock, own_directory},
 };
 
 /// Begins the name of a map's pin until it has replaced the pin that another map has.
@@ -16,8 +19,8 @@ const NEW_MAP: &str = "new_map_";
 
 impl Filter {
     /// Recreates the directories of the pins, takes their lock again and pins the maps again, from the file
-    /// descriptors that this agent holds. Returns whether anything was missing. A link goes with its
-    /// pin: `attach` makes a new one.
+    /// descriptors that this agent holds. Returns whether anything was missing. A link goes with its pin where that
+    /// was removed: `attach` makes a new one.
     ///
     /// # Errors
     /// A directory that is not ours, or another agent, which has started meanwhile: the pins are left to it.
@@ -29,7 +32,10 @@ impl Filter {
         // A lock on a directory that is gone keeps no other agent from starting.
         if !is_locked(&self.lock, base)? {
             own_directory(base)?;
-            self.lock = lock(base)?;
+            let lock = lock(base)?;
+            own_directory(&self.pins)?;
+            self.pin_links_again()?;
+            self.lock = lock;
             restored = true;
         }
         own_directory(&self.pins)?;
@@ -55,5 +61,32 @@ impl Filter {
             restored = true;
         }
         Ok(restored)
+    }
+
+    /// Pins the links of a BPF file system that was unmounted in the one that is mounted now. This agent's lock alone keeps
+    /// the former alive: without it the links are gone, and their interfaces open.
+    fn pin_links_again(&self) -> Result<()> {
+        let layout = self.pins.file_name().context("find the layout")?;
+        let locked = format!("/proc/self/fd/{}", self.lock.as_raw_fd());
+        let former = Path::new(&locked).join(layout);
+        // Pins that were removed, not unmounted, are in neither.
+        if !exists(&former)? {
+            return Ok(());
+        }
+        for pin in entries(&former)? {
+            let name = pin.file_name().and_then(|name| name.to_str());
+            let is_link = |name: &&str| name.starts_with("link_") || name.starts_with(AWAY_LINK);
+            let Some(to) = name.filter(is_link).map(|name| self.pins.join(name)) else {
+                continue;
+            };
+            if !exists(&to)? {
+                let link = PinnedLink::from_pin(&pin)
+                    .with_context(|| format!("open {}", pin.display()))?;
+                FdLink::from(link)
+                    .pin(&to)
+                    .with_context(|| format!("pin the link at {}", to.display()))?;
+            }
+        }
+        Ok(())
     }
 }

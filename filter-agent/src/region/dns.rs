@@ -41,7 +41,9 @@ pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
     let anchors = match &dns.trust_anchor {
         Some(file) => {
             let path = file.clone();
-            let read = threads::run(file, move || Ok(TrustAnchors::from_file(&path)?));
+            let read = threads::run(&threads::LOOK_UPS, file, move || {
+                Ok(TrustAnchors::from_file(&path)?)
+            });
             read.await
                 .with_context(|| format!("read {}", file.display()))?
         }
@@ -295,7 +297,9 @@ async fn resolver(
 )> {
     let (servers, mut options) = if dns.nameservers.is_empty() {
         let file = "/etc/resolv.conf";
-        let read = threads::run(Path::new(file), || Ok(read_system_conf()?));
+        let read = threads::run(&threads::LOOK_UPS, Path::new(file), || {
+            Ok(read_system_conf()?)
+        });
         let (config, options) = read.await.with_context(|| format!("read {file}"))?;
         (config.name_servers, options)
     } else {

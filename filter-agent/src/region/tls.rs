@@ -17,7 +17,10 @@ use crate::threads;
 pub(super) async fn client(ca_file: Option<&Path>) -> Result<ClientConfig> {
     let place = ca_file.unwrap_or(Path::new("/etc/ssl/certs"));
     let file = ca_file.map(Path::to_owned);
-    threads::run(place, move || config(roots(file.as_deref())?)).await
+    threads::run(&threads::LOOK_UPS, place, move || {
+        config(roots(file.as_deref())?)
+    })
+    .await
 }
 
 /// Sets up TLS that trusts no certificate, where none is needed.

@@ -21,11 +21,23 @@ use reader::{At, Reader, describe, structural};
 /// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).
 const MAX_INTERFACE: usize = 127;
 
+/// Brackets that may be open at a time. The YAML crate's time grows with the square of their number.
+const MAX_OPEN_BRACKETS: usize = 1000;
+
 /// Parses and checks a policy. Returns it with warnings.
 ///
 /// # Errors
 /// Everything wrong with it, in the order of the file.
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
+    if let Some(line) = too_deep(text) {
+        return Err(vec![Problem {
+            line: Some(line),
+            region: None,
+            database: None,
+            rule: None,
+            message: format!("more than {MAX_OPEN_BRACKETS} brackets are open"),
+        }]);
+    }
     let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
     let mut reader = Reader {
         text,
@@ -49,6 +61,24 @@ pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
         });
     }
     Err(reader.problems)
+}
+
+/// The line with one open bracket too many. Those in comments and quotes count, too: no policy has as many.
+fn too_deep(text: &str) -> Option<usize> {
+    let mut open = 0_usize;
+    for (index, line) in text.lines().enumerate() {
+        for byte in line.bytes() {
+            match byte {
+                b'[' | b'{' => open += 1,
+                b']' | b'}' => open = open.saturating_sub(1),
+                _ => {}
+            }
+            if open > MAX_OPEN_BRACKETS {
+                return Some(index + 1);
+            }
+        }
+    }
+    None
 }
 
 #[derive(Deserialize)]

@@ -1,14 +1,15 @@
 //! Reads a region's file.
 
 use std::{
-    fs::{self, File, Metadata},
+    fs::{self, Metadata, OpenOptions},
     io::Read as _,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use nix::fcntl::OFlag;
 
 use crate::{
     policy::spelled,
@@ -41,7 +42,7 @@ pub(in crate::region) async fn read(
         let (path, before, watcher) = (path.to_owned(), before.cloned(), watcher.cloned());
         move || read_now(&path, before.as_ref(), watcher.as_ref())
     };
-    let answer = tokio::time::timeout(limit, threads::run(path, job)).await;
+    let answer = tokio::time::timeout(limit, threads::run(&threads::REGION_FILES, path, job)).await;
     let answer = answer.unwrap_or_else(|_| Err(anyhow!("no answer within {}", spelled(limit))));
     answer.with_context(|| format!("read {}", path.display()))
 }
@@ -71,7 +72,11 @@ fn read_once(path: &Path, before: Option<&Version>) -> Result<Answer> {
         return Ok(Answer::Unchanged { ask_again: None });
     }
     ensure!(metadata.is_file(), "it is not a regular file");
-    let mut file = File::open(path)?;
+    // Nor if one has taken its place since.
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)?;
     let mut body = Vec::new();
     (&mut file).take(MAX_FILE + 1).read_to_end(&mut body)?;
     ensure!(

@@ -196,7 +196,9 @@ async fn file_that_gives_no_answer_is_given_up_and_named() {
     let path = setup.path("list");
     let (release, wait) = mpsc::channel::<()>();
     // Stands for a read that a file system does not end.
-    let hung = threads::run(&path, move || Ok(wait.recv().is_ok()));
+    let hung = threads::run(&threads::REGION_FILES, &path, move || {
+        Ok(wait.recv().is_ok())
+    });
     let limit = Duration::from_secs(1);
     let (_, answer) = futures_util::future::join(
         tokio::time::timeout(limit, hung),

@@ -1,0 +1,122 @@
+//! What is around an agent, and is taken away, replaced or hangs: its socket, its files, the BPF file system.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::net::{UnixDatagram, UnixStream},
+    time::{Duration, Instant},
+};
+
+use filter_tests::{
+    mounts::Mounted,
+    net::{
+        ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, dedicated, policy, wait_until,
+    },
+};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+const PORT: u16 = 5432;
+const DB: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(DB4), PORT);
+const ALLOWED: [&str; 1] = ["203.0.113.10/32"];
+
+fn orders(allowed: &[&str]) -> String {
+    policy("eth0", "native", &[dedicated("orders", PORT, allowed, "")])
+}
+
+fn start(name: &str) -> Net {
+    let mut net = Net::new(name);
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    net
+}
+
+/// No command reached an agent whose socket was removed, and no other agent could start beside it.
+#[test]
+fn socket_that_was_removed_is_made_again_and_another_file_is_left_alone() {
+    let mut net = start("lost-socket");
+    fs::remove_file(net.socket()).unwrap();
+    net.wait_for_line("warning: the control socket was removed; it is there again");
+    net.agent_text(&["reload"]);
+    fs::remove_file(net.socket()).unwrap();
+    fs::write(net.socket(), "not yours").unwrap();
+    net.wait_for_line("error: no command reaches the agent: another file has the place of");
+    assert_eq!(fs::read_to_string(net.socket()).unwrap(), "not yours");
+    fs::remove_file(net.socket()).unwrap();
+    assert!(wait_until(|| net.agent(&["status"]).status.success()));
+    net.terminate();
+    assert!(!net.socket().exists());
+}
+
+/// A socket whose agent hangs refuses connections once its queue is full: it was taken for a dead agent's, and removed.
+#[test]
+fn socket_of_an_agent_that_hangs_is_left_alone() {
+    let net = Net::new("full-queue");
+    net.watch(&[]);
+    net.write_policy(&orders(&ALLOWED));
+    let hung = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+    hung.bind(&SockAddr::unix(net.socket()).unwrap()).unwrap();
+    hung.listen(0).unwrap();
+    let _client = UnixStream::connect(net.socket()).unwrap();
+    let line = net.refusal(&[]);
+    assert!(line.contains("its queue of connections is full"), "{line}");
+    assert!(net.socket().exists());
+    fs::remove_file(net.socket()).unwrap();
+    let _datagrams = UnixDatagram::bind(net.socket()).unwrap();
+    let line = net.refusal(&[]);
+    assert!(line.contains("examine whether an agent answers"), "{line}");
+    assert!(net.socket().exists());
+}
+
+/// The agent's own program was reported as another one, and the databases as open, where the BPF file system was
+/// unmounted; and where it was mounted again, the agent gave up what kept the links alive.
+#[test]
+fn filter_stays_in_force_where_the_bpf_file_system_is_unmounted_and_mounted_again() {
+    let mut net = start("unmounted");
+    let _listener = net.listen(PORT);
+    let denied = Hammer::denied(&net.client, &[(DENIED4.into(), DB)]);
+    umount2(&net.bpffs(), MntFlags::MNT_DETACH).unwrap();
+    let line = net.agent_error(&["status", "--verify"]);
+    assert!(!line.contains("nothing is filtered"), "{line}");
+    let none = None::<&str>;
+    let bpf = Some("bpf");
+    mount(bpf, &net.bpffs(), bpf, MsFlags::empty(), none).unwrap();
+    net.wait_for_line("error: pins of the filter were removed; they are restored");
+    let is_well = || net.agent(&["status", "--verify"]).status.success();
+    assert!(wait_until(is_well));
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    net.terminate();
+    denied.stop();
+    assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);
+    let log = net.log.join("\n");
+    assert!(!log.contains("another XDP program"), "{log}");
+    assert_eq!(log.matches("attached to eth0").count(), 1, "{log}");
+}
+
+/// Each such file delayed the start by its time limit, one after the other, and a service that starts late is killed and
+/// starts anew.
+#[test]
+fn region_files_that_hang_delay_a_start_by_one_time_limit() {
+    const FILES: u32 = 12;
+    const LIMIT: Duration = Duration::from_secs(3);
+    let mut net = Net::new("hung-start");
+    net.watch(&[]);
+    let folder = net.dir().join("files");
+    fs::create_dir(&folder).unwrap();
+    let (mut regions, mut rules) = (String::new(), String::new());
+    for n in 0..FILES {
+        let path = folder.join(n.to_string());
+        regions += &format!("  x{n}: {{file: {}, timeout: 3s}}\n", path.display());
+        rules += &format!("{{region: x{n}}}, ");
+    }
+    net.write_policy(&format!(
+        "interfaces: [eth0]\nregions:\n{regions}databases:\n  - {{name: orders, port: {PORT}, model: dedicated, \
+         force_tls: false, rules: [{rules}]}}\n"
+    ));
+    let _hanging = Mounted::hanging(&folder);
+    let begin = Instant::now();
+    net.start();
+    let took = begin.elapsed();
+    assert!((LIMIT..LIMIT * FILES).contains(&took), "{took:?}");
+}
