@@ -325,7 +325,13 @@ databases:
     let policy::Model::Shared { internet } = shared.model else {
         panic!("{:?}", shared.model);
     };
-    let cancel = dedicated.tls.unwrap().cancel_in_clear;
+    let tls = dedicated.tls.unwrap();
+    let cancel = tls.cancel_in_clear;
+    let unenforced = if tls.open_unenforced {
+        "allow"
+    } else {
+        "close"
+    };
     assert_eq!(policy.mode, policy::Mode::Auto);
     assert!(policy.regional_network.is_empty() && policy.unprotected.is_empty());
     assert!(dedicated.addresses.is_empty() && dedicated.cluster.is_empty());
@@ -333,7 +339,7 @@ databases:
         ("mode", "`auto`".into()),
         ("regional_network", "empty".into()),
         ("unprotected", "empty".into()),
-        ("tls_connections", format!("`{}`", policy.tls_connections)),
+        ("tls_unenforced", format!("`{unenforced}`")),
         ("protocol", format!("`{}`", dedicated.protocol.name())),
         ("force_tls", "`true` if dedicated and TCP".into()),
         ("addresses", "all".into()),

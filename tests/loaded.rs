@@ -28,7 +28,9 @@ pub struct Loaded {
 impl Loaded {
     pub fn new(policy: &str) -> Self {
         let bpffs = Bpffs::mount();
-        let filter = Filter::open(bpffs.path(), Some(4096), 4096).unwrap();
+        let mut filter = Filter::open(bpffs.path(), Some(4096)).unwrap();
+        // Frames are judged by themselves here, without sockets.
+        filter.set_judged(true).unwrap();
         let (parsed, regions) = parse(policy);
         let mut loaded = Self {
             filter,

@@ -66,7 +66,7 @@ fn pins_removed_under_a_running_agent_are_restored_and_the_database_is_filtered_
 fn restored_pins_are_those_of_the_maps_and_the_lock_keeps_another_agent_away() {
     let bpffs = Bpffs::mount();
     let base = bpffs.path().join("filter-agent");
-    let open = || Filter::open(bpffs.path(), Some(5_000), 1024);
+    let open = || Filter::open(bpffs.path(), Some(5_000));
     let policy = compiled("203.0.113.0/24");
     let mut filter = open().unwrap();
     filter.apply(&policy).unwrap();
@@ -89,7 +89,7 @@ fn restored_pins_are_those_of_the_maps_and_the_lock_keeps_another_agent_away() {
 #[test]
 fn agent_that_started_after_the_pins_were_removed_is_left_alone() {
     let bpffs = Bpffs::mount();
-    let open = || Filter::open(bpffs.path(), Some(100), 1024);
+    let open = || Filter::open(bpffs.path(), Some(100));
     let mut filter = open().unwrap();
     fs::remove_dir_all(bpffs.path().join("filter-agent")).unwrap();
     let mut other = open().unwrap();
@@ -101,7 +101,7 @@ fn agent_that_started_after_the_pins_were_removed_is_left_alone() {
 #[test]
 fn interface_that_vanished_is_told_from_one_that_refuses() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
     let gone = Interface {
         index: 0x7fff_fff0,
         name: "gone0".into(),

@@ -312,7 +312,12 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
         }
     }
     // Nor where TLS is forced, which is another test's.
-    let never = [Reason::NoPolicy, Reason::NotTls, Reason::TlsUnclear];
+    let never = [
+        Reason::NoPolicy,
+        Reason::NotTls,
+        Reason::TlsUnclear,
+        Reason::TlsUnenforced,
+    ];
     let all = Reason::ALL
         .into_iter()
         .filter(|reason| !never.contains(reason));

@@ -2,7 +2,7 @@
 
 use std::{net::Ipv4Addr, path::PathBuf, process::Command};
 
-use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, lpm_trie::Key};
+use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
     compile::{Compiled, Regions, compile},
     kernel::{
@@ -13,9 +13,7 @@ use filter_agent::{
     },
     policy,
 };
-use filter_common::{
-    Connection, LAYOUT, Protocol, Reason, SLOT_BITS, SLOTS, Source4, Stream, slot_key,
-};
+use filter_common::{LAYOUT, Protocol, Reason, SLOT_BITS, Source4, slot_key};
 use filter_tests::bpffs::Bpffs;
 use ipnet::Ipv4Net;
 use jiff::Timestamp;
@@ -72,14 +70,6 @@ fn freeze(bpffs: &Bpffs, name: &str) {
     assert!(command.arg(pin(bpffs, name)).status().unwrap().success());
 }
 
-fn adoption_windows(bpffs: &Bpffs) -> Vec<u64> {
-    let map = Map::Array(MapData::from_pin(pin(bpffs, "ADOPT_UNTIL")).unwrap());
-    let windows: Array<_, u64> = map.try_into().unwrap();
-    (0..SLOTS)
-        .map(|slot| windows.get(&slot, 0).unwrap())
-        .collect()
-}
-
 /// One database on port 1 of all addresses, and one on a local address.
 fn two(rule: &str, address: &str) -> Compiled {
     compiled(&format!(
@@ -91,7 +81,7 @@ fn two(rule: &str, address: &str) -> Compiled {
 #[test]
 fn refused_undo_takes_back_what_it_can_and_the_maps_are_read_again() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
     let old = two("192.0.2.0/24", "10.0.0.1");
     filter.apply(&old).unwrap();
     let applied = filter.apply(&two("198.51.100.0/24", "10.0.0.2")).unwrap();
@@ -109,14 +99,14 @@ fn refused_undo_takes_back_what_it_can_and_the_maps_are_read_again() {
     assert_eq!(left.databases["b"].guarded, ["10.0.0.1 tcp/2"]);
     assert_eq!(left.databases.len(), 1, "{left:?}");
     drop(filter);
-    let next = Filter::open(bpffs.path(), None, 1024).unwrap();
+    let next = Filter::open(bpffs.path(), None).unwrap();
     assert_eq!(next.plan(&old).unwrap(), left);
 }
 
 #[test]
 fn change_refused_at_a_map_that_takes_no_write_is_taken_back_whole() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
     let old = two("192.0.2.0/24", "10.0.0.1");
     filter.apply(&old).unwrap();
     freeze(&bpffs, "LOCAL_GUARDS");
@@ -130,14 +120,14 @@ fn change_refused_at_a_map_that_takes_no_write_is_taken_back_whole() {
     assert_eq!(filter.plan(&old).unwrap(), Difference::default());
     assert!(!passes(&filter, "198.51.100.7", "10.0.0.9"));
     drop(filter);
-    let next = Filter::open(bpffs.path(), None, 1024).unwrap();
+    let next = Filter::open(bpffs.path(), None).unwrap();
     assert_eq!(next.plan(&old).unwrap(), Difference::default());
 }
 
 #[test]
-fn refused_reload_keeps_hits_counts_and_adoption_windows() {
+fn refused_reload_keeps_hits_and_counts() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
     let databases = |rule: &str, a_tls: bool, b_tls: bool, address: &str| {
         compiled(&format!(
             "  - {{name: a, port: 1, model: dedicated, engine: mysql, force_tls: {a_tls}, \
@@ -148,22 +138,18 @@ fn refused_reload_keeps_hits_counts_and_adoption_windows() {
     };
     let old = databases("192.0.2.0/24", true, false, "10.0.0.1");
     filter.apply(&old).unwrap();
+    filter.set_judged(true).unwrap();
     for _ in 0..3 {
         passes(&filter, "192.0.2.7", "10.0.0.9");
         passes(&filter, "203.0.113.7", "10.0.0.9");
     }
-    let state = |filter: &Filter| {
-        let (hits, counts) = (filter.hits().unwrap(), filter.counts().unwrap());
-        (hits, counts, adoption_windows(&bpffs))
-    };
+    let state = |filter: &Filter| (filter.hits().unwrap(), filter.counts().unwrap());
     let before = state(&filter);
     assert_eq!(before.0.values().sum::<u64>(), 3);
-    assert!(before.2.iter().any(|&until| until > 0));
     // An interface that cannot be attached refuses a change that the maps took.
     let applied = filter
         .apply(&databases("198.51.100.0/24", false, true, "10.0.0.1"))
         .unwrap();
-    assert_ne!(adoption_windows(&bpffs), before.2);
     let allowed = (Some("a".to_owned()), Reason::Allowed, false);
     assert_eq!(filter.counts().unwrap()[&allowed], 3);
     filter.undo(applied).unwrap();
@@ -177,45 +163,9 @@ fn refused_reload_keeps_hits_counts_and_adoption_windows() {
 }
 
 #[test]
-fn existing_connections_are_judged_without_a_walk_through_the_map_of_streams() {
-    let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
-    filter
-        .apply(&compiled(
-            "  - {name: a, port: 1, model: dedicated, engine: mysql, rules: []}\n",
-        ))
-        .unwrap();
-    let map = Map::LruHashMap(MapData::from_pin(pin(&bpffs, "STREAMS")).unwrap());
-    let mut streams: HashMap<_, Connection, Stream> = map.try_into().unwrap();
-    let adopted = Stream {
-        state: Stream::adopted(0),
-        ..Stream::default()
-    };
-    let connection = |ports| Connection {
-        source: [1; 4],
-        destination: [2; 4],
-        ports,
-    };
-    for ports in 0..100 {
-        streams.insert(connection(ports), adopted, 0).unwrap();
-    }
-    filter.judge_existing().unwrap();
-    // None was removed: the packet path sees that they were adopted before.
-    for ports in 0..100 {
-        assert_eq!(streams.get(&connection(ports), 0).unwrap(), adopted);
-    }
-    let map = Map::Array(MapData::from_pin(pin(&bpffs, "ADOPTION")).unwrap());
-    let adoption: Array<_, u32> = map.try_into().unwrap();
-    assert!(Stream::is_judged_again(
-        adopted.state,
-        adoption.get(&0, 0).unwrap()
-    ));
-}
-
-#[test]
 fn apply_that_the_kernel_refuses_half_way_is_undone() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
     let old = wide("old", 1, "192.0.2.0/24");
     filter.apply(&old).unwrap();
     let error = filter
@@ -234,13 +184,13 @@ fn apply_that_the_kernel_refuses_half_way_is_undone() {
     unchanged(&filter);
     drop(filter);
     // What a new agent reads from the kernel is the old policy, and nothing of the new one.
-    unchanged(&Filter::open(bpffs.path(), None, 1024).unwrap());
+    unchanged(&Filter::open(bpffs.path(), None).unwrap());
 }
 
 #[test]
 fn prefixes_that_do_not_fit_half_way_are_taken_back_however_many() {
     let bpffs = Bpffs::mount();
-    let open = || Filter::open(bpffs.path(), Some(5_000), 1024).unwrap();
+    let open = || Filter::open(bpffs.path(), Some(5_000)).unwrap();
     let mut filter = open();
     let (old, new) = (many(1), many(2));
     filter.apply(&old).unwrap();
@@ -290,11 +240,11 @@ fn what_was_applied_is_what_the_next_agent_finds() {
     ];
     for databases in policies {
         let compiled = compiled(databases);
-        let mut filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+        let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
         assert_ne!(filter.plan(&compiled).unwrap(), Difference::default());
         filter.apply(&compiled).unwrap();
         drop(filter);
-        let filter = Filter::open(bpffs.path(), Some(100), 1024).unwrap();
+        let filter = Filter::open(bpffs.path(), Some(100)).unwrap();
         assert_eq!(filter.plan(&compiled).unwrap(), Difference::default());
         for probe in probes(&compiled, 0) {
             let frame = frame(probe.protocol, probe.source, probe.destination, probe.port);
@@ -312,7 +262,7 @@ fn what_was_applied_is_what_the_next_agent_finds() {
 #[test]
 fn policy_with_more_prefixes_than_the_maps_are_made_for_is_refused_before_anything_is_written() {
     let bpffs = Bpffs::mount();
-    let mut filter = Filter::open(bpffs.path(), Some(2), 1024).unwrap();
+    let mut filter = Filter::open(bpffs.path(), Some(2)).unwrap();
     let rules = |count: u8| {
         let rules = (0..count).map(|i| format!("{{cidr: 192.0.{i}.0/24}}"));
         let rules = rules.collect::<Vec<_>>().join(", ");

@@ -18,8 +18,8 @@ use filter_agent::{
 use filter_tests::{
     databases::{Maria, Postgres, Redis, come_from, mariadb, psql, psql_at_home, redis},
     net::{
-        ALLOWED4, ALLOWED6, CLIENT4, DB4, Namespace, Net, PATIENCE, agent_binary,
-        next_layout_binary, policy, wait_until,
+        ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, PATIENCE,
+        agent_binary, next_layout_binary, policy, wait_until,
     },
 };
 use nix::{
@@ -62,7 +62,7 @@ fn start(name: &str, mode: &str, database: &str) -> Polled {
     let net = Net::new(name);
     let pins = net.bpffs().join("client");
     fs::create_dir(&pins).unwrap();
-    let mut filter = Filter::open(&pins, Some(1024), 1024).unwrap();
+    let mut filter = Filter::open(&pins, Some(1024)).unwrap();
     net.client.run(|| {
         let interface = Interface {
             index: nix::net::if_::if_nametoindex("eth0").unwrap(),
@@ -324,6 +324,30 @@ fn session_from_before_is_let_run_until_existing_ones_are_judged() {
     let text = clear.ask("select 4;");
     assert!(text.contains("TLS is required here"), "{text}");
     assert_eq!(connections(&net), json!({"unjudged": 2, "refused": 2}));
+}
+
+#[test]
+fn monitored_tls_refuses_nobody_and_keeps_denied_sources_out() {
+    let monitored = forced("postgresql", 5432, "monitor: tls");
+    let mut net = start("tls-monitored", "native", &monitored);
+    let _server = Postgres::start(&net);
+    net.start();
+    let clear = || psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1");
+    assert_eq!(clear().as_deref(), Ok("1"));
+    let encrypted = psql(&net, ALLOWED4.into(), "sslmode=require", "select 1");
+    assert_eq!(encrypted.as_deref(), Ok("1"));
+    let denied = net.connect(DENIED4.into(), SocketAddr::new(DB4.into(), 5432));
+    assert_eq!(denied, Connection::Silence);
+    let status = net.agent_json(&["status"]);
+    let database = &status["databases"][0];
+    assert_eq!(database["connections"], json!({}));
+    let counted = json!({"refused": 1, "tls": 1});
+    assert_eq!(database["monitored_connections"], counted);
+    let drops = net.agent_text(&["drops"]);
+    assert!(drops.contains("not-tls"), "{drops}");
+    net.reload(&policy("eth0", "native", &[forced("postgresql", 5432, "")]));
+    let error = psql(&net, ALLOWED4.into(), "sslmode=disable", "select 1").unwrap_err();
+    assert!(error.contains("TLS is required here"), "{error}");
 }
 
 #[test]

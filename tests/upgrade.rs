@@ -267,8 +267,11 @@ fn takeover_that_cannot_open_the_connections_is_refused_and_makes_no_new_map() {
     net.kill();
     net.binary = next_layout_binary().to_owned();
     let line = net.refusal_without_bpf_command(BPF_OBJ_GET, Errno::ENOMEM);
-    assert!(line.contains(&format!("v{LAYOUT}/STREAMS")), "{line}");
-    let next = format!("filter-agent/v{}/STREAMS", LAYOUT + 1);
+    assert!(
+        line.contains(&format!("v{LAYOUT}/PUBLISHED_SOCKETS")),
+        "{line}"
+    );
+    let next = format!("filter-agent/v{}/PUBLISHED_SOCKETS", LAYOUT + 1);
     assert!(!net.bpffs().join(next).exists());
     net.start();
     assert_filtered(&net);

@@ -89,6 +89,13 @@ impl Entries {
     }
 }
 
+impl Compiled {
+    /// Whether TLS is forced on any database.
+    pub fn forces_tls(&self) -> bool {
+        self.databases.values().any(|entries| entries.tls.is_some())
+    }
+}
+
 /// Compiles a policy as it is at the instant `now`.
 pub fn compile(policy: &Policy, regions: &Regions, now: Timestamp) -> Compiled {
     let mut compiled = Compiled::default();
@@ -262,7 +269,6 @@ mod tests {
             mode: Mode::Auto,
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
-            tls_connections: 1024,
             unprotected: Default::default(),
             databases,
         }

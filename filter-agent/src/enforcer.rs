@@ -14,11 +14,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
+use filter_common::Existing;
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use crate::{
+    compile::Compiled,
     drops::Drops,
     host::{
         Interface, Netlink,
@@ -30,6 +32,7 @@ use crate::{
         links::Attached,
     },
     log::Entry,
+    policy::Policy,
     reconcile::{
         self, Committed, Desired, Facts, InForce, Occasion, Refused, counted, describe_attachment,
         list,
@@ -39,6 +42,15 @@ use crate::{
 
 /// Time that a job may take before the thread counts as stuck: a million prefixes take a few seconds.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
+
+/// Time for which connections from before TLS was forced are counted: each when it first sends something. All
+/// connections of the host pay for it.
+const COUNTING_TIME: Duration = Duration::from_secs(600);
+
+/// What the errors of judging connections are about.
+const TLS: &str = "tls";
+const LINK: &str = "the link of the program that judges connections";
+const PROOF: &str = "the agent's own connection";
 
 /// Time allowed for a list of the host's interfaces. A look that was given up is an error.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -58,6 +70,10 @@ pub struct Enforcer {
     drops: Drops,
     /// Number of the round of probes that was sent last.
     probe_round: u64,
+    /// A listed interface that is a port of a bridge.
+    bridged: Option<String>,
+    /// Until when connections from before TLS was forced are counted.
+    counting_until: Option<Instant>,
     /// The checks must not attach again.
     is_detached: bool,
 }
@@ -134,13 +150,8 @@ impl Enforcer {
     ///
     /// # Errors
     /// As `Filter::open`.
-    pub fn open(
-        bpffs: &Path,
-        max_prefixes: Option<u32>,
-        tls_connections: u32,
-        in_force: InForce,
-    ) -> Result<Self> {
-        let filter = Filter::open(bpffs, max_prefixes, tls_connections)?;
+    pub fn open(bpffs: &Path, max_prefixes: Option<u32>, in_force: InForce) -> Result<Self> {
+        let filter = Filter::open(bpffs, max_prefixes)?;
         let now = Timestamp::now();
         Ok(Self {
             netlink: NetlinkReader::open()?,
@@ -157,6 +168,8 @@ impl Enforcer {
             complaints: BTreeMap::new(),
             repairs: 0,
             probe_round: 0,
+            bridged: None,
+            counting_until: None,
             is_detached: false,
         })
     }
@@ -237,6 +250,17 @@ impl Enforcer {
         };
         let file = desired.file.clone();
         let plan = self.prepare(desired, occasion, &host)?;
+        let mut entries = Vec::new();
+        if !is_change {
+            self.note_host(&file.policy, &host, &mut entries);
+        }
+        // Before the first connection to a port where TLS is forced now.
+        let compiled = plan.compiled();
+        if compiled.forces_tls() {
+            self.hold_tls(&compiled, true, &mut entries);
+            let counted = self.count_existing(&compiled);
+            self.note("connections from before", counted, &mut entries);
+        }
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
         self.drops.restart(&committed.restarted);
         self.in_force.file = file;
@@ -245,7 +269,7 @@ impl Enforcer {
             let policy = &self.in_force.file.policy;
             self.in_force.remembered.update(policy, &host, |_| true);
         }
-        let mut entries = Vec::new();
+        self.hold_tls(&committed.compiled, false, &mut entries);
         self.verify(&mut entries);
         let mut summary = None;
         if !is_change {
@@ -310,6 +334,15 @@ impl Enforcer {
         if self.is_detached {
             return self.checked(entries, summary);
         }
+        let compiled = self.in_force.compiled.clone();
+        // Each second where all is well; what the kernel refuses is tried again at a thorough check.
+        if thorough || !self.complaints.contains_key(TLS) {
+            self.hold_tls(&compiled, thorough, &mut entries);
+        }
+        if thorough {
+            let ended = self.end_tls_searches();
+            self.note("refused connections", ended, &mut entries);
+        }
         if thorough || self.lost_an_interface() {
             let attached = self.heal(&mut entries);
             if thorough || attached {
@@ -341,6 +374,89 @@ impl Enforcer {
         }
     }
 
+    /// Notes what of the host decides how connections are judged.
+    fn note_host(&mut self, policy: &Policy, host: &[Interface], entries: &mut Vec<Entry>) {
+        let coverage = Coverage::of(policy, &self.in_force.remembered, host);
+        let mut bridged = coverage.present.iter().filter(|i| i.is_bridge_port);
+        self.bridged = bridged.next().map(|interface| interface.name.clone());
+        let is_local = |interface: &&Interface| {
+            !interface.loopback && !interface.default_route && !coverage.is_present(interface.index)
+        };
+        let local = host.iter().filter(is_local);
+        let networks = local.flat_map(|interface| interface.networks.iter().copied());
+        let written = self.filter.set_local_networks(&networks.collect());
+        self.note("local networks", written, entries);
+    }
+
+    /// Has connections judged where TLS is forced, or closes the ports where it is and nothing judges them. `prove`: tries
+    /// it out.
+    fn hold_tls(&mut self, compiled: &Compiled, prove: bool, entries: &mut Vec<Entry>) {
+        let held = if compiled.forces_tls() {
+            self.judge_connections(prove, entries)
+        } else {
+            let detached = self.filter.detach_hook();
+            detached.and_then(|()| self.filter.set_judged(false))
+        };
+        let held = held.map_err(|error| match self.filter.set_judged(false) {
+            Ok(()) => error.context(
+                "TLS cannot be enforced; where it is forced, ports are closed but for `cluster`, and \
+                 for databases with `tls_unenforced: allow`",
+            ),
+            Err(more) => more.context(format!("TLS cannot be enforced: {error:#}")),
+        });
+        self.note(TLS, held, entries);
+    }
+
+    /// # Errors
+    /// Connections are certainly not judged. A look that failed, or took too long, is none: it proves nothing, and must
+    /// not close a port.
+    fn judge_connections(&mut self, prove: bool, entries: &mut Vec<Entry>) -> Result<()> {
+        if let Some(name) = &self.bridged {
+            bail!(
+                "{name} is a port of a bridge: connections may end in machines behind it, whose sockets are not on \
+                 this host"
+            );
+        }
+        // That a pin cannot be looked at does not say that it is gone.
+        let has_hook = self.filter.has_hook().unwrap_or(true);
+        let was_judged = self.filter.is_judged() && has_hook;
+        let attached = match self.filter.is_hook_whole() {
+            Ok(true) => Ok(false),
+            Ok(false) => self.filter.attach_hook().map(|()| true),
+            Err(error) => Err(error),
+        };
+        let is_new = match attached {
+            // What is attached goes on judging.
+            Err(error) if was_judged => {
+                self.note(LINK, Err(error), entries);
+                return Ok(());
+            }
+            attached => attached?,
+        };
+        self.note(LINK, Ok(()), entries);
+        if was_judged && !is_new && !prove {
+            return Ok(());
+        }
+        let mut proof = self.filter.prove_hook();
+        if let Ok(false) = proof {
+            // A link that was detached by force is pinned still.
+            self.filter.attach_hook()?;
+            proof = self.filter.prove_hook();
+        }
+        let proof = match proof {
+            Err(error) if was_judged => Err(error),
+            is_judged => {
+                ensure!(
+                    is_judged?,
+                    "a connection of the agent's own was not judged, although the program is attached"
+                );
+                Ok(())
+            }
+        };
+        self.note(PROOF, proof, entries);
+        self.filter.set_judged(true)
+    }
+
     /// Whether an interface that was filtered runs another program now, or none; that it cannot be seen counts
     /// as lost.
     fn lost_an_interface(&mut self) -> bool {
@@ -366,6 +482,8 @@ impl Enforcer {
             }
         };
         self.note("look", Ok(()), entries);
+        let file = self.in_force.file.clone();
+        self.note_host(&file.policy, &host, entries);
         let restored = self.filter.restore_pins();
         if let Ok(true) = restored {
             entries.push(Entry::error(
@@ -499,7 +617,37 @@ impl Enforcer {
     /// # Errors
     /// The kernel refuses a write.
     pub fn judge_existing(&mut self) -> Result<()> {
-        self.filter.judge_existing()
+        self.counting_until = None;
+        self.filter.set_existing(Existing::JUDGED)
+    }
+
+    /// Counts connections from before TLS was forced on a database of the new policy, for a while.
+    fn count_existing(&mut self, compiled: &Compiled) -> Result<()> {
+        let mut databases = compiled.databases.iter();
+        let is_new =
+            databases.any(|(name, entries)| entries.tls.is_some() && !self.filter.forces_tls(name));
+        let existing = self.filter.existing()?;
+        if is_new || existing == Existing::COUNTED {
+            self.counting_until
+                .get_or_insert(Instant::now() + COUNTING_TIME);
+        }
+        // Also where connections of other databases are judged: those of this one are not, unless that is asked for.
+        if is_new {
+            self.filter.set_existing(Existing::COUNTED)?;
+        }
+        Ok(())
+    }
+
+    /// Ends what makes packets of judged connections dearer, once it has served.
+    fn end_tls_searches(&mut self) -> Result<()> {
+        if self
+            .counting_until
+            .is_some_and(|until| until <= Instant::now())
+        {
+            self.filter.set_existing(Existing::NOTHING)?;
+            self.counting_until = None;
+        }
+        self.filter.end_refusing()
     }
 
     /// Stops filtering. Returns the names of the interfaces that are no longer filtered.

@@ -155,6 +155,12 @@ impl Refused {
     }
 }
 
+impl Plan {
+    pub fn compiled(&self) -> Arc<Compiled> {
+        self.desired.compiled.clone()
+    }
+}
+
 /// Prepares a change. `check` returns why an interface cannot be filtered, `difference` how the maps would change:
 /// both look at the kernel, and neither changes anything.
 ///

@@ -69,6 +69,8 @@ pub struct Database {
     /// Packets that `monitor` let pass, by the reason to drop them.
     pub would_drop: BTreeMap<String, u64>,
     pub force_tls: bool,
+    /// Whether connections without it are only counted.
+    pub monitor_tls: bool,
     /// Connections by verdict, where TLS is forced.
     pub connections: BTreeMap<String, u64>,
     /// Connections by verdict while the database was only monitored.

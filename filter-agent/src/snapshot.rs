@@ -257,6 +257,7 @@ impl Observed {
                 dropped: self.packets(Some(name), false),
                 would_drop: self.packets(Some(name), true),
                 force_tls: database.tls.is_some(),
+                monitor_tls: database.tls.is_some_and(|tls| tls.monitor),
                 connections: self.connections(name, false),
                 monitored_connections: self.connections(name, true),
             })

@@ -205,10 +205,9 @@ pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<
             .as_ref()
             .map_or_else(Remembered::default, |kept| kept.interfaces.clone()),
     };
-    let connections = first.policy.tls_connections;
     // Long lists are read while the kernel checks the program.
     let (enforcer, regions) = tokio::join!(
-        Handle::start(move || Enforcer::open(&bpffs, max_prefixes, connections, in_force)),
+        Handle::start(move || Enforcer::open(&bpffs, max_prefixes, in_force)),
         first_regions(options, &first.policy, watcher, clock.now()),
     );
     let enforcer = enforcer?;

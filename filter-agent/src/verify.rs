@@ -32,8 +32,9 @@ pub fn verify(
         let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
         let judged = filter.judge(&probe.database, probe.source, probe.monitor)?;
         let passes = filter.probe(&frame, &judged)?;
-        let allowed = judged.reason == Reason::Allowed;
-        if allowed != probe.allowed || passes != (probe.allowed || probe.monitor) {
+        // A port that is closed since TLS cannot be enforced is an error of its own.
+        let allowed = matches!(judged.reason, Reason::Allowed | Reason::TlsUnenforced);
+        if allowed != probe.allowed || passes != judged.passes() {
             errors.push(format!(
                 "database {}: a packet from {} to port {} {} although the policy {} it",
                 probe.database,

@@ -147,9 +147,10 @@ fn every_field_of_a_policy_arrives() {
     let tls = Tls {
         engine: Engine::Postgresql,
         cancel_in_clear: false,
+        open_unenforced: true,
+        monitor: false,
     };
     assert_eq!((orders.tls, others.tls), (Some(tls), None));
-    assert_eq!(policy.tls_connections, 50_000);
     assert!(!orders.monitor && others.monitor);
     let Model::Dedicated { rules } = &orders.model else {
         panic!("{:?}", orders.model);

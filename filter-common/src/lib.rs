@@ -2,13 +2,14 @@
 #![no_std]
 
 mod cache;
+pub mod opening;
 
 pub use cache::{CacheEntry, EntryPointer, NO_RULE};
 
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 5 } else { 4 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 6 } else { 5 };
 
 /// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes and rows of
 /// counters of another length.
@@ -113,6 +114,8 @@ impl Guard {
     const ENGINE_SHIFT: u32 = 18;
     const CANCEL: u32 = 1 << 21;
     const WIDE: u32 = 1 << 22;
+    const UNENFORCED: u32 = 1 << 23;
+    const TLS_MONITOR: u32 = 1 << 24;
 
     pub const fn new(slot: u16, monitor: bool) -> Self {
         Self((slot as u32) << Self::SLOT_SHIFT | monitor as u32)
@@ -123,6 +126,16 @@ impl Guard {
     pub const fn with_tls(self, engine: Engine, cancel: bool) -> Self {
         let cancel = if cancel { Self::CANCEL } else { 0 };
         Self(self.0 | (engine as u32) << Self::ENGINE_SHIFT | cancel)
+    }
+
+    /// The same guard for a port where connections without TLS are counted, and let pass.
+    pub const fn with_monitored_tls(self) -> Self {
+        Self(self.0 | Self::TLS_MONITOR)
+    }
+
+    /// The same guard for a port that stays open where nothing judges its connections.
+    pub const fn open_unenforced(self) -> Self {
+        Self(self.0 | Self::UNENFORCED)
     }
 
     /// The same guard for a database that allows a prefix shorter than `BLOOM_SHORTEST`.
@@ -189,9 +202,23 @@ impl Guard {
         self.0 >> Self::ENGINE_SHIFT & 0x7
     }
 
+    /// The guard by which connections are counted at the socket: monitored, where TLS is.
+    pub const fn of_connections(self) -> Self {
+        if self.0 & Self::TLS_MONITOR != 0 {
+            Self(self.0 | Self::MONITOR)
+        } else {
+            self
+        }
+    }
+
     /// Whether the database allows prefixes that the prefix Bloom filter does not hold.
     pub const fn is_wide(self) -> bool {
         self.0 & Self::WIDE != 0
+    }
+
+    /// Whether the port stays open where nothing judges its connections.
+    pub const fn is_open_unenforced(self) -> bool {
+        self.0 & Self::UNENFORCED != 0
     }
 
     pub const fn cancel_in_clear(self) -> bool {
@@ -259,82 +286,137 @@ pub struct Answer {
 /// In the value of an allowed prefix, beside the id of its rule: TLS is not forced on it.
 pub const EXEMPT: u32 = 1 << 31;
 
-/// Connections whose opening is followed, where the operator names no other number.
-pub const DEFAULT_TLS_CONNECTIONS: u32 = 1 << 16;
+/// A segment's source and destination address, in words, which are copied faster than bytes: as in the header;
+/// IPv4 as IPv4-mapped IPv6.
+pub type Address = [u32; 4];
 
-/// Seconds for which an opening holds its place after the SYN: as long as a server waits for one that
-/// does not come (PostgreSQL: `authentication_timeout`, 60; MySQL: `connect_timeout`, 10), and some.
-pub const OPENING_SECONDS: u32 = 65;
-
-/// Seconds after TLS was first forced on a database for which a connection that is found under way is
-/// one from before: a keepalive probe, after two hours where nobody set another time
-/// (net.ipv4.tcp_keepalive_time), has shown each by then.
-pub const ADOPTION_SECONDS: u64 = 2 * 60 * 60 + 5 * 60;
-
-/// Key of the map of connections, as the client's packets have it.
+/// Key of the map of SYNs that the XDP program let pass to a port where TLS is forced: by it the program at the socket
+/// finds out which port of this host a connection was for whose destination was translated. Without the source port, which may be
+/// translated too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Connection {
-    /// As in the header, in words, which are copied faster than bytes; IPv4 as IPv4-mapped IPv6.
-    pub source: [u32; 4],
-    pub destination: [u32; 4],
-    /// Source port, then destination port, as in the header.
-    pub ports: u32,
+pub struct Syn {
+    pub source: Address,
+    pub sequence: u32,
 }
 
-/// Where a client's stream begins, by one SYN, and what its first bytes were.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Entries of the map of SYNs: of a flood, as many as come between XDP and the socket.
+pub const SYNS: u32 = 1 << 14;
+
+/// In `LocalKey::port`, beside no port: SYNs that look the same went to different ports.
+pub const AMBIGUOUS: u32 = u32::MAX;
+
+/// Entries of the map of sources that came through a filtered interface with addresses of this host's own networks.
+pub const OUTSIDERS: u32 = 1 << 14;
+
+/// Key of the map of sockets that connections through this host's ports reach by another address or port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Opening {
-    /// Sequence number of the first byte.
-    pub first: u32,
-    /// When the SYN came, in seconds since boot; zero: no opening.
-    pub began: u32,
-    /// What was seen at the first byte: zero, or one of the forms that `filter-ebpf/tls` names.
-    pub form: u32,
+pub struct Published {
+    pub address: Address,
+    /// Host byte order.
+    pub port: u32,
+    /// Inode number of the network namespace.
+    pub namespace: u32,
 }
 
-/// SYNs of the same addresses and ports within `OPENING_SECONDS`, a power of two; one more has to wait.
-pub const OPENINGS: usize = 8;
+/// Entries of that map: listening sockets in containers, and those that there were.
+pub const PUBLISHED: u32 = 1 << 12;
 
-/// The state of a connection to a port where TLS is forced.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// Key of the map of refused connections, as both programs know them: addresses and ports of the server may differ
+/// between interface and socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
-pub struct Stream {
-    /// One for each SYN that the server may have accepted: the stream has to hold for every one. A client
-    /// that connects often uses the same ports again.
-    pub openings: [Opening; OPENINGS],
-    /// Bytes that the client sent, counted up to 2^31.
-    pub carried: u32,
-    /// Where a refused connection ended for the server: its next sequence number.
-    pub refused_at: u32,
+pub struct Client {
+    pub source: Address,
+    /// Source port, as in the header.
+    pub port: u32,
+    /// Of the database.
+    pub slot: u32,
+}
+
+/// A refused connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Refusal {
+    /// The next sequence number that the server expects.
+    pub next: u32,
     /// Set of the bits below.
     pub state: u32,
 }
 
-impl Stream {
-    /// Counted as a connection with TLS.
-    pub const JUDGED: u32 = 1;
-    /// Refused: none of its bytes passes any more.
-    pub const REFUSED: u32 = 2;
+impl Refusal {
+    /// The client has the answer.
+    pub const ANSWERED: u32 = 1;
     /// A reset was sent to the server.
-    pub const RESET_SENT: u32 = 4;
-    /// The connection was open before TLS was forced, and goes on unjudged: it is adopted.
-    pub const UNJUDGED: u32 = 8;
-    /// The number of the adoption that adopted it: above this bit.
-    pub const ADOPTION_SHIFT: u32 = 8;
-    /// Adoptions are counted modulo this.
-    pub const ADOPTIONS: u32 = 1 << (32 - Self::ADOPTION_SHIFT);
+    pub const RESET_SENT: u32 = 2;
+}
 
-    /// The state of a connection that is adopted.
-    pub const fn adopted(adoption: u32) -> u32 {
-        Self::UNJUDGED | adoption << Self::ADOPTION_SHIFT
-    }
+/// Refused connections that are kept in mind: one that is forgotten is refused again.
+pub const REFUSALS: u32 = 1 << 14;
 
-    /// Whether a connection of this state was adopted, and by an adoption that has ended since.
-    pub const fn is_judged_again(state: u32, adoption: u32) -> bool {
-        state & Self::UNJUDGED != 0 && state >> Self::ADOPTION_SHIFT != adoption
+/// Source, destination and both ports of a connection, as in its client's headers.
+pub type Connection = [u32; 9];
+
+/// Entries of the map of connections whose opening came with the end of their handshake.
+pub const HANDSHAKES: u32 = 1 << 12;
+
+/// Entries of the map of networks whose clients are local ones to containers.
+pub const LOCAL_NETWORKS: u32 = 1024;
+
+/// The judgement of a connection, in its socket's storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Judgement {
+    /// Sequence number of the stream's first byte.
+    pub base: u64,
+    /// Set of the bits below.
+    pub state: u64,
+    /// How the stream may have begun, going by what was let pass: `opening::Forms`.
+    pub forms: u64,
+    /// The decisive places that were let pass, a bit for each.
+    pub seen: u64,
+}
+
+impl Judgement {
+    /// Counted, by its `Fate`.
+    pub const COUNTED: u64 = 1;
+    /// The connection is from before TLS was forced, and goes on unjudged.
+    pub const UNJUDGED: u64 = 2;
+}
+
+/// What is done about connections from before TLS was forced: a set of the bits below, or zero. They have received
+/// more than is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Existing(pub u32);
+
+impl Existing {
+    pub const NOTHING: Self = Self(0);
+    /// Each is counted when it sends something.
+    pub const COUNTED: Self = Self(1);
+    /// Each is judged by what it sends next.
+    pub const JUDGED: Self = Self(2);
+
+    pub const fn has(self, other: Self) -> bool {
+        self.0 & other.0 != 0
     }
+}
+
+/// A socket that has received so many bytes is not judged any more. Past every decisive place.
+pub const JUDGED_BYTES: u64 = opening::PLACES as u64;
+
+/// Where the kernel keeps what it has no helper for, in bytes: found in its type information (BTF), which is of the
+/// running kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct KernelOffsets {
+    /// Of the pointer to the network namespace in `struct sock`.
+    pub namespace: u32,
+    /// Of the inode number in `struct net`.
+    pub inode: u32,
+    /// Of the first sequence number in `struct tcp_request_sock`.
+    pub first: u32,
 }
 
 /// Key of the map of local addresses.
@@ -435,10 +517,12 @@ pub enum Reason {
     NotTls = 9,
     /// TLS is forced, and what the packet holds of the connection's beginning cannot be judged.
     TlsUnclear = 10,
+    /// TLS is forced, and nothing judges connections.
+    TlsUnenforced = 11,
 }
 
 impl Reason {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Allowed,
         Self::NotAllowed,
         Self::BadSource,
@@ -450,6 +534,7 @@ impl Reason {
         Self::NoPolicy,
         Self::NotTls,
         Self::TlsUnclear,
+        Self::TlsUnenforced,
     ];
 
     /// The name in output and metrics.
@@ -466,6 +551,7 @@ impl Reason {
             Self::NoPolicy => "no-policy",
             Self::NotTls => "not-tls",
             Self::TlsUnclear => "tls-unclear",
+            Self::TlsUnenforced => "tls-unenforced",
         }
     }
 }
@@ -511,7 +597,7 @@ impl CounterRow {
     pub const fn of(layout: u32) -> Self {
         let (length, first_fate) = match layout {
             0..=3 => (16, 12),
-            4 => (32, 27),
+            4..=5 => (32, 27),
             // Of the build that tests upgrade to.
             _ => (64, 50),
         };
@@ -645,11 +731,13 @@ const _: () = {
     assert!(size_of::<Source6>() == 20);
     assert!(size_of::<Name>() == 64);
     assert!(size_of::<Answer>() == 132);
-    assert!(size_of::<Connection>() == 36);
-    assert!(size_of::<Stream>() == 108);
+    assert!(size_of::<Syn>() == 20);
+    assert!(size_of::<Published>() == 24);
+    assert!(size_of::<Client>() == 24);
+    assert!(size_of::<Judgement>() == 32);
     assert!(size_of::<Sample>() == 32);
-    // Room for 16 more reasons, and one more fate.
-    assert!(Reason::ALL.len() as u32 + 16 <= COUNTER_ROW.first_fate);
+    // Room for 15 more reasons, and one more fate.
+    assert!(Reason::ALL.len() as u32 + 15 <= COUNTER_ROW.first_fate);
     assert!(COUNTER_ROW.first_fate + (Fate::ALL.len() as u32) < COUNTER_ROW.length);
 };
 
@@ -673,9 +761,7 @@ mod pod {
     // SAFETY: as above.
     unsafe impl aya::Pod for Answer {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for Connection {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Stream {}
+    unsafe impl aya::Pod for KernelOffsets {}
 
     impl Sample {
         /// Reads a sample from the ring buffer; `None` where it has another length.

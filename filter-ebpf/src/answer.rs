@@ -42,6 +42,18 @@ pub enum Ending {
     Emptied = 3,
 }
 
+impl Ending {
+    #[inline(always)]
+    pub fn of(number: u32) -> Self {
+        match number {
+            TO_CLIENT => Self::ToClient,
+            RESET_SERVER => Self::ResetServer,
+            EMPTIED => Self::Emptied,
+            _ => Self::Dropped,
+        }
+    }
+}
+
 const TO_CLIENT: u32 = Ending::ToClient as u32;
 const RESET_SERVER: u32 = Ending::ResetServer as u32;
 const EMPTIED: u32 = Ending::Emptied as u32;
@@ -55,7 +67,7 @@ struct Shape {
 }
 
 /// Rewrites the packet for its ending. Returns 0 if it cannot: with IP options or extension headers. A global
-/// function, which the kernel verifies once, as `tls::judge_tls`.
+/// function, which the kernel verifies once, as `refuse::follow_segment`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn write_answer(ctx: *mut xdp_md, ending: u32) -> u32 {
@@ -127,9 +139,9 @@ fn rewrite(ctx: &XdpContext, scratch: &mut Scratch, shape: &Shape) -> Option<()>
     ];
     let [high, low] = (length as u16).to_be_bytes();
     let (source, destination) = if shape.to_client {
-        (&scratch.connection.destination, &scratch.connection.source)
+        (&scratch.destination, &scratch.source)
     } else {
-        (&scratch.connection.source, &scratch.connection.destination)
+        (&scratch.source, &scratch.destination)
     };
     let mut sum = if is_v4 {
         let [s0, s1, s2, s3] = source[3].to_ne_bytes();

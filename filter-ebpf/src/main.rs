@@ -1,4 +1,4 @@
-//! The XDP program: every frame that arrives on a filtered interface, to a verdict.
+//! The programs: every frame that arrives on a filtered interface, and every segment for a TCP socket, to a verdict.
 #![no_std]
 #![no_main]
 // RUSTC_BOOTSTRAP is on for `-Z build-std`; inline assembly for BPF is not stable yet.
@@ -6,15 +6,17 @@
 
 mod answer;
 mod parse;
+mod refuse;
 mod rules;
 mod scratch;
+mod socket;
 mod tls;
 
 use answer::Ending;
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
-    macros::xdp,
-    programs::XdpContext,
+    macros::{cgroup_skb, xdp},
+    programs::{SkBuffContext, XdpContext},
 };
 use parse::Packet;
 use rules::Outcome;
@@ -37,10 +39,8 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
     match rules::judge(ctx, packet) {
         Outcome::NotConcerned => XDP_PASS,
         Outcome::LaterFragment => XDP_PASS,
-        Outcome::Allowed {
-            guard, rule, fate, ..
-        } => {
-            rules::count_allowed(guard, rule, fate);
+        Outcome::Allowed { guard, rule, .. } => {
+            rules::count_allowed(guard, rule);
             XDP_PASS
         }
         Outcome::Dropped {
@@ -48,7 +48,7 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
             reason,
             sampled,
         } => {
-            rules::count(guard, reason as u32, None);
+            rules::count(guard, reason as u32);
             rules::sample(ctx, packet, guard, reason as u32, Some(sampled));
             if guard.is_monitor() {
                 XDP_PASS
@@ -56,23 +56,21 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
                 XDP_DROP
             }
         }
-        Outcome::Refused {
-            guard,
-            reason,
-            ending,
-            fate,
-        } => {
-            rules::count(guard, reason, fate);
-            rules::sample(ctx, packet, guard, reason, None);
-            match ending {
-                _ if guard.is_monitor() => XDP_PASS,
-                Ending::Dropped => XDP_DROP,
-                Ending::ToClient => XDP_TX,
-                Ending::ResetServer => XDP_PASS,
-                Ending::Emptied => XDP_PASS,
-            }
-        }
+        // Counted and sampled where it was refused.
+        Outcome::Refused { guard, ending } => match ending {
+            _ if guard.is_monitor() => XDP_PASS,
+            Ending::Dropped => XDP_DROP,
+            Ending::ToClient => XDP_TX,
+            Ending::ResetServer => XDP_PASS,
+            Ending::Emptied => XDP_PASS,
+        },
     }
+}
+
+/// Attached to the root of the cgroups, so that it sees what is for the sockets of containers, too.
+#[cgroup_skb(ingress)]
+pub fn tls_opening(ctx: SkBuffContext) -> i32 {
+    tls::passes(ctx.skb.skb).into()
 }
 
 /// The kernel lets only GPL-compatible programs call the helpers used here.

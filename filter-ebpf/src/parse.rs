@@ -7,7 +7,7 @@ use aya_ebpf::{
     helpers::generated::{bpf_xdp_get_buff_len, bpf_xdp_load_bytes},
     programs::XdpContext,
 };
-use filter_common::{MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS, Protocol, Reason};
+use filter_common::{Address, MAX_EXTENSION_HEADERS, MAX_VLAN_TAGS, Protocol, Reason};
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -56,6 +56,25 @@ impl Addresses {
     }
 }
 
+/// An address of `Addresses` in words.
+#[inline(always)]
+pub fn address(is_v4: bool, address: [u64; 2]) -> Address {
+    if is_v4 {
+        return [0, 0, 0xffff_u32.to_be(), address[1] as u32];
+    }
+    let [[a, b, c, d, e, f, g, h], [i, j, k, l, m, n, o, p]] = address.map(u64::to_ne_bytes);
+    [[a, b, c, d], [e, f, g, h], [i, j, k, l], [m, n, o, p]].map(u32::from_ne_bytes)
+}
+
+#[inline(always)]
+pub fn bytes_of(address: &Address) -> [u8; 16] {
+    let [a, b, c, d] = address.map(u32::to_ne_bytes);
+    [
+        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2],
+        d[3],
+    ]
+}
+
 pub struct Segment {
     pub addresses: Addresses,
     pub protocol: Protocol,
@@ -63,6 +82,8 @@ pub struct Segment {
     pub port: u16,
     /// Linux may deliver to another local address than the header's: a source route is present.
     pub source_routed: bool,
+    /// The headers before it are of the lengths that most have: known to the compiler, not to be compared.
+    pub is_plain: bool,
     pub place: Place,
 }
 
@@ -88,18 +109,6 @@ pub struct Tcp {
     /// Where the payload begins in the packet, and how long it is, in bytes.
     pub payload: u32,
     pub length: u32,
-}
-
-/// What an IP header says of a connection.
-pub struct Network {
-    /// Of the header, in bytes from the packet's beginning.
-    pub offset: usize,
-    /// As in the header; IPv4 as IPv4-mapped IPv6.
-    pub source: [u32; 4],
-    pub destination: [u32; 4],
-    /// Whether all of the segment is in this packet. Of IPv6 extension headers one is followed; a
-    /// packet with more is taken for a fragment.
-    pub is_whole: bool,
 }
 
 pub enum Packet {
@@ -258,7 +267,7 @@ pub fn plain4(ctx: &XdpContext) -> Option<Packet> {
             AUTHENTICATION => return None,
             _ => return Some(Packet::Other),
         };
-        if half::<{ IP + 6 }>(start) & 0x1fff_u16.to_be() != 0
+        if half::<{ IP + 6 }>(start) & 0x3fff_u16.to_be() != 0
             || start + IP + length > ctx.data_end()
         {
             return None;
@@ -268,6 +277,7 @@ pub fn plain4(ctx: &XdpContext) -> Option<Packet> {
             protocol,
             port: u16::from_be(half::<{ PORTS + 2 }>(start)),
             source_routed: false,
+            is_plain: true,
             place: Place {
                 transport: PORTS as u32,
                 end: (IP + length) as u32,
@@ -304,6 +314,7 @@ pub fn plain6(ctx: &XdpContext) -> Option<Packet> {
             protocol,
             port: u16::from_be(half::<{ PORTS + 2 }>(start)),
             source_routed: false,
+            is_plain: true,
             place: Place {
                 transport: PORTS as u32,
                 end: (IP + 40 + length) as u32,
@@ -487,6 +498,7 @@ fn ports(port: Option<u16>, at: Cursor, addresses: Addresses, source_routed: boo
             protocol,
             port,
             source_routed,
+            is_plain: false,
             place: Place {
                 transport: at.offset as u32,
                 end: at.end as u32,
@@ -574,12 +586,50 @@ pub fn tcp(ctx: &XdpContext, place: &Place) -> Option<Tcp> {
     })
 }
 
+/// The flags of a TCP segment; of one that is plain without a helper. `None`: it is cut off before them.
+#[inline(always)]
+pub fn flags(ctx: &XdpContext, segment: &Segment) -> Option<u32> {
+    const FLAGS: usize = 13;
+    let at = segment.place.transport + FLAGS as u32;
+    if at >= segment.place.end {
+        return None;
+    }
+    if !segment.is_plain {
+        let [flags] = load(ctx, at as usize)?;
+        return Some(u32::from(flags));
+    }
+    let transport = if segment.addresses.is_v4 { 34 } else { 54 };
+    let start = bytes(ctx, transport, FLAGS + 1)?;
+    // SAFETY: so many bytes are there.
+    Some(u32::from(unsafe { byte::<FLAGS>(start) }))
+}
+
+/// Whether all of a segment is in its packet. Of IPv6 extension headers one is followed; a packet with more is taken for a
+/// fragment.
+#[inline(always)]
+pub fn is_whole(ctx: &XdpContext, place: &Place, is_v4: bool) -> bool {
+    let Some(network) = network_offset(ctx, place, is_v4) else {
+        return false;
+    };
+    if is_v4 {
+        return load::<2>(ctx, network + 6).is_some_and(|[fragment, _]| fragment & 0x20 == 0);
+    }
+    match load(ctx, network + 6) {
+        Some([TCP]) => true,
+        Some([next]) => match load(ctx, network + 40) {
+            Some([then, _, _, more]) => then == TCP && (next != FRAGMENT || more & 1 == 0),
+            None => false,
+        },
+        None => false,
+    }
+}
+
 /// Where the IP header is, of a packet that `parse` followed to its ports.
 ///
-/// Found once more, as is what `network` reads: carried through the parser, such constants would keep
-/// the verifier from taking one way for another.
+/// Found once more: carried through the parser, such constants would keep the verifier from taking one way for
+/// another.
 #[inline(always)]
-fn network_offset(ctx: &XdpContext, place: &Place, is_v4: bool) -> Option<usize> {
+pub fn network_offset(ctx: &XdpContext, place: &Place, is_v4: bool) -> Option<usize> {
     // No tags, and nothing between both headers.
     if place.transport == if is_v4 { 34 } else { 54 } {
         return Some(14);
@@ -592,33 +642,4 @@ fn network_offset(ctx: &XdpContext, place: &Place, is_v4: bool) -> Option<usize>
         }
     }
     None
-}
-
-/// The IP header of a packet that `parse` followed to its ports.
-#[inline(always)]
-pub fn network(ctx: &XdpContext, place: &Place, is_v4: bool) -> Option<Network> {
-    let offset = network_offset(ctx, place, is_v4)?;
-    if is_v4 {
-        let [_, fragment, _, source, destination] = load_words(ctx, offset)?;
-        let mapped = 0xffff_u32.to_be();
-        return Some(Network {
-            offset,
-            source: [0, 0, mapped, source],
-            destination: [0, 0, mapped, destination],
-            is_whole: u32::from_be(fragment) & 0x2000 == 0,
-        });
-    }
-    let [_, next, s0, s1, s2, s3, d0, d1, d2, d3] = load_words(ctx, offset)?;
-    let next = (u32::from_be(next) >> 8) as u8;
-    let mut is_whole = next == TCP;
-    if !is_whole {
-        let [then, _, _, more] = load(ctx, offset + 40)?;
-        is_whole = then == TCP && (next != FRAGMENT || more & 1 == 0);
-    }
-    Some(Network {
-        offset,
-        source: [s0, s1, s2, s3],
-        destination: [d0, d1, d2, d3],
-        is_whole,
-    })
 }

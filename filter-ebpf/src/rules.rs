@@ -12,16 +12,18 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, CacheEntry, DEFAULT_MAX_PREFIXES,
-    EXEMPT, EntryPointer, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT, NO_RULE, Name, PORTS, Port,
-    RULE_IDS, Reason, SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample,
-    Source4, Source6, bloom_place, is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
+    ANY_SLOT, Address, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, CacheEntry,
+    DEFAULT_MAX_PREFIXES, EXEMPT, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT,
+    NO_RULE, Name, PORTS, Port, Protocol, RULE_IDS, Reason, SAMPLE_PLACES, SAMPLE_RING_BYTES,
+    SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6, bloom_place, is_bad_source4,
+    is_bad_source6, mapped, port_index, slot_key,
 };
 
 use crate::{
     answer::Ending,
-    parse::{Addresses, Packet, Segment},
-    tls,
+    parse::{Addresses, Packet, Segment, bytes_of},
+    refuse::{self, Course},
+    socket,
 };
 
 /// Which database a port belongs to.
@@ -94,8 +96,6 @@ pub enum Outcome {
         rule: u32,
         /// Whether TLS is forced on the source.
         force_tls: bool,
-        /// The number of the `Fate` that this packet decides for its connection.
-        fate: Option<u32>,
     },
     Dropped {
         guard: Guard,
@@ -103,14 +103,10 @@ pub enum Outcome {
         /// Whether a sample of it is taken.
         sampled: bool,
     },
-    /// TLS is forced, and the connection does not begin with it.
+    /// The connection was refused at the socket, since TLS is forced.
     Refused {
         guard: Guard,
-        /// The number of the `Reason`.
-        reason: u32,
         ending: Ending,
-        /// The number of the `Fate` that this packet decides for its connection.
-        fate: Option<u32>,
     },
 }
 
@@ -134,32 +130,24 @@ pub fn judge(ctx: &XdpContext, packet: &Packet) -> Outcome {
                 guard,
                 rule,
                 force_tls: true,
-                ..
-            } => judge_stream(ctx, segment, guard, rule),
+            } => match refuse::follow(ctx, segment, guard) {
+                Course::Passes => Outcome::Allowed {
+                    guard,
+                    rule,
+                    force_tls: true,
+                },
+                Course::Ends(ending) => Outcome::Refused { guard, ending },
+                Course::Closed => dropped(guard, Reason::TlsUnenforced),
+            },
+            outcome @ (Outcome::NotConcerned | Outcome::Allowed { .. }) => {
+                if refuse::note_other(ctx, segment) {
+                    outcome
+                } else {
+                    dropped(Guard::new(ANY_SLOT, false), Reason::TlsUnclear)
+                }
+            }
             outcome => outcome,
         },
-    }
-}
-
-/// Where TLS is forced on a source that is allowed.
-#[inline(always)]
-fn judge_stream(ctx: &XdpContext, segment: &Segment, guard: Guard, rule: u32) -> Outcome {
-    let judged = tls::judge(ctx, segment, guard);
-    let fate = judged.fate();
-    if judged.is_refused() {
-        Outcome::Refused {
-            guard,
-            reason: judged.reason(),
-            ending: judged.ending(),
-            fate,
-        }
-    } else {
-        Outcome::Allowed {
-            guard,
-            rule,
-            force_tls: true,
-            fate,
-        }
     }
 }
 
@@ -215,6 +203,44 @@ fn judge_segment(segment: &Segment) -> Outcome {
     }
 }
 
+/// The guard of a port of a local address, for a TCP segment that is about to be given to a socket.
+#[inline(always)]
+pub fn guard_of(key: &LocalKey) -> Option<Guard> {
+    let guard = PORT_GUARDS
+        .get(port_index(Protocol::Tcp, key.port as u16))?
+        .guard();
+    if !guard.is_by_address() {
+        return (!guard.is_none()).then_some(guard);
+    }
+    let key = LocalKey {
+        port: port_index(Protocol::Tcp, key.port as u16),
+        ..*key
+    };
+    // SAFETY: as in `judge_segment`.
+    unsafe { LOCAL_GUARDS.get(key) }.copied()
+}
+
+/// Whether TLS is forced on a port, of some of its addresses at least.
+#[inline(always)]
+pub fn is_forced(port: u16) -> bool {
+    let guard = PORT_GUARDS.get(port_index(Protocol::Tcp, port));
+    guard.is_none_or(|port| port.guard().engine() != 0 || port.guard().is_by_address())
+}
+
+/// Whether TLS is not forced on a source.
+#[inline(always)]
+pub fn is_exempt(guard: Guard, is_v4: bool, source: &Address) -> bool {
+    let slot = slot_key(guard.slot());
+    let rule = if is_v4 {
+        let address = source[3].to_ne_bytes();
+        ALLOWED4.get(&Key::new(SLOT_BITS + 32, Source4 { slot, address }))
+    } else {
+        let address = bytes_of(source);
+        ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
+    };
+    rule.is_some_and(|rule| rule & EXEMPT != 0)
+}
+
 #[inline(always)]
 fn judge_source(segment: &Segment, port: Port) -> Outcome {
     let guard = port.guard();
@@ -232,7 +258,6 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
             guard,
             rule: rule & !EXEMPT,
             force_tls: guard.engine() != 0 && rule & EXEMPT == 0,
-            fate: None,
         }
     } else {
         Outcome::Dropped {
@@ -345,16 +370,14 @@ fn octets(halves: [u64; 2]) -> [u8; 16] {
 
 /// Counts a packet that is allowed, by `rule`.
 #[inline(always)]
-pub fn count_allowed(guard: Guard, rule: u32, fate: Option<u32>) {
+pub fn count_allowed(guard: Guard, rule: u32) {
     increment(HITS.get_ptr_mut(guard.hit(rule)));
-    count_fate(guard, fate);
 }
 
 /// Counts one that is not.
 #[inline(always)]
-pub fn count(guard: Guard, reason: u32, fate: Option<u32>) {
+pub fn count(guard: Guard, reason: u32) {
     increment(COUNTS.get_ptr_mut(guard.counter(reason)));
-    count_fate(guard, fate);
 }
 
 /// Takes a sample if the grant allows one more. Reads no clock and writes nothing that CPUs share: a flood
@@ -389,31 +412,54 @@ pub fn sample(ctx: &XdpContext, packet: &Packet, guard: Guard, reason: u32, samp
         _ => ([0, 0], 0),
     };
     if sampled.unwrap_or_else(|| take_at(place(source, SAMPLE_PLACES))) {
-        let [high, low] = source;
-        send(ctx, high, low, family << 16 | reason, guard);
+        let interface = ctx.ingress_ifindex() as u32;
+        send(source, family << 16 | reason, guard, interface);
+    }
+}
+
+/// The same for a segment that is not given to its socket.
+#[inline(always)]
+pub fn sample_segment(segment: &socket::Segment, guard: Guard, reason: u32, interface: u32) {
+    let [a, b, c, d] = segment.source.map(u64::from);
+    let (source, family) = if segment.is_v4 {
+        ([0, d], 4)
+    } else {
+        ([joined(a, b), joined(c, d)], 6)
+    };
+    if take_at(place(source, SAMPLE_PLACES)) {
+        send(source, family << 16 | reason, guard, interface);
+    }
+}
+
+/// Two words as one number of the same bytes in memory.
+#[inline(always)]
+const fn joined(first: u64, second: u64) -> u64 {
+    if cfg!(target_endian = "little") {
+        second << 32 | first
+    } else {
+        first << 32 | second
     }
 }
 
 /// Not inlined, for its stack: the functions that judge a stream leave too little. `what`: the address
 /// family, and the reason in the lower half.
 #[inline(never)]
-fn send(ctx: &XdpContext, high: u64, low: u64, what: u32, guard: Guard) {
+fn send(source: [u64; 2], what: u32, guard: Guard, interface: u32) {
     let sample = Sample {
-        source: [high, low],
+        source,
         family: what >> 16,
         reason: what & 0xffff,
         guard,
-        interface: ctx.ingress_ifindex() as u32,
+        interface,
     };
     // A full ring loses the sample; the packet is counted all the same. The agent polls: no wake-up.
     let _ = SAMPLES.output_untyped::<Sample>(sample, BPF_RB_NO_WAKEUP.into());
 }
 
+/// Counts a connection.
 #[inline(always)]
-fn count_fate(guard: Guard, fate: Option<u32>) {
-    if let Some(fate) = fate {
-        increment(COUNTS.get_ptr_mut(guard.fate_counter(fate)));
-    }
+pub fn count_fate(guard: Guard, fate: Fate) {
+    increment(COUNTS.get_ptr_mut(guard.fate_counter(fate as u32)));
 }
 
 #[inline(always)]

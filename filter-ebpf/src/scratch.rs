@@ -1,7 +1,7 @@
-//! The per-CPU record of a segment while it is judged and answered: shared by `tls` and `answer`.
+//! The per-CPU record of a segment while it is judged and answered: shared by `refuse` and `answer`.
 
 use aya_ebpf::{btf_maps::PerCpuArray, macros::btf_map, programs::XdpContext};
-use filter_common::{Connection, Stream};
+use filter_common::Address;
 
 use crate::parse::{Place, Tcp};
 
@@ -10,18 +10,18 @@ use crate::parse::{Place, Tcp};
 /// that is inlined or static is verified again on every path that leads to it.
 #[repr(C)]
 pub struct Scratch {
-    pub connection: Connection,
+    pub source: Address,
+    pub destination: Address,
     pub place: Place,
     pub is_v4: u32,
     pub guard: u32,
-    /// Offset of the IP header in the packet, in bytes.
+    /// Destination port, host byte order.
+    pub port: u32,
+    /// Results of `refuse::follow_segment`: the offset of the IP header in the packet in bytes, the TCP header, and the
+    /// sequence number at which the server's side of the stream is reset.
     pub network: u32,
-    /// Results of `tls::judge_tls`: the TCP header, and the sequence number at which the server's
-    /// side of the stream is reset.
     pub tcp: Tcp,
     pub reset_at: u32,
-    /// A new stream while it is put together.
-    pub stream: Stream,
     pub headers: Headers,
 }
 

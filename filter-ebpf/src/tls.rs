@@ -1,635 +1,696 @@
-//! Whether a connection begins with TLS, where that is forced.
+//! Whether a connection begins with TLS, where that is forced: judged at the socket, which alone knows what the server
+//! reads. Runs for every segment that is about to be given to a TCP socket of this host.
 //!
-//! Bytes are judged by their place in the client's stream, not by packet: every byte at a decisive place is
-//! compared whenever it passes, in any order, as often as it is sent. So the server reads the beginning
-//! of TLS there, or nothing. Only the sequence number at which the stream begins is stored.
+//! Bytes are judged by their place in the stream, one by one, as often as they come: the server reads the beginning
+//! of TLS there, or nothing.
 
-use core::ptr::{read_volatile, write_volatile};
+use core::{
+    arch::asm,
+    ptr::{read_volatile, write_volatile},
+};
 
 use aya_ebpf::{
-    bindings::xdp_md,
-    btf_maps::{Array, LruHashMap},
-    helpers::generated::bpf_ktime_get_boot_ns,
+    bindings::{
+        __sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_tuple,
+    },
+    btf_maps::{Array, LruHashMap, SkStorage},
+    helpers::generated::{
+        bpf_sk_release, bpf_sk_storage_get, bpf_skb_load_bytes, bpf_skc_lookup_tcp,
+        bpf_skc_to_mptcp_sock, bpf_skc_to_tcp_request_sock,
+    },
     macros::btf_map,
-    programs::XdpContext,
 };
 use filter_common::{
-    Connection, DEFAULT_TLS_CONNECTIONS, Engine, Fate, Guard, OPENING_SECONDS, OPENINGS, Opening,
-    Reason, SLOTS, Stream,
+    AMBIGUOUS, ANY_SLOT, Connection, Engine, Existing, Fate, Guard, HANDSHAKES, JUDGED_BYTES,
+    Judgement, LocalKey, PUBLISHED, Published, Reason,
+    opening::{Byte, Forms, OPENINGS, Opening, PLACES, opening_of},
 };
 
 use crate::{
-    answer::{self, Ending},
-    parse::{Segment, Tcp, load, network, tcp},
-    scratch::{Scratch, scratch},
+    parse::bytes_of,
+    refuse, rules,
+    socket::{Segment, Socket, kernel, load, read_segment},
 };
 
-/// Connections to ports where TLS is forced.
+/// The judgements of connections.
 #[btf_map]
-static STREAMS: LruHashMap<Connection, Stream, { DEFAULT_TLS_CONNECTIONS as usize }> =
+static JUDGEMENTS: SkStorage<Judgement> = SkStorage::new();
+/// Connections whose opening came with the end of their handshake: nothing can be stored with their sockets then.
+#[btf_map]
+static HANDSHAKES_JUDGED: LruHashMap<Connection, u32, { HANDSHAKES as usize }> = LruHashMap::new();
+/// Which port of this host connections come through to a socket with another address or port. Only SYNs that the
+/// XDP program let pass, at sockets that listen, add to it.
+#[btf_map]
+static PUBLISHED_SOCKETS: LruHashMap<Published, LocalKey, { PUBLISHED as usize }> =
     LruHashMap::new();
-/// Until when, in nanoseconds since boot, a connection to a slot's database without a known beginning is adopted.
-#[btf_map]
-static ADOPT_UNTIL: Array<u64, { SLOTS as usize }> = Array::new();
-/// The number of the current adoption, below `Stream::ADOPTIONS`. The agent ends an adoption by raising it:
-/// the connections that it adopted are judged again.
-#[btf_map]
-static ADOPTION: Array<u32, 1> = Array::new();
 
-const FIN: u32 = 1;
-const SYN: u32 = 2;
-const RST: u32 = 4;
-const ACK: u32 = 16;
-const URG: u32 = 32;
-
-/// What a stream began with: a ClientHello, a request for TLS, PostgreSQL's request for GSSAPI or its
-/// CancelRequest.
-const HELLO: u32 = 1;
-const REQUEST: u32 = 2;
-const GSSENC: u32 = 3;
-const CANCEL: u32 = 4;
+/// What is done about connections from before TLS was forced: an `Existing`.
+#[btf_map]
+static EXISTING: Array<u32, 1> = Array::new();
+/// The local port to which the agent connects to find out whether connections are judged, or zero.
+#[btf_map]
+static PROOF: Array<u32, 1> = Array::new();
+/// Segments of such connections that were dropped.
+#[btf_map]
+static PROOFS: Array<u32, 1> = Array::new();
 
 const POSTGRESQL: u32 = Engine::Postgresql as u32;
 const MYSQL: u32 = Engine::Mysql as u32;
 
-/// PostgreSQL, "Message Formats": SSLRequest, GSSENCRequest, and the code of CancelRequest.
-const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
-const GSSENC_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 48];
-const CANCEL_CODE: [u8; 4] = [4, 210, 22, 46];
-
-/// Length of MySQL's SSLRequest packet with its header.
-const MYSQL_REQUEST: u32 = 36;
-
-/// Enough of a TLS record to tell that it is a ClientHello (RFC 8446 sections 4 and 5.1).
-const HELLO_LENGTH: u32 = 6;
-
-/// Past every decisive place of every engine.
-const FARTHEST: u32 = 64;
-
-/// The content of a segment at the decisive places of a stream.
-enum Finding {
-    /// Nothing.
-    Beyond,
-    /// The right bytes for a stream of this form. `tls`: a ClientHello is among them.
-    Good {
-        form: u32,
-        tls: bool,
-    },
-    /// Too few bytes, or bytes that do not begin where they can be judged.
-    Unclear,
-    NotTls,
-}
-
-/// The verdict on a segment.
-enum Verdict {
-    Pass(Option<Fate>),
-    Refuse(Reason, Ending, Option<Fate>),
-}
-
-const PASS: Verdict = Verdict::Pass(None);
-const UNCLEAR: Verdict = Verdict::Refuse(Reason::TlsUnclear, Ending::Dropped, None);
-const FAILED: Verdict = Verdict::Refuse(Reason::NoPolicy, Ending::Dropped, None);
-
-/// The verdict on a segment, packed into the one number that a function of its own returns.
-#[derive(Clone, Copy)]
-pub struct Judged(u32);
-
-impl Judged {
-    const REFUSED: u32 = 1;
-    const ENDING_SHIFT: u32 = 4;
-    const ENDING: u32 = 3 << Self::ENDING_SHIFT;
-    const FATE_SHIFT: u32 = 8;
-    const REASON_SHIFT: u32 = 16;
-
-    const fn new(refused: Option<(Reason, Ending)>, fate: Option<Fate>) -> Self {
-        let fate = match fate {
-            Some(fate) => fate as u32 + 1,
-            None => 0,
-        };
-        let refused = match refused {
-            Some((reason, ending)) => {
-                Self::REFUSED
-                    | (ending as u32) << Self::ENDING_SHIFT
-                    | (reason as u32) << Self::REASON_SHIFT
-            }
-            None => 0,
-        };
-        Self(refused | fate << Self::FATE_SHIFT)
-    }
-
-    #[inline(always)]
-    pub fn is_refused(self) -> bool {
-        self.0 & Self::REFUSED != 0
-    }
-
-    /// The number of the `Reason`: it is counted and sampled as it is, so that none can be taken for another.
-    #[inline(always)]
-    pub fn reason(self) -> u32 {
-        self.0 >> Self::REASON_SHIFT
-    }
-
-    #[inline(always)]
-    pub fn ending(self) -> Ending {
-        // The two bits have a value for each ending.
-        match (self.0 & Self::ENDING) >> Self::ENDING_SHIFT {
-            0 => Ending::Dropped,
-            1 => Ending::ToClient,
-            2 => Ending::ResetServer,
-            _ => Ending::Emptied,
-        }
-    }
-
-    /// The same, for a packet that could not be rewritten.
-    #[inline(always)]
-    fn dropped(self) -> Self {
-        Self(self.0 & !Self::ENDING)
-    }
-
-    /// The number of the `Fate`, of a connection whose fate this segment decides.
-    #[inline(always)]
-    pub fn fate(self) -> Option<u32> {
-        (self.0 >> Self::FATE_SHIFT & 0xff).checked_sub(1)
-    }
-}
-
-const _: () = {
-    assert!(Ending::Dropped as u32 == 0 && Ending::ToClient as u32 == 1);
-    assert!(Ending::ResetServer as u32 == 2 && Ending::Emptied as u32 == 3);
-};
-
-/// A stream in the map. Another CPU may use it at the same time, and the kernel may give it to another
-/// connection: no reference to it is made, and each field is read and written by itself, once.
-#[derive(Clone, Copy)]
-struct StreamPointer(*mut Stream);
-
-impl StreamPointer {
-    #[inline(always)]
-    fn get(self, field: impl FnOnce(*mut Stream) -> *mut u32) -> u32 {
-        // SAFETY: an aligned integer of a map's element, which a program that holds the pointer may read.
-        unsafe { read_volatile(field(self.0)) }
-    }
-
-    #[inline(always)]
-    fn set(self, field: impl FnOnce(*mut Stream) -> *mut u32, value: u32) {
-        // SAFETY: as `get`'s.
-        unsafe { write_volatile(field(self.0), value) }
-    }
-
-    #[inline(always)]
-    fn state(self) -> u32 {
-        // SAFETY: a field of the element; as the fields below.
-        self.get(|stream| unsafe { &raw mut (*stream).state })
-    }
-
-    #[inline(always)]
-    fn set_state(self, state: u32) {
-        // SAFETY: as `state`'s.
-        self.set(|stream| unsafe { &raw mut (*stream).state }, state);
-    }
-
-    #[inline(always)]
-    fn carried(self) -> u32 {
-        // SAFETY: as `state`'s.
-        self.get(|stream| unsafe { &raw mut (*stream).carried })
-    }
-
-    #[inline(always)]
-    fn set_carried(self, carried: u32) {
-        // SAFETY: as `state`'s.
-        self.set(|stream| unsafe { &raw mut (*stream).carried }, carried);
-    }
-
-    #[inline(always)]
-    fn refused_at(self) -> u32 {
-        // SAFETY: as `state`'s.
-        self.get(|stream| unsafe { &raw mut (*stream).refused_at })
-    }
-
-    #[inline(always)]
-    fn set_refused_at(self, sequence: u32) {
-        // SAFETY: as `state`'s.
-        self.set(|stream| unsafe { &raw mut (*stream).refused_at }, sequence);
-    }
-
-    /// One of `OPENINGS`.
-    #[inline(always)]
-    fn opening(self, place: usize) -> OpeningPointer {
-        // SAFETY: an element of the array, since the place is below its length.
-        OpeningPointer(unsafe { &raw mut (*self.0).openings[place % OPENINGS] })
-    }
-
-    /// Forgets where the stream begins.
-    #[inline(always)]
-    fn forget(self) {
-        for place in 0..OPENINGS {
-            self.opening(place).write(Opening {
-                first: 0,
-                began: 0,
-                form: 0,
-            });
-        }
-        self.set_carried(0);
-    }
-}
-
-#[derive(Clone, Copy)]
-struct OpeningPointer(*mut Opening);
-
-impl OpeningPointer {
-    #[inline(always)]
-    fn read(self) -> Opening {
-        // SAFETY: aligned integers of a map's element, as `StreamPointer`'s.
-        unsafe {
-            Opening {
-                first: read_volatile(&raw const (*self.0).first),
-                began: read_volatile(&raw const (*self.0).began),
-                form: read_volatile(&raw const (*self.0).form),
-            }
-        }
-    }
-
-    /// Word by word: together it would be a call of memset, whose frame, at least 32 bytes on Linux 6.1,
-    /// has no room left on the stack.
-    #[inline(always)]
-    fn write(self, opening: Opening) {
-        // SAFETY: as `read`'s.
-        unsafe {
-            write_volatile(&raw mut (*self.0).first, opening.first);
-            write_volatile(&raw mut (*self.0).began, opening.began);
-            write_volatile(&raw mut (*self.0).form, opening.form);
-        }
-    }
-
-    #[inline(always)]
-    fn set_form(self, form: u32) {
-        // SAFETY: as `read`'s.
-        unsafe { write_volatile(&raw mut (*self.0).form, form) }
-    }
-}
-
-/// Judges a segment from a source that is allowed, to a port where TLS is forced, and rewrites what is
-/// not just dropped.
+/// Returns whether the segment is given to its socket.
 #[inline(always)]
-pub fn judge(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Judged {
-    let Some(scratch) = scratch(ctx) else {
-        return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None);
+pub fn passes(skb: *mut __sk_buff) -> bool {
+    let Some(socket) = Socket::of(skb) else {
+        return true;
     };
-    scratch.place = segment.place;
-    scratch.guard = guard.0;
-    scratch.is_v4 = segment.addresses.is_v4.into();
-    let judged = Judged(judge_tls(ctx.ctx));
-    let ending = judged.ending() as u32;
-    if ending == Ending::Dropped as u32 || guard.is_monitor() {
-        return judged;
+    // A socket that listens has received nothing.
+    if socket.received() >= JUDGED_BYTES {
+        let existing = existing();
+        let is_known = || judgement_of(socket.sk, None).is_some();
+        if existing == Existing::NOTHING || existing == Existing::COUNTED && is_known() {
+            return true;
+        }
     }
-    if answer::write_answer(ctx.ctx, ending) == 0 {
-        return judged.dropped();
+    let mut passes = u64::from(judge(skb));
+    // SAFETY: one instruction, of a register that it names, which changes neither result. The verifier knows nothing of
+    // what another function returns, and takes only 0 and 1.
+    unsafe {
+        asm!("{0} &= 1", inout(reg) passes, options(pure, nomem, nostack));
     }
-    judged
+    passes != 0
 }
 
+#[inline(always)]
+fn existing() -> Existing {
+    Existing(EXISTING.get(0).copied().unwrap_or(0))
+}
+
+/// Returns 1 if the segment passes. A global function, which the kernel verifies once; as those below, each with a part of
+/// the stack.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_tls(ctx: *mut xdp_md) -> u32 {
-    let context = XdpContext::new(ctx);
-    let Some(scratch) = scratch(&context) else {
-        return Judged::new(Some((Reason::NoPolicy, Ending::Dropped)), None).0;
+extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
+    const PASS: u32 = 1;
+    const DROP: u32 = 0;
+    let Some(socket) = Socket::of(skb) else {
+        return PASS;
     };
-    let refused = |reason| Judged::new(Some((reason, Ending::Dropped)), None).0;
-    let is_v4 = scratch.is_v4 != 0;
-    let Some(network) = network(&context, &scratch.place, is_v4) else {
-        return refused(Reason::BadHeader);
-    };
-    scratch.network = network.offset as u32;
-    scratch.connection.source = network.source;
-    scratch.connection.destination = network.destination;
-    let Some(tcp) = tcp(&context, &scratch.place) else {
-        return refused(Reason::BadHeader);
-    };
-    // The later fragments of a segment pass without being judged.
-    if !network.is_whole {
-        return refused(Reason::TlsUnclear);
+    if socket.is_loopback() {
+        return judge_proof(socket);
     }
-    scratch.connection.ports = tcp.ports;
-    scratch.tcp = tcp;
-    let judged = match judge_tcp(&context, scratch) {
-        Verdict::Pass(fate) => Judged::new(None, fate),
-        Verdict::Refuse(reason, ending, fate) => Judged::new(Some((reason, ending)), fate),
+    if read_segment(skb) == 0 {
+        let (_, is_ours) = socket.namespace();
+        return (is_ours && !rules::is_forced(socket.port())).into();
+    }
+    let guard = match find_guard(skb) {
+        UNGUARDED => return PASS,
+        UNCLEAR => return DROP,
+        guard => Guard(guard as u32),
     };
-    judged.0
+    let Some(segment) = Segment::get() else {
+        return DROP;
+    };
+    let is_past = socket.received() >= JUDGED_BYTES;
+    let refusal = if segment.is_urgent && !is_past {
+        // Urgent data is taken out of the stream, which moves what follows.
+        Reason::TlsUnclear as u32
+    } else if socket.listens() {
+        judge_handshake(skb, guard.0)
+    } else if segment.length == 0 {
+        return PASS;
+    } else if segment.flags & Segment::SYN != 0 && !is_past {
+        Reason::TlsUnclear as u32
+    } else {
+        judge_stream(skb, guard.0)
+    };
+    if refusal == PASSES {
+        return PASS;
+    }
+    rules::count(guard, refusal);
+    rules::sample_segment(segment, guard, refusal, socket.interface());
+    guard.is_monitor().into()
 }
 
+/// What a segment is not refused for: no number of a `Reason` that refuses.
+const PASSES: u32 = Reason::Allowed as u32;
+
+/// What is said on this host is not judged, but for the connection by which the agent finds out whether it would be.
 #[inline(always)]
-fn judge_tcp(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
-    let guard = Guard(scratch.guard);
-    let tcp = &scratch.tcp;
-    // Urgent data is taken out of the stream, which moves what follows.
-    if tcp.flags & URG != 0 {
+fn judge_proof(socket: Socket) -> u32 {
+    let port = u32::from(socket.port());
+    let is_proof = PROOF
+        .get(0)
+        .is_some_and(|&proof| proof == port && port != 0);
+    if !is_proof || socket.listens() || !socket.namespace().1 {
+        return 1;
+    }
+    let guard = Guard::new(ANY_SLOT, true).with_tls(Engine::Other, false);
+    let is_empty = || Segment::get().is_none_or(|segment| segment.length == 0);
+    if read_segment(socket.skb) == 0 || is_empty() || judge_stream(socket.skb, guard.0) == PASSES {
+        return 1;
+    }
+    if let Some(proofs) = PROOFS.get_ptr_mut(0) {
+        // SAFETY: an aligned integer of a map's element. Only the agent's one connection gets here.
+        unsafe { proofs.write_volatile(proofs.read_volatile().wrapping_add(1)) }
+    }
+    0
+}
+
+/// What `find_guard` returns where no guard is in force for the connection, or where one of two is: the client then
+/// sends its SYN again. A guard is less than either.
+const UNGUARDED: u64 = 1 << 32;
+const UNCLEAR: u64 = 2 << 32;
+
+/// The guard of the port that the connection came through, where TLS is forced on its source.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_guard(skb: *mut __sk_buff) -> u64 {
+    let (Some(socket), Some(segment)) = (Socket::of(skb), Segment::get()) else {
+        return UNCLEAR;
+    };
+    let (namespace, is_ours) = socket.namespace();
+    let own = LocalKey {
+        address: bytes_of(&segment.destination),
+        port: segment.port,
+    };
+    let is_syn = segment.flags & (Segment::SYN | Segment::ACK) == Segment::SYN;
+    let noted = if is_syn && socket.listens() {
+        refuse::noted(&segment.syn())
+    } else {
+        None
+    };
+    if noted.is_some() {
+        refuse::note_outsider(&segment.source);
+    }
+    let is_forced = |guard: Guard| guard.engine() != 0;
+    let through = if is_ours && rules::guard_of(&own).is_some_and(is_forced) {
+        Some(own)
+    } else if noted.is_some_and(|noted| noted.port == AMBIGUOUS) {
+        return UNCLEAR;
+    } else {
+        published(segment, namespace, &own, noted)
+    };
+    let guard = through.and_then(|through| rules::guard_of(&through));
+    match guard.filter(|guard| guard.engine() != 0) {
+        // What clients of this host's own say to each other is not judged.
+        Some(_) if refuse::is_local_client(&segment.source) => UNGUARDED,
+        Some(guard) if rules::is_exempt(guard, segment.is_v4, &segment.source) => UNGUARDED,
+        Some(guard) => guard.of_connections().0.into(),
+        None => UNGUARDED,
+    }
+}
+
+/// The port of this host that connections reach a socket through whose address or port is another: in a container, or behind a
+/// translation on the host.
+/// `noted`: the port that this SYN was let pass to.
+#[inline(always)]
+fn published(
+    segment: &Segment,
+    namespace: u32,
+    own: &LocalKey,
+    noted: Option<LocalKey>,
+) -> Option<LocalKey> {
+    let published = Published {
+        address: segment.destination,
+        port: segment.port,
+        namespace,
+    };
+    match noted {
+        // Whatever else leads there, where TLS is forced on one way it is judged.
+        Some(through) if rules::guard_of(&through).is_some_and(|guard| guard.engine() != 0) => {
+            let _ = PUBLISHED_SOCKETS.insert(published, through, 0);
+        }
+        // Reached without a translation, as what is behind one need not be: none is there any more.
+        Some(through) if through == *own => {
+            let _ = PUBLISHED_SOCKETS.remove(published);
+        }
+        _ => {}
+    }
+    // SAFETY: plain integers that are copied at once; an update replaces the element.
+    unsafe { PUBLISHED_SOCKETS.get(published) }.copied()
+}
+
+/// Judges a segment that comes before the connection is the server's. Returns the reason to refuse it, or `PASSES`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
+    const UNCLEAR: u32 = Reason::TlsUnclear as u32;
+    let guard = Guard(guard);
+    let (Some(socket), Some(segment)) = (Socket::of(skb), Segment::get()) else {
+        return UNCLEAR;
+    };
+    // SAFETY: the helper (kernel 5.19) takes a socket that is not null.
+    let speaks_mptcp = unsafe { !bpf_skc_to_mptcp_sock(socket.sk.cast()).is_null() };
+    // It may say that its data belongs elsewhere in the stream. The client falls back to TCP.
+    if speaks_mptcp && has_mptcp(socket.skb, segment.transport + 20, segment.data) != 0 {
         return UNCLEAR;
     }
-    let connection = &scratch.connection;
-    let stream = STREAMS.get_ptr_mut(connection).map(StreamPointer);
-    // A stream that an ended adoption let go on is judged as one that is not in the map.
-    let stream = stream.filter(|stream| !Stream::is_judged_again(stream.state(), adoption()));
-    if tcp.flags & (SYN | ACK) == SYN {
-        return begin(scratch, stream);
+    if segment.flags & Segment::RST != 0 || segment.length == 0 {
+        return PASSES;
     }
-    let Some(stream) = stream else {
-        return adopt(ctx, scratch);
-    };
-    if stream.state() & Stream::REFUSED != 0 {
-        scratch.reset_at = stream.refused_at();
-        return go_on_refusing(stream, tcp);
-    }
-    if tcp.length == 0 {
-        return PASS;
-    }
-    // Sequence numbers begin anew after 2^32 bytes, and with them what looks like the opening.
-    let carried = stream.carried();
-    if carried >= 1 << 31 {
-        return PASS;
-    }
-    stream.set_carried(carried.saturating_add(tcp.length));
-    let mut found = None;
-    for place in 0..OPENINGS {
-        let opening = stream.opening(place).read();
-        // Openings are filled in order.
-        if opening.began == 0 {
-            break;
-        }
-        let offset = tcp.sequence.wrapping_sub(opening.first);
-        // Somewhere in the opening, or from before the stream into it.
-        let touches = offset < FARTHEST || offset.wrapping_neg() < tcp.length;
-        if touches {
-            if found.is_some() {
-                return UNCLEAR;
-            }
-            found = Some(place);
-        }
-    }
-    let Some(place) = found else {
-        return PASS;
-    };
-    let pointer = stream.opening(place);
-    let opening = pointer.read();
-    let offset = tcp.sequence.wrapping_sub(opening.first);
-    let fate = match examine(ctx, guard, opening.form, offset, tcp) {
-        Finding::Beyond => return PASS,
-        Finding::Unclear => return UNCLEAR,
-        Finding::NotTls => return refuse(guard, stream, tcp),
-        Finding::Good { form, tls } => {
-            // The same bytes again, or the first time.
-            if opening.form != 0 && opening.form != form {
-                return UNCLEAR;
-            }
-            pointer.set_form(form);
-            match form {
-                CANCEL => Fate::Cancel,
-                _ if tls => Fate::Tls,
-                _ => return PASS,
-            }
-        }
-    };
-    let state = stream.state();
-    if state & Stream::JUDGED == 0 {
-        stream.set_state(state | Stream::JUDGED);
-        return Verdict::Pass(Some(fate));
-    }
-    PASS
-}
-
-/// The number of the current adoption.
-#[inline(always)]
-fn adoption() -> u32 {
-    ADOPTION.get(0).copied().unwrap_or(0)
-}
-
-#[inline(always)]
-fn nanoseconds() -> u64 {
-    // SAFETY: the helper (kernel 5.8) takes nothing and only reads a clock.
-    unsafe { bpf_ktime_get_boot_ns() }
-}
-
-/// Notes a SYN. The server may have accepted an earlier SYN with another sequence number, and ignore this one:
-/// as long as that is possible, the stream has to hold for both.
-#[inline(always)]
-fn begin(scratch: &mut Scratch, stream: Option<StreamPointer>) -> Verdict {
     // TCP Fast Open: a client sends the data again, without the SYN.
-    if scratch.tcp.length != 0 {
+    if segment.flags & Segment::SYN != 0 || !begins_stream(socket, segment) {
         return UNCLEAR;
     }
-    let now = (nanoseconds() / 1_000_000_000) as u32 + 1;
-    let opening = Opening {
-        first: scratch.tcp.sequence.wrapping_add(1),
-        began: now,
-        form: 0,
+    let engine = guard.engine();
+    // The server of MySQL speaks first.
+    let Some(opening) = OPENINGS.get(opening_of(engine)).filter(|_| engine != MYSQL) else {
+        return UNCLEAR;
     };
-    let Some(stream) = stream else {
-        let stream = StreamPointer(&raw mut scratch.stream);
-        stream.forget();
-        stream.opening(0).write(opening);
-        stream.set_state(0);
-        return remember(scratch, PASS);
+    let content = examine(socket, engine, segment, 0, 0);
+    let forms = content.forms.and(allowed_forms(opening, guard));
+    let is_whole = match forms {
+        // Longer than a request: by what was received, one is told from the other later.
+        Forms::HELLO if engine == POSTGRESQL => segment.length > 8,
+        Forms::CANCEL => declared_length(socket.skb, segment) == Some(segment.length),
+        Forms::REQUEST | Forms::GSSENC if segment.length == 8 => return PASSES,
+        _ => true,
     };
-    for place in 0..OPENINGS {
-        let known = stream.opening(place).read();
-        if known.began != 0 && known.first == opening.first {
-            return PASS;
-        }
-    }
-    for place in 0..OPENINGS {
-        let known = stream.opening(place);
-        let began = known.read().began;
-        if began == 0 || now.wrapping_sub(began) > OPENING_SECONDS {
-            known.write(opening);
-            stream.set_carried(0);
-            stream.set_state(0);
-            return PASS;
-        }
-    }
-    UNCLEAR
-}
-
-/// Judges a segment of a connection whose SYN was not seen, or was evicted.
-#[inline(always)]
-fn adopt(ctx: &XdpContext, scratch: &mut Scratch) -> Verdict {
-    let tcp = &scratch.tcp;
-    if tcp.length == 0 {
-        return PASS;
-    }
-    let guard = Guard(scratch.guard);
-    let stream = StreamPointer(&raw mut scratch.stream);
-    stream.forget();
-    let until = ADOPT_UNTIL.get(guard.slot().into());
-    if until.is_some_and(|&until| nanoseconds() < until) {
-        stream.set_state(Stream::adopted(adoption()));
-        return remember(scratch, Verdict::Pass(Some(Fate::Unjudged)));
-    }
-    if tcp.length < 5 {
+    if !is_whole || !opening.is_complete(forms, content.seen) {
         return UNCLEAR;
     }
-    // A stream that the LRU evicted was idle, and goes on with a whole record (RFC 8446 5.1).
-    if let Some([20..=23, 3, 0..=4, 0..=0x48, _]) = load::<5>(ctx, tcp.payload as usize) {
-        stream.set_state(Stream::JUDGED);
-        return remember(scratch, PASS);
-    }
-    stream.set_state(0);
-    let verdict = refuse(guard, stream, tcp);
-    remember(scratch, verdict)
+    rules::count_fate(guard, fate(forms));
+    let _ = HANDSHAKES_JUDGED.insert(segment.connection(), 1, 0);
+    PASSES
 }
 
-/// Stores the new stream.
 #[inline(always)]
-fn remember(scratch: &Scratch, verdict: Verdict) -> Verdict {
-    let (connection, stream) = (&scratch.connection, &scratch.stream);
-    match STREAMS.insert(connection, stream, 0) {
-        Ok(()) => verdict,
-        Err(_) => FAILED,
+const fn fate(forms: Forms) -> Fate {
+    match forms {
+        Forms::CANCEL => Fate::Cancel,
+        _ => Fate::Tls,
     }
 }
 
 #[inline(always)]
-fn refuse(guard: Guard, stream: StreamPointer, tcp: &Tcp) -> Verdict {
-    if tcp.flags & ACK == 0 {
-        return UNCLEAR;
-    }
-    stream.set_refused_at(tcp.sequence);
-    if guard.is_monitor() {
-        // The connection goes on, also once its database is enforced.
-        stream.forget();
-        stream.set_state(Stream::adopted(adoption()));
+fn allowed_forms(opening: &Opening, guard: Guard) -> Forms {
+    if guard.cancel_in_clear() {
+        opening.forms
     } else {
-        stream.set_state(stream.state() | Stream::REFUSED);
+        opening.forms.without(Forms::CANCEL)
     }
-    Verdict::Refuse(Reason::NotTls, Ending::ToClient, Some(Fate::Refused))
 }
 
-/// Judges a further packet of a refused connection. The client received its answer at once; its next packet
-/// resets the server's side, and the server's kernel answers the rest, since the connection no longer exists
-/// there. Reset and emptied packets alternate, since either may be lost.
+/// The length in the first four bytes of a PostgreSQL packet.
 #[inline(always)]
-fn go_on_refusing(stream: StreamPointer, tcp: &Tcp) -> Verdict {
-    let state = stream.state();
-    let ending = if state & Stream::RESET_SENT == 0 {
-        stream.set_state(state | Stream::RESET_SENT);
-        Ending::ResetServer
+fn declared_length(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
+    let [length] = load::<u32, 1>(skb, segment.data)?;
+    Some(u32::from_be(length))
+}
+
+/// Whether the stream of the connection that this segment opens begins with its first byte. With a SYN cookie it does, by
+/// what the client says; else the kernel has a request for it. Linux trims what comes before.
+#[inline(always)]
+fn begins_stream(socket: Socket, segment: &Segment) -> bool {
+    let [source, destination] = [segment.source, segment.destination];
+    let mut tuple = [0_u32; 9];
+    let length = if segment.is_v4 {
+        tuple[0] = source[3];
+        tuple[1] = destination[3];
+        tuple[2] = segment.ports;
+        12
     } else {
-        if tcp.length != 0 || tcp.flags & (FIN | RST) != 0 {
-            stream.set_state(state & !Stream::RESET_SENT);
-        }
-        Ending::Emptied
+        tuple[..4].copy_from_slice(&source);
+        tuple[4..8].copy_from_slice(&destination);
+        tuple[8] = segment.ports;
+        36
     };
-    Verdict::Refuse(Reason::NotTls, ending, None)
-}
-
-/// What a segment holds at the decisive places of a stream of this form, from `offset` on.
-#[inline(always)]
-fn examine(ctx: &XdpContext, guard: Guard, form: u32, offset: u32, tcp: &Tcp) -> Finding {
-    let decisive = match (guard.engine(), form) {
-        (POSTGRESQL, 0 | GSSENC) => 16 + HELLO_LENGTH,
-        (POSTGRESQL, CANCEL) => 16,
-        (POSTGRESQL, REQUEST) => 8 + HELLO_LENGTH,
-        (MYSQL, _) => MYSQL_REQUEST + HELLO_LENGTH,
-        _ => HELLO_LENGTH,
-    };
-    if offset >= FARTHEST {
-        return Finding::Unclear;
-    }
-    if offset >= decisive {
-        return Finding::Beyond;
-    }
-    match (guard.engine(), form, offset) {
-        (POSTGRESQL, _, 0) => postgresql(ctx, guard, tcp),
-        (POSTGRESQL, REQUEST, 8) | (POSTGRESQL, GSSENC, 16) | (MYSQL, REQUEST, MYSQL_REQUEST) => {
-            hello(ctx, tcp, 0, form)
+    const LISTEN: u32 = 10;
+    const THIS_NAMESPACE: u64 = BPF_F_CURRENT_NETNS as u64;
+    // SAFETY: the helpers (kernels 5.2, 5.9 and 4.20) read a tuple of that length, and take the socket that was
+    // found, once each, until it is released.
+    unsafe {
+        let tuple = tuple.as_mut_ptr().cast::<bpf_sock_tuple>();
+        let found = bpf_skc_lookup_tcp(socket.skb.cast(), tuple, length, THIS_NAMESPACE, 0);
+        if found.is_null() {
+            return false;
         }
-        (POSTGRESQL, GSSENC, 8) => match load::<8>(ctx, tcp.payload as usize) {
-            Some(SSL_REQUEST) => after_request(ctx, tcp, 8, GSSENC),
-            None => Finding::Unclear,
-            Some(_) => Finding::NotTls,
-        },
-        (POSTGRESQL, ..) => Finding::Unclear,
-        (MYSQL, _, 0) => mysql(ctx, tcp),
-        (MYSQL, ..) => Finding::Unclear,
-        (_, _, 0) => hello(ctx, tcp, 0, HELLO),
-        _ => Finding::Unclear,
+        let begins = if read_volatile(&raw const (*found).state) == LISTEN {
+            true
+        } else {
+            let request = bpf_skc_to_tcp_request_sock(found.cast()).cast::<u8>();
+            if request.is_null() {
+                false
+            } else {
+                let first = request.add(kernel().first as usize).cast::<u32>();
+                read_volatile(first).wrapping_add(1) == segment.sequence
+            }
+        };
+        bpf_sk_release(found.cast());
+        begins
     }
 }
 
-#[inline(always)]
-fn postgresql(ctx: &XdpContext, guard: Guard, tcp: &Tcp) -> Finding {
-    if tcp.length < 8 {
-        return begins_with(ctx, tcp, 0, [0, 22]);
+/// Whether an option of Multipath TCP (RFC 8684 section 3) is among those from `at` to `end`, or they cannot be read.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn has_mptcp(skb: *mut __sk_buff, mut at: u32, end: u32) -> u32 {
+    const END: u8 = 0;
+    const PADDING: u8 = 1;
+    const MPTCP: u8 = 30;
+    const LONGEST: u32 = 40;
+    for _ in 0..LONGEST {
+        if at >= end {
+            return 0;
+        }
+        let Some([kind]) = load::<u8, 1>(skb, at) else {
+            return 1;
+        };
+        match kind {
+            END => return 0,
+            MPTCP => return 1,
+            PADDING => at += 1,
+            _ => match load::<u8, 1>(skb, at + 1) {
+                Some([length]) if length >= 2 => at += u32::from(length),
+                _ => return 1,
+            },
+        }
     }
-    match load::<8>(ctx, tcp.payload as usize) {
-        None => Finding::Unclear,
-        Some(SSL_REQUEST) => after_request(ctx, tcp, 8, REQUEST),
-        // A client waits for the answer.
-        Some(GSSENC_REQUEST) if tcp.length == 8 => Finding::Good {
-            form: GSSENC,
-            tls: false,
-        },
-        Some(GSSENC_REQUEST) => Finding::NotTls,
-        // Up to 256 bytes of key as of protocol 3.2 (PostgreSQL 18).
-        Some([0, 0, high, low, c0, c1, c2, c3])
-            if [c0, c1, c2, c3] == CANCEL_CODE
-                && guard.cancel_in_clear()
-                && u32::from(u16::from_be_bytes([high, low])) == tcp.length
-                && tcp.length <= 12 + 256 =>
-        {
-            Finding::Good {
-                form: CANCEL,
-                tls: false,
+    1
+}
+
+/// Judges data of a connection that the server has. Returns the reason to refuse it, or `PASSES`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
+    const UNCLEAR: u32 = Reason::TlsUnclear as u32;
+    let guard = Guard(guard);
+    let (Some(socket), Some(segment)) = (Socket::of(skb), Segment::get()) else {
+        return UNCLEAR;
+    };
+    let engine = guard.engine();
+    let Some(opening) = OPENINGS.get(opening_of(engine)) else {
+        return UNCLEAR;
+    };
+    // The kernel counts what it received before it moves on to the next number, and neither is locked here. So
+    // what was not counted by now, `next` does not include; and what the server has answered, it does. Data that ended the
+    // handshake is neither until the socket is established.
+    let is_new = socket.is_new();
+    barrier();
+    let (answers, segments) = (socket.answers(), socket.segments());
+    barrier();
+    let next = socket.next();
+    barrier();
+    let received = socket.received();
+    let judgement = match judgement_of(socket.sk, None) {
+        known if received >= JUDGED_BYTES => {
+            return judge_existing(socket, segment, guard, next, known) as u32;
+        }
+        Some(judgement) => judgement,
+        None => {
+            let forms = allowed_forms(opening, guard);
+            let (base, forms, seen) = match received {
+                // What was let pass at the listener is about to be received.
+                0 if is_new || segments != 0 => return UNCLEAR,
+                0 => (next, forms, 0),
+                // A request for TLS or GSSAPI came with the end of the handshake.
+                8 if engine == POSTGRESQL && answers > 0 => {
+                    (next.wrapping_sub(8), Forms::REQUEST.or(Forms::GSSENC), 0xff)
+                }
+                1..=8 if engine == POSTGRESQL => return UNCLEAR,
+                1..=5 => return UNCLEAR,
+                // Judged as a whole then, or from before TLS was forced.
+                _ => return PASSES,
+            };
+            let mut new = Judgement {
+                base: base.into(),
+                state: 0,
+                forms: forms.0,
+                seen,
+            };
+            // Another CPU may have been first: its values are as good.
+            match judgement_of(socket.sk, Some(&mut new)) {
+                Some(judgement) => judgement,
+                None => return Reason::NoPolicy as u32,
             }
         }
-        Some(_) => hello(ctx, tcp, 0, HELLO),
+    };
+    // What the server has already is not given to it again.
+    let old = next.wrapping_sub(segment.sequence);
+    let old = if old as i32 > 0 { old } else { 0 };
+    if old >= segment.length {
+        return PASSES;
     }
-}
-
-/// MySQL, "Protocol::SSLRequest": a packet of 32 bytes, the second of the connection, whose
-/// capabilities have CLIENT_SSL (0x0800). A server that has it reads nothing else of the packet.
-#[inline(always)]
-fn mysql(ctx: &XdpContext, tcp: &Tcp) -> Finding {
-    if tcp.length < MYSQL_REQUEST {
-        return begins_with(ctx, tcp, 0, [32, 32]);
+    let place = segment
+        .sequence
+        .wrapping_add(old)
+        .wrapping_sub(judgement.base());
+    if place >= PLACES as u32 {
+        return PASSES;
     }
-    match load::<6>(ctx, tcp.payload as usize) {
-        None => Finding::Unclear,
-        Some([32, 0, 0, 1, _, capabilities]) if capabilities & 8 != 0 => {
-            after_request(ctx, tcp, MYSQL_REQUEST, REQUEST)
+    let content = examine(socket, engine, segment, old, place);
+    let forms = judgement.narrow(content.forms);
+    if forms.is_none() {
+        if judgement.count_once() {
+            rules::count_fate(guard, Fate::Refused);
         }
-        Some(_) => Finding::NotTls,
+        if !guard.is_monitor() {
+            refuse::refuse(&segment.client(guard), next);
+        }
+        return Reason::NotTls as u32;
+    }
+    let seen = judgement.see(content.seen);
+    if opening.is_complete(forms, seen) && judgement.count_once() {
+        rules::count_fate(guard, fate(forms));
+    }
+    PASSES
+}
+
+/// Judges data of a connection whose beginning is past: one from before TLS was forced is counted, or judged by whether a
+/// TLS record begins with what comes next.
+#[inline(always)]
+fn judge_existing(
+    socket: Socket,
+    segment: &Segment,
+    guard: Guard,
+    next: u32,
+    known: Option<JudgementPointer>,
+) -> Reason {
+    let judges = existing().has(Existing::JUDGED);
+    if let Some(judgement) = known {
+        if judgement.forms().is_none() {
+            return Reason::NotTls;
+        }
+        if !judges || !judgement.is_unjudged() {
+            return Reason::Allowed;
+        }
+    }
+    let mut new = Judgement {
+        base: next.into(),
+        state: Judgement::COUNTED | Judgement::UNJUDGED,
+        forms: u64::MAX,
+        seen: 0,
+    };
+    if HANDSHAKES_JUDGED.get_ptr(segment.connection()).is_some() {
+        new.state = Judgement::COUNTED;
+        let _ = judgement_of(socket.sk, Some(&mut new));
+        return Reason::Allowed;
+    }
+    if !judges {
+        if judgement_of(socket.sk, Some(&mut new)).is_some() {
+            rules::count_fate(guard, Fate::Unjudged);
+        }
+        return Reason::Allowed;
+    }
+    let old = next.wrapping_sub(segment.sequence) as i32;
+    if old >= segment.length as i32 {
+        return Reason::Allowed;
+    }
+    // Old bytes in front of new ones would hide where a record begins.
+    if old != 0 || segment.length < 5 {
+        return Reason::TlsUnclear;
+    }
+    let Some(judgement) = judgement_of(socket.sk, Some(&mut new)) else {
+        return Reason::NoPolicy;
+    };
+    // RFC 8446 section 5.1: a record is up to 2^14 + 2048 bytes long.
+    if let Some([20..=23, 3, 0..=4, 0..=0x48, _]) = load::<u8, 5>(socket.skb, segment.data) {
+        judgement.set_judged();
+        return Reason::Allowed;
+    }
+    judgement.narrow(Forms::NONE);
+    rules::count_fate(guard, Fate::Refused);
+    if !guard.is_monitor() {
+        refuse::refuse(&segment.client(guard), next);
+    }
+    Reason::NotTls
+}
+
+/// What a segment holds at decisive places.
+struct Content {
+    /// The forms that may have it there.
+    forms: Forms,
+    /// The places, a bit for each.
+    seen: u64,
+}
+
+/// Compares what is `skip` bytes into the segment's data, at `place` of the stream, below `PLACES`.
+#[inline(always)]
+fn examine(socket: Socket, engine: u32, segment: &Segment, skip: u32, place: u32) -> Content {
+    let place = place as usize & (PLACES - 1);
+    let count = (segment.length.wrapping_sub(skip) as usize).min(PLACES - place);
+    let (at, count, place) = (segment.data + skip, count as u32, place as u32);
+    Content {
+        forms: Forms(compare(
+            socket.skb,
+            opening_of(engine) as u32,
+            at,
+            count,
+            place,
+        )),
+        seen: u64::MAX >> (PLACES as u32 - count) << place,
     }
 }
 
-/// A request for TLS that is `length` bytes long, and what follows it in the same segment.
-#[inline(always)]
-fn after_request(ctx: &XdpContext, tcp: &Tcp, length: u32, form: u32) -> Finding {
-    if tcp.length == length {
-        return Finding::Good { form, tls: false };
+/// The forms that may have the `count` bytes at `at` of the packet from `place` of the stream on; none if they cannot be
+/// read. A global function, which the kernel verifies once, for all who call it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn compare(skb: *mut __sk_buff, opening: u32, at: u32, count: u32, place: u32) -> u64 {
+    let Some(opening) = OPENINGS.get(opening as usize) else {
+        return Forms::NONE.0;
+    };
+    let count = bounded(count as usize);
+    if count == 0 || count > PLACES {
+        return Forms::NONE.0;
     }
-    hello(ctx, tcp, length, form)
+    let mut bytes = [0_u64; PLACES / 8];
+    // SAFETY: the helper (kernel 4.5) writes so many bytes, which are there, or fails.
+    let failed = unsafe {
+        let to = bytes.as_mut_ptr().cast();
+        bpf_skb_load_bytes(skb.cast(), at, to, count as u32)
+    };
+    if failed != 0 {
+        return Forms::NONE.0;
+    }
+    let mut forms = u64::MAX;
+    for (index, bytes) in bytes.iter().enumerate() {
+        for (byte, value) in bytes.to_ne_bytes().into_iter().enumerate() {
+            let number = index * 8 + byte;
+            let rule: &Byte = &opening.bytes[(place as usize + number) & (PLACES - 1)];
+            // All ones past the bytes: a branch would be followed from each of them.
+            let past = ((count as i64 - 1 - number as i64) >> 63) as u64;
+            forms &= rule.forms(value).0 | past;
+        }
+    }
+    forms
 }
 
-/// A ClientHello `at` bytes into the segment.
+/// The number as the verifier keeps it bounded.
 #[inline(always)]
-fn hello(ctx: &XdpContext, tcp: &Tcp, at: u32, form: u32) -> Finding {
-    if tcp.length < at + HELLO_LENGTH {
-        return begins_with(ctx, tcp, at, [22, 22]);
+fn bounded(number: usize) -> usize {
+    let mut bounded = number as u64;
+    // SAFETY: one instruction, of a register that it names, which changes no number below 128.
+    unsafe {
+        asm!("{0} &= 0x7f", inout(reg) bounded, options(pure, nomem, nostack));
     }
-    match load::<6>(ctx, (tcp.payload + at) as usize) {
-        None => Finding::Unclear,
-        Some([22, 3, 0..=4, 0..=0x40, _, 1]) => Finding::Good { form, tls: true },
-        Some(_) => Finding::NotTls,
+    bounded as usize
+}
+
+/// A judgement in a socket's storage. Another CPU may use it at the same time: no reference to it is made.
+#[derive(Clone, Copy)]
+struct JudgementPointer(*mut Judgement);
+
+/// The judgement of a socket. `new`: is stored where there is none.
+#[inline(always)]
+fn judgement_of(sk: *mut bpf_sock, new: Option<&mut Judgement>) -> Option<JudgementPointer> {
+    let map = (&raw const JUDGEMENTS).cast_mut().cast();
+    let (new, flags) = match new {
+        Some(new) => ((&raw mut *new).cast(), BPF_SK_STORAGE_GET_F_CREATE.into()),
+        None => (core::ptr::null_mut(), 0),
+    };
+    // SAFETY: the helper (kernel 5.2) takes a socket that is not null, and copies the new value.
+    let found = unsafe { bpf_sk_storage_get(map, sk.cast(), new, flags) };
+    (!found.is_null()).then_some(JudgementPointer(found.cast()))
+}
+
+impl JudgementPointer {
+    /// Written before any other CPU sees it.
+    #[inline(always)]
+    fn base(self) -> u32 {
+        // SAFETY: an aligned integer of a map's element, which a program that holds the pointer may read.
+        unsafe { read_volatile(&raw const (*self.0).base) as u32 }
+    }
+
+    #[inline(always)]
+    fn forms(self) -> Forms {
+        // SAFETY: as in `base`.
+        Forms(unsafe { read_volatile(&raw const (*self.0).forms) })
+    }
+
+    #[inline(always)]
+    fn is_unjudged(self) -> bool {
+        // SAFETY: as in `base`.
+        unsafe { read_volatile(&raw const (*self.0).state) & Judgement::UNJUDGED != 0 }
+    }
+
+    #[inline(always)]
+    fn set_judged(self) {
+        // SAFETY: as in `base`. The bit beside it is set already.
+        unsafe { write_volatile(&raw mut (*self.0).state, Judgement::COUNTED) }
+    }
+
+    /// Takes away the forms that are not among these. Atomic: read, changed and written, two CPUs would let two
+    /// forms pass. Returns what is left.
+    #[inline(always)]
+    fn narrow(self, to: Forms) -> Forms {
+        let mut forms = to.0;
+        // SAFETY: one instruction (kernel 5.12) on eight bytes of the element, aligned as the map's values are.
+        unsafe {
+            asm!(
+                "{0} = atomic_fetch_and((u64 *)({1} + 0), {0})",
+                inout(reg) forms,
+                in(reg) &raw mut (*self.0).forms,
+                options(nostack)
+            );
+        }
+        Forms(forms).and(to)
+    }
+
+    /// Adds places to those seen. Returns all.
+    #[inline(always)]
+    fn see(self, places: u64) -> u64 {
+        let mut seen = places;
+        // SAFETY: as in `narrow`.
+        unsafe {
+            asm!(
+                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
+                inout(reg) seen,
+                in(reg) &raw mut (*self.0).seen,
+                options(nostack)
+            );
+        }
+        seen | places
+    }
+
+    /// Returns whether the connection was not counted before.
+    #[inline(always)]
+    fn count_once(self) -> bool {
+        let mut state = Judgement::COUNTED;
+        // SAFETY: as in `narrow`.
+        unsafe {
+            asm!(
+                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
+                inout(reg) state,
+                in(reg) &raw mut (*self.0).state,
+                options(nostack)
+            );
+        }
+        state & Judgement::COUNTED == 0
     }
 }
 
-/// Too little to tell, unless its first byte tells that it is wrong. A client whose segment is dropped
-/// sends it again, with what it has by then.
+/// Keeps reads in their order: an atomic operation is a barrier (kernel 5.12).
 #[inline(always)]
-fn begins_with(ctx: &XdpContext, tcp: &Tcp, at: u32, bytes: [u8; 2]) -> Finding {
-    match load::<1>(ctx, (tcp.payload + at) as usize) {
-        Some([byte]) if !bytes.contains(&byte) => Finding::NotTls,
-        _ => Finding::Unclear,
+fn barrier() {
+    let mut word = 0_u64;
+    // SAFETY: one instruction on eight bytes of the stack.
+    unsafe {
+        asm!(
+            "{0} = xchg_64({1} + 0, {0})",
+            inout(reg) 0_u64 => _,
+            in(reg) &raw mut word,
+            options(nostack)
+        );
     }
 }

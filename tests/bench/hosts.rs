@@ -225,7 +225,9 @@ impl Programs {
     /// `bpffs`: where they are pinned.
     pub fn load(bpffs: &Path, max_prefixes: usize) -> Result<Self> {
         let most = u32::try_from(max_prefixes)?;
-        let filter = Filter::open(bpffs, Some(most), 4096)?;
+        let mut filter = Filter::open(bpffs, Some(most))?;
+        filter.attach_hook()?;
+        filter.set_judged(true)?;
         let directory = bpffs.to_owned();
         let pin = directory.join("filter");
         succeed(

@@ -23,7 +23,7 @@ use crate::{
         coverage::{Coverage, Remembered, describe_missing},
         driver::{self, Driver},
     },
-    kernel::{links, pins, program},
+    kernel::{hook, links, pins, program},
     policy::{Listed, RegionSource},
     policy_file::PolicyFile,
     region::{
@@ -120,6 +120,9 @@ pub(super) async fn check(
             }
             let found = driver::drivers(&coverage.present, loaded.policy.mode).await?;
             errors.extend(refusals(bpffs, &coverage));
+            if compiled.forces_tls() {
+                errors.extend(tls_unenforced(&coverage));
+            }
             errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
             drivers = Some(found);
             let changing = loaded.policy.interfaces.iter();
@@ -197,6 +200,19 @@ fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
     let others = others.filter_map(|interface| links::check_free(interface).err());
     refusals.extend(others.map(|error| format!("{error:#}")));
     refusals
+}
+
+/// Returns why TLS could not be enforced on this host.
+fn tls_unenforced(coverage: &Coverage) -> Option<String> {
+    let bridged = coverage.present.iter().find(|found| found.is_bridge_port);
+    let why = match (hook::check_host(), bridged) {
+        (Err(error), _) => format!("{error:#}"),
+        (Ok(()), Some(interface)) => {
+            format!("{} is a port of a bridge", interface.name)
+        }
+        (Ok(()), None) => return None,
+    };
+    Some(format!("TLS cannot be enforced here: {why}"))
 }
 
 fn print_drivers(drivers: &[Driver]) {

@@ -192,8 +192,13 @@ pub(super) fn print_status(status: &Status) {
             let monitored = reasons(&database.monitored_connections);
             connections = format!("{connections} (monitored: {monitored})");
         }
+        let how = if database.monitor_tls {
+            "only monitored"
+        } else {
+            "forced"
+        };
         println!(
-            "{}: TLS is forced; connections: {connections}",
+            "{}: TLS is {how}; connections: {connections}",
             database.name
         );
     }

@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use backon::{ConstantBuilder, Retryable as _};
 use futures_util::{Stream, StreamExt as _, stream::BoxStream};
+use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST};
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
@@ -20,8 +21,8 @@ use rtnetlink::{
         RouteNetlinkMessage,
         address::{AddressAttribute, AddressMessage, AddressScope},
         link::{
-            LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, Prop,
-            XdpAttached,
+            InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp,
+            Prop, XdpAttached,
         },
         route::{RouteAttribute, RouteHeader, RouteMessage, RouteType},
     },
@@ -47,10 +48,14 @@ pub struct Interface {
     pub loopback: bool,
     /// Whether it belongs to a bridge, a bond or the like.
     pub has_master: bool,
+    /// Whether that is a bridge, which may pass frames on to virtual machines.
+    pub is_bridge_port: bool,
     /// Whether a default route of the main table leads through it to other hosts.
     pub default_route: bool,
     /// Of global scope: those by which other hosts may reach it.
     pub addresses: Vec<IpAddr>,
+    /// The networks of these addresses.
+    pub networks: Vec<IpNet>,
     pub xdp: Option<AttachedXdp>,
     /// Of a virtual interface: veth, bridge, ...
     pub kind: Option<String>,
@@ -133,16 +138,20 @@ async fn whole<T, F: Future<Output = Result<T>>>(look: impl FnMut() -> F) -> Res
 
 async fn list_interfaces(handle: &Handle) -> Result<Vec<Interface>> {
     let mut addresses: BTreeMap<u32, Vec<IpAddr>> = BTreeMap::new();
+    let mut networks: BTreeMap<u32, Vec<IpNet>> = BTreeMap::new();
     for message in dump_addresses(handle)
         .await
         .context("list the host's addresses")?
     {
         if message.header.scope == AddressScope::Universe {
             let index = message.header.index;
-            addresses
-                .entry(index)
-                .or_default()
-                .extend(local_address(&message));
+            let address = local_address(&message);
+            let network = address.and_then(|address| {
+                let network = IpNet::new(address, message.header.prefix_len).ok()?;
+                Some(network.trunc())
+            });
+            addresses.entry(index).or_default().extend(address);
+            networks.entry(index).or_default().extend(network);
         }
     }
     let default_routes = default_routes(handle)
@@ -160,6 +169,7 @@ async fn list_interfaces(handle: &Handle) -> Result<Vec<Interface>> {
             loopback: message.header.flags.contains(LinkFlags::Loopback),
             default_route: default_routes.contains(&index),
             addresses: addresses.remove(&index).unwrap_or_default(),
+            networks: networks.remove(&index).unwrap_or_default(),
             ..Interface::default()
         };
         let (mut made_with, mut in_use) = (None, None);
@@ -173,7 +183,11 @@ async fn list_interfaces(handle: &Handle) -> Result<Vec<Interface>> {
                 LinkAttribute::Address(bytes) => in_use = hardware_address(&bytes),
                 LinkAttribute::Controller(index) => interface.has_master = index != 0,
                 LinkAttribute::Xdp(attributes) => interface.xdp = attached(&attributes),
-                LinkAttribute::LinkInfo(infos) => interface.kind = kind(&infos),
+                LinkAttribute::LinkInfo(infos) => {
+                    interface.is_bridge_port =
+                        infos.contains(&LinkInfo::PortKind(InfoPortKind::Bridge));
+                    interface.kind = kind(&infos);
+                }
                 LinkAttribute::Mtu(mtu) => interface.mtu = mtu,
                 LinkAttribute::NumRxQueues(queues) => interface.rx_queues = queues,
                 _ => {}

@@ -3,10 +3,8 @@
 use std::{collections::BTreeSet, fmt, thread};
 
 use anyhow::{Error, Result, anyhow, ensure};
-use filter_common::ADOPTION_SECONDS;
 
 use crate::{
-    clock::since_boot,
     compile::Compiled,
     kernel::{
         counters::Counter, difference::Difference, filter::Filter, image::Image, maps::Allowed,
@@ -32,8 +30,6 @@ pub struct Applied {
 struct Replaced {
     /// Counters of databases to which it adds the hits of removed rules.
     counters: Vec<Counter>,
-    /// Ends of adoption windows, by slot.
-    adoption: Vec<(u16, u64)>,
 }
 
 /// A change could not be taken back whole: the kernel holds parts of it. `Filter` has read the maps again
@@ -122,8 +118,7 @@ impl Filter {
         })
     }
 
-    /// Takes a change back that `apply` made last: the maps, the counters and the adoption windows are what
-    /// they were before it.
+    /// Takes a change back that `apply` made last: the maps and the counters are what they were before it.
     ///
     /// # Errors
     /// A `NotTakenBack` or an `Unknown`.
@@ -142,13 +137,6 @@ impl Filter {
     ) -> Result<()> {
         // Free slots and rule ids are not shown: clearing their counters changes nothing that is in force.
         self.maps.clear_counters(&self.image, image)?;
-        let until = since_boot().as_nanos() as u64 + ADOPTION_SECONDS * 1_000_000_000;
-        for &slot in image.forced().difference(&self.image.forced()) {
-            replaced
-                .adoption
-                .push((slot, self.maps.adoption_end(slot)?));
-            self.maps.set_adoption_end(slot, until)?;
-        }
         for group in steps.chunk_by(Step::is_independent_of) {
             *begun += group.len();
             self.write(group)?;
@@ -199,9 +187,6 @@ impl Filter {
     fn restore(&mut self, replaced: Replaced) -> Result<()> {
         for counter in replaced.counters.into_iter().rev() {
             self.maps.set_counter(counter)?;
-        }
-        for (slot, until) in replaced.adoption {
-            self.maps.set_adoption_end(slot, until)?;
         }
         Ok(())
     }

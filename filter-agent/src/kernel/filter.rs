@@ -19,6 +19,7 @@ use nix::fcntl::Flock;
 
 use crate::kernel::{
     counters::{Counts, Fates, Hits},
+    hook,
     image::Image,
     layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_connections},
     maps::Maps,
@@ -42,6 +43,10 @@ pub struct Filter {
     /// Prefixes of one address family that a policy may have.
     pub(super) max_prefixes: usize,
     pub(super) pinned_maps: PinnedMaps,
+    /// Why the program at the sockets cannot be loaded.
+    pub(super) offsets_error: Option<String>,
+    /// Whether the ports where TLS is forced are open.
+    pub(super) is_judged: bool,
     /// Held so that no other agent starts; the kernel releases it when this one ends, however it ends.
     pub(super) lock: Flock<File>,
 }
@@ -70,7 +75,7 @@ impl Filter {
     ///
     /// # Errors
     /// No bpffs there, a kernel that is too old, another agent, pins that are not ours.
-    pub fn open(bpffs: &Path, max_prefixes: Option<u32>, tls_connections: u32) -> Result<Self> {
+    pub fn open(bpffs: &Path, max_prefixes: Option<u32>) -> Result<Self> {
         check_kernel(bpffs)?;
         let base = base(bpffs)?;
         own_directory(&base)?;
@@ -88,7 +93,13 @@ impl Filter {
         let mut loader = EbpfLoader::new();
         loader.map_max_entries("ALLOWED4", entries);
         loader.map_max_entries("ALLOWED6", entries);
-        loader.map_max_entries("STREAMS", tls_connections);
+        // Without them the filter works, and closes the ports where TLS is forced.
+        let offsets = hook::kernel_offsets();
+        let namespace = hook::namespace()?;
+        if let Ok(offsets) = &offsets {
+            loader.override_global("KERNEL", offsets, true);
+        }
+        loader.override_global("NAMESPACE", &namespace, true);
         for shape in &SHAPES {
             loader.map_pin_path(shape.name, pins.join(shape.name));
         }
@@ -112,6 +123,7 @@ impl Filter {
         let pinned_maps = SHAPES.iter().map(pinned).collect::<Result<_>>()?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.write_answers()?;
+        let is_judged = maps.is_judged()?;
         let image = if adopted {
             maps.read()?
         } else {
@@ -124,17 +136,10 @@ impl Filter {
             image,
             max_prefixes: made_for as usize / 2,
             pinned_maps,
+            is_judged,
+            offsets_error: offsets.err().map(|error| format!("{error:#}")),
             lock,
         })
-    }
-
-    /// Ends the adoption of connections that were open before TLS was forced: they are judged by what they
-    /// send next.
-    pub fn judge_existing(&mut self) -> Result<()> {
-        for slot in self.image.forced() {
-            self.maps.set_adoption_end(slot, 0)?;
-        }
-        self.maps.end_adoption()
     }
 
     /// The kernel's id of the program that this agent loaded: netlink must report it for each interface.
@@ -143,7 +148,7 @@ impl Filter {
         Ok(program.info().context("read the XDP program")?.id())
     }
 
-    fn program(&self) -> Result<&Xdp> {
+    pub(super) fn program(&self) -> Result<&Xdp> {
         let program = self
             .ebpf
             .program("filter")
@@ -199,6 +204,9 @@ impl Filter {
         let (reason, rule) = match rule {
             _ if bad => (Reason::BadSource, None),
             None => (Reason::NotAllowed, None),
+            Some(_) if !exempt && !self.is_judged && self.image.closes_unenforced(slot) => {
+                (Reason::TlsUnenforced, None)
+            }
             Some(id) => (Reason::Allowed, Some(id)),
         };
         let place = rule.map(|id| self.image.rules.binary_search_by_key(&id, |&(id, _)| id));

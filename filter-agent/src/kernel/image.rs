@@ -107,6 +107,12 @@ impl Image {
                 }
                 if let Some(tls) = entries.tls {
                     guard = guard.with_tls(tls.engine, tls.cancel_in_clear);
+                    if tls.monitor {
+                        guard = guard.with_monitored_tls();
+                    }
+                    if tls.open_unenforced {
+                        guard = guard.open_unenforced();
+                    }
                 }
                 if entries.addresses.is_empty() {
                     ports.insert(port, guard);
@@ -148,12 +154,20 @@ impl Image {
         Ok(image)
     }
 
-    /// Slots of databases where TLS is forced.
-    pub fn forced(&self) -> BTreeSet<u16> {
-        let guards = self.ports.iter().map(|(_, guard)| guard);
-        let guards = guards.chain(self.locals.iter().map(|(_, guard)| guard));
-        let forced = guards.filter(|guard| guard.engine() != 0);
-        forced.map(|guard| guard.slot()).collect()
+    /// The guards of a slot's ports where TLS is forced.
+    fn forced(&self, slot: u16) -> impl Iterator<Item = Guard> {
+        let guards = self.ports.iter().map(|&(_, guard)| guard);
+        let guards = guards.chain(self.locals.iter().map(|&(_, guard)| guard));
+        guards.filter(move |guard| guard.slot() == slot && guard.engine() != 0)
+    }
+
+    pub fn forces_tls(&self, slot: u16) -> bool {
+        self.forced(slot).next().is_some()
+    }
+
+    /// Whether the ports of a slot's database are closed where nothing judges its connections.
+    pub fn closes_unenforced(&self, slot: u16) -> bool {
+        self.forced(slot).any(|guard| !guard.is_open_unenforced())
     }
 
     /// The slot of each database.

@@ -5,8 +5,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{MapData, MapInfo, MapType};
 use filter_common::{
-    ANSWERS, Answer, BLOOM_LINES, BloomLine, COUNTERS, Connection, Guard, HITS, LAYOUT, LocalKey,
-    MAX_LOCALS, Name, PORTS, Port, RULE_IDS, SLOTS, Source4, Source6, Stream,
+    ANSWERS, Address, Answer, BLOOM_LINES, BloomLine, COUNTERS, Client, Connection, Guard,
+    HANDSHAKES, HITS, Judgement, LAYOUT, LOCAL_NETWORKS, LocalKey, MAX_LOCALS, Name, OUTSIDERS,
+    PORTS, PUBLISHED, Port, Published, REFUSALS, RULE_IDS, Refusal, SLOTS, SYNS, Source4, Source6,
+    Syn,
 };
 
 use crate::kernel::pins::{exists, layouts, pinned_interfaces};
@@ -65,7 +67,18 @@ const fn per_cpu(name: &'static str, entries: u32) -> Shape {
 /// The pinned maps by name, with file descriptors of their own.
 pub(super) type PinnedMaps = BTreeMap<&'static str, MapData>;
 
-pub(super) const SHAPES: [Shape; 16] = [
+const fn lru(name: &'static str, key: usize, value: usize, entries: u32) -> Shape {
+    Shape {
+        name,
+        map_type: MapType::LruHash,
+        key,
+        value,
+        entries: Some(entries),
+        flags: 0,
+    }
+}
+
+pub(super) const SHAPES: [Shape; 24] = [
     array("PORT_GUARDS", size_of::<Port>(), PORTS),
     Shape {
         name: "LOCAL_GUARDS",
@@ -85,16 +98,45 @@ pub(super) const SHAPES: [Shape; 16] = [
     array("SLOT_NAMES", size_of::<Name>(), SLOTS),
     array("RULE_NAMES", size_of::<Name>(), RULE_IDS),
     array("PROBES", 8, COUNTERS + HITS),
+    lru("SYNS_PASSED", size_of::<Syn>(), size_of::<LocalKey>(), SYNS),
+    lru(
+        "PUBLISHED_SOCKETS",
+        size_of::<Published>(),
+        size_of::<LocalKey>(),
+        PUBLISHED,
+    ),
+    lru("HANDSHAKES_JUDGED", size_of::<Connection>(), 4, HANDSHAKES),
     Shape {
-        name: "STREAMS",
-        map_type: MapType::LruHash,
-        key: size_of::<Connection>(),
-        value: size_of::<Stream>(),
-        entries: None,
-        flags: 0,
+        map_type: MapType::Hash,
+        flags: BPF_F_NO_PREALLOC,
+        ..lru("OUTSIDER_SOURCES", size_of::<Address>(), 4, OUTSIDERS)
     },
-    array("ADOPT_UNTIL", 8, SLOTS),
-    array("ADOPTION", 4, 1),
+    array("OUTSIDERS_FULL", 4, 1),
+    lru(
+        "REFUSED",
+        size_of::<Client>(),
+        size_of::<Refusal>(),
+        REFUSALS,
+    ),
+    array("REFUSING", 4, 1),
+    array("JUDGED", 4, 1),
+    array("EXISTING", 4, 1),
+    Shape {
+        name: "LOCAL_NETWORKS",
+        map_type: MapType::LpmTrie,
+        key: 4 + size_of::<Address>(),
+        value: 4,
+        entries: Some(LOCAL_NETWORKS),
+        flags: BPF_F_NO_PREALLOC,
+    },
+    Shape {
+        name: "JUDGEMENTS",
+        map_type: MapType::SkStorage,
+        key: 4,
+        value: size_of::<Judgement>(),
+        entries: Some(0),
+        flags: BPF_F_NO_PREALLOC,
+    },
     array("ANSWERS_BY_ENGINE", size_of::<Answer>(), ANSWERS),
 ];
 
@@ -146,7 +188,14 @@ pub(super) fn check_pin(pins: &Path, shape: &Shape) -> Result<MapInfo> {
 /// Pins the maps of connections of another layout under this one's directory too, where they have this
 /// layout's shape: open connections go on being followed through a change of layouts.
 pub(super) fn share_connections(base: &Path, pins: &Path) -> Result<()> {
-    let shared = ["STREAMS", "ADOPTION"];
+    let shared = [
+        "JUDGEMENTS",
+        "PUBLISHED_SOCKETS",
+        "OUTSIDER_SOURCES",
+        "OUTSIDERS_FULL",
+        "HANDSHAKES_JUDGED",
+        "EXISTING",
+    ];
     for shape in SHAPES.iter().filter(|shape| shared.contains(&shape.name)) {
         let own = pins.join(shape.name);
         for (layout, other) in layouts(base)? {

@@ -1,6 +1,7 @@
 //! The maps: opening, reading and writing them.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv6Addr},
     os::fd::AsFd as _,
@@ -12,10 +13,10 @@ use aya::{
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use filter_common::{
-    Answer, BLOOM_LINES, BloomLine, Engine, Guard, LocalKey, MAX_LOCALS, Name, PORTS, Port,
-    RULE_IDS, SLOT_BITS, SLOTS, Source4, Source6, Stream, slot_key,
+    Address, Answer, BLOOM_LINES, BloomLine, Engine, Existing, Guard, LocalKey, MAX_LOCALS, Name,
+    PORTS, Port, RULE_IDS, SLOT_BITS, SLOTS, Source4, Source6, mapped, slot_key,
 };
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::kernel::{
     answer::answer,
@@ -37,8 +38,12 @@ pub(super) struct Maps {
     pub(super) slot_names: Array<MapData, Name>,
     pub(super) rule_names: Array<MapData, Name>,
     pub(super) probes: Array<MapData, u64>,
-    pub(super) adopt_until: Array<MapData, u64>,
-    pub(super) adoption: Array<MapData, u32>,
+    refusing: Array<MapData, u32>,
+    judged: Array<MapData, u32>,
+    existing: Array<MapData, u32>,
+    local_networks: LpmTrie<MapData, Address, u32>,
+    proof: Array<MapData, u32>,
+    proofs: Array<MapData, u32>,
     pub(super) answers: Array<MapData, Answer>,
     pub(super) granted: Array<MapData, u32>,
     pub(super) sampled: RingBuf<MapData>,
@@ -69,8 +74,12 @@ impl Maps {
             slot_names: typed(ebpf, "SLOT_NAMES")?,
             rule_names: typed(ebpf, "RULE_NAMES")?,
             probes: typed(ebpf, "PROBES")?,
-            adopt_until: typed(ebpf, "ADOPT_UNTIL")?,
-            adoption: typed(ebpf, "ADOPTION")?,
+            refusing: typed(ebpf, "REFUSING")?,
+            judged: typed(ebpf, "JUDGED")?,
+            existing: typed(ebpf, "EXISTING")?,
+            local_networks: typed(ebpf, "LOCAL_NETWORKS")?,
+            proof: typed(ebpf, "PROOF")?,
+            proofs: typed(ebpf, "PROOFS")?,
             answers: typed(ebpf, "ANSWERS_BY_ENGINE")?,
             granted: typed(ebpf, ".bss")?,
             sampled: typed(ebpf, "SAMPLES")?,
@@ -84,20 +93,6 @@ impl Maps {
                 .context("write the answers to refused clients")?;
         }
         Ok(())
-    }
-
-    pub(super) fn adoption_end(&self, slot: u16) -> Result<u64> {
-        self.adopt_until
-            .get(&slot.into(), 0)
-            .context("read the end of an adoption window")
-    }
-
-    /// Sets until when, in nanoseconds since boot, connections to a slot's database that have no known
-    /// beginning are adopted.
-    pub(super) fn set_adoption_end(&mut self, slot: u16, until: u64) -> Result<()> {
-        self.adopt_until
-            .set(slot.into(), until, 0)
-            .context("write the end of an adoption window")
     }
 
     /// Reads the image. Arrays are read whole: the kernel does not list the elements that are set.
@@ -176,12 +171,86 @@ impl Maps {
         Ok(())
     }
 
-    /// Ends the present adoption: the connections that it let go on are judged by what they send next. They are not
-    /// listed for that, since the map of streams changes all the time, and a list of it may never end.
-    pub(super) fn end_adoption(&mut self) -> Result<()> {
-        let adoption = self.adoption.get(&0, 0).context("read the adoption")?;
-        let next = (adoption + 1) % Stream::ADOPTIONS;
-        self.adoption.set(0, next, 0).context("end the adoption")
+    pub(super) fn is_judged(&self) -> Result<bool> {
+        let judged = self.judged.get(&0, 0);
+        let judged = judged.context("read whether connections are judged")?;
+        Ok(judged != 0)
+    }
+
+    pub(super) fn set_judged(&mut self, judged: bool) -> Result<()> {
+        self.judged
+            .set(0, u32::from(judged), 0)
+            .context("write whether connections are judged")
+    }
+
+    pub(super) fn existing(&self) -> Result<Existing> {
+        let existing = self.existing.get(&0, 0);
+        existing
+            .map(Existing)
+            .context("read what is done about connections from before")
+    }
+
+    pub(super) fn set_existing(&mut self, existing: Existing) -> Result<()> {
+        self.existing
+            .set(0, existing.0, 0)
+            .context("write what is done about connections from before")
+    }
+
+    /// Writes only what differs.
+    pub(super) fn set_local_networks(&mut self, networks: &BTreeSet<IpNet>) -> Result<()> {
+        let key = |network: &IpNet| {
+            let (address, length) = match network {
+                IpNet::V4(network) => (mapped(network.network().octets()), 96),
+                IpNet::V6(network) => (network.network().octets(), 0),
+            };
+            let [a, b, c, d] = [0, 4, 8, 12].map(|at| {
+                let [a, b, c, d] = [0, 1, 2, 3].map(|byte| address[at + byte]);
+                u32::from_ne_bytes([a, b, c, d])
+            });
+            let length = length + u32::from(network.prefix_len());
+            (length, [a, b, c, d])
+        };
+        let wanted: BTreeSet<(u32, Address)> = networks.iter().map(key).collect();
+        let found = self.local_networks.keys();
+        let found: Result<BTreeSet<_>, MapError> = found
+            .map(|key| key.map(|key| (key.prefix_len(), key.data())))
+            .collect();
+        let found = found?;
+        for &(length, address) in wanted.difference(&found) {
+            self.local_networks
+                .insert(&Key::new(length, address), 1, 0)?;
+        }
+        for &(length, address) in found.difference(&wanted) {
+            self.local_networks.remove(&Key::new(length, address))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the search for refused connections. Where there still are any, the program at the sockets begins it anew.
+    pub(super) fn end_refusing(&mut self) -> Result<()> {
+        self.refusing
+            .set(0, 0, 0)
+            .context("write that no connection is refused")
+    }
+
+    /// Has connections to a port over loopback judged. Returns what `proofs` is before that.
+    pub(super) fn begin_proof(&mut self, port: u16) -> Result<u32> {
+        let before = self.proofs()?;
+        self.proof
+            .set(0, u32::from(port), 0)
+            .context("write the port of the agent's own connection")?;
+        Ok(before)
+    }
+
+    pub(super) fn end_proof(&mut self) -> Result<()> {
+        self.proof
+            .set(0, 0, 0)
+            .context("write the port of the agent's own connection")
+    }
+
+    /// How many segments of such connections were dropped.
+    pub(super) fn proofs(&self) -> Result<u32> {
+        self.proofs.get(&0, 0).context("read the proofs")
     }
 
     fn epoch(&self) -> Result<u32> {

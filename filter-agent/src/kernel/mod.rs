@@ -7,6 +7,7 @@ pub mod change;
 pub mod counters;
 pub mod difference;
 pub mod filter;
+pub mod hook;
 pub mod image;
 mod layout;
 pub mod links;

@@ -24,8 +24,6 @@ pub struct Policy {
     pub regions: BTreeMap<String, Region>,
     /// Prefixes from which shared databases are open.
     pub regional_network: Vec<IpNet>,
-    /// Connections with forced TLS that are tracked at once.
-    pub tls_connections: u32,
     pub databases: Vec<Database>,
     /// Databases, by name, and interfaces (`interface eth1`) that a reload of this policy may leave unprotected.
     pub unprotected: BTreeSet<String>,
@@ -86,6 +84,10 @@ pub struct Tls {
     pub engine: Engine,
     /// Whether PostgreSQL's CancelRequest is allowed without TLS.
     pub cancel_in_clear: bool,
+    /// Whether the port stays open where TLS cannot be enforced.
+    pub open_unenforced: bool,
+    /// Count connections that would be refused, and let them pass.
+    pub monitor: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]

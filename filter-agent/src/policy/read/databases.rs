@@ -46,8 +46,9 @@ pub(super) struct RawDatabase {
     engine: Option<RawEngine>,
     model: RawModel,
     force_tls: Option<bool>,
+    tls_unenforced: Option<Unenforced>,
     cancel_in_clear: Option<bool>,
-    monitor: Option<bool>,
+    monitor: Option<RawMonitor>,
     cluster: Option<Vec<String>>,
     rules: Option<Vec<Value>>,
     internet: Option<bool>,
@@ -84,6 +85,27 @@ struct RawRule {
     expires: Option<String>,
 }
 
+#[derive(Clone, Copy, Deserialize)]
+#[serde(untagged, expecting = "expected `true`, `false` or `tls`")]
+enum RawMonitor {
+    Everything(bool),
+    Part(Monitored),
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Monitored {
+    Tls,
+}
+
+/// What becomes of a database's ports where TLS cannot be enforced.
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Unenforced {
+    Close,
+    Allow,
+}
+
 impl Reader<'_> {
     pub(super) fn database(
         &mut self,
@@ -105,6 +127,7 @@ impl Reader<'_> {
         let tcp = protocol == Protocol::Tcp;
         let by_default = tcp && matches!(raw.model, RawModel::Dedicated);
         let force_tls = raw.force_tls.unwrap_or(by_default);
+        let monitors_tls = matches!(raw.monitor, Some(RawMonitor::Part(_)));
         let mut tls = None;
         if force_tls && !tcp {
             self.problem(&at.key("force_tls"), "TLS cannot be forced on udp");
@@ -124,9 +147,20 @@ impl Reader<'_> {
                     tls = Some(Tls {
                         engine: engine.into(),
                         cancel_in_clear: raw.cancel_in_clear.unwrap_or(true),
+                        open_unenforced: monitors_tls
+                            || raw.tls_unenforced == Some(Unenforced::Allow),
+                        monitor: monitors_tls,
                     });
                 }
             }
+        }
+        if monitors_tls && !force_tls {
+            let message = "monitor: tls is for databases where TLS is forced";
+            self.problem(&at.key("monitor"), message);
+        }
+        if raw.tls_unenforced.is_some() && !force_tls {
+            let message = "tls_unenforced is for databases where TLS is forced";
+            self.problem(&at.key("tls_unenforced"), message);
         }
         let postgresql = matches!(raw.engine, Some(RawEngine::Postgresql));
         if raw.cancel_in_clear.is_some() && !(force_tls && postgresql) {
@@ -172,7 +206,7 @@ impl Reader<'_> {
             addresses,
             model,
             tls,
-            monitor: raw.monitor.unwrap_or_default(),
+            monitor: matches!(raw.monitor, Some(RawMonitor::Everything(true))),
             cluster,
         })
     }

@@ -7,7 +7,7 @@ mod regions;
 
 use std::collections::BTreeSet;
 
-use filter_common::{DEFAULT_TLS_CONNECTIONS, MAX_DATABASES};
+use filter_common::MAX_DATABASES;
 use glob::Pattern;
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
@@ -90,6 +90,7 @@ struct RawFile {
     // Not a `BTreeMap`, which would silently keep the last of two definitions of a name.
     regions: Option<Mapping>,
     regional_network: Option<Vec<String>>,
+    /// Without effect; accepted for one more release.
     tls_connections: Option<i64>,
     databases: Option<Vec<Value>>,
     #[serde(default)]
@@ -104,7 +105,10 @@ impl Reader<'_> {
             &At::top("regional_network"),
             file.regional_network.as_deref(),
         );
-        let tls_connections = self.tls_connections(file.tls_connections);
+        if file.tls_connections.is_some() {
+            let at = At::top("tls_connections");
+            self.warn(&at, "tls_connections is without effect: remove it");
+        }
         let top = At::top("databases");
         // A file that was cut off must not pass for one that protects nothing.
         if file.databases.is_none() {
@@ -149,7 +153,6 @@ impl Reader<'_> {
             mode: file.mode,
             regions,
             regional_network,
-            tls_connections,
             databases: databases
                 .into_iter()
                 .map(|(_, database)| database)
@@ -194,20 +197,5 @@ impl Reader<'_> {
             }
         }
         listed
-    }
-
-    fn tls_connections(&mut self, written: Option<i64>) -> u32 {
-        // Some 220 bytes of the kernel's memory for each, allocated at the start.
-        const BOUNDS: std::ops::RangeInclusive<i64> = 1024..=1 << 24;
-        match written {
-            None => DEFAULT_TLS_CONNECTIONS,
-            Some(number) if BOUNDS.contains(&number) => number as u32,
-            Some(number) => {
-                let (least, most) = BOUNDS.into_inner();
-                let message = format!("tls_connections: {number} is not from {least} to {most}");
-                self.problem(&At::top("tls_connections"), message);
-                DEFAULT_TLS_CONNECTIONS
-            }
-        }
     }
 }
