@@ -28,9 +28,7 @@ pub struct Loaded {
 impl Loaded {
     pub fn new(policy: &str) -> Self {
         let bpffs = Bpffs::mount();
-        let mut filter = Filter::open(bpffs.path(), Some(4096)).unwrap();
-        // Frames are judged by themselves here, without sockets.
-        filter.set_judged(true).unwrap();
+        let filter = Filter::open(bpffs.path(), Some(4096)).unwrap();
         let (parsed, regions) = parse(policy);
         let mut loaded = Self {
             filter,
@@ -48,6 +46,8 @@ impl Loaded {
         (self.policy, self.regions) = parse(policy);
         let compiled = compile(&self.policy, &self.regions, self.now);
         self.filter.apply(&compiled).unwrap();
+        // As the agent does; frames are judged by themselves here, without sockets.
+        self.filter.set_judged(compiled.forces_tls()).unwrap();
         self.counts = self.filter.counts().unwrap();
     }
 
