@@ -226,7 +226,7 @@ impl Programs {
     pub fn load(bpffs: &Path, max_prefixes: usize) -> Result<Self> {
         let most = u32::try_from(max_prefixes)?;
         let mut filter = Filter::open(bpffs, Some(most))?;
-        filter.attach_hook()?;
+        // Frames are run through the program at interfaces only.
         filter.set_judged(true)?;
         let directory = bpffs.to_owned();
         let pin = directory.join("filter");
