@@ -2,6 +2,7 @@
 //! that they stop nothing.
 
 use std::{
+    fs,
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr},
     os::unix::net::{UnixDatagram, UnixStream},
@@ -68,9 +69,11 @@ fn descriptors_that_run_out_stop_neither_checks_nor_repairs() {
     let _listener = net.listen(PORT);
     let pid = net.agent_pid().to_string();
     // What it has open, the connections that it serves, and a few to attach with.
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let most = open + MAX_CONNECTIONS + 8;
     let mut limit = Command::new("prlimit");
     let limit = limit
-        .args(["--pid", &pid, "--nofile=90:90"])
+        .args(["--pid", &pid, &format!("--nofile={most}:{most}")])
         .status()
         .unwrap();
     assert!(limit.success());
