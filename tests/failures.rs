@@ -344,7 +344,7 @@ impl Sweep {
         round_of(&agent)
     }
 
-    /// Every call, one after another, until there are no more. Each meets all the actions, or, `in_turn`, one.
+    /// Makes each call fail, one after another, until there are no more: by every action, or, `in_turn`, by one.
     fn every_call(&mut self, actions: &[Action], in_turn: bool) {
         let expected = self.round(None).calls;
         // The number of calls differs a little from round to round, where there are many.

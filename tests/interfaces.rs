@@ -30,11 +30,7 @@ fn orders(interfaces: &str) -> String {
 
 /// An agent that filters these interfaces.
 fn start(name: &str, interfaces: &str) -> Net {
-    let mut net = Net::new(name);
-    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
-    net.write_policy(&orders(interfaces));
-    net.start();
-    net
+    Net::enforcing(name, &[Protected::tcp(PORT, &ALLOWED)], &orders(interfaces))
 }
 
 #[track_caller]

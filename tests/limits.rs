@@ -26,15 +26,9 @@ const ALLOWED: [&str; 1] = ["203.0.113.10/32"];
 const MAX_CONNECTIONS: usize = 32;
 
 fn start(name: &str) -> Net {
-    let mut net = Net::new(name);
-    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
-    net.write_policy(&policy(
-        "eth0",
-        "native",
-        &[dedicated("orders", PORT, &ALLOWED, "")],
-    ));
-    net.start();
-    net
+    let orders = dedicated("orders", PORT, &ALLOWED, "");
+    let policy = policy("eth0", "native", &[orders]);
+    Net::enforcing(name, &[Protected::tcp(PORT, &ALLOWED)], &policy)
 }
 
 fn connects(net: &Net, source: IpAddr) -> bool {

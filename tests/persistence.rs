@@ -32,11 +32,7 @@ fn orders(allowed: &[&str]) -> String {
 
 /// An agent that enforces `ALLOWED`.
 fn start(name: &str) -> Net {
-    let mut net = Net::new(name);
-    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
-    net.write_policy(&orders(&ALLOWED));
-    net.start();
-    net
+    Net::enforcing(name, &[Protected::tcp(PORT, &ALLOWED)], &orders(&ALLOWED))
 }
 
 /// Asserts that the sources of `ALLOWED` connect, and the denied ones do not, or the other way

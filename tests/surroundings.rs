@@ -1,4 +1,4 @@
-//! What is around an agent, and is taken away, replaced or hangs: its socket, its files, the BPF file system.
+//! An agent whose socket, files or BPF file system are removed or replaced, or hang.
 
 use std::{
     fs,
@@ -25,11 +25,7 @@ fn orders(allowed: &[&str]) -> String {
 }
 
 fn start(name: &str) -> Net {
-    let mut net = Net::new(name);
-    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
-    net.write_policy(&orders(&ALLOWED));
-    net.start();
-    net
+    Net::enforcing(name, &[Protected::tcp(PORT, &ALLOWED)], &orders(&ALLOWED))
 }
 
 /// No command reached an agent whose socket was removed, and no other agent could start beside it.

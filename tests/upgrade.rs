@@ -32,11 +32,7 @@ fn orders(allowed: &[&str]) -> String {
 fn start(name: &str) -> Net {
     // Built before there is any traffic that would compete with it.
     next_layout_binary();
-    let mut net = Net::new(name);
-    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
-    net.write_policy(&orders(&ALLOWED));
-    net.start();
-    net
+    Net::enforcing(name, &[Protected::tcp(PORT, &ALLOWED)], &orders(&ALLOWED))
 }
 
 type Attempts = [(IpAddr, SocketAddr); 2];

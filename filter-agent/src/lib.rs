@@ -30,3 +30,4 @@ mod start;
 pub mod store;
 mod threads;
 mod verify;
+mod whole_file;

@@ -1,20 +1,19 @@
 //! The policy file: read whole, checked, and described.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::File,
     io::Read as _,
-    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     time::Instant,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use jiff::Timestamp;
-use nix::fcntl::OFlag;
 
 use crate::{
     compile::Compiled,
     policy::{self, Policy},
+    whole_file,
 };
 
 /// Longest policy file, in bytes, as for lists of prefixes. Devices and pipes may have no end.
@@ -38,7 +37,16 @@ impl PolicyFile {
     /// # Errors
     /// A file that cannot be read, or everything wrong with its content, a line each.
     pub fn read(path: &Path) -> Result<Self> {
-        let read = || read_text(&mut File::open(path)?);
+        let read = || -> Result<String> {
+            let mut text = String::new();
+            let file = File::open(path)?;
+            let length = file.take(MAX_LENGTH + 1).read_to_string(&mut text)?;
+            ensure!(
+                length as u64 <= MAX_LENGTH,
+                "it is longer than {MAX_LENGTH} bytes"
+            );
+            Ok(text)
+        };
         let text = read().with_context(|| format!("read {}", path.display()))?;
         Self::parse(path, text)
     }
@@ -49,24 +57,11 @@ impl PolicyFile {
     /// # Errors
     /// As `read`, and a file that is not a regular one, or changed while it was read.
     pub fn read_regular(path: &Path) -> Result<Self> {
-        let is_regular = |metadata: &fs::Metadata| metadata.is_file();
         let read = || {
-            // Opening a device can have effects.
-            ensure!(is_regular(&fs::metadata(path)?), "it is not a regular file");
-            // A pipe may have taken its place meanwhile.
-            let mut file = OpenOptions::new()
-                .read(true)
-                .custom_flags(OFlag::O_NONBLOCK.bits())
-                .open(path)?;
+            let mut file = whole_file::open(path)?;
             let before = file.metadata()?;
-            ensure!(is_regular(&before), "it is not a regular file");
-            let text = read_text(&mut file)?;
-            let after = file.metadata()?;
-            ensure!(
-                before.modified()? == after.modified()? && after.len() == text.len() as u64,
-                "it changed while it was read"
-            );
-            Ok(text)
+            let text = whole_file::read(&mut file, &before, MAX_LENGTH)?;
+            String::from_utf8(text).map_err(|_| anyhow!("stream did not contain valid UTF-8"))
         };
         let text = read().with_context(|| format!("read {}", path.display()))?;
         Self::parse(path, text)
@@ -104,19 +99,9 @@ impl PolicyFile {
     }
 }
 
-fn read_text(file: &mut File) -> Result<String> {
-    let mut text = String::new();
-    let length = file.take(MAX_LENGTH + 1).read_to_string(&mut text)?;
-    ensure!(
-        length as u64 <= MAX_LENGTH,
-        "it is longer than {MAX_LENGTH} bytes"
-    );
-    Ok(text)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc::channel, thread, time::Duration};
+    use std::{fs, sync::mpsc::channel, thread, time::Duration};
 
     use nix::{sys::stat::Mode, unistd::mkfifo};
 

@@ -582,7 +582,7 @@ mod tests {
         drop(other);
     }
 
-    /// Whoever can write the directory can put an old confirmed policy in the place of the present one.
+    /// A user who can write the directory can replace the confirmed policy with an old one.
     #[test]
     fn directory_that_others_can_write_is_not_used() {
         let base = tempfile::tempdir().unwrap();

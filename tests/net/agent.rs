@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use crate::net::{
     hosts::{Agent, Net},
+    tripwire::Protected,
     wait::{PATIENCE, wait, wait_until},
 };
 
@@ -53,6 +54,15 @@ impl Net {
             command.arg("--state-dir").arg(self.state_dir());
         }
         command
+    }
+
+    /// A network in which an agent enforces this policy, and the tripwire watches.
+    pub fn enforcing(name: &str, protected: &[Protected], policy: &str) -> Self {
+        let mut net = Self::new(name);
+        net.watch(protected);
+        net.write_policy(policy);
+        net.start();
+        net
     }
 
     /// Starts the agent and waits until it enforces the policy.

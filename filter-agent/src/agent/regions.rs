@@ -76,7 +76,7 @@ impl Agent {
                 state.next = Some(self.now.steady);
             }
         }
-        // What was read for a policy that is not in force yet is out of date as well.
+        // Answers for a proposed policy are out of date as well.
         for (number, name, region) in self.proposals.file_changed(path) {
             self.effects.push(Effect::LookUp(LookUp {
                 number: self.look_ups.begin_for_proposal(number, &name),

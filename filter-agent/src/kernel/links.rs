@@ -18,7 +18,7 @@ use crate::{
     kernel::{
         filter::Filter,
         pins::{
-            AWAY_LINK, NEW_LINK, entries, exists, layouts, link_name, linked_program,
+            self, AWAY_LINK, NEW_LINK, entries, exists, layouts, link_name, linked_program,
             own_directory, pinned_in, remove_directory, remove_pins, set_aside,
         },
         program::program,
@@ -49,7 +49,7 @@ pub struct TakenOver {
     pub counters: bool,
 }
 
-/// What an agent of another layout left pinned.
+/// The pins of an agent of another layout.
 #[derive(Debug)]
 pub struct OtherLayout {
     layout: u32,
@@ -243,15 +243,10 @@ impl Filter {
         let others = self.other_layouts().context("look for other layouts")?;
         let list = |(layout, pins): (u32, PathBuf)| {
             own_directory(&pins)?;
-            let is_link = |pin: &PathBuf| {
-                let name = pin.file_name().and_then(|name| name.to_str());
-                name.is_some_and(|name| name.starts_with("link_") || name.starts_with(AWAY_LINK))
-            };
-            let links = entries(&pins)?.into_iter().filter(is_link).collect();
             Ok(OtherLayout {
                 layout,
+                links: pins::links(&pins)?,
                 pins,
-                links,
             })
         };
         others.into_iter().map(list).collect()

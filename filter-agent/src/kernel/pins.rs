@@ -110,6 +110,16 @@ pub(super) fn layouts(base: &Path) -> Result<Vec<(u32, PathBuf)>> {
     Ok(entries(base)?.into_iter().filter_map(layout).collect())
 }
 
+/// The pins of links, also of those whose interface is in another network namespace.
+pub(super) fn links(pins: &Path) -> Result<Vec<PathBuf>> {
+    let mut links = entries(pins)?;
+    links.retain(|pin| {
+        let name = pin.file_name().and_then(|name| name.to_str());
+        name.is_some_and(|name| name.starts_with("link_") || name.starts_with(AWAY_LINK))
+    });
+    Ok(links)
+}
+
 pub(super) fn pinned_interfaces(pins: &Path) -> Result<Vec<u32>> {
     let index = |pin: &PathBuf| {
         pin.file_name()?

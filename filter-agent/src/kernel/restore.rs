@@ -11,7 +11,7 @@ use aya::{
 use crate::kernel::{
     filter::Filter,
     layout::SHAPES,
-    pins::{self, AWAY_LINK, entries, exists, is_locked, lock, own_directory},
+    pins::{self, exists, is_locked, lock, own_directory},
 };
 
 /// Begins the name of a map's pin until it has replaced the pin that another map has.
@@ -73,12 +73,9 @@ impl Filter {
         if !exists(&former)? {
             return Ok(());
         }
-        for pin in entries(&former)? {
-            let name = pin.file_name().and_then(|name| name.to_str());
-            let is_link = |name: &&str| name.starts_with("link_") || name.starts_with(AWAY_LINK);
-            let Some(to) = name.filter(is_link).map(|name| self.pins.join(name)) else {
-                continue;
-            };
+        for pin in pins::links(&former)? {
+            let name = pin.file_name().context("read the name of a link's pin")?;
+            let to = self.pins.join(name);
             if !exists(&to)? {
                 let link = PinnedLink::from_pin(&pin)
                     .with_context(|| format!("open {}", pin.display()))?;

@@ -1,15 +1,13 @@
 //! Reads a region's file.
 
 use std::{
-    fs::{self, Metadata, OpenOptions},
-    io::Read as _,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    fs::{self, Metadata},
+    os::unix::fs::MetadataExt as _,
     path::Path,
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use nix::fcntl::OFlag;
 
 use crate::{
     policy::spelled,
@@ -18,7 +16,7 @@ use crate::{
         files::watch::Watcher,
         lists,
     },
-    threads,
+    threads, whole_file,
 };
 
 /// Longest file of prefixes, in bytes.
@@ -65,31 +63,12 @@ fn read_now(path: &Path, before: Option<&Version>, watcher: Option<&Watcher>) ->
 }
 
 fn read_once(path: &Path, before: Option<&Version>) -> Result<Answer> {
-    // Not opened first: opening a pipe waits for its writer.
     let metadata = fs::metadata(path)?;
     let version = stamp(path, &metadata).map(Version::File);
     if version.is_some() && before == version.as_ref() {
         return Ok(Answer::Unchanged { ask_again: None });
     }
-    ensure!(metadata.is_file(), "it is not a regular file");
-    // Nor if one has taken its place since.
-    let mut file = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(path)?;
-    let mut body = Vec::new();
-    (&mut file).take(MAX_FILE + 1).read_to_end(&mut body)?;
-    ensure!(
-        body.len() as u64 <= MAX_FILE,
-        "it is longer than {MAX_FILE} bytes"
-    );
-    // A file of another host, by a network file system, changes without an announcement.
-    let after = file.metadata()?;
-    let state = |metadata: &Metadata| (metadata.ino(), metadata.len(), metadata.modified().ok());
-    ensure!(
-        state(&metadata) == state(&after) && after.len() == body.len() as u64,
-        "it changed while it was read"
-    );
+    let body = whole_file::read(&mut whole_file::open(path)?, &metadata, MAX_FILE)?;
     Ok(Answer::Found(Found {
         prefixes: lists::read_file(&body)?,
         version,
