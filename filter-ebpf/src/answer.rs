@@ -27,7 +27,7 @@ const RST: u8 = 4;
 const PSH: u8 = 8;
 const ACK: u8 = 16;
 
-const TCP_HEADER: usize = 20;
+pub const TCP_HEADER: usize = 20;
 
 /// What is done with a refused packet.
 #[derive(Clone, Copy)]
@@ -259,4 +259,56 @@ fn folded(sum: u32) -> [u8; 2] {
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
     (!sum as u16).to_ne_bytes()
+}
+
+/// Hides the options of Multipath TCP (RFC 8684 section 3) of a segment whose TCP header, `transport` bytes into the
+/// packet, goes on until `end`: what they say of the stream cannot be judged, and both ends go on without them. Options that
+/// cannot be read stay. A global function, which the kernel verifies once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn hide_multipath(ctx: *mut xdp_md, transport: u32, end: u32) -> u32 {
+    let ctx = XdpContext::new(ctx);
+    hide(&ctx, transport as usize, end as usize)
+        .is_some()
+        .into()
+}
+
+#[inline(always)]
+fn hide(ctx: &XdpContext, transport: usize, end: usize) -> Option<()> {
+    const END: u8 = 0;
+    const NO_OPERATION: u8 = 1;
+    const MULTIPATH: u8 = 30;
+    /// An experiment's (RFC 4727): whoever does not take part skips it (RFC 9293 section 3.1).
+    const HIDDEN: u8 = 253;
+    const LONGEST: usize = 40;
+    let mut at = transport + TCP_HEADER;
+    for _ in 0..LONGEST {
+        if at >= end {
+            break;
+        }
+        let [kind] = load(ctx, at)?;
+        at += match kind {
+            END => break,
+            NO_OPERATION => 1,
+            _ => {
+                let [length] = load(ctx, at + 1)?;
+                if length < 2 {
+                    break;
+                }
+                if kind == MULTIPATH {
+                    let [old, new] = [MULTIPATH, HIDDEN].map(|kind| match (at - transport) % 2 {
+                        0 => u16::from_ne_bytes([kind, 0]),
+                        _ => u16::from_ne_bytes([0, kind]),
+                    });
+                    // RFC 1624 section 3.
+                    let sum = !u16::from_ne_bytes(load(ctx, transport + 16)?);
+                    let sum = u32::from(sum) + u32::from(!old) + u32::from(new);
+                    store(ctx, transport + 16, &folded(sum))?;
+                    store(ctx, at, &[HIDDEN])?;
+                }
+                length as usize
+            }
+        };
+    }
+    Some(())
 }

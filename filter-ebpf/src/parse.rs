@@ -604,8 +604,7 @@ pub fn flags(ctx: &XdpContext, segment: &Segment) -> Option<u32> {
     Some(u32::from(unsafe { byte::<FLAGS>(start) }))
 }
 
-/// Whether all of a segment is in its packet. Of IPv6 extension headers one is followed; a packet with more is taken for a
-/// fragment.
+/// Whether all of a segment is in its packet, rather than in fragments.
 #[inline(always)]
 pub fn is_whole(ctx: &XdpContext, place: &Place, is_v4: bool) -> bool {
     let Some(network) = network_offset(ctx, place, is_v4) else {
@@ -614,14 +613,26 @@ pub fn is_whole(ctx: &XdpContext, place: &Place, is_v4: bool) -> bool {
     if is_v4 {
         return load::<2>(ctx, network + 6).is_some_and(|[fragment, _]| fragment & 0x20 == 0);
     }
-    match load(ctx, network + 6) {
-        Some([TCP]) => true,
-        Some([next]) => match load(ctx, network + 40) {
-            Some([then, _, _, more]) => then == TCP && (next != FRAGMENT || more & 1 == 0),
-            None => false,
-        },
-        None => false,
+    let Some([mut next]) = load(ctx, network + 6) else {
+        return false;
+    };
+    let mut offset = network + 40;
+    for _ in 0..=MAX_EXTENSION_HEADERS {
+        if next == TCP {
+            return true;
+        }
+        let Some([then, length, _, fragment]) = load(ctx, offset) else {
+            return false;
+        };
+        offset += match next {
+            FRAGMENT if fragment & 1 != 0 => return false,
+            FRAGMENT => 8,
+            AUTHENTICATION => (length as usize + 2) * 4,
+            _ => (length as usize + 1) * 8,
+        };
+        next = then;
     }
+    false
 }
 
 /// Where the IP header is, of a packet that `parse` followed to its ports.

@@ -195,6 +195,9 @@ fn ending(ctx: &XdpContext, scratch: &mut Scratch) -> Option<Ending> {
             sequence: tcp.sequence,
         };
         note(&syn, scratch);
+        if is_guarded && !Guard(scratch.guard).of_connections().is_monitor() {
+            answer::hide_multipath(ctx.ctx, scratch.place.transport, tcp.payload);
+        }
         return None;
     }
     if !is_guarded {

@@ -29,7 +29,7 @@ use filter_common::{
 use crate::{
     parse::bytes_of,
     refuse, rules,
-    socket::{Segment, Socket, kernel, load, read_segment},
+    socket::{Segment, Socket, is_intact, kernel, load, read_segment},
 };
 
 /// The judgements of connections.
@@ -102,13 +102,18 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
         let (_, is_ours) = socket.namespace();
         return (is_ours && !rules::is_forced(socket.port())).into();
     }
-    let guard = match find_guard(skb) {
-        UNGUARDED => return PASS,
-        UNCLEAR => return DROP,
-        guard => Guard(guard as u32),
-    };
     let Some(segment) = Segment::get() else {
         return DROP;
+    };
+    let guard = match find_guard(skb) {
+        UNGUARDED => return PASS,
+        UNCLEAR => {
+            let guard = Guard::new(ANY_SLOT, false);
+            rules::count(guard, Reason::TlsUnclear as u32);
+            rules::sample_segment(segment, guard, Reason::TlsUnclear as u32, socket.interface());
+            return DROP;
+        }
+        guard => Guard(guard as u32),
     };
     let is_past = socket.received() >= JUDGED_BYTES;
     let refusal = if segment.is_urgent && !is_past {
@@ -156,8 +161,8 @@ fn judge_proof(socket: Socket) -> u32 {
     0
 }
 
-/// What `find_guard` returns where no guard is in force for the connection, or where one of two is: the client then
-/// sends its SYN again. A guard is less than either.
+/// What `find_guard` returns where no guard is in force for the connection, or where it may be one of two. A guard is less
+/// than either.
 const UNGUARDED: u64 = 1 << 32;
 const UNCLEAR: u64 = 2 << 32;
 
@@ -220,8 +225,9 @@ fn published(
         Some(through) if rules::guard_of(&through).is_some_and(|guard| guard.engine() != 0) => {
             let _ = PUBLISHED_SOCKETS.insert(published, through, 0);
         }
-        // Reached without a translation, as what is behind one need not be: none is there any more.
-        Some(through) if through == *own => {
+        // Reached without a translation, by anybody: none is there any more. A port with sources of its own may be
+        // reached both ways, and by who is not among them only by that which is judged.
+        Some(through) if through == *own && rules::guard_of(own).is_none() => {
             let _ = PUBLISHED_SOCKETS.remove(published);
         }
         _ => {}
@@ -439,6 +445,9 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         return PASSES;
     }
     let content = examine(socket, engine, segment, old, place);
+    if judgement.forms().and(content.forms).is_none() && is_intact(skb) == 0 {
+        return UNCLEAR;
+    }
     let forms = judgement.narrow(content.forms);
     if forms.is_none() {
         if judgement.count_once() {
@@ -507,6 +516,9 @@ fn judge_existing(
     if let Some([20..=23, 3, 0..=4, 0..=0x48, _]) = load::<u8, 5>(socket.skb, segment.data) {
         judgement.set_judged();
         return Reason::Allowed;
+    }
+    if is_intact(socket.skb) == 0 {
+        return Reason::TlsUnclear;
     }
     judgement.narrow(Forms::NONE);
     rules::count_fate(guard, Fate::Refused);

@@ -127,3 +127,29 @@ fn keepalive_before_the_opening_keeps_no_client_out() {
         }
     }
 }
+
+/// The program sees what TCP discards: a bit that fell over on the way.
+#[test]
+fn damaged_opening_keeps_no_client_out() {
+    let laboratory = Laboratory::new("damaged", "native");
+    for engine in [Engine::Postgresql, Engine::Mysql, Engine::Other] {
+        let mut server = laboratory.serve(engine);
+        for client in laboratory.clients() {
+            // Of every length modulo that of the parts that are summed up.
+            for length in (300..365).chain([1400]) {
+                let stream = openings(engine, length).remove(0);
+                let connection = client.open(engine.port());
+                let mut damaged = connection.data(0, &stream);
+                damaged.data[0] ^= 0x20;
+                damaged.wrong_checksum = true;
+                connection.send(&damaged);
+                connection.write(0, &stream);
+                server.wait_for(connection.from, &stream);
+                connection.reset(stream.len() as u32);
+                client.forget();
+            }
+        }
+        let counted = laboratory.connections(engine);
+        assert_eq!(counted, serde_json::json!({"tls": 2 * 66}), "{engine:?}");
+    }
+}

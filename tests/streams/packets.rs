@@ -5,7 +5,7 @@ use filter_tests::{
         AUTHENTICATION, DESTINATION_OPTIONS, Extension, HOP_BY_HOP, Packet, authentication,
         options, routing,
     },
-    net::{DB6, OTHER_DB4, RawClient, RawConnection},
+    net::{ACK, DB6, OTHER_DB4, RawClient, RawConnection, SYN},
 };
 
 use crate::{
@@ -186,6 +186,27 @@ fn source_route_hides_no_plaintext() {
                 };
                 try_form(&mut server, &client, false, &with);
             }
+        }
+    }
+}
+
+#[test]
+fn syn_behind_extension_headers_is_answered() {
+    let laboratory = Laboratory::new("syns", "native");
+    let client = laboratory.client(RAW6);
+    for engine in ENGINES {
+        let mut server = laboratory.serve(engine);
+        for headers in 0..5 {
+            let mut connection = client.connection(engine.port());
+            let mut packet = connection.packet(&connection.syn());
+            packet.extensions = vec![options(DESTINATION_OPTIONS, 0); headers];
+            client.send_frame(&packet.frame());
+            let answer = client.wait(|received| connection.is_mine(received));
+            assert!(answer.has(SYN | ACK), "{answer:?}");
+            connection.server_isn = answer.sequence;
+            connection.send(&connection.segment());
+            connection.write(0, &hello(300, 41));
+            server.wait_for(connection.from, &hello(300, 41));
         }
     }
 }
