@@ -327,6 +327,7 @@ databases:
     };
     let tls = dedicated.tls.unwrap();
     let cancel = tls.cancel_in_clear;
+    assert!(!tls.proxied);
     let unenforced = if tls.open_unenforced {
         "allow"
     } else {
@@ -345,6 +346,7 @@ databases:
         ("addresses", "all".into()),
         ("cluster", "empty".into()),
         ("cancel_in_clear", format!("`{cancel}`")),
+        ("proxy_protocol", "none".into()),
         ("monitor", format!("`{}`", dedicated.monitor)),
         ("internet", format!("`{internet}`")),
         (

@@ -149,6 +149,7 @@ fn every_field_of_a_policy_arrives() {
         cancel_in_clear: false,
         open_unenforced: true,
         monitor: false,
+        proxied: true,
     };
     assert_eq!((orders.tls, others.tls), (Some(tls), None));
     assert!(!orders.monitor && others.monitor);

@@ -116,6 +116,7 @@ impl Guard {
     const WIDE: u32 = 1 << 22;
     const UNENFORCED: u32 = 1 << 23;
     const TLS_MONITOR: u32 = 1 << 24;
+    const PROXIED: u32 = 1 << 25;
 
     pub const fn new(slot: u16, monitor: bool) -> Self {
         Self((slot as u32) << Self::SLOT_SHIFT | monitor as u32)
@@ -131,6 +132,11 @@ impl Guard {
     /// The same guard for a port where connections without TLS are counted, and let pass.
     pub const fn with_monitored_tls(self) -> Self {
         Self(self.0 | Self::TLS_MONITOR)
+    }
+
+    /// The same guard for a port where connections begin with a PROXY header.
+    pub const fn proxied(self) -> Self {
+        Self(self.0 | Self::PROXIED)
     }
 
     /// The same guard for a port that stays open where nothing judges its connections.
@@ -223,6 +229,20 @@ impl Guard {
 
     pub const fn cancel_in_clear(self) -> bool {
         self.0 & Self::CANCEL != 0
+    }
+
+    /// Whether a PROXY header comes before the opening.
+    pub const fn is_proxied(self) -> bool {
+        self.0 & Self::PROXIED != 0
+    }
+
+    /// A socket that has received so many bytes is not judged any more: past every decisive place.
+    pub const fn judged_bytes(self) -> u64 {
+        if self.is_proxied() {
+            MOST_JUDGED_BYTES
+        } else {
+            opening::PLACES as u64
+        }
     }
 }
 
@@ -376,6 +396,8 @@ pub struct Judgement {
     pub forms: u64,
     /// The decisive places that were let pass, a bit for each.
     pub seen: u64,
+    /// The PROXY header before the opening; zero: none was let pass yet.
+    pub header: u64,
 }
 
 impl Judgement {
@@ -403,8 +425,11 @@ impl Existing {
     }
 }
 
-/// A socket that has received so many bytes is not judged any more. Past every decisive place.
-pub const JUDGED_BYTES: u64 = opening::PLACES as u64;
+/// Longest PROXY header, in bytes. Those of load balancers are below 600.
+pub const MAX_PROXY_HEADER: u32 = 1024;
+
+/// The highest of `Guard::judged_bytes`.
+pub const MOST_JUDGED_BYTES: u64 = opening::PLACES as u64 + MAX_PROXY_HEADER as u64;
 
 /// Where the kernel keeps what it has no helper for, in bytes: found in its type information (BTF), which is of the
 /// running kernel.
@@ -519,10 +544,12 @@ pub enum Reason {
     TlsUnclear = 10,
     /// TLS is forced, and nothing judges connections.
     TlsUnenforced = 11,
+    /// TLS is forced behind a PROXY header, and the connection does not begin with one.
+    NoProxyHeader = 12,
 }
 
 impl Reason {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Allowed,
         Self::NotAllowed,
         Self::BadSource,
@@ -535,6 +562,7 @@ impl Reason {
         Self::NotTls,
         Self::TlsUnclear,
         Self::TlsUnenforced,
+        Self::NoProxyHeader,
     ];
 
     /// The name in output and metrics.
@@ -552,6 +580,7 @@ impl Reason {
             Self::NotTls => "not-tls",
             Self::TlsUnclear => "tls-unclear",
             Self::TlsUnenforced => "tls-unenforced",
+            Self::NoProxyHeader => "no-proxy-header",
         }
     }
 }
@@ -597,7 +626,8 @@ impl CounterRow {
     pub const fn of(layout: u32) -> Self {
         let (length, first_fate) = match layout {
             0..=3 => (16, 12),
-            4..=5 => (32, 27),
+            4 => (32, 27),
+            5 => (32, 24),
             // Of the build that tests upgrade to.
             _ => (64, 50),
         };
@@ -734,10 +764,10 @@ const _: () = {
     assert!(size_of::<Syn>() == 20);
     assert!(size_of::<Published>() == 24);
     assert!(size_of::<Client>() == 24);
-    assert!(size_of::<Judgement>() == 32);
+    assert!(size_of::<Judgement>() == 40);
     assert!(size_of::<Sample>() == 32);
-    // Room for 15 more reasons, and one more fate.
-    assert!(Reason::ALL.len() as u32 + 15 <= COUNTER_ROW.first_fate);
+    // Room for more reasons and fates.
+    assert!(Reason::ALL.len() as u32 + 10 <= COUNTER_ROW.first_fate);
     assert!(COUNTER_ROW.first_fate + (Fate::ALL.len() as u32) < COUNTER_ROW.length);
 };
 

@@ -6,6 +6,7 @@
 
 mod answer;
 mod parse;
+mod proxy;
 mod refuse;
 mod rules;
 mod scratch;

@@ -21,13 +21,14 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use filter_common::{
-    AMBIGUOUS, ANY_SLOT, Connection, Engine, Existing, Fate, Guard, HANDSHAKES, JUDGED_BYTES,
-    Judgement, LocalKey, PUBLISHED, Published, Reason,
+    AMBIGUOUS, ANY_SLOT, Connection, Engine, Existing, Fate, Guard, HANDSHAKES, Judgement,
+    LocalKey, MOST_JUDGED_BYTES, PUBLISHED, Published, Reason,
     opening::{Byte, Forms, OPENINGS, Opening, PLACES, opening_of},
 };
 
 use crate::{
     parse::bytes_of,
+    proxy::{self, Found, Header},
     refuse, rules,
     socket::{Segment, Socket, is_intact, kernel, load, read_segment},
 };
@@ -64,7 +65,7 @@ pub fn passes(skb: *mut __sk_buff) -> bool {
         return true;
     };
     // A socket that listens has received nothing.
-    if socket.received() >= JUDGED_BYTES {
+    if socket.received() >= MOST_JUDGED_BYTES {
         let existing = existing();
         let is_known = || judgement_of(socket.sk, None).is_some();
         if existing == Existing::NOTHING || existing == Existing::COUNTED && is_known() {
@@ -110,12 +111,17 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
         UNCLEAR => {
             let guard = Guard::new(ANY_SLOT, false);
             rules::count(guard, Reason::TlsUnclear as u32);
-            rules::sample_segment(segment, guard, Reason::TlsUnclear as u32, socket.interface());
+            rules::sample_segment(
+                segment,
+                guard,
+                Reason::TlsUnclear as u32,
+                socket.interface(),
+            );
             return DROP;
         }
         guard => Guard(guard as u32),
     };
-    let is_past = socket.received() >= JUDGED_BYTES;
+    let is_past = socket.received() >= guard.judged_bytes();
     let refusal = if segment.is_urgent && !is_past {
         // Urgent data is taken out of the stream, which moves what follows.
         Reason::TlsUnclear as u32
@@ -263,12 +269,21 @@ extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
     let Some(opening) = OPENINGS.get(opening_of(engine)).filter(|_| engine != MYSQL) else {
         return UNCLEAR;
     };
-    let content = examine(socket, engine, segment, 0, 0);
+    let header = match guard.is_proxied() {
+        false => 0,
+        true => match proxy::find(skb, segment.data, segment.length) {
+            Found::Header(header) if header.length() < segment.length => header.length(),
+            // With nothing behind it, it comes again, once the connection is the server's.
+            _ => return UNCLEAR,
+        },
+    };
+    let length = segment.length - header;
+    let content = examine(socket, engine, segment, header, 0);
     let forms = content.forms.and(allowed_forms(opening, guard));
     let is_whole = match forms {
         // Longer than a request: by what was received, one is told from the other later.
-        Forms::HELLO if engine == POSTGRESQL => segment.length > 8,
-        Forms::CANCEL => declared_length(socket.skb, segment) == Some(segment.length),
+        Forms::HELLO if engine == POSTGRESQL => length > 8,
+        Forms::CANCEL => declared_length(skb, segment.data + header) == Some(length),
         Forms::REQUEST | Forms::GSSENC if segment.length == 8 => return PASSES,
         _ => true,
     };
@@ -299,8 +314,8 @@ fn allowed_forms(opening: &Opening, guard: Guard) -> Forms {
 
 /// The length in the first four bytes of a PostgreSQL packet.
 #[inline(always)]
-fn declared_length(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
-    let [length] = load::<u32, 1>(skb, segment.data)?;
+fn declared_length(skb: *mut __sk_buff, at: u32) -> Option<u32> {
+    let [length] = load::<u32, 1>(skb, at)?;
     Some(u32::from_be(length))
 }
 
@@ -399,7 +414,7 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
     barrier();
     let received = socket.received();
     let judgement = match judgement_of(socket.sk, None) {
-        known if received >= JUDGED_BYTES => {
+        known if received >= guard.judged_bytes() => {
             return judge_existing(socket, segment, guard, next, known) as u32;
         }
         Some(judgement) => judgement,
@@ -409,13 +424,14 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
                 // What was let pass at the listener is about to be received.
                 0 if is_new || segments != 0 => return UNCLEAR,
                 0 => (next, forms, 0),
-                // A request for TLS or GSSAPI came with the end of the handshake.
+                // Judged as a whole with the end of the handshake, or from before TLS was forced.
+                _ if guard.is_proxied() => return PASSES,
+                // A request for TLS or GSSAPI came with it.
                 8 if engine == POSTGRESQL && answers > 0 => {
                     (next.wrapping_sub(8), Forms::REQUEST.or(Forms::GSSENC), 0xff)
                 }
                 1..=8 if engine == POSTGRESQL => return UNCLEAR,
                 1..=5 => return UNCLEAR,
-                // Judged as a whole then, or from before TLS was forced.
                 _ => return PASSES,
             };
             let mut new = Judgement {
@@ -423,6 +439,7 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
                 state: 0,
                 forms: forms.0,
                 seen,
+                header: 0,
             };
             // Another CPU may have been first: its values are as good.
             match judgement_of(socket.sk, Some(&mut new)) {
@@ -441,10 +458,23 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         .sequence
         .wrapping_add(old)
         .wrapping_sub(judgement.base());
-    if place >= PLACES as u32 {
+    let mut opens = Place { skip: old, place };
+    let mut reason = Reason::NotTls;
+    if guard.is_proxied() {
+        match behind_header(segment, opens, judgement, skb) {
+            Behind::Nothing => return PASSES,
+            Behind::Unclear => return UNCLEAR,
+            Behind::Opening(place) => opens = place,
+            Behind::NoHeader => reason = Reason::NoProxyHeader,
+        }
+    }
+    if opens.place >= PLACES as u32 {
         return PASSES;
     }
-    let content = examine(socket, engine, segment, old, place);
+    let content = match reason {
+        Reason::NotTls => examine(socket, engine, segment, opens.skip, opens.place),
+        _ => Content::NOTHING,
+    };
     if judgement.forms().and(content.forms).is_none() && is_intact(skb) == 0 {
         return UNCLEAR;
     }
@@ -456,13 +486,68 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         if !guard.is_monitor() {
             refuse::refuse(&segment.client(guard), next);
         }
-        return Reason::NotTls as u32;
+        return reason as u32;
     }
     let seen = judgement.see(content.seen);
     if opening.is_complete(forms, seen) && judgement.count_once() {
         rules::count_fate(guard, fate(forms));
     }
     PASSES
+}
+
+/// Where data begins: so many bytes into a segment, at this place of the stream, or of what is behind its header.
+#[derive(Clone, Copy)]
+struct Place {
+    skip: u32,
+    place: u32,
+}
+
+/// What a segment holds of a stream that begins with a PROXY header.
+enum Behind {
+    /// Bytes of the header that decide nothing.
+    Nothing,
+    Opening(Place),
+    /// It has to come again, whole or in its order.
+    Unclear,
+    NoHeader,
+}
+
+/// Finds what comes behind the PROXY header, which has to be the first that is let pass, in one segment as far as it decides
+/// where it ends.
+#[inline(always)]
+fn behind_header(
+    segment: &Segment,
+    from: Place,
+    judgement: JudgementPointer,
+    skb: *mut __sk_buff,
+) -> Behind {
+    let length = segment.length - from.skip;
+    let header = if from.place == 0 {
+        match proxy::find(skb, segment.data + from.skip, length) {
+            Found::Header(found) if judgement.set_header(found) == found.word() => found,
+            Found::Header(_) | Found::Cut => return Behind::Unclear,
+            Found::Nothing => return Behind::NoHeader,
+        }
+    } else {
+        match Header::of(judgement.header()) {
+            Some(header) if from.place >= header.length() || header.is_free(from.place) => header,
+            // Refused before.
+            None if judgement.forms().is_none() => return Behind::NoHeader,
+            _ => return Behind::Unclear,
+        }
+    };
+    if from.place >= header.length() {
+        let place = from.place - header.length();
+        return Behind::Opening(Place { place, ..from });
+    }
+    let rest = header.length() - from.place;
+    if length <= rest {
+        return Behind::Nothing;
+    }
+    Behind::Opening(Place {
+        skip: from.skip + rest,
+        place: 0,
+    })
 }
 
 /// Judges data of a connection whose beginning is past: one from before TLS was forced is counted, or judged by whether a
@@ -475,7 +560,8 @@ fn judge_existing(
     next: u32,
     known: Option<JudgementPointer>,
 ) -> Reason {
-    let judges = existing().has(Existing::JUDGED);
+    let existing = existing();
+    let judges = existing.has(Existing::JUDGED);
     if let Some(judgement) = known {
         if judgement.forms().is_none() {
             return Reason::NotTls;
@@ -484,11 +570,15 @@ fn judge_existing(
             return Reason::Allowed;
         }
     }
+    if existing == Existing::NOTHING {
+        return Reason::Allowed;
+    }
     let mut new = Judgement {
         base: next.into(),
         state: Judgement::COUNTED | Judgement::UNJUDGED,
         forms: u64::MAX,
         seen: 0,
+        header: 0,
     };
     if HANDSHAKES_JUDGED.get_ptr(segment.connection()).is_some() {
         new.state = Judgement::COUNTED;
@@ -534,6 +624,14 @@ struct Content {
     forms: Forms,
     /// The places, a bit for each.
     seen: u64,
+}
+
+impl Content {
+    /// What is no form's.
+    const NOTHING: Self = Self {
+        forms: Forms::NONE,
+        seen: 0,
+    };
 }
 
 /// Compares what is `skip` bytes into the segment's data, at `place` of the stream, below `PLACES`.
@@ -655,6 +753,28 @@ impl JudgementPointer {
             );
         }
         Forms(forms).and(to)
+    }
+
+    #[inline(always)]
+    fn header(self) -> u64 {
+        // SAFETY: as in `base`.
+        unsafe { read_volatile(&raw const (*self.0).header) }
+    }
+
+    /// Adds a header. Returns what there is then: several, if another one was added before.
+    #[inline(always)]
+    fn set_header(self, header: Header) -> u64 {
+        let mut before = header.word();
+        // SAFETY: as in `narrow`.
+        unsafe {
+            asm!(
+                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
+                inout(reg) before,
+                in(reg) &raw mut (*self.0).header,
+                options(nostack)
+            );
+        }
+        before | header.word()
     }
 
     /// Adds places to those seen. Returns all.

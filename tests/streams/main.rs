@@ -12,6 +12,7 @@ mod openings;
 mod overlaps;
 mod packets;
 mod policies;
+mod proxies;
 mod refusals;
 mod replayed;
 mod server;

@@ -110,6 +110,9 @@ impl Image {
                     if tls.monitor {
                         guard = guard.with_monitored_tls();
                     }
+                    if tls.proxied {
+                        guard = guard.proxied();
+                    }
                     if tls.open_unenforced {
                         guard = guard.open_unenforced();
                     }

@@ -88,6 +88,8 @@ pub struct Tls {
     pub open_unenforced: bool,
     /// Count connections that would be refused, and let them pass.
     pub monitor: bool,
+    /// Whether connections begin with a PROXY header.
+    pub proxied: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -48,6 +48,7 @@ pub(super) struct RawDatabase {
     force_tls: Option<bool>,
     tls_unenforced: Option<Unenforced>,
     cancel_in_clear: Option<bool>,
+    proxy_protocol: Option<ProxyProtocol>,
     monitor: Option<RawMonitor>,
     cluster: Option<Vec<String>>,
     rules: Option<Vec<Value>>,
@@ -106,6 +107,12 @@ enum Unenforced {
     Allow,
 }
 
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ProxyProtocol {
+    Required,
+}
+
 impl Reader<'_> {
     pub(super) fn database(
         &mut self,
@@ -150,6 +157,7 @@ impl Reader<'_> {
                         open_unenforced: monitors_tls
                             || raw.tls_unenforced == Some(Unenforced::Allow),
                         monitor: monitors_tls,
+                        proxied: raw.proxy_protocol.is_some(),
                     });
                 }
             }
@@ -161,6 +169,10 @@ impl Reader<'_> {
         if raw.tls_unenforced.is_some() && !force_tls {
             let message = "tls_unenforced is for databases where TLS is forced";
             self.problem(&at.key("tls_unenforced"), message);
+        }
+        if raw.proxy_protocol.is_some() && !force_tls {
+            let message = "proxy_protocol is for databases where TLS is forced";
+            self.problem(&at.key("proxy_protocol"), message);
         }
         let postgresql = matches!(raw.engine, Some(RawEngine::Postgresql));
         if raw.cancel_in_clear.is_some() && !(force_tls && postgresql) {
