@@ -524,6 +524,7 @@ fn behind_header(
     let length = segment.length - from.skip;
     let header = if from.place == 0 {
         match proxy::find(skb, segment.data + from.skip, length) {
+            Found::Header(_) if is_intact(skb) == 0 => return Behind::Unclear,
             Found::Header(found) if judgement.set_header(found) == found.word() => found,
             Found::Header(_) | Found::Cut => return Behind::Unclear,
             Found::Nothing => return Behind::NoHeader,

@@ -32,7 +32,9 @@ pub use hammer::{Hammer, under_load};
 pub use hosts::Net;
 pub use namespace::{Namespace, run_in};
 pub use policies::{dedicated, policy};
-pub use raw::{ACK, FIN, PSH, RST, RawClient, RawConnection, Received, SYN, Segment, URG};
+pub use raw::{
+    ACK, Checksum, FIN, PSH, RST, RawClient, RawConnection, Received, SYN, Segment, URG,
+};
 pub use tampering::Tampering;
 pub use tripwire::Protected;
 pub use wait::{PATIENCE, wait, wait_until};

@@ -43,7 +43,16 @@ pub struct Segment {
     /// Padded to words with end-of-options.
     pub options: Vec<u8>,
     pub data: Vec<u8>,
-    pub wrong_checksum: bool,
+    pub checksum: Checksum,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checksum {
+    Right,
+    /// By one bit.
+    Wrong,
+    /// Without the segment, as a sender has it that leaves the rest to its network card: wrong on a wire.
+    OfPseudoHeader,
 }
 
 impl Segment {
@@ -60,7 +69,11 @@ impl Segment {
         bytes.extend(self.urgent.to_be_bytes());
         bytes.extend(&options);
         bytes.extend(&self.data);
-        let sum = transport_checksum(addressing, &bytes) ^ u16::from(self.wrong_checksum);
+        let sum = match self.checksum {
+            Checksum::Right => transport_checksum(addressing, &bytes),
+            Checksum::Wrong => transport_checksum(addressing, &bytes) ^ 1,
+            Checksum::OfPseudoHeader => !transport_checksum(addressing, &vec![0; bytes.len()]),
+        };
         bytes[16..18].copy_from_slice(&sum.to_be_bytes());
         bytes
     }
@@ -257,7 +270,7 @@ impl RawConnection<'_> {
             urgent: 0,
             options: vec![],
             data: vec![],
-            wrong_checksum: false,
+            checksum: Checksum::Right,
         }
     }
 

@@ -1,6 +1,9 @@
 //! Correct openings, cut and ordered in ways that no client can be blamed for: the server reads them whole.
 
-use filter_tests::{frames::Rng, net::RawConnection};
+use filter_tests::{
+    frames::Rng,
+    net::{Checksum, RawConnection},
+};
 
 use crate::{
     laboratory::{Laboratory, RAW4, RAW6},
@@ -141,7 +144,7 @@ fn damaged_opening_keeps_no_client_out() {
                 let connection = client.open(engine.port());
                 let mut damaged = connection.data(0, &stream);
                 damaged.data[0] ^= 0x20;
-                damaged.wrong_checksum = true;
+                damaged.checksum = Checksum::Wrong;
                 connection.send(&damaged);
                 connection.write(0, &stream);
                 server.wait_for(connection.from, &stream);

@@ -2,7 +2,7 @@
 
 use filter_tests::{
     frames::Rng,
-    net::{RawClient, RawConnection},
+    net::{Checksum, RawClient, RawConnection},
 };
 
 use crate::{
@@ -207,10 +207,19 @@ fn connection_without_a_header_is_refused() {
     }
 }
 
-fn send_parts(connection: &RawConnection, parts: &[(usize, Vec<u8>)], order: &[usize]) {
-    for &number in order {
+/// Some with wrong checksums: what the program has seen, the server need not have read.
+fn send_parts(connection: &RawConnection, parts: &[(usize, Vec<u8>)], rng: &mut Rng) {
+    let mut order: Vec<_> = (0..parts.len()).chain(0..parts.len()).collect();
+    rng.shuffle(&mut order);
+    for number in order {
         let (place, part) = &parts[number];
-        connection.write(*place as u32, part);
+        let mut segment = connection.data(*place as u32, part);
+        segment.checksum = match rng.u8(0..6) {
+            0 => Checksum::Wrong,
+            1 | 2 => Checksum::OfPseudoHeader,
+            _ => Checksum::Right,
+        };
+        connection.send(&segment);
     }
 }
 
@@ -273,9 +282,7 @@ fn try_mixtures(server: &mut Server, client: &RawClient, rng: &mut Rng) {
     for parts in mixtures(engine) {
         for _ in 0..12 {
             let connection = client.open(engine.port());
-            let mut order: Vec<_> = (0..parts.len()).chain(0..parts.len()).collect();
-            rng.shuffle(&mut order);
-            send_parts(&connection, &parts, &order);
+            send_parts(&connection, &parts, rng);
             client.fence();
             assert_tls_only(server);
             for place in [0, 28, 45, 216] {
@@ -296,5 +303,24 @@ fn headers_that_disagree_bring_no_plaintext_in() {
         for client in laboratory.clients() {
             try_mixtures(&mut server, &client, &mut rng);
         }
+    }
+}
+
+/// As `cuts::damaged_opening_keeps_no_client_out`, in the length of a header.
+#[test]
+fn damaged_header_keeps_no_client_out() {
+    let laboratory = proxied("proxied-damaged", "native");
+    let engine = Engine::Postgresql;
+    let mut server = laboratory.serve(engine);
+    for client in laboratory.clients() {
+        let header = version_2(1, 0x11, &[7; 12]);
+        let stream = [&header[..], &openings(engine)[0]].concat();
+        let connection = client.open(engine.port());
+        let mut damaged = connection.data(0, &stream);
+        damaged.data[15] ^= 0x20;
+        damaged.checksum = Checksum::Wrong;
+        connection.send(&damaged);
+        connection.write(0, &stream);
+        server.wait_for_any(connection.from, &stream);
     }
 }

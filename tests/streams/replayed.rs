@@ -2,7 +2,7 @@
 
 use filter_tests::{
     frames::{HOP_BY_HOP, options},
-    net::{RawClient, RawConnection, Segment},
+    net::{Checksum, RawClient, RawConnection, Segment},
 };
 
 use crate::{
@@ -17,7 +17,7 @@ const ENGINE: Engine = Engine::Postgresql;
 fn send_broken(connection: &RawConnection, places: impl Iterator<Item = u32>) {
     for place in places {
         connection.send(&Segment {
-            wrong_checksum: true,
+            checksum: Checksum::Wrong,
             ..connection.data(place, &[b'x'; 60])
         });
     }
@@ -46,7 +46,7 @@ fn jumbo() {
         let client = laboratory.client(RAW6);
         let connection = client.open(ENGINE.port());
         let mut packet = connection.packet(&Segment {
-            wrong_checksum: true,
+            checksum: Checksum::Wrong,
             ..connection.data(0, &[b'x'; 15])
         });
         packet.extensions = vec![options(HOP_BY_HOP, 0)];
@@ -67,7 +67,7 @@ fn far() {
     for client in laboratory.clients() {
         let mut connection = client.connection(ENGINE.port());
         connection.send(&Segment {
-            wrong_checksum: true,
+            checksum: Checksum::Wrong,
             ..connection.syn()
         });
         // 2^31 bytes, by their places; then the SYN that counts, with the same number.
@@ -86,7 +86,7 @@ fn began() {
         let mut connection = client.connection(ENGINE.port());
         let isn = connection.isn;
         connection.send(&Segment {
-            wrong_checksum: true,
+            checksum: Checksum::Wrong,
             ..connection.syn()
         });
         connection.open();
@@ -113,7 +113,7 @@ fn lru() {
         let mut other = client.connection_from(number as u16, ENGINE.port());
         other.isn = number;
         other.send(&Segment {
-            wrong_checksum: true,
+            checksum: Checksum::Wrong,
             ..other.syn()
         });
     }
