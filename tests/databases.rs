@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -188,6 +188,11 @@ impl Maria {
             .args(["--no-defaults", "--user=mysql", "--bind-address=0.0.0.0"])
             .args(["--skip-name-resolve", "--innodb-flush-log-at-trx-commit=0"])
             .arg("--connect-timeout=600")
+            // Takes a PROXY header, and does without.
+            .arg(format!(
+                "--proxy-protocol-networks={}",
+                crate::net::ALLOWED4
+            ))
             .arg(format!("--datadir={}", data.display()))
             .arg(format!("--socket={}", home.join("socket").display()))
             .arg(format!("--pid-file={}", home.join("pid").display()))
@@ -219,6 +224,40 @@ pub fn mariadb(net: &Net, options: &[&str], query: &str) -> Result<String, Strin
         .args(options)
         .args(["--execute", query]);
     answer(&net.client.output(&mut command))
+}
+
+/// HAProxy at an allowed address, whose ports lead to MariaDB behind a PROXY header.
+pub struct Balancer {
+    _server: Server,
+}
+
+impl Balancer {
+    /// On loopback: with a header of version 1, and of version 2.
+    pub const PORTS: [u16; 2] = [3307, 3308];
+
+    pub fn start(net: &Net) -> Self {
+        let allowed = crate::net::ALLOWED4;
+        let mut text = "defaults\n mode tcp\n timeout connect 20s\n timeout client 20s\n timeout \
+                        server 20s\n"
+            .to_owned();
+        for (port, header) in Self::PORTS.into_iter().zip(["send-proxy", "send-proxy-v2"]) {
+            let server = format!("{DB4}:{}", Maria::PORT);
+            text += &format!(
+                "listen on{port}\n bind 127.0.0.1:{port}\n server db {server} {header} source {allowed}\n"
+            );
+        }
+        let configuration = net.dir().join("haproxy.cfg");
+        fs::write(&configuration, text).unwrap();
+        let mut server = Command::new("haproxy");
+        server.arg("-db").arg("-f").arg(configuration);
+        let server = Server::start(&net.client, server, &net.dir().join("haproxy.log"));
+        for port in Self::PORTS {
+            let listens = || TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
+            let listens = || net.client.run(listens);
+            assert!(wait_until(listens), "HAProxy does not start");
+        }
+        Self { _server: server }
+    }
 }
 
 pub struct Redis {

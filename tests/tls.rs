@@ -16,7 +16,7 @@ use filter_agent::{
     policy::Mode,
 };
 use filter_tests::{
-    databases::{Maria, Postgres, Redis, come_from, mariadb, psql, psql_at_home, redis},
+    databases::{Balancer, Maria, Postgres, Redis, come_from, mariadb, psql, psql_at_home, redis},
     net::{
         ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, PATIENCE,
         agent_binary, next_layout_binary, policy, wait_until,
@@ -146,6 +146,29 @@ fn mariadb_client_gets_in_with_tls_only() {
         mariadb(&net, &["--skip-ssl"], cipher).as_deref(),
         Ok("Ssl_cipher")
     );
+}
+
+/// Fault C13: every connection through such a balancer was refused.
+#[test]
+fn clients_of_a_load_balancer_get_in_with_tls_only() {
+    let database = forced("mysql", Maria::PORT, "proxy_protocol: required");
+    let mut net = start("tls-haproxy", "native", &database);
+    let _server = Maria::start(&net);
+    net.start();
+    let _balancer = Balancer::start(&net);
+    let query = "show status like 'Ssl_cipher'";
+    for port in Balancer::PORTS {
+        let at = ["--host=127.0.0.1", &format!("--port={port}")];
+        let encrypted = mariadb(&net, &[&at[..], &["--ssl"]].concat(), query).unwrap();
+        assert!(encrypted.len() > "Ssl_cipher\t".len(), "{encrypted}");
+        let error = mariadb(&net, &[&at[..], &["--skip-ssl"]].concat(), query).unwrap_err();
+        assert!(error.contains("TLS is required here"), "{error}");
+    }
+    // Past the balancer.
+    let error = mariadb(&net, &["--ssl"], query).unwrap_err();
+    assert!(!error.contains("TLS is required"), "{error}");
+    let dropped = &net.agent_json(&["status"])["databases"][0]["dropped"];
+    assert_eq!(dropped["no-proxy-header"], 1);
 }
 
 #[test]

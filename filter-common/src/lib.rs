@@ -129,6 +129,11 @@ impl Guard {
         Self(self.0 | (engine as u32) << Self::ENGINE_SHIFT | cancel)
     }
 
+    /// The same guard for a port where TLS is not forced.
+    pub const fn without_tls(self) -> Self {
+        Self(self.0 & !(0x7 << Self::ENGINE_SHIFT))
+    }
+
     /// The same guard for a port where connections without TLS are counted, and let pass.
     pub const fn with_monitored_tls(self) -> Self {
         Self(self.0 | Self::TLS_MONITOR)
@@ -370,6 +375,8 @@ impl Refusal {
     pub const ANSWERED: u32 = 1;
     /// A reset was sent to the server.
     pub const RESET_SENT: u32 = 2;
+    /// The answer is a reset without words: that TLS is required is not what the client has to be told.
+    pub const WORDLESS: u32 = 4;
 }
 
 /// Refused connections that are kept in mind: one that is forgotten is refused again.

@@ -8,7 +8,8 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    AMBIGUOUS, Address, Client, Guard, LocalKey, OUTSIDERS, Protocol, REFUSALS, Refusal, SYNS, Syn,
+    AMBIGUOUS, Address, Client, Guard, LocalKey, OUTSIDERS, Protocol, REFUSALS, Reason, Refusal,
+    SYNS, Syn,
 };
 
 use crate::{
@@ -87,10 +88,14 @@ pub fn note_outsider(source: &Address) {
 
 /// Notes a connection as refused. `next`: the sequence number that the server expects.
 #[inline(always)]
-pub fn refuse(client: &Client, next: u32) {
+pub fn refuse(client: &Client, next: u32, reason: Reason) {
     // A client that was noted before keeps the state of its ending.
     if REFUSED.get_ptr(client).is_none() {
-        let _ = REFUSED.insert(client, Refusal { next, state: 0 }, 0);
+        let state = match reason {
+            Reason::NotTls => 0,
+            _ => Refusal::WORDLESS,
+        };
+        let _ = REFUSED.insert(client, Refusal { next, state }, 0);
     }
     let _ = REFUSING.set(0, 1, 0);
 }
@@ -221,7 +226,11 @@ fn ending(ctx: &XdpContext, scratch: &mut Scratch) -> Option<Ending> {
     if !(-LARGEST_SEGMENT..LARGEST_WINDOW).contains(&distance) {
         return None;
     }
-    let (state, ending) = match state {
+    let wordless = state & Refusal::WORDLESS;
+    if wordless != 0 {
+        scratch.guard = Guard(scratch.guard).without_tls().0;
+    }
+    let (state, ending) = match state & !wordless {
         0 if tcp.length != 0 => (Refusal::ANSWERED, Ending::ToClient),
         0 => return None,
         // Reset and emptied packets alternate, since either may be lost.
@@ -231,7 +240,7 @@ fn ending(ctx: &XdpContext, scratch: &mut Scratch) -> Option<Ending> {
     };
     // SAFETY: as above.
     unsafe {
-        (*refusal).state = state;
+        (*refusal).state = state | wordless;
     }
     Some(ending)
 }

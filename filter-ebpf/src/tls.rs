@@ -484,7 +484,7 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
             rules::count_fate(guard, Fate::Refused);
         }
         if !guard.is_monitor() {
-            refuse::refuse(&segment.client(guard), next);
+            refuse::refuse(&segment.client(guard), next, reason);
         }
         return reason as u32;
     }
@@ -614,7 +614,7 @@ fn judge_existing(
     judgement.narrow(Forms::NONE);
     rules::count_fate(guard, Fate::Refused);
     if !guard.is_monitor() {
-        refuse::refuse(&segment.client(guard), next);
+        refuse::refuse(&segment.client(guard), next, Reason::NotTls);
     }
     Reason::NotTls
 }

@@ -34,8 +34,9 @@ const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 13] = [
+const RUN_PACKAGES: [&str; 14] = [
     "bpftool",
+    "haproxy",
     "iproute2",
     "knot",
     "libseccomp-dev",
