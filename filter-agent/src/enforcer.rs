@@ -1,6 +1,8 @@
 //! The thread that owns the filter. It alone writes to the kernel, one job after another, so that the main loop
 //! never waits for the kernel. Between jobs it checks and repairs what is attached.
 
+mod tls;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -14,13 +16,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
-use filter_common::Existing;
+use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use crate::{
-    compile::Compiled,
     drops::Drops,
     host::{
         Interface, Netlink,
@@ -32,7 +32,6 @@ use crate::{
         links::Attached,
     },
     log::Entry,
-    policy::Policy,
     reconcile::{
         self, Committed, Desired, Facts, InForce, Occasion, Refused, counted, describe_attachment,
         list,
@@ -42,15 +41,6 @@ use crate::{
 
 /// Time that a job may take before the thread counts as stuck: a million prefixes take a few seconds.
 const STUCK_AFTER: Duration = Duration::from_secs(60);
-
-/// Time for which connections from before TLS was forced are counted: each when it first sends something. All
-/// connections of the host pay for it.
-const COUNTING_TIME: Duration = Duration::from_secs(600);
-
-/// What the errors of judging connections are about.
-const TLS: &str = "tls";
-const LINK: &str = "the link of the program that judges connections";
-const PROOF: &str = "the agent's own connection";
 
 /// Time allowed for a list of the host's interfaces. A look that was given up is an error.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -72,6 +62,9 @@ pub struct Enforcer {
     probe_round: u64,
     /// A listed interface that is a port of a bridge.
     bridged: Option<String>,
+    /// What was counted of connections where TLS is forced, by database; and the databases whose connections are lost.
+    seen: BTreeMap<String, tls::Seen>,
+    lost: Vec<String>,
     /// Until when connections from before TLS was forced are counted.
     counting_until: Option<Instant>,
     /// The checks must not attach again.
@@ -103,6 +96,8 @@ pub struct Observed {
     pub repairs: u64,
     pub verified: report::Verified,
     pub complaints: Vec<String>,
+    /// Databases whose connections begin and never arrive.
+    pub lost: Vec<String>,
 }
 
 /// Reads the host's interfaces over one socket that stays open: a host that runs out of descriptors must not
@@ -169,6 +164,8 @@ impl Enforcer {
             repairs: 0,
             probe_round: 0,
             bridged: None,
+            seen: BTreeMap::new(),
+            lost: Vec::new(),
             counting_until: None,
             is_detached: false,
         })
@@ -336,12 +333,14 @@ impl Enforcer {
         }
         let compiled = self.in_force.compiled.clone();
         // Each second where all is well; what the kernel refuses is tried again at a thorough check.
-        if thorough || !self.complaints.contains_key(TLS) {
+        if thorough || !self.complaints.contains_key(tls::TLS) {
             self.hold_tls(&compiled, thorough, &mut entries);
         }
         if thorough {
             let ended = self.end_tls_searches();
             self.note("refused connections", ended, &mut entries);
+            let looked = self.look_for_lost(&mut entries);
+            self.note("connections that arrive", looked, &mut entries);
         }
         if thorough || self.lost_an_interface() {
             let attached = self.heal(&mut entries);
@@ -372,89 +371,6 @@ impl Enforcer {
                 self.complaints.insert(what, error);
             }
         }
-    }
-
-    /// Notes what of the host decides how connections are judged.
-    fn note_host(&mut self, policy: &Policy, host: &[Interface], entries: &mut Vec<Entry>) {
-        let coverage = Coverage::of(policy, &self.in_force.remembered, host);
-        let mut bridged = coverage.present.iter().filter(|i| i.is_bridge_port);
-        self.bridged = bridged.next().map(|interface| interface.name.clone());
-        let is_local = |interface: &&Interface| {
-            !interface.loopback && !interface.default_route && !coverage.is_present(interface.index)
-        };
-        let local = host.iter().filter(is_local);
-        let networks = local.flat_map(|interface| interface.networks.iter().copied());
-        let written = self.filter.set_local_networks(&networks.collect());
-        self.note("local networks", written, entries);
-    }
-
-    /// Has connections judged where TLS is forced, or closes the ports where it is and nothing judges them. `prove`: tries
-    /// it out.
-    fn hold_tls(&mut self, compiled: &Compiled, prove: bool, entries: &mut Vec<Entry>) {
-        let held = if compiled.forces_tls() {
-            self.judge_connections(prove, entries)
-        } else {
-            let detached = self.filter.detach_hook();
-            detached.and_then(|()| self.filter.set_judged(false))
-        };
-        let held = held.map_err(|error| match self.filter.set_judged(false) {
-            Ok(()) => error.context(
-                "TLS cannot be enforced; where it is forced, ports are closed but for `cluster`, and \
-                 for databases with `tls_unenforced: allow`",
-            ),
-            Err(more) => more.context(format!("TLS cannot be enforced: {error:#}")),
-        });
-        self.note(TLS, held, entries);
-    }
-
-    /// # Errors
-    /// Connections are certainly not judged. A look that failed, or took too long, is none: it proves nothing, and must
-    /// not close a port.
-    fn judge_connections(&mut self, prove: bool, entries: &mut Vec<Entry>) -> Result<()> {
-        if let Some(name) = &self.bridged {
-            bail!(
-                "{name} is a port of a bridge: connections may end in machines behind it, whose sockets are not on \
-                 this host"
-            );
-        }
-        // That a pin cannot be looked at does not say that it is gone.
-        let has_hook = self.filter.has_hook().unwrap_or(true);
-        let was_judged = self.filter.is_judged() && has_hook;
-        let attached = match self.filter.is_hook_whole() {
-            Ok(true) => Ok(false),
-            Ok(false) => self.filter.attach_hook().map(|()| true),
-            Err(error) => Err(error),
-        };
-        let is_new = match attached {
-            // What is attached goes on judging.
-            Err(error) if was_judged => {
-                self.note(LINK, Err(error), entries);
-                return Ok(());
-            }
-            attached => attached?,
-        };
-        self.note(LINK, Ok(()), entries);
-        if was_judged && !is_new && !prove {
-            return Ok(());
-        }
-        let mut proof = self.filter.prove_hook();
-        if let Ok(false) = proof {
-            // A link that was detached by force is pinned still.
-            self.filter.attach_hook()?;
-            proof = self.filter.prove_hook();
-        }
-        let proof = match proof {
-            Err(error) if was_judged => Err(error),
-            is_judged => {
-                ensure!(
-                    is_judged?,
-                    "a connection of the agent's own was not judged, although the program is attached"
-                );
-                Ok(())
-            }
-        };
-        self.note(PROOF, proof, entries);
-        self.filter.set_judged(true)
     }
 
     /// Whether an interface that was filtered runs another program now, or none; that it cannot be seen counts
@@ -579,6 +495,7 @@ impl Enforcer {
         let complaints = complaints.map(|(what, error)| format!("{what}: {error}"));
         let observed = Observed {
             complaints: complaints.collect(),
+            lost: self.lost.clone(),
             in_force: self.in_force.clone(),
             host: self.netlink.interfaces()?,
             pinned: self.filter.pinned()?,
@@ -610,44 +527,6 @@ impl Enforcer {
         self.in_force.check_database(database)?;
         self.collect_drops()?;
         Ok(self.drops.report(&self.filter.counts()?, database))
-    }
-
-    /// Judges the connections that were under way before TLS was forced by what they send next.
-    ///
-    /// # Errors
-    /// The kernel refuses a write.
-    pub fn judge_existing(&mut self) -> Result<()> {
-        self.counting_until = None;
-        self.filter.set_existing(Existing::JUDGED)
-    }
-
-    /// Counts connections from before TLS was forced on a database of the new policy, for a while.
-    fn count_existing(&mut self, compiled: &Compiled) -> Result<()> {
-        let mut databases = compiled.databases.iter();
-        let is_new =
-            databases.any(|(name, entries)| entries.tls.is_some() && !self.filter.forces_tls(name));
-        let existing = self.filter.existing()?;
-        if is_new || existing == Existing::COUNTED {
-            self.counting_until
-                .get_or_insert(Instant::now() + COUNTING_TIME);
-        }
-        // Also where connections of other databases are judged: those of this one are not, unless that is asked for.
-        if is_new {
-            self.filter.set_existing(Existing::COUNTED)?;
-        }
-        Ok(())
-    }
-
-    /// Ends what makes packets of judged connections dearer, once it has served.
-    fn end_tls_searches(&mut self) -> Result<()> {
-        if self
-            .counting_until
-            .is_some_and(|until| until <= Instant::now())
-        {
-            self.filter.set_existing(Existing::NOTHING)?;
-            self.counting_until = None;
-        }
-        self.filter.end_refusing()
     }
 
     /// Stops filtering. Returns the names of the interfaces that are no longer filtered.

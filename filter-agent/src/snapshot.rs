@@ -52,6 +52,7 @@ impl Snapshot {
         warnings.extend(coverage.warnings(host));
         warnings.extend(unlisted(policy, &coverage, pinned, host));
         warnings.extend(self.region_warnings());
+        warnings.extend(observed.lost.iter().cloned());
         warnings.extend(self.unsaved.iter().cloned());
         let mut not_enforced = coverage.not_enforced(pinned, *ours);
         for error in &observed.verified.errors {

@@ -194,9 +194,14 @@ impl Guard {
         (self.0 & (Self::SLOT | Self::MONITOR)) * COUNTER_ROW.length + reason
     }
 
-    /// Index of the counter of a fate, by the number of the `Fate`.
-    pub const fn fate_counter(self, fate: u32) -> u32 {
-        self.counter(COUNTER_ROW.first_fate + fate)
+    /// Index of the counter of a fate.
+    pub const fn fate_counter(self, fate: Fate) -> u32 {
+        self.counter(COUNTER_ROW.first_fate + fate as u32)
+    }
+
+    /// Index of the counter of connections at a stage.
+    pub const fn stage_counter(self, stage: Stage) -> u32 {
+        self.counter(COUNTER_ROW.first_stage() + stage as u32)
     }
 
     pub const fn is_by_address(self) -> bool {
@@ -621,7 +626,7 @@ pub const SAMPLE_PLACES: u32 = 64;
 pub const SAMPLES_GRANTED: u32 = 4;
 
 /// The counters of a slot: a row of what was enforced, then one of what was only monitored. A row has the
-/// reasons of packets first, and from `first_fate` on the fates of connections.
+/// reasons of packets first, from `first_fate` on the fates of connections, and then their stages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CounterRow {
     pub length: u32,
@@ -655,6 +660,15 @@ impl CounterRow {
     /// Index of the counter of a reason.
     pub const fn reason(self, slot: u16, reason: Reason, monitored: bool) -> u32 {
         (slot as u32 * 2 + monitored as u32) * self.length + reason as u32
+    }
+
+    const fn first_stage(self) -> u32 {
+        self.first_fate + Fate::ALL.len() as u32
+    }
+
+    /// Index of the counter of connections at a stage.
+    pub const fn stage(self, slot: u16, stage: Stage, monitored: bool) -> u32 {
+        (slot as u32 * 2 + monitored as u32) * self.length + self.first_stage() + stage as u32
     }
 
     /// Index of the counter of a fate.
@@ -696,6 +710,21 @@ impl Fate {
             Self::Refused => "refused",
         }
     }
+}
+
+/// How far a connection to a port where TLS is forced has come. That one begins, and none arrives, says that connections
+/// are not judged here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Stage {
+    /// Its SYN was let pass at the interface.
+    Begun = 0,
+    /// Its SYN, or that again, was for a socket of this host.
+    Arrived = 1,
+}
+
+impl Stage {
+    pub const ALL: [Self; 2] = [Self::Begun, Self::Arrived];
 }
 
 /// Entries of the map of hits.
@@ -775,7 +804,7 @@ const _: () = {
     assert!(size_of::<Sample>() == 32);
     // Room for more reasons and fates.
     assert!(Reason::ALL.len() as u32 + 10 <= COUNTER_ROW.first_fate);
-    assert!(COUNTER_ROW.first_fate + (Fate::ALL.len() as u32) < COUNTER_ROW.length);
+    assert!(COUNTER_ROW.first_stage() + (Stage::ALL.len() as u32) < COUNTER_ROW.length);
 };
 
 #[cfg(feature = "user")]

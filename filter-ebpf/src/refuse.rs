@@ -9,12 +9,13 @@ use aya_ebpf::{
 };
 use filter_common::{
     AMBIGUOUS, Address, Client, Guard, LocalKey, OUTSIDERS, Protocol, REFUSALS, Reason, Refusal,
-    SYNS, Syn,
+    SYNS, Stage, Syn,
 };
 
 use crate::{
     answer::{self, Ending},
     parse::{self, Segment},
+    rules,
     scratch::{Scratch, scratch},
 };
 
@@ -199,8 +200,11 @@ fn ending(ctx: &XdpContext, scratch: &mut Scratch) -> Option<Ending> {
             source: scratch.source,
             sequence: tcp.sequence,
         };
-        note(&syn, scratch);
-        if is_guarded && !Guard(scratch.guard).of_connections().is_monitor() {
+        let guard = Guard(scratch.guard);
+        if note(&syn, scratch) && is_guarded {
+            rules::count_stage(guard, Stage::Begun);
+        }
+        if is_guarded && !guard.of_connections().is_monitor() {
             answer::hide_multipath(ctx.ctx, scratch.place.transport, tcp.payload);
         }
         return None;
@@ -245,25 +249,24 @@ fn ending(ctx: &XdpContext, scratch: &mut Scratch) -> Option<Ending> {
     Some(ending)
 }
 
-/// Notes a SYN. What looks the same and went to another port was sent to deceive: neither counts.
+/// Notes a SYN. What looks the same and went to another port was sent to deceive: neither counts. Returns whether none was
+/// noted that looks the same.
 #[inline(always)]
-fn note(syn: &Syn, scratch: &mut Scratch) {
+fn note(syn: &Syn, scratch: &mut Scratch) -> bool {
     let mut through = LocalKey {
         address: parse::bytes_of(&scratch.destination),
         port: scratch.port,
     };
-    if let Some(before) = noted(syn) {
-        if before == through {
-            return;
-        }
-        through.port = AMBIGUOUS;
-        let _ = SYNS_PASSED.insert(syn, through, 0);
-    } else if SYNS_PASSED
-        .insert(syn, through, BPF_NOEXIST.into())
-        .is_err()
-    {
-        // Another CPU noted one that looks the same, in this moment; or the map takes none, and nothing is noted.
-        through.port = AMBIGUOUS;
-        let _ = SYNS_PASSED.insert(syn, through, 0);
+    let before = noted(syn);
+    if before.is_some_and(|before| before == through) {
+        return false;
     }
+    if before.is_none() && SYNS_PASSED.insert(syn, through, BPF_NOEXIST.into()).is_ok() {
+        return true;
+    }
+    // Of two ports; or another CPU noted one that looks the same, in this moment; or the map takes none, and nothing is
+    // noted.
+    through.port = AMBIGUOUS;
+    let _ = SYNS_PASSED.insert(syn, through, 0);
+    false
 }

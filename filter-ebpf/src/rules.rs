@@ -15,8 +15,8 @@ use filter_common::{
     ANY_SLOT, Address, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, CacheEntry,
     DEFAULT_MAX_PREFIXES, EXEMPT, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT,
     NO_RULE, Name, PORTS, Port, Protocol, RULE_IDS, Reason, SAMPLE_PLACES, SAMPLE_RING_BYTES,
-    SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6, bloom_place, is_bad_source4,
-    is_bad_source6, mapped, port_index, slot_key,
+    SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6, Stage, bloom_place,
+    is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
 };
 
 use crate::{
@@ -459,7 +459,13 @@ fn send(source: [u64; 2], what: u32, guard: Guard, interface: u32) {
 /// Counts a connection.
 #[inline(always)]
 pub fn count_fate(guard: Guard, fate: Fate) {
-    increment(COUNTS.get_ptr_mut(guard.fate_counter(fate as u32)));
+    increment(COUNTS.get_ptr_mut(guard.fate_counter(fate)));
+}
+
+/// Counts a connection at a stage.
+#[inline(always)]
+pub fn count_stage(guard: Guard, stage: Stage) {
+    increment(COUNTS.get_ptr_mut(guard.stage_counter(stage)));
 }
 
 #[inline(always)]

@@ -22,7 +22,7 @@ use aya_ebpf::{
 };
 use filter_common::{
     AMBIGUOUS, ANY_SLOT, Connection, Engine, Existing, Fate, Guard, HANDSHAKES, Judgement,
-    LocalKey, MOST_JUDGED_BYTES, PUBLISHED, Published, Reason,
+    LocalKey, MOST_JUDGED_BYTES, PUBLISHED, Published, Reason, Stage,
     opening::{Byte, Forms, OPENINGS, Opening, PLACES, opening_of},
 };
 
@@ -206,7 +206,13 @@ extern "C" fn find_guard(skb: *mut __sk_buff) -> u64 {
         // What clients of this host's own say to each other is not judged.
         Some(_) if refuse::is_local_client(&segment.source) => UNGUARDED,
         Some(guard) if rules::is_exempt(guard, segment.is_v4, &segment.source) => UNGUARDED,
-        Some(guard) => guard.of_connections().0.into(),
+        Some(guard) => {
+            let guard = guard.of_connections();
+            if noted.is_some() {
+                rules::count_stage(guard, Stage::Arrived);
+            }
+            guard.0.into()
+        }
         None => UNGUARDED,
     }
 }

@@ -7,7 +7,9 @@ use aya::{
     maps::{Array, Map, MapData, MapInfo, PerCpuArray, PerCpuValues},
     util::nr_cpus,
 };
-use filter_common::{ANY_SLOT, COUNTER_ROW, COUNTERS, CounterRow, Fate, Name, Reason, hit_index};
+use filter_common::{
+    ANY_SLOT, COUNTER_ROW, COUNTERS, CounterRow, Fate, Name, Reason, Stage, hit_index,
+};
 
 use crate::kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps, pins::exists};
 
@@ -75,6 +77,18 @@ impl Maps {
             }
         }
         Ok(fates)
+    }
+
+    /// Connections to a database that came to each stage.
+    pub(super) fn stages(&self, slot: u16) -> Result<[u64; Stage::ALL.len()]> {
+        let mut connections = [0; Stage::ALL.len()];
+        for (stage, connections) in Stage::ALL.into_iter().zip(&mut connections) {
+            for monitored in [false, true] {
+                let index = COUNTER_ROW.stage(slot, stage, monitored);
+                *connections += self.count(&self.counts, index, index)?;
+            }
+        }
+        Ok(connections)
     }
 
     /// Packets allowed, by database and text of the rule's key.

@@ -228,6 +228,12 @@ impl Filter {
         self.maps.counts(&self.image)
     }
 
+    /// Connections to a database that began at an interface, and that arrived at a socket of this host.
+    pub fn stages(&self, database: &str) -> Result<[u64; 2]> {
+        let slot = self.image.slot(database);
+        slot.map_or(Ok([0; 2]), |slot| self.maps.stages(slot))
+    }
+
     /// Connections counted since the maps were made.
     pub fn fates(&self) -> Result<Fates> {
         self.maps.fates(&self.image)

@@ -1,0 +1,248 @@
+//! Forced TLS: has connections judged at their sockets, and closes ports where they cannot be.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use filter_common::Existing;
+
+use super::Enforcer;
+use crate::{
+    compile::Compiled,
+    host::{Interface, coverage::Coverage},
+    log::Entry,
+    policy::Policy,
+};
+
+/// Time for which connections from before TLS was forced are counted: each when it first sends something. All
+/// connections of the host pay for it.
+const COUNTING_TIME: Duration = Duration::from_secs(600);
+
+/// What the errors of judging connections are about.
+pub(super) const TLS: &str = "tls";
+const LINK: &str = "the link of the program that judges connections";
+const PROOF: &str = "the agent's own connection";
+
+/// Connections that begin and do not arrive are reported after this time, so that none is under way; and how many it
+/// takes: others are of a server that starts.
+const LOST_AFTER: Duration = Duration::from_secs(20);
+const FEWEST_LOST: u64 = 3;
+
+/// Connections to a database that began at an interface, and that arrived at a socket of this host.
+pub(super) struct Seen {
+    stages: [u64; 2],
+    /// Since when none has arrived although some have begun, and how many had begun before.
+    lost: Option<(Instant, u64)>,
+}
+
+impl Seen {
+    pub(super) fn new(stages: [u64; 2]) -> Self {
+        Self { stages, lost: None }
+    }
+
+    /// Returns whether none has arrived for long.
+    fn look(&mut self, stages: [u64; 2], now: Instant) -> bool {
+        let [before, arrived] = self.stages;
+        let [begun, _] = stages;
+        self.stages = stages;
+        if stages[1] != arrived || begun < before {
+            self.lost = None;
+        } else if begun > before {
+            self.lost.get_or_insert((now, before));
+        }
+        let is_long = |(since, before)| now - since >= LOST_AFTER && begun - before >= FEWEST_LOST;
+        self.lost.is_some_and(is_long)
+    }
+}
+
+impl Enforcer {
+    /// Notes what of the host decides how connections are judged.
+    pub(super) fn note_host(
+        &mut self,
+        policy: &Policy,
+        host: &[Interface],
+        entries: &mut Vec<Entry>,
+    ) {
+        let coverage = Coverage::of(policy, &self.in_force.remembered, host);
+        let mut bridged = coverage.present.iter().filter(|i| i.is_bridge_port);
+        self.bridged = bridged.next().map(|interface| interface.name.clone());
+        let is_local = |interface: &&Interface| {
+            !interface.loopback && !interface.default_route && !coverage.is_present(interface.index)
+        };
+        let local = host.iter().filter(is_local);
+        let networks = local.flat_map(|interface| interface.networks.iter().copied());
+        let written = self.filter.set_local_networks(&networks.collect());
+        self.note("local networks", written, entries);
+    }
+
+    /// Has connections judged where TLS is forced, or closes the ports where it is and nothing judges them. `prove`: tries
+    /// it out.
+    pub(super) fn hold_tls(&mut self, compiled: &Compiled, prove: bool, entries: &mut Vec<Entry>) {
+        let held = if compiled.forces_tls() {
+            self.judge_connections(prove, entries)
+        } else {
+            let detached = self.filter.detach_hook();
+            detached.and_then(|()| self.filter.set_judged(false))
+        };
+        let held = held.map_err(|error| match self.filter.set_judged(false) {
+            Ok(()) => error.context(
+                "TLS cannot be enforced; where it is forced, ports are closed but for `cluster`, and \
+                 for databases with `tls_unenforced: allow`",
+            ),
+            Err(more) => more.context(format!("TLS cannot be enforced: {error:#}")),
+        });
+        self.note(TLS, held, entries);
+    }
+
+    /// # Errors
+    /// Connections are certainly not judged. A look that failed, or took too long, is none: it proves nothing, and must
+    /// not close a port.
+    pub(super) fn judge_connections(
+        &mut self,
+        prove: bool,
+        entries: &mut Vec<Entry>,
+    ) -> Result<()> {
+        if let Some(name) = &self.bridged {
+            bail!(
+                "{name} is a port of a bridge: connections may end in machines behind it, whose sockets are not on \
+                 this host"
+            );
+        }
+        // That a pin cannot be looked at does not say that it is gone.
+        let has_hook = self.filter.has_hook().unwrap_or(true);
+        let was_judged = self.filter.is_judged() && has_hook;
+        let attached = match self.filter.is_hook_whole() {
+            Ok(true) => Ok(false),
+            Ok(false) => self.filter.attach_hook().map(|()| true),
+            Err(error) => Err(error),
+        };
+        let is_new = match attached {
+            // What is attached goes on judging.
+            Err(error) if was_judged => {
+                self.note(LINK, Err(error), entries);
+                return Ok(());
+            }
+            attached => attached?,
+        };
+        self.note(LINK, Ok(()), entries);
+        if was_judged && !is_new && !prove {
+            return Ok(());
+        }
+        let mut proof = self.filter.prove_hook();
+        if let Ok(false) = proof {
+            // A link that was detached by force is pinned still.
+            self.filter.attach_hook()?;
+            proof = self.filter.prove_hook();
+        }
+        let proof = match proof {
+            Err(error) if was_judged => Err(error),
+            is_judged => {
+                ensure!(
+                    is_judged?,
+                    "a connection of the agent's own was not judged, although the program is attached"
+                );
+                Ok(())
+            }
+        };
+        self.note(PROOF, proof, entries);
+        self.filter.set_judged(true)
+    }
+
+    /// Judges the connections that were under way before TLS was forced by what they send next.
+    ///
+    /// # Errors
+    /// The kernel refuses a write.
+    pub fn judge_existing(&mut self) -> Result<()> {
+        self.counting_until = None;
+        self.filter.set_existing(Existing::JUDGED)
+    }
+
+    /// Counts connections from before TLS was forced on a database of the new policy, for a while.
+    pub(super) fn count_existing(&mut self, compiled: &Compiled) -> Result<()> {
+        let mut databases = compiled.databases.iter();
+        let is_new =
+            databases.any(|(name, entries)| entries.tls.is_some() && !self.filter.forces_tls(name));
+        let existing = self.filter.existing()?;
+        if is_new || existing == Existing::COUNTED {
+            self.counting_until
+                .get_or_insert(Instant::now() + COUNTING_TIME);
+        }
+        // Also where connections of other databases are judged: those of this one are not, unless that is asked for.
+        if is_new {
+            self.filter.set_existing(Existing::COUNTED)?;
+        }
+        Ok(())
+    }
+
+    /// Ends what makes packets of judged connections dearer, once it has served.
+    pub(super) fn end_tls_searches(&mut self) -> Result<()> {
+        if self
+            .counting_until
+            .is_some_and(|until| until <= Instant::now())
+        {
+            self.filter.set_existing(Existing::NOTHING)?;
+            self.counting_until = None;
+        }
+        self.filter.end_refusing()
+    }
+
+    /// Looks for databases whose connections begin and never arrive. Packets cannot close anything: anybody who is allowed may
+    /// send them.
+    pub(super) fn look_for_lost(&mut self, entries: &mut Vec<Entry>) -> Result<()> {
+        let mut lost = Vec::new();
+        let compiled = self.in_force.compiled.clone();
+        for (name, database) in &compiled.databases {
+            if database.tls.is_none() {
+                self.seen.remove(name);
+                continue;
+            }
+            let stages = self.filter.stages(name)?;
+            let seen = self.seen.entry(name.clone());
+            if seen
+                .or_insert_with(|| Seen::new(stages))
+                .look(stages, Instant::now())
+            {
+                lost.push(format!(
+                    "connections to database {name} begin, and none arrives at a socket of this host: its server \
+                     does not listen, or they are forwarded to another machine, where TLS is not forced"
+                ));
+            }
+        }
+        self.seen
+            .retain(|name, _| compiled.databases.contains_key(name));
+        let new = lost.iter().filter(|text| !self.lost.contains(text));
+        entries.extend(new.map(Entry::warning));
+        self.lost = lost;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_are_lost_where_some_begin_and_none_arrives_for_long() {
+        let start = Instant::now();
+        let mut seen = Seen::new([7, 7]);
+        let mut look = |begun, arrived, seconds| {
+            seen.look([begun, arrived], start + Duration::from_secs(seconds))
+        };
+        // Nobody connects.
+        assert!(!look(7, 7, 100));
+        assert!(!look(9, 7, 130));
+        assert!(!look(9, 7, 160));
+        assert!(look(10, 7, 190));
+        assert!(look(10, 7, 200));
+        // One arrives.
+        assert!(!look(13, 8, 220));
+        assert!(!look(13, 8, 250));
+        // Others arrive, one is under way.
+        assert!(!look(20, 14, 280));
+        assert!(!look(21, 14, 310));
+        assert!(!look(21, 15, 340));
+        // The counters begin anew.
+        assert!(!look(0, 0, 370));
+        assert!(!look(3, 0, 400));
+        assert!(look(3, 0, 430));
+    }
+}
