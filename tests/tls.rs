@@ -8,6 +8,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
+    time::Duration,
 };
 
 use filter_agent::{
@@ -547,6 +548,35 @@ fn database_behind_a_published_port_is_protected_too() {
             .count()
     };
     assert!(wait_until(|| sockets() == 0));
+}
+
+/// Who forwards the packets of a database, or has stopped its server, is told: nothing here judges its connections.
+#[test]
+fn connections_that_arrive_at_no_socket_are_a_warning() {
+    let mut net = start("tls-lost", "native", &forced("postgresql", 5432, ""));
+    net.start();
+    let database = SocketAddr::new(DB4.into(), 5432);
+    // A change of an interface has the agent look at everything.
+    let mut queue = 1000;
+    let mut is_warned = || {
+        queue += 1;
+        net.db.ip(&format!("link set lo txqueuelen {queue}"));
+        thread::sleep(Duration::from_secs(1));
+        let status = net.agent_json(&["status"]);
+        assert_eq!(status["errors"], json!([]));
+        let warnings = status["warnings"].as_array().unwrap().iter();
+        let mut texts = warnings.map(|warning| warning.as_str().unwrap());
+        texts.any(|text| text.starts_with("connections to database orders begin, and none arrives"))
+    };
+    let warned = wait_until(|| {
+        net.connect(ALLOWED4.into(), database);
+        is_warned()
+    });
+    assert!(warned);
+    let _server = net.echo(5432);
+    let connected = net.connect(ALLOWED4.into(), database);
+    assert_eq!(connected, Connection::Accepted);
+    assert!(wait_until(|| !is_warned()));
 }
 
 /// Half of them with TLS, half in the clear, from many ports at once.

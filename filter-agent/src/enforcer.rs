@@ -267,6 +267,7 @@ impl Enforcer {
             self.in_force.remembered.update(policy, &host, |_| true);
         }
         self.hold_tls(&committed.compiled, false, &mut entries);
+        self.look_for_lost(&mut entries);
         self.verify(&mut entries);
         let mut summary = None;
         if !is_change {
@@ -339,8 +340,7 @@ impl Enforcer {
         if thorough {
             let ended = self.end_tls_searches();
             self.note("refused connections", ended, &mut entries);
-            let looked = self.look_for_lost(&mut entries);
-            self.note("connections that arrive", looked, &mut entries);
+            self.look_for_lost(&mut entries);
         }
         if thorough || self.lost_an_interface() {
             let attached = self.heal(&mut entries);

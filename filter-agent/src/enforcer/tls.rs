@@ -187,32 +187,32 @@ impl Enforcer {
 
     /// Looks for databases whose connections begin and never arrive. Packets cannot close anything: anybody who is allowed may
     /// send them.
-    pub(super) fn look_for_lost(&mut self, entries: &mut Vec<Entry>) -> Result<()> {
+    pub(super) fn look_for_lost(&mut self, entries: &mut Vec<Entry>) {
+        let looked = self.lost_connections().map(|lost| {
+            let new = lost.iter().filter(|text| !self.lost.contains(text));
+            entries.extend(new.map(Entry::warning));
+            self.lost = lost;
+        });
+        self.note("connections that arrive", looked, entries);
+    }
+
+    fn lost_connections(&mut self) -> Result<Vec<String>> {
         let mut lost = Vec::new();
-        let compiled = self.in_force.compiled.clone();
-        for (name, database) in &compiled.databases {
-            if database.tls.is_none() {
-                self.seen.remove(name);
-                continue;
-            }
+        let databases = &self.in_force.compiled.databases;
+        let forces = |name: &String| databases.get(name).is_some_and(|d| d.tls.is_some());
+        self.seen.retain(|name, _| forces(name));
+        for name in databases.keys().filter(|name| forces(name)) {
             let stages = self.filter.stages(name)?;
             let seen = self.seen.entry(name.clone());
-            if seen
-                .or_insert_with(|| Seen::new(stages))
-                .look(stages, Instant::now())
-            {
+            let seen = seen.or_insert_with(|| Seen::new(stages));
+            if seen.look(stages, Instant::now()) {
                 lost.push(format!(
                     "connections to database {name} begin, and none arrives at a socket of this host: its server \
                      does not listen, or they are forwarded to another machine, where TLS is not forced"
                 ));
             }
         }
-        self.seen
-            .retain(|name, _| compiled.databases.contains_key(name));
-        let new = lost.iter().filter(|text| !self.lost.contains(text));
-        entries.extend(new.map(Entry::warning));
-        self.lost = lost;
-        Ok(())
+        Ok(lost)
     }
 }
 
