@@ -30,7 +30,7 @@ pub fn measure(report: &mut Report, programs: &Programs, rounds: usize) -> Resul
     net.fix_neighbours();
     let _postgres = Postgres::start(&net);
     come_from(&net, ALLOWED4.into());
-    pgbench(&net, &["--initialize", "--quiet", "--scale=5"])?;
+    pgbench(&net, "prefer", &["--initialize", "--quiet", "--scale=5"])?;
     net.write_policy(&policy(
         "eth0",
         "native",
@@ -57,7 +57,7 @@ pub fn measure(report: &mut Report, programs: &Programs, rounds: usize) -> Resul
                     "--protocol=prepared",
                     "--time=1",
                 ];
-                let text = pgbench(&net, &[&common, arguments].concat())?;
+                let text = pgbench(&net, "prefer", &[&common, arguments].concat())?;
                 take_away(&mut net, guard);
                 // The first round fills the caches.
                 if round > 0 {
@@ -121,9 +121,11 @@ fn nftables(net: &Net, rules: &str) {
         .run(|| succeed(Command::new("nft").arg("-f").arg(&file)));
 }
 
-fn pgbench(net: &Net, arguments: &[&str]) -> Result<String> {
+/// `mode`: libpq's `sslmode`.
+pub fn pgbench(net: &Net, mode: &str, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new("pgbench");
     command
+        .env("PGSSLMODE", mode)
         .args(["--host", "10.0.0.1", "--username", "postgres"])
         .args(arguments)
         .arg("postgres");
@@ -133,7 +135,8 @@ fn pgbench(net: &Net, arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-fn transactions(text: &str) -> Result<f64> {
+/// The rate that pgbench prints.
+pub fn transactions(text: &str) -> Result<f64> {
     let rate = text.lines().find_map(|line| line.strip_prefix("tps = "));
     let rate = rate.and_then(|rate| rate.split(' ').next()?.parse().ok());
     rate.context("find the rate in what pgbench prints")

@@ -5,6 +5,7 @@ mod control;
 mod database;
 mod hosts;
 mod report;
+mod tls;
 mod traffic;
 
 use std::{
@@ -59,6 +60,7 @@ enum Part {
     PerPacket,
     Live,
     Pgbench,
+    Tls,
     Agent,
 }
 
@@ -72,6 +74,8 @@ struct Plan {
     live: Duration,
     agent_rounds: usize,
     pgbench_rounds: usize,
+    /// How long connections are measured at a time.
+    connection: Duration,
 }
 
 const FULL: Plan = Plan {
@@ -82,6 +86,7 @@ const FULL: Plan = Plan {
     live: Duration::from_millis(100),
     agent_rounds: 3,
     pgbench_rounds: 12,
+    connection: Duration::from_secs(1),
 };
 
 const QUICK: Plan = Plan {
@@ -92,6 +97,7 @@ const QUICK: Plan = Plan {
     live: Duration::from_millis(30),
     agent_rounds: 1,
     pgbench_rounds: 1,
+    connection: Duration::from_millis(200),
 };
 
 fn main() -> ExitCode {
@@ -178,6 +184,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         database::measure(&mut report, &programs, plan.pgbench_rounds)?;
     }
     drop(programs);
+    if wants(Part::Tls) {
+        tls::measure(&mut report, plan.pgbench_rounds, plan.connection)?;
+    }
     if wants(Part::Agent) {
         for &size in sizes {
             control::measure(&mut report, &networks[..2 * size], plan.agent_rounds)?;
@@ -497,6 +506,14 @@ fn judge(report: &mut Report) {
         300.0,
         false,
         &started,
+    );
+    let forced = report.find("forced TLS", "").filter_map(|m| m.share);
+    let forced: Vec<f64> = forced.map(|share| share.median).collect();
+    report.judge(
+        "TLS forced: at least 0.98 of not forced",
+        0.98,
+        true,
+        &forced,
     );
     report.judge(
         "pgbench, select only: at least 0.99 of no filter",
