@@ -264,7 +264,7 @@ fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
         "etc/filter-agent/policy.yaml",
         &format!(
             "interfaces: [default]\ndatabases:\n  - name: orders\n    port: {PORT}\n    \
-             model: dedicated\n    force_tls: false\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
+             engine: postgresql\n    model: dedicated\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
         ),
     )?;
     write(

@@ -1,5 +1,5 @@
 //! What is outside of the machine: a network namespace with a DHCP server that is slow to answer, and
-//! two clients that never stop trying.
+//! three clients that never stop trying.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -33,6 +33,8 @@ const DHCP_DELAY: u32 = 8;
 /// Longer than Linux waits before it sends a SYN again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Of the client without TLS, which need not be answered.
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two connection attempts of the denied client: shorter than attaching a filter takes.
 const DENIED_INTERVAL: Duration = Duration::from_millis(5);
 /// Time that an attempt of the denied client may take before it is given up.
@@ -43,6 +45,7 @@ pub struct Outside {
     dhcp: Child,
     pub allowed: Allowed,
     pub denied: Denied,
+    pub clear: Clear,
 }
 
 impl Outside {
@@ -92,6 +95,7 @@ impl Outside {
             dhcp,
             allowed: Allowed::start()?,
             denied: Denied::start()?,
+            clear: Clear::start()?,
         })
     }
 
@@ -112,6 +116,7 @@ impl Drop for Outside {
         let _ = self.dhcp.wait();
         self.allowed.client.stop();
         self.denied.client.stop();
+        self.clear.client.stop();
         let _ = Command::new("ip")
             .args(["netns", "delete", NAMESPACE])
             .status();
@@ -193,14 +198,47 @@ impl Allowed {
 
 /// Whether PostgreSQL answers an SSLRequest.
 fn ask() -> std::io::Result<bool> {
+    let answer = ask_with(&[0, 0, 0, 8, 4, 210, 22, 47], READ_TIMEOUT)?;
+    Ok(matches!(answer, b'S' | b'N'))
+}
+
+/// The first byte that an allowed client gets for this.
+fn ask_with(request: &[u8], timeout: Duration) -> std::io::Result<u8> {
     let socket = bound(ALLOWED)?;
     socket.connect_timeout(&database(), CONNECT_TIMEOUT)?;
     let mut stream = TcpStream::from(socket);
-    stream.set_read_timeout(Some(READ_TIMEOUT))?;
-    stream.write_all(&[0, 0, 0, 8, 4, 210, 22, 47])?;
+    stream.set_read_timeout(Some(timeout))?;
+    stream.write_all(request)?;
     let mut answer = [0];
     stream.read_exact(&mut answer)?;
-    Ok(matches!(answer, [b'S' | b'N']))
+    Ok(answer[0])
+}
+
+/// Logs in without TLS from the allowed address, again and again.
+pub struct Clear {
+    client: Client,
+    counts: Arc<[AtomicU64; 2]>,
+}
+
+impl Clear {
+    fn start() -> Result<Self> {
+        let counts = Arc::new([const { AtomicU64::new(0) }; 2]);
+        let [tries, served] = [counts.clone(), counts.clone()];
+        let client = Client::start(Duration::from_millis(100), move || {
+            let answer = ask_with(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0", CLEAR_TIMEOUT);
+            tries[0].fetch_add(1, Ordering::Relaxed);
+            // An authentication request; the filter answers with an error.
+            if matches!(answer, Ok(b'R')) {
+                served[1].fetch_add(1, Ordering::Relaxed);
+            }
+        })?;
+        Ok(Self { client, counts })
+    }
+
+    /// Tries, and answers of the database.
+    pub fn counts(&self) -> [u64; 2] {
+        [0, 1].map(|index| self.counts[index].load(Ordering::Relaxed))
+    }
 }
 
 /// Connects without waiting for what comes of it, many times a second.
