@@ -2,10 +2,9 @@
 //! and back again, and at no moment does anybody get in who should not, or stay out who should get in.
 
 use std::{
-    env, fs,
+    fs,
     net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt as _,
-    path::PathBuf,
     thread,
     time::Duration,
 };
@@ -13,7 +12,7 @@ use std::{
 use filter_common::LAYOUT;
 use filter_tests::net::{
     ALLOWED4, ALLOWED6, Connection, DB4, DB6, DENIED4, DENIED6, Hammer, Net, Protected,
-    agent_binary, dedicated, next_layout_binary, policy, under_load, wait_until,
+    agent_binary, dedicated, next_layout_binary, policy, previous_binary, under_load, wait_until,
 };
 use nix::errno::Errno;
 use serde_json::json;
@@ -97,15 +96,6 @@ fn agent_of_the_commit_before_is_taken_over_without_a_gap_and_takes_over_again()
     inside.stop();
     outside.stop();
     assert_filtered(&net);
-}
-
-/// The agent of an earlier commit.
-fn previous_binary() -> PathBuf {
-    let test = env::current_exe().unwrap();
-    let target = test.ancestors().nth(3).unwrap();
-    let binary = target.join("previous/debug/filter-agent");
-    assert!(binary.exists(), "{} is missing", binary.display());
-    binary
 }
 
 #[test]

@@ -19,6 +19,15 @@ pub fn next_layout_binary() -> &'static Path {
     BINARY.get_or_init(|| build_agent("next-layout", &["--features", "next-layout"]))
 }
 
+/// The agent of an earlier commit, which `cargo xtask test --full` builds.
+pub fn previous_binary() -> PathBuf {
+    let test = env::current_exe().unwrap();
+    let target = test.ancestors().nth(3).unwrap();
+    let binary = target.join("previous/debug/filter-agent");
+    assert!(binary.exists(), "{} is missing", binary.display());
+    binary
+}
+
 /// `below`: the folder of the target directory, which this binary must not share with the other.
 fn build_agent(below: &str, arguments: &[&str]) -> PathBuf {
     let test = env::current_exe().unwrap();
