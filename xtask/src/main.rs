@@ -37,8 +37,8 @@ enum Task {
     Check,
     /// Everything `check` does, then the tests that need root
     Test {
-        /// Boot every kernel in the virtual machine, not only the oldest, and fail every system call
-        /// of the agent, not some
+        /// Boot every kernel in the virtual machine, not only the oldest, with the tests of forced TLS, and fail
+        /// every system call of the agent, not some
         #[arg(long)]
         full: bool,
     },
@@ -57,6 +57,9 @@ enum Task {
         /// Only this kernel
         #[arg(long, value_parser = vm::KERNELS)]
         kernel: Option<String>,
+        /// Run the tests of forced TLS on its kernel as well
+        #[arg(long)]
+        streams: bool,
     },
     /// Run the agent in front of a PostgreSQL server in throw-away network namespaces
     Demo,
@@ -109,12 +112,12 @@ fn perform(task: Task) -> Result<()> {
             setup::install(Needs::Package)?;
             println!("{}", dist::make()?.display());
         }
-        Task::Vm { kernel } => {
+        Task::Vm { kernel, streams } => {
             require_root("vm")?;
             setup::install(Needs::Machine)?;
             match kernel {
-                Some(kernel) => vm::test(&[&kernel])?,
-                None => vm::test(&vm::KERNELS)?,
+                Some(kernel) => vm::test(&[&kernel], streams)?,
+                None => vm::test(&vm::KERNELS, streams)?,
             }
         }
         Task::Demo => {

@@ -81,7 +81,7 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     } else {
         &vm::KERNELS[..1]
     };
-    report.time("virtual machine", || vm::test(kernels))
+    report.time("virtual machine", || vm::test(kernels, full))
 }
 
 /// The last commit before this layout of the maps: what an upgrade meets on hosts.

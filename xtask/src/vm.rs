@@ -3,6 +3,7 @@
 
 mod machine;
 mod outside;
+mod streams;
 
 use std::path::Path;
 use std::thread;
@@ -11,8 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::dist;
-use machine::{FOLDER, Machine, PATIENCE, base, wait_for};
+use machine::{FOLDER, Machine, PATIENCE, base, furnish, wait_for};
 use outside::{Outside, PORT};
+use streams::Streams;
 
 /// Debian 12's own kernel, and the later one of the same repository.
 pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
@@ -72,16 +74,20 @@ const PHASES: [(&str, &str, bool); 9] = [
     ),
 ];
 
-/// Boots each kernel and prints what the clients saw.
-pub fn test(kernels: &[&str]) -> Result<()> {
+/// Boots each kernel and prints what the clients saw. `with_streams`: runs the tests of forced TLS there as well.
+pub fn test(kernels: &[&str], with_streams: bool) -> Result<()> {
     let deb = dist::make()?;
     let next = dist::package(Some("0.1.0-2"))?;
     let base = base()?;
+    let streams = with_streams.then(Streams::build).transpose()?;
     for kernel in kernels {
         // The clients try from before power-on.
         let outside = Outside::start(Path::new(FOLDER))?;
         let phase = Phase::begin("boot", false, &outside)?;
-        let machine = Machine::boot(kernel, &base, &deb, &next)?;
+        let machine = Machine::boot(kernel, &base, |root| {
+            furnish(root, &deb, &next)?;
+            streams.as_ref().map_or(Ok(()), |streams| streams.put(root))
+        })?;
         let scenario = Scenario {
             kernel: (*kernel).into(),
             machine,
@@ -89,7 +95,7 @@ pub fn test(kernels: &[&str]) -> Result<()> {
             phase,
             answered: Vec::new(),
         };
-        scenario.live()?;
+        scenario.live(streams.as_ref())?;
     }
     Ok(())
 }
@@ -130,7 +136,7 @@ struct Scenario {
 }
 
 impl Scenario {
-    fn live(mut self) -> Result<()> {
+    fn live(mut self, streams: Option<&Streams>) -> Result<()> {
         self.wait_until_up()?;
         let kernel = self.machine.command("uname -r")?;
         println!("Linux {kernel} (Debian 12, {} asked for)", self.kernel);
@@ -182,6 +188,9 @@ impl Scenario {
         let enforced_after = self.bond()?;
         let bad_line = self.force_tls_over_a_bad_line()?;
         self.remove_the_package()?;
+        if let Some(streams) = streams {
+            println!("forced TLS: {}", streams.run(&mut self.machine)?);
+        }
         self.machine.power_off()?;
         println!("{exposure}");
         println!("an interface that appears is filtered after {enforced_after} ms");

@@ -20,7 +20,7 @@ pub const FOLDER: &str = "target/vm";
 pub const PATIENCE: Duration = Duration::from_secs(900);
 
 const PACKAGES: &str = "linux-image-cloud-amd64,linux-image-6.12-cloud-amd64,systemd-sysv,udev,dbus,\
-                        iproute2,postgresql,ca-certificates,cloud-init";
+                        iproute2,nftables,postgresql,ca-certificates,cloud-init";
 
 /// A Debian with what every run needs, made once.
 pub fn base() -> Result<PathBuf> {
@@ -66,7 +66,11 @@ pub struct Machine {
 
 impl Machine {
     /// Powers it on, in the network that is outside of it, and waits until there is a shell.
-    pub fn boot(kernel: &str, base: &Path, deb: &Path, next: &Path) -> Result<Self> {
+    pub fn boot(
+        kernel: &str,
+        base: &Path,
+        furnish: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
         println!("==> boot Linux {kernel}");
         let folder = Path::new(FOLDER);
         let root = folder.join("root");
@@ -76,7 +80,7 @@ impl Machine {
             .args(["-a", "--reflink=auto"])
             .arg(base)
             .arg(&root))?;
-        furnish(&root, deb, next)?;
+        furnish(&root)?;
         let _ = fs::remove_file(&disk);
         run(Command::new("mke2fs")
             .args(["-q", "-t", "ext4", "-d"])
@@ -244,7 +248,7 @@ const MERGING_VIRTIO_NET: &str = "virtio-net-pci,netdev=merging,ctrl_guest_offlo
 
 /// What the image gets besides Debian: the package, a policy, a network, a database that is open to
 /// everybody, and a shell on the second serial port.
-fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
+pub fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
     let write = |path: &str, text: &str| -> Result<()> {
         let path = root.join(path);
         fs::create_dir_all(path.parent().context("find the folder")?)

@@ -1,0 +1,64 @@
+//! The tests of forced TLS against crafted segments, on the machine's kernel: what is judged there depends on what the
+//! kernel tells of its sockets, and on what its verifier accepts.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::machine::Machine;
+use crate::{cargo, output, run, target_directory};
+
+/// Where they are in the machine.
+const FOLDER: &str = "root/streams";
+
+/// The tests and the agent that they run, built.
+pub struct Streams {
+    test: PathBuf,
+    agent: PathBuf,
+}
+
+impl Streams {
+    pub fn build() -> Result<Self> {
+        run(cargo().args(["build", "--package", "filter-agent"]))?;
+        let messages = output(
+            cargo()
+                .args(["test", "--package", "filter-tests", "--test", "streams"])
+                .args(["--no-run", "--message-format", "json"]),
+        )?;
+        let mut messages = messages.lines().filter_map(|line| {
+            let message: serde_json::Value = serde_json::from_str(line).ok()?;
+            let is_test = message["target"]["name"] == "streams";
+            Some(message["executable"].as_str().filter(|_| is_test)?.into())
+        });
+        Ok(Self {
+            test: messages.next().context("find the tests that cargo built")?,
+            agent: target_directory()?.join("debug/filter-agent"),
+        })
+    }
+
+    /// Copies them into the machine's image.
+    pub fn put(&self, root: &Path) -> Result<()> {
+        let folder = root.join(FOLDER);
+        fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+        for (from, name) in [(&self.test, "test"), (&self.agent, "filter-agent")] {
+            fs::copy(from, folder.join(name))
+                .with_context(|| format!("copy {}", from.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Runs them. Returns the line that sums them up.
+    pub fn run(&self, machine: &mut Machine) -> Result<String> {
+        let printed = machine.command(&format!(
+            "cd /{FOLDER} && FILTER_TESTS_AGENT=/{FOLDER}/filter-agent ./test --test-threads 2 2>&1 | tail -100"
+        ))?;
+        match printed
+            .lines()
+            .find(|line| line.starts_with("test result: ok."))
+        {
+            Some(line) => Ok(line.into()),
+            None => bail!("the tests of forced TLS fail in the machine:\n{printed}"),
+        }
+    }
+}
