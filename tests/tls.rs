@@ -14,15 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use filter_agent::{
-    host::Interface,
-    kernel::{filter::Filter, links::Attached},
-    policy::Mode,
-};
 use filter_tests::{
     databases::{Balancer, Maria, Postgres, Redis, come_from, mariadb, psql, psql_at_home, redis},
     net::{
-        ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, PATIENCE,
+        ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, PATIENCE, Polling,
         agent_binary, next_layout_binary, policy, previous_binary, wait_until,
     },
 };
@@ -41,11 +36,10 @@ fn forced(engine: &str, port: u16, more: &str) -> String {
     )
 }
 
-/// A network whose client gets what native XDP sends back: over a veth that is only polled by an
-/// interface with a program of its own.
+/// A network whose client gets what native XDP sends back.
 struct Polled {
     net: Net,
-    _filter: Filter,
+    _polling: Polling,
 }
 
 impl std::ops::Deref for Polled {
@@ -64,23 +58,11 @@ impl std::ops::DerefMut for Polled {
 
 fn start(name: &str, mode: &str, database: &str) -> Polled {
     let net = Net::new(name);
-    let pins = net.bpffs().join("client");
-    fs::create_dir(&pins).unwrap();
-    let mut filter = Filter::open(&pins, Some(1024)).unwrap();
-    net.client.run(|| {
-        let interface = Interface {
-            index: nix::net::if_::if_nametoindex("eth0").unwrap(),
-            name: "eth0".into(),
-            ethernet: true,
-            ..Interface::default()
-        };
-        let attached = filter.attach(&interface, Mode::Native).unwrap();
-        assert_eq!(attached, Attached::Native);
-    });
+    let polling = Polling::start(&net);
     net.write_policy(&policy("eth0", mode, &[database.into()]));
     Polled {
         net,
-        _filter: filter,
+        _polling: polling,
     }
 }
 

@@ -12,6 +12,7 @@ mod hosts;
 mod namespace;
 mod nft;
 mod policies;
+mod polling;
 mod raw;
 mod refusal;
 mod tampering;
@@ -32,6 +33,7 @@ pub use hammer::{Hammer, under_load};
 pub use hosts::Net;
 pub use namespace::{Namespace, run_in};
 pub use policies::{dedicated, policy};
+pub use polling::Polling;
 pub use raw::{
     ACK, Checksum, FIN, PSH, RST, RawClient, RawConnection, Received, SYN, Segment, URG,
 };

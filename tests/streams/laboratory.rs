@@ -2,16 +2,10 @@
 
 use std::{
     fmt::Write as _,
-    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use filter_agent::{
-    host::Interface,
-    kernel::{filter::Filter, links::Attached},
-    policy::Mode,
-};
-use filter_tests::net::{Net, RawClient};
+use filter_tests::net::{Net, Polling, RawClient};
 use serde_json::Value;
 
 use crate::server::{Engine, Server};
@@ -23,8 +17,7 @@ pub const RAW6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 
 pub struct Laboratory {
     pub net: Net,
     mode: &'static str,
-    /// Has the client's end of the link polled, without which it gets nothing that native XDP sends back.
-    _polled: Filter,
+    _polling: Polling,
 }
 
 impl Laboratory {
@@ -44,23 +37,11 @@ impl Laboratory {
     /// Has the policy, and waits to be started.
     pub fn without_agent(name: &str, mode: &'static str) -> Self {
         let net = Net::new(&format!("streams-{name}-{mode}"));
-        let pins = net.bpffs().join("client");
-        fs::create_dir(&pins).unwrap();
-        let mut polled = Filter::open(&pins, Some(1024)).unwrap();
-        net.client.run(|| {
-            let interface = Interface {
-                index: nix::net::if_::if_nametoindex("eth0").unwrap(),
-                name: "eth0".into(),
-                ethernet: true,
-                ..Interface::default()
-            };
-            let attached = polled.attach(&interface, Mode::Native).unwrap();
-            assert_eq!(attached, Attached::Native);
-        });
+        let polling = Polling::start(&net);
         let laboratory = Self {
             net,
             mode,
-            _polled: polled,
+            _polling: polling,
         };
         laboratory.net.write_policy(&laboratory.policy(""));
         laboratory
