@@ -4,19 +4,14 @@
 //! Bytes are judged by their place in the stream, one by one, as often as they come: the server reads the beginning
 //! of TLS there, or nothing.
 
-use core::{
-    arch::asm,
-    ptr::{read_volatile, write_volatile},
-};
+use core::{arch::asm, ptr::read_volatile};
 
 use aya_ebpf::{
-    bindings::{
-        __sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_tuple,
-    },
-    btf_maps::{Array, LruHashMap, SkStorage},
+    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock_tuple},
+    btf_maps::{Array, LruHashMap},
     helpers::generated::{
-        bpf_sk_release, bpf_sk_storage_get, bpf_skb_load_bytes, bpf_skc_lookup_tcp,
-        bpf_skc_to_mptcp_sock, bpf_skc_to_tcp_request_sock,
+        bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp, bpf_skc_to_mptcp_sock,
+        bpf_skc_to_tcp_request_sock,
     },
     macros::btf_map,
 };
@@ -27,15 +22,13 @@ use filter_common::{
 };
 
 use crate::{
+    judgement::{JudgementPointer, judgement_of},
     parse::bytes_of,
     proxy::{self, Found, Header},
     refuse, rules,
     socket::{Segment, Socket, is_intact, kernel, load, read_segment},
 };
 
-/// The judgements of connections.
-#[btf_map]
-static JUDGEMENTS: SkStorage<Judgement> = SkStorage::new();
 /// Connections whose opening came with the end of their handshake: nothing can be stored with their sockets then.
 #[btf_map]
 static HANDSHAKES_JUDGED: LruHashMap<Connection, u32, { HANDSHAKES as usize }> = LruHashMap::new();
@@ -700,121 +693,6 @@ fn bounded(number: usize) -> usize {
         asm!("{0} &= 0x3f", inout(reg) bounded, options(pure, nomem, nostack));
     }
     bounded as usize
-}
-
-/// A judgement in a socket's storage. Another CPU may use it at the same time: no reference to it is made.
-#[derive(Clone, Copy)]
-struct JudgementPointer(*mut Judgement);
-
-/// The judgement of a socket. `new`: is stored where there is none.
-#[inline(always)]
-fn judgement_of(sk: *mut bpf_sock, new: Option<&mut Judgement>) -> Option<JudgementPointer> {
-    let map = (&raw const JUDGEMENTS).cast_mut().cast();
-    let (new, flags) = match new {
-        Some(new) => ((&raw mut *new).cast(), BPF_SK_STORAGE_GET_F_CREATE.into()),
-        None => (core::ptr::null_mut(), 0),
-    };
-    // SAFETY: the helper (kernel 5.2) takes a socket that is not null, and copies the new value.
-    let found = unsafe { bpf_sk_storage_get(map, sk.cast(), new, flags) };
-    (!found.is_null()).then_some(JudgementPointer(found.cast()))
-}
-
-impl JudgementPointer {
-    /// Written before any other CPU sees it.
-    #[inline(always)]
-    fn base(self) -> u32 {
-        // SAFETY: an aligned integer of a map's element, which a program that holds the pointer may read.
-        unsafe { read_volatile(&raw const (*self.0).base) as u32 }
-    }
-
-    #[inline(always)]
-    fn forms(self) -> Forms {
-        // SAFETY: as in `base`.
-        Forms(unsafe { read_volatile(&raw const (*self.0).forms) })
-    }
-
-    #[inline(always)]
-    fn is_unjudged(self) -> bool {
-        // SAFETY: as in `base`.
-        unsafe { read_volatile(&raw const (*self.0).state) & Judgement::UNJUDGED != 0 }
-    }
-
-    #[inline(always)]
-    fn set_judged(self) {
-        // SAFETY: as in `base`. The bit beside it is set already.
-        unsafe { write_volatile(&raw mut (*self.0).state, Judgement::COUNTED) }
-    }
-
-    /// Takes away the forms that are not among these. Atomic: read, changed and written, two CPUs would let two
-    /// forms pass. Returns what is left.
-    #[inline(always)]
-    fn narrow(self, to: Forms) -> Forms {
-        let mut forms = to.0;
-        // SAFETY: one instruction (kernel 5.12) on eight bytes of the element, aligned as the map's values are.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_and((u64 *)({1} + 0), {0})",
-                inout(reg) forms,
-                in(reg) &raw mut (*self.0).forms,
-                options(nostack)
-            );
-        }
-        Forms(forms).and(to)
-    }
-
-    #[inline(always)]
-    fn header(self) -> u64 {
-        // SAFETY: as in `base`.
-        unsafe { read_volatile(&raw const (*self.0).header) }
-    }
-
-    /// Adds a header. Returns what there is then: several, if another one was added before.
-    #[inline(always)]
-    fn set_header(self, header: Header) -> u64 {
-        let mut before = header.word();
-        // SAFETY: as in `narrow`.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) before,
-                in(reg) &raw mut (*self.0).header,
-                options(nostack)
-            );
-        }
-        before | header.word()
-    }
-
-    /// Adds places to those seen. Returns all.
-    #[inline(always)]
-    fn see(self, places: u64) -> u64 {
-        let mut seen = places;
-        // SAFETY: as in `narrow`.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) seen,
-                in(reg) &raw mut (*self.0).seen,
-                options(nostack)
-            );
-        }
-        seen | places
-    }
-
-    /// Returns whether the connection was not counted before.
-    #[inline(always)]
-    fn count_once(self) -> bool {
-        let mut state = Judgement::COUNTED;
-        // SAFETY: as in `narrow`.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) state,
-                in(reg) &raw mut (*self.0).state,
-                options(nostack)
-            );
-        }
-        state & Judgement::COUNTED == 0
-    }
 }
 
 /// Keeps reads in their order: an atomic operation is a barrier (kernel 5.12).
