@@ -176,6 +176,8 @@ impl Maria {
         install
             .arg("--no-defaults")
             .arg(format!("--datadir={}", data.display()))
+            // A server that starts removes what others keep in /tmp.
+            .arg(format!("--tmpdir={}", home.display()))
             .args(["--user=mysql", "--auth-root-authentication-method=normal"])
             .args(["--skip-test-db", "--skip-name-resolve"]);
         succeed(&mut install);
@@ -194,6 +196,7 @@ impl Maria {
                 crate::net::ALLOWED4
             ))
             .arg(format!("--datadir={}", data.display()))
+            .arg(format!("--tmpdir={}", home.display()))
             .arg(format!("--socket={}", home.join("socket").display()))
             .arg(format!("--pid-file={}", home.join("pid").display()))
             .arg(format!("--init-file={}", access.display()))
