@@ -36,15 +36,32 @@ fn connects(net: &Net, source: IpAddr) -> bool {
     matches!(net.connect(source, database), Connection::Accepted)
 }
 
-/// Clients that connect, send the beginning of a request, and go on holding the connection.
-fn silent_clients(net: &Net, count: usize) -> Vec<UnixStream> {
+/// Clients that connect, send this, and go on holding the connection.
+fn clients_that_send(net: &Net, count: usize, text: &str) -> Vec<UnixStream> {
     let client = |_| {
         let mut client = UnixStream::connect(net.socket()).unwrap();
         client.set_nonblocking(true).unwrap();
-        client.write_all(b"GET /status HT").unwrap();
+        client.write_all(text.as_bytes()).unwrap();
         client
     };
     (0..count).map(client).collect()
+}
+
+/// The same with the beginning of a request.
+fn silent_clients(net: &Net, count: usize) -> Vec<UnixStream> {
+    clients_that_send(net, count, "GET /status HT")
+}
+
+fn descriptors(net: &Net) -> usize {
+    let directory = format!("/proc/{}/fd", net.agent_pid());
+    fs::read_dir(directory).unwrap().count()
+}
+
+fn limit_descriptors(net: &Net, most: usize) {
+    let mut limit = Command::new("prlimit");
+    let pid = net.agent_pid().to_string();
+    limit.args(["--pid", &pid, &format!("--nofile={most}:")]);
+    assert!(limit.status().unwrap().success());
 }
 
 /// Fault B15.
@@ -61,16 +78,8 @@ fn clients_that_say_nothing_keep_nobody_out_for_long() {
 fn descriptors_that_run_out_stop_neither_checks_nor_repairs() {
     let mut net = start("descriptors");
     let _listener = net.listen(PORT);
-    let pid = net.agent_pid().to_string();
     // What it has open, the connections that it serves, and a few to attach with.
-    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
-    let most = open + MAX_CONNECTIONS + 8;
-    let mut limit = Command::new("prlimit");
-    let limit = limit
-        .args(["--pid", &pid, &format!("--nofile={most}:{most}")])
-        .status()
-        .unwrap();
-    assert!(limit.success());
+    limit_descriptors(&net, descriptors(&net) + MAX_CONNECTIONS + 8);
     let _clients = silent_clients(&net, 3 * MAX_CONNECTIONS);
     net.db.ip("link delete eth0");
     net.watch(&[]);
@@ -80,6 +89,72 @@ fn descriptors_that_run_out_stop_neither_checks_nor_repairs() {
     assert!(connects(&net, ALLOWED4.into()));
     assert!(!connects(&net, DENIED4.into()));
     net.agent_text(&["status", "--verify"]);
+}
+
+/// Fault B15: a script that leaks connections took every descriptor.
+#[test]
+fn clients_beyond_the_limit_of_connections_take_no_descriptors() {
+    let net = start("connections");
+    let before = descriptors(&net);
+    let mut clients = silent_clients(&net, 3 * MAX_CONNECTIONS);
+    let mut most = 0;
+    assert!(wait_until(|| {
+        most = most.max(descriptors(&net));
+        let last = clients.last_mut().unwrap();
+        matches!(last.read(&mut [0; 1024]), Ok(0))
+    }));
+    // A few that a check opens.
+    let limit = before + MAX_CONNECTIONS + 16;
+    assert!(most <= limit, "{before} before, {most} with the clients");
+}
+
+/// Faults B15 and D11: without a descriptor for netlink the checks saw nothing.
+#[test]
+fn agent_without_a_free_descriptor_says_what_is_not_filtered_and_filters_it_when_it_has_some() {
+    let mut net = start("no-descriptor");
+    let _listener = net.listen(PORT);
+    limit_descriptors(&net, 3);
+    net.db.ip("link delete eth0");
+    net.watch(&[]);
+    net.make_pair();
+    net.wait_for_line("error: eth0 is not filtered: ");
+    limit_descriptors(&net, 1024);
+    net.wait_for_line("attached to eth0");
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    assert!(connects(&net, ALLOWED4.into()));
+    assert!(!connects(&net, DENIED4.into()));
+}
+
+/// Fault B15, after the head of a request.
+#[test]
+fn clients_that_send_no_body_keep_nobody_out_for_ever() {
+    let net = start("no-body");
+    let request = "POST /plan?file=a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n";
+    let clients = clients_that_send(&net, MAX_CONNECTIONS, request);
+    assert!(wait_until(|| net.agent(&["status"]).status.success()));
+    drop(clients);
+}
+
+/// Fault B15, after the request.
+#[test]
+fn clients_that_do_not_read_the_answer_keep_nobody_out_for_ever() {
+    // The answer is longer than what a socket holds.
+    let prefixes: Vec<String> = (0..30_000)
+        .map(|n| format!("11.{}.{}.{}/32", n / 10_000, n / 100 % 100, n % 100 * 2))
+        .collect();
+    let orders = format!(
+        "{{name: orders, port: {PORT}, model: dedicated, force_tls: false, rules: [{{region: long}}]}}"
+    );
+    let region = format!(
+        "regions: {{long: {{prefixes: [{}]}}}}\n",
+        prefixes.join(", ")
+    );
+    let policy = policy("eth0", "native", &[orders]) + &region;
+    let net = Net::enforcing("no-reader", &[], &policy);
+    let request = "GET /regions HTTP/1.1\r\nhost: x\r\n\r\n";
+    let clients = clients_that_send(&net, MAX_CONNECTIONS, request);
+    assert!(wait_until(|| net.agent(&["status"]).status.success()));
+    drop(clients);
 }
 
 #[test]
