@@ -4,13 +4,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    net::IpAddr,
+    os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Command, Stdio},
 };
 
 use filter_agent::{cli, policy};
 use filter_tests::{
-    net::{CLIENT4, Net, Protected, agent_binary},
+    net::{
+        ALLOWED4, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, Protected, agent_binary,
+        connect, dedicated, policy as policy_text,
+    },
     servers::{Dns, Resolv},
 };
 
@@ -524,4 +529,115 @@ fn tour_of_the_readme_prints_what_it_shows() {
         }
     }
     assert!(wrong.is_empty(), "the README should show:\n{wrong}");
+}
+
+/// The sentence of the README that has these words.
+fn sentence(words: &str) -> String {
+    let text = text("README.md");
+    let text: Vec<&str> = text.split_whitespace().collect();
+    let text = text.join(" ");
+    let mut sentences = text.split(". ").filter(|sentence| sentence.contains(words));
+    let found = sentences.next();
+    let found = found.unwrap_or_else(|| panic!("the README does not say: {words}"));
+    found.into()
+}
+
+/// Fault B24: it said so of the list of dropped sources, which `drops` prints.
+#[test]
+fn what_the_readme_says_does_not_exist_is_no_command() {
+    let listed = sentence(" do not exist yet").to_lowercase();
+    let (listed, _) = listed.split_once(" do not exist yet").unwrap();
+    let commands = commands();
+    for thing in listed.split(" and ").flat_map(|things| things.split(", ")) {
+        let command = match thing {
+            "temporary rules" => "allow",
+            "metrics" => "metrics",
+            _ => panic!("the README says that {thing} do not exist yet"),
+        };
+        assert!(!commands.contains_key(command), "{thing}: {command} exists");
+    }
+}
+
+/// Fault B24: it said nowhere how to get the binary.
+#[test]
+fn readme_makes_and_installs_the_package_of_this_version() {
+    let changes = text("dist/debian/changelog");
+    let version = changes.split(['(', ')']).nth(1).unwrap();
+    let ours = concat!(env!("CARGO_PKG_VERSION"), "-");
+    assert!(version.starts_with(ours), "{version}");
+    let package = format!("./target/dist/filter-agent_{version}_amd64.deb");
+    let shown = blocks("README.md", "sh").remove(0);
+    let shown: Vec<&str> = shown.lines().collect();
+    assert_eq!(
+        shown,
+        ["cargo xtask dist", &format!("apt install {package}")]
+    );
+}
+
+/// Fault B24: it did not say that `run` needs root.
+#[test]
+fn commands_need_root_as_the_readme_says() {
+    let sentence = sentence("its commands need root");
+    let (_, exceptions) = sentence.split_once("except ").unwrap();
+    let exceptions: Vec<&str> = exceptions.split('`').skip(1).step_by(2).collect();
+    let orders = dedicated("orders", 5432, &["203.0.113.10/32"], "");
+    let policy = policy_text("eth0", "native", &[orders]);
+    let net = Net::enforcing("readme-root", &[], &policy);
+    let path = net.policy_path();
+    for name in commands().keys() {
+        let argument: &[&str] = match name.as_str() {
+            "check" => &[path.to_str().unwrap()],
+            "explain" => &["203.0.113.10"],
+            "detach" => &["--yes"],
+            _ => &[],
+        };
+        let mut command = net.agent_command(&[&[name.as_str()], argument].concat());
+        command.uid(65534).gid(65534);
+        let output = net.db.output(&mut command);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let needs_none = exceptions.contains(&name.as_str());
+        assert_eq!(output.status.success(), needs_none, "{name}: {stderr}");
+        let names_it = stderr.contains("root") || stderr.contains("Permission denied");
+        assert!(needs_none || names_it, "{name}: {stderr}");
+    }
+}
+
+/// Fault B24: it did not say that these are open.
+#[test]
+fn loopback_and_bridges_of_containers_are_filtered_as_the_readme_says() {
+    const PORT: u16 = 5432;
+    let sentence = sentence("Not filtered are");
+    assert!(sentence.contains("loopback interface"), "{sentence}");
+    assert!(sentence.contains("bridge such as `docker0` unless the policy lists it"));
+    let orders = dedicated("orders", PORT, &["203.0.113.10/32"], "");
+    let policy = |interfaces| policy_text(interfaces, "auto", std::slice::from_ref(&orders));
+    let net = Net::enforcing("readme-open", &[], &policy("eth0"));
+    let _listener = net.listen(PORT);
+    let container = Namespace::new("readme-open-container".into());
+    net.db.ip(&format!(
+        "link add docker0 type bridge
+         link set docker0 up
+         address add 172.17.0.1/16 dev docker0
+         link add veth0 type veth peer name eth0 netns {}
+         link set veth0 master docker0
+         link set veth0 up",
+        container.name
+    ));
+    container.ip("link set eth0 up\naddress add 172.17.0.2/16 dev eth0");
+    let [local, bridge, inside] = ["127.0.0.1", "172.17.0.1", "172.17.0.2"];
+    let [local, bridge, inside] = [local, bridge, inside].map(|ip| ip.parse::<IpAddr>().unwrap());
+    let from_host = || net.db.run(|| connect(local, (local, PORT).into()));
+    let from_container = || container.run(|| connect(inside, (bridge, PORT).into()));
+    let from = |source: IpAddr| net.connect(source, (IpAddr::from(DB4), PORT).into());
+    let clients = [from(ALLOWED4.into()), from(DENIED4.into())];
+    assert_eq!(clients, [Connection::Accepted, Connection::Silence]);
+    assert_eq!(
+        [from_host(), from_container()],
+        [Connection::Accepted, Connection::Accepted]
+    );
+    net.reload(&policy("eth0, docker0"));
+    assert_eq!(
+        [from_host(), from_container()],
+        [Connection::Accepted, Connection::Silence]
+    );
 }
