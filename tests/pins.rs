@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    os::unix::fs::chown,
 };
 
 use filter_agent::{
@@ -20,6 +21,7 @@ use filter_tests::{
     },
 };
 use jiff::Timestamp;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 const PORT: u16 = 5432;
@@ -60,6 +62,37 @@ fn pins_removed_under_a_running_agent_are_restored_and_the_database_is_filtered_
     net.start();
     let sources = [ALLOWED4, DENIED4].map(|source| net.connect(source.into(), DB));
     assert_eq!(sources, [Connection::Accepted, Connection::Silence]);
+}
+
+/// Fault D5, where something has the place of the pins.
+#[test]
+fn status_says_that_the_database_is_open_while_pins_cannot_be_restored() {
+    let mut net = Net::new("pins-blocked");
+    let _listener = net.listen(PORT);
+    let orders = dedicated("orders", PORT, &["203.0.113.10/32"], "");
+    net.write_policy(&policy_text("eth0", "native", &[orders]));
+    net.start();
+    let base = net.bpffs().join("filter-agent");
+    // An agent that runs would be quicker.
+    net.signal(Signal::SIGSTOP);
+    fs::remove_dir_all(&base).unwrap();
+    fs::create_dir(&base).unwrap();
+    chown(&base, Some(65534), Some(65534)).unwrap();
+    net.signal(Signal::SIGCONT);
+    net.wait_for_line("error: restore the filter's pins: ");
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Accepted);
+    let errors = net.agent_json(&["status"])["errors"].to_string();
+    assert!(errors.contains("the databases are open"), "{errors}");
+    assert!(errors.contains("is not this agent's own"), "{errors}");
+    for arguments in [&["status"][..], &["status", "--enforced"]] {
+        assert!(!net.agent(arguments).status.success(), "{arguments:?}");
+    }
+    fs::remove_dir(&base).unwrap();
+    net.wait_for_line("attached to eth0");
+    net.watch(&[Protected::tcp(PORT, &["203.0.113.10/32"])]);
+    let sources = [ALLOWED4, DENIED4].map(|source| net.connect(source.into(), DB));
+    assert_eq!(sources, [Connection::Accepted, Connection::Silence]);
+    net.agent_text(&["status", "--verify"]);
 }
 
 #[test]

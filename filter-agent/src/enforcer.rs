@@ -5,6 +5,7 @@ mod tls;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     net::IpAddr,
     path::Path,
     sync::{
@@ -498,7 +499,7 @@ impl Enforcer {
             lost: self.lost.clone(),
             in_force: self.in_force.clone(),
             host: self.netlink.interfaces()?,
-            pinned: self.filter.pinned()?,
+            pinned: self.pinned()?,
             program_id: self.filter.program_id()?,
             counts: self.filter.counts()?,
             fates: self.filter.fates()?,
@@ -507,6 +508,14 @@ impl Enforcer {
             verified: self.verified.clone(),
         };
         Ok((observed, entries))
+    }
+
+    /// The links that are pinned: none where the pins were removed, and cannot be restored.
+    fn pinned(&self) -> Result<Vec<Pinned>> {
+        match self.filter.pinned() {
+            Err(error) if is_absent(&error) => Ok(Vec::new()),
+            pinned => pinned,
+        }
     }
 
     /// # Errors
@@ -541,6 +550,11 @@ impl Enforcer {
         let filtered = filtered.filter(|interface| indexes.contains(&interface.index));
         Ok(filtered.map(|interface| interface.name).collect())
     }
+}
+
+fn is_absent(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<io::Error>();
+    cause.is_some_and(|cause| cause.kind() == io::ErrorKind::NotFound)
 }
 
 type Job = Box<dyn FnOnce(&mut Enforcer) + Send>;
