@@ -330,8 +330,9 @@ pub struct Syn {
     pub sequence: u32,
 }
 
-/// Entries of the map of SYNs: of a flood, as many as come between XDP and the socket.
-pub const SYNS: u32 = 1 << 14;
+/// Entries of the map of SYNs: of a flood, as many as come between XDP and the socket. Before Linux 6.16 each processor
+/// keeps 128 for itself, and one that finds none left takes the latest from the others (d4adf1c9ee77).
+pub const SYNS: u32 = 1 << 15;
 
 /// In `LocalKey::port`, beside no port: SYNs that look the same went to different ports.
 pub const AMBIGUOUS: u32 = u32::MAX;
@@ -350,8 +351,9 @@ pub struct Published {
     pub namespace: u32,
 }
 
-/// Entries of that map: listening sockets in containers, and those that there were.
-pub const PUBLISHED: u32 = 1 << 12;
+/// Entries of that map: listening sockets in containers, and those that there were. None is pushed out: connections of its
+/// socket would not be judged any more.
+pub const PUBLISHED: u32 = 1 << 16;
 
 /// Key of the map of refused connections, as both programs know them: addresses and ports of the server may differ
 /// between interface and socket.
@@ -417,6 +419,8 @@ impl Judgement {
     pub const COUNTED: u64 = 1;
     /// The connection is from before TLS was forced, and goes on unjudged.
     pub const UNJUDGED: u64 = 2;
+    /// The connection is refused. Without it a connection that has no form left was only monitored.
+    pub const REFUSED: u64 = 4;
 }
 
 /// What is done about connections from before TLS was forced: a set of the bits below, or zero. They have received

@@ -181,12 +181,11 @@ impl Opening {
     }
 }
 
-/// The openings: PostgreSQL's, MySQL's, and that of engines that speak TLS from the first byte.
-pub const OPENINGS: [Opening; 4] = [
+/// The openings: that of engines that speak TLS from the first byte, PostgreSQL's and MySQL's.
+pub const OPENINGS: [Opening; 3] = [
     Opening::new().hello(Forms::HELLO, 0),
     Opening::postgresql(),
     Opening::mysql(),
-    Opening::new().hello(Forms::HELLO, 0),
 ];
 
 /// The place of an engine's opening among `OPENINGS`.

@@ -50,15 +50,29 @@ impl JudgementPointer {
     }
 
     #[inline(always)]
-    pub fn is_unjudged(self) -> bool {
+    fn has(self, state: u64) -> bool {
         // SAFETY: as in `base`.
-        unsafe { read_volatile(&raw const (*self.0).state) & Judgement::UNJUDGED != 0 }
+        unsafe { read_volatile(&raw const (*self.0).state) & state != 0 }
     }
 
     #[inline(always)]
+    pub fn is_unjudged(self) -> bool {
+        self.has(Judgement::UNJUDGED)
+    }
+
+    #[inline(always)]
+    pub fn is_refused(self) -> bool {
+        self.has(Judgement::REFUSED)
+    }
+
+    /// Has a connection go on that was not judged, or monitored only, when it began.
+    #[inline(always)]
     pub fn set_judged(self) {
-        // SAFETY: as in `base`. The bit beside it is set already.
-        unsafe { write_volatile(&raw mut (*self.0).state, Judgement::COUNTED) }
+        // SAFETY: as in `base`. It was counted before.
+        unsafe {
+            write_volatile(&raw mut (*self.0).forms, u64::MAX);
+            write_volatile(&raw mut (*self.0).state, Judgement::COUNTED);
+        }
     }
 
     /// Takes away the forms that are not among these. Atomic: read, changed and written, two CPUs would let two
@@ -119,16 +133,27 @@ impl JudgementPointer {
     /// Returns whether the connection was not counted before.
     #[inline(always)]
     pub fn count_once(self) -> bool {
-        let mut state = Judgement::COUNTED;
+        self.add_state(Judgement::COUNTED) & Judgement::COUNTED == 0
+    }
+
+    #[inline(always)]
+    pub fn set_refused(self) {
+        self.add_state(Judgement::REFUSED);
+    }
+
+    /// Returns what the state was.
+    #[inline(always)]
+    fn add_state(self, state: u64) -> u64 {
+        let mut before = state;
         // SAFETY: as in `narrow`.
         unsafe {
             asm!(
                 "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) state,
+                inout(reg) before,
                 in(reg) &raw mut (*self.0).state,
                 options(nostack)
             );
         }
-        state & Judgement::COUNTED == 0
+        before
     }
 }

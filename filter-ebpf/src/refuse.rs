@@ -78,7 +78,7 @@ pub fn is_local_client(source: &Address) -> bool {
 }
 
 /// Notes that a source came through a filtered interface. At a socket, where forged sources of this host's own networks
-/// have been dropped already (net.ipv4.conf.*.rp_filter).
+/// have been dropped already (net.ipv4.conf.*.rp_filter = 1), and where TLS is forced on it: its rules allow the source.
 #[inline(always)]
 pub fn note_outsider(source: &Address) {
     let is_local = LOCAL_NETWORKS.get(&Key::new(128, *source)).is_some();
@@ -209,7 +209,7 @@ fn ending(ctx: &XdpContext, scratch: &mut Scratch) -> Option<Ending> {
         }
         return None;
     }
-    if !is_guarded {
+    if !is_guarded || Guard(scratch.guard).of_connections().is_monitor() {
         return None;
     }
     // Not refused, most often: looked up for as long as any connection is.

@@ -146,6 +146,21 @@ pub fn judge(ctx: &XdpContext, packet: &Packet) -> Outcome {
                     dropped(Guard::new(ANY_SLOT, false), Reason::TlsUnclear)
                 }
             }
+            Outcome::Dropped {
+                guard,
+                reason,
+                sampled,
+            } => {
+                // It passes all the same.
+                if guard.is_monitor() {
+                    refuse::note_other(ctx, segment);
+                }
+                Outcome::Dropped {
+                    guard,
+                    reason,
+                    sampled,
+                }
+            }
             outcome => outcome,
         },
     }

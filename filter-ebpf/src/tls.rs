@@ -7,8 +7,8 @@
 use core::{arch::asm, ptr::read_volatile};
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, bpf_sock_tuple},
-    btf_maps::{Array, LruHashMap},
+    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, BPF_F_NO_PREALLOC, BPF_NOEXIST, bpf_sock_tuple},
+    btf_maps::{Array, HashMap, LruHashMap},
     helpers::generated::{
         bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp, bpf_skc_to_mptcp_sock,
         bpf_skc_to_tcp_request_sock,
@@ -35,8 +35,12 @@ static HANDSHAKES_JUDGED: LruHashMap<Connection, u32, { HANDSHAKES as usize }> =
 /// Which port of this host connections come through to a socket with another address or port. Only SYNs that the
 /// XDP program let pass, at sockets that listen, add to it.
 #[btf_map]
-static PUBLISHED_SOCKETS: LruHashMap<Published, LocalKey, { PUBLISHED as usize }> =
-    LruHashMap::new();
+static PUBLISHED_SOCKETS: HashMap<
+    Published,
+    LocalKey,
+    { PUBLISHED as usize },
+    { BPF_F_NO_PREALLOC as usize },
+> = HashMap::new();
 
 /// What is done about connections from before TLS was forced: an `Existing`.
 #[btf_map]
@@ -60,7 +64,8 @@ pub fn passes(skb: *mut __sk_buff) -> bool {
     // A socket that listens has received nothing.
     if socket.received() >= MOST_JUDGED_BYTES {
         let existing = existing();
-        let is_known = || judgement_of(socket.sk, None).is_some();
+        let is_known =
+            || judgement_of(socket.sk, None).is_some_and(|judgement| !judgement.is_refused());
         if existing == Existing::NOTHING || existing == Existing::COUNTED && is_known() {
             return true;
         }
@@ -165,6 +170,12 @@ fn judge_proof(socket: Socket) -> u32 {
 const UNGUARDED: u64 = 1 << 32;
 const UNCLEAR: u64 = 2 << 32;
 
+/// No port: of a SYN that the XDP program did not note, of what is no SYN, of a socket that is not published.
+const NOWHERE: LocalKey = LocalKey {
+    address: [0; 16],
+    port: AMBIGUOUS - 1,
+};
+
 /// The guard of the port that the connection came through, where TLS is forced on its source.
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -178,67 +189,76 @@ extern "C" fn find_guard(skb: *mut __sk_buff) -> u64 {
         port: segment.port,
     };
     let is_syn = segment.flags & (Segment::SYN | Segment::ACK) == Segment::SYN;
-    let noted = if is_syn && socket.listens() {
-        refuse::noted(&segment.syn())
-    } else {
-        None
-    };
-    if noted.is_some() {
-        refuse::note_outsider(&segment.source);
+    // Defined on either way: the verifier refuses to see anything else kept on the stack.
+    let mut noted = NOWHERE;
+    if is_syn && socket.listens() {
+        noted = refuse::noted(&segment.syn()).unwrap_or(NOWHERE);
     }
+    let is_noted = noted.port != NOWHERE.port;
     let is_forced = |guard: Guard| guard.engine() != 0;
     let through = if is_ours && rules::guard_of(&own).is_some_and(is_forced) {
-        Some(own)
-    } else if noted.is_some_and(|noted| noted.port == AMBIGUOUS) {
+        own
+    } else if noted.port == AMBIGUOUS {
         return UNCLEAR;
     } else {
         published(segment, namespace, &own, noted)
     };
-    let guard = through.and_then(|through| rules::guard_of(&through));
-    match guard.filter(|guard| guard.engine() != 0) {
-        // What clients of this host's own say to each other is not judged.
-        Some(_) if refuse::is_local_client(&segment.source) => UNGUARDED,
-        Some(guard) if rules::is_exempt(guard, segment.is_v4, &segment.source) => UNGUARDED,
-        Some(guard) => {
-            let guard = guard.of_connections();
-            if noted.is_some() {
-                rules::count_stage(guard, Stage::Arrived);
-            }
-            guard.0.into()
-        }
-        None => UNGUARDED,
+    let guard = match through.port {
+        // The map takes no more.
+        AMBIGUOUS => return UNCLEAR,
+        port if port == NOWHERE.port => return UNGUARDED,
+        _ => rules::guard_of(&through),
+    };
+    let Some(guard) = guard.filter(|guard| guard.engine() != 0) else {
+        return UNGUARDED;
+    };
+    if is_noted {
+        refuse::note_outsider(&segment.source);
     }
+    // What clients of this host's own say to each other is not judged.
+    if refuse::is_local_client(&segment.source)
+        || rules::is_exempt(guard, segment.is_v4, &segment.source)
+    {
+        return UNGUARDED;
+    }
+    let guard = guard.of_connections();
+    if is_noted {
+        rules::count_stage(guard, Stage::Arrived);
+    }
+    guard.0.into()
 }
 
 /// The port of this host that connections reach a socket through whose address or port is another: in a container, or behind a
 /// translation on the host.
 /// `noted`: the port that this SYN was let pass to.
 #[inline(always)]
-fn published(
-    segment: &Segment,
-    namespace: u32,
-    own: &LocalKey,
-    noted: Option<LocalKey>,
-) -> Option<LocalKey> {
+fn published(segment: &Segment, namespace: u32, own: &LocalKey, noted: LocalKey) -> LocalKey {
     let published = Published {
         address: segment.destination,
         port: segment.port,
         namespace,
     };
-    match noted {
-        // Whatever else leads there, where TLS is forced on one way it is judged.
-        Some(through) if rules::guard_of(&through).is_some_and(|guard| guard.engine() != 0) => {
-            let _ = PUBLISHED_SOCKETS.insert(published, through, 0);
+    // Whatever else leads there, where TLS is forced on one way it is judged.
+    let is_noted = noted.port != NOWHERE.port;
+    if is_noted && rules::guard_of(&noted).is_some_and(|guard| guard.engine() != 0) {
+        let known = PUBLISHED_SOCKETS.get_ptr(published);
+        // SAFETY: plain integers; an update replaces the element.
+        let is_known = known.is_some_and(|known| unsafe { *known } == noted);
+        if !is_known && PUBLISHED_SOCKETS.insert(published, noted, 0).is_err() {
+            return LocalKey {
+                port: AMBIGUOUS,
+                ..noted
+            };
         }
+    } else if noted == *own && rules::guard_of(own).is_none() {
         // Reached without a translation, by anybody: none is there any more. A port with sources of its own may be
         // reached both ways, and by who is not among them only by that which is judged.
-        Some(through) if through == *own && rules::guard_of(own).is_none() => {
-            let _ = PUBLISHED_SOCKETS.remove(published);
-        }
-        _ => {}
+        let _ = PUBLISHED_SOCKETS.remove(published);
     }
-    // SAFETY: plain integers that are copied at once; an update replaces the element.
-    unsafe { PUBLISHED_SOCKETS.get(published) }.copied()
+    // SAFETY: as above; copied at once.
+    unsafe { PUBLISHED_SOCKETS.get(published) }
+        .copied()
+        .unwrap_or(NOWHERE)
 }
 
 /// Judges a segment that comes before the connection is the server's. Returns the reason to refuse it, or `PASSES`.
@@ -289,8 +309,14 @@ extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
     if !is_whole || !opening.is_complete(forms, content.seen) {
         return UNCLEAR;
     }
-    rules::count_fate(guard, fate(forms));
-    let _ = HANDSHAKES_JUDGED.insert(segment.connection(), 1, 0);
+    if is_intact(skb) == 0 {
+        return UNCLEAR;
+    }
+    // A client repeats it until it is acknowledged.
+    let noted = HANDSHAKES_JUDGED.insert(segment.connection(), 1, BPF_NOEXIST.into());
+    if noted.is_ok() {
+        rules::count_fate(guard, fate(forms));
+    }
     PASSES
 }
 
@@ -416,6 +442,10 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         known if received >= guard.judged_bytes() => {
             return judge_existing(socket, segment, guard, next, known) as u32;
         }
+        // It was judged before a header was required.
+        Some(judgement) if judgement.header() == 0 && received >= PLACES as u64 => {
+            return judge_existing(socket, segment, guard, next, Some(judgement)) as u32;
+        }
         Some(judgement) => judgement,
         None => {
             let forms = allowed_forms(opening, guard);
@@ -424,14 +454,16 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
                 0 if is_new || segments != 0 => return UNCLEAR,
                 0 => (next, forms, 0),
                 // Judged as a whole with the end of the handshake, or from before TLS was forced.
-                _ if guard.is_proxied() => return PASSES,
+                _ if guard.is_proxied() => {
+                    return judge_existing(socket, segment, guard, next, None) as u32;
+                }
                 // A request for TLS or GSSAPI came with it.
                 8 if engine == POSTGRESQL && answers > 0 => {
                     (next.wrapping_sub(8), Forms::REQUEST.or(Forms::GSSENC), 0xff)
                 }
                 1..=8 if engine == POSTGRESQL => return UNCLEAR,
                 1..=5 => return UNCLEAR,
-                _ => return PASSES,
+                _ => return judge_existing(socket, segment, guard, next, None) as u32,
             };
             let mut new = Judgement {
                 base: base.into(),
@@ -474,7 +506,9 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         Reason::NotTls => examine(socket, engine, segment, opens.skip, opens.place),
         _ => Content::NOTHING,
     };
-    if judgement.forms().and(content.forms).is_none() && is_intact(skb) == 0 {
+    let forms = judgement.forms();
+    // What was damaged on its way decides nothing.
+    if forms.and(content.forms) != forms && is_intact(skb) == 0 {
         return UNCLEAR;
     }
     let forms = judgement.narrow(content.forms);
@@ -482,9 +516,7 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         if judgement.count_once() {
             rules::count_fate(guard, Fate::Refused);
         }
-        if !guard.is_monitor() {
-            refuse::refuse(&segment.client(guard), next, reason);
-        }
+        refuse(segment, guard, next, judgement, reason);
         return reason as u32;
     }
     let seen = judgement.see(content.seen);
@@ -563,10 +595,13 @@ fn judge_existing(
     let existing = existing();
     let judges = existing.has(Existing::JUDGED);
     if let Some(judgement) = known {
-        if judgement.forms().is_none() {
+        if judgement.is_refused() {
+            refuse(segment, guard, next, judgement, Reason::NotTls);
             return Reason::NotTls;
         }
-        if !judges || !judgement.is_unjudged() {
+        // One with no form left was monitored, and is from before TLS was forced now.
+        let is_judged = !judgement.is_unjudged() && !judgement.forms().is_none();
+        if !judges || is_judged {
             return Reason::Allowed;
         }
     }
@@ -612,10 +647,17 @@ fn judge_existing(
     }
     judgement.narrow(Forms::NONE);
     rules::count_fate(guard, Fate::Refused);
-    if !guard.is_monitor() {
-        refuse::refuse(&segment.client(guard), next, Reason::NotTls);
-    }
+    refuse(segment, guard, next, judgement, Reason::NotTls);
     Reason::NotTls
+}
+
+/// Has a connection ended, unless it is monitored.
+#[inline(always)]
+fn refuse(segment: &Segment, guard: Guard, next: u32, judgement: JudgementPointer, reason: Reason) {
+    if !guard.is_monitor() {
+        judgement.set_refused();
+        refuse::refuse(&segment.client(guard), next, reason);
+    }
 }
 
 /// What a segment holds at decisive places.

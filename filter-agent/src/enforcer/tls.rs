@@ -208,7 +208,8 @@ impl Enforcer {
             if seen.look(stages, Instant::now()) {
                 lost.push(format!(
                     "connections to database {name} begin, and none arrives at a socket of this host: its server \
-                     does not listen, or they are forwarded to another machine, where TLS is not forced"
+                     does not listen; or they are forwarded to another machine, or their source is translated, where \
+                     TLS is not forced"
                 ));
             }
         }

@@ -99,12 +99,16 @@ pub(super) const SHAPES: [Shape; 24] = [
     array("RULE_NAMES", size_of::<Name>(), RULE_IDS),
     array("PROBES", 8, COUNTERS + HITS),
     lru("SYNS_PASSED", size_of::<Syn>(), size_of::<LocalKey>(), SYNS),
-    lru(
-        "PUBLISHED_SOCKETS",
-        size_of::<Published>(),
-        size_of::<LocalKey>(),
-        PUBLISHED,
-    ),
+    Shape {
+        map_type: MapType::Hash,
+        flags: BPF_F_NO_PREALLOC,
+        ..lru(
+            "PUBLISHED_SOCKETS",
+            size_of::<Published>(),
+            size_of::<LocalKey>(),
+            PUBLISHED,
+        )
+    },
     lru("HANDSHAKES_JUDGED", size_of::<Connection>(), 4, HANDSHAKES),
     Shape {
         map_type: MapType::Hash,
