@@ -78,6 +78,11 @@ impl Entries {
         self.v4.len() + self.v6.len()
     }
 
+    /// Whether connections without TLS are refused, rather than monitored.
+    pub fn refuses_clear(&self) -> bool {
+        self.tls.is_some_and(|tls| !tls.monitor) && !self.monitor
+    }
+
     /// Prefixes that each of `rules` gives. One that an earlier rule gives too counts there.
     pub fn prefixes_by_rule(&self) -> Vec<usize> {
         let mut counts = vec![0; self.rules.len()];

@@ -73,6 +73,25 @@ impl Host {
         }
     }
 
+    /// Has one more port of the host lead to one of the container, without forced TLS. `more`: fields of its database.
+    fn publish(&self, from: u16, to: u16, more: &str) {
+        let net = &self.laboratory.net;
+        let policy = self.laboratory.policy("")
+            + &format!(
+                "  - {{name: clear, port: {from}, model: dedicated, force_tls: false, {more}}}\n"
+            );
+        net.reload(&policy);
+        for (family, container) in [
+            ("ip daddr 10.0.0.1", format!("ip to {BOX4}")),
+            ("ip6 daddr fd00::1", format!("ip6 to [{BOX6}]")),
+        ] {
+            let rule = format!(
+                "add rule inet nat prerouting iifname eth0 {family} tcp dport {from} dnat {container}:{to}"
+            );
+            net.db.run(|| succeed(Command::new("nft").arg(rule)));
+        }
+    }
+
     fn serve(&self, engine: Engine, port: u16) -> Server {
         Server::start_at(&self.container, engine, port, None, |_| {})
     }
@@ -310,24 +329,11 @@ fn port_that_forces_tls_is_not_opened_by_one_that_does_not() {
     let host = Host::new("two-ports", "native");
     let laboratory = &host.laboratory;
     const CLEAR_PORT: u16 = 5500;
-    let policy = laboratory.policy("")
-        + &format!(
-            "  - {{name: clear, port: {CLEAR_PORT}, engine: postgresql, model: dedicated, force_tls: false, \
-             rules: [{{cidr: 203.0.113.0/24}}, {{cidr: '2001:db8::/64'}}]}}\n"
-        );
-    laboratory.net.reload(&policy);
-    for (family, to) in [
-        ("ip daddr 10.0.0.1", format!("ip to {BOX4}")),
-        ("ip6 daddr fd00::1", format!("ip6 to [{BOX6}]")),
-    ] {
-        let rule = format!(
-            "add rule inet nat prerouting iifname eth0 {family} tcp dport {CLEAR_PORT} dnat {to}:15432"
-        );
-        laboratory
-            .net
-            .db
-            .run(|| succeed(Command::new("nft").arg(rule)));
-    }
+    host.publish(
+        CLEAR_PORT,
+        15432,
+        "rules: [{cidr: 203.0.113.0/24}, {cidr: '2001:db8::/64'}]",
+    );
     let (engine, port) = ENGINES[1];
     let mut server = host.serve(engine, port);
     for client in laboratory.clients() {
@@ -339,5 +345,30 @@ fn port_that_forces_tls_is_not_opened_by_one_that_does_not() {
             client.fence_at(CLOSED_PORT);
             server.assert_tls_only();
         }
+    }
+}
+
+/// Who is let pass only since a port is monitored does not have its clients judged as another port's.
+#[test]
+fn monitored_port_is_not_taken_for_one_that_forces_tls() {
+    let host = Host::new("monitored-port", "native");
+    const MONITORED_PORT: u16 = 5500;
+    host.publish(
+        MONITORED_PORT,
+        25500,
+        "monitor: true, rules: [{cidr: 192.0.2.0/24}]",
+    );
+    let (engine, port) = ENGINES[1];
+    let _forced = host.serve(engine, port);
+    let mut server = host.serve(engine, 25500);
+    for client in host.laboratory.clients() {
+        let forced = client.open(engine.port());
+        let mut deceiving = client.connection(MONITORED_PORT);
+        deceiving.isn = forced.isn;
+        deceiving.send(&deceiving.syn());
+        client.fence_at(CLOSED_PORT);
+        let connection = client.open(MONITORED_PORT);
+        connection.write(0, &engine.clear());
+        server.wait_for_any(connection.from, &engine.clear());
     }
 }

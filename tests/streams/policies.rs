@@ -3,9 +3,12 @@
 use std::{
     io::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    time::Duration,
 };
 
-use filter_tests::net::{CLIENT4, CLIENT6, DB4, DB6, Namespace, PATIENCE, bound};
+use filter_tests::net::{
+    CLIENT4, CLIENT6, DB4, DB6, FIN, Namespace, PATIENCE, RST, Received, bound, wait_until,
+};
 
 use crate::{
     laboratory::Laboratory,
@@ -48,6 +51,37 @@ fn monitored_database_refuses_nobody_and_counts() {
             serde_json::json!({"refused": 2, "tls": 2}),
             "{engine:?}"
         );
+    }
+}
+
+/// What was let pass by `monitor: tls` is from before TLS was forced.
+#[test]
+fn connection_that_was_monitored_goes_on_until_existing_ones_are_judged() {
+    let laboratory = Laboratory::with("monitored-before", "native", "monitor: tls");
+    let engine = Engine::Postgresql;
+    let mut server = laboratory.serve(engine);
+    for client in laboratory.clients() {
+        laboratory.net.reload(&laboratory.policy("monitor: tls"));
+        let clear = engine.clear();
+        let connection = client.open(engine.port());
+        connection.write(0, &clear);
+        server.wait_for_any(connection.from, &clear);
+        laboratory.net.reload(&laboratory.policy(""));
+        connection.write(96, &clear);
+        server.wait_for_any(connection.from, &[&clear[..], &clear].concat());
+        laboratory.net.agent_text(&["reload", "--existing"]);
+        // Repeated, as a kernel does, it is answered.
+        let ended = || {
+            connection.write(192, &clear);
+            let ends = |segment: &Received| {
+                connection.is_mine(segment) && segment.flags & (FIN | RST) != 0
+            };
+            client.wait_for(Duration::from_millis(20), ends).is_some()
+        };
+        assert!(wait_until(ended));
+        assert_eq!(server.read_from(connection.from).concat().len(), 192);
+        let connections = laboratory.connections(engine);
+        assert!(connections["refused"].as_u64() > Some(0), "{connections}");
     }
 }
 

@@ -324,3 +324,24 @@ fn damaged_header_keeps_no_client_out() {
         server.wait_for_any(connection.from, &stream);
     }
 }
+
+#[test]
+fn session_from_before_a_header_was_required_goes_on() {
+    let laboratory = Laboratory::new("unproxied-before", "native");
+    for engine in ENGINES {
+        laboratory.net.reload(&laboratory.policy(""));
+        let mut server = laboratory.serve(engine);
+        for client in laboratory.clients() {
+            laboratory.net.reload(&laboratory.policy(""));
+            let opening = &openings(engine)[0];
+            let connection = client.open(engine.port());
+            connection.write(0, opening);
+            server.wait_for(connection.from, opening);
+            let proxied = laboratory.policy("proxy_protocol: required");
+            laboratory.net.reload(&proxied);
+            connection.write(opening.len() as u32, b"more");
+            let stream = [&opening[..], b"more"].concat();
+            server.wait_for(connection.from, &stream);
+        }
+    }
+}

@@ -159,8 +159,8 @@ impl Enforcer {
     /// Counts connections from before TLS was forced on a database of the new policy, for a while.
     pub(super) fn count_existing(&mut self, compiled: &Compiled) -> Result<()> {
         let mut databases = compiled.databases.iter();
-        let is_new =
-            databases.any(|(name, entries)| entries.tls.is_some() && !self.filter.forces_tls(name));
+        let is_new = databases
+            .any(|(name, entries)| entries.refuses_clear() && !self.filter.refuses_clear(name));
         let existing = self.filter.existing()?;
         if is_new || existing == Existing::COUNTED {
             self.counting_until

@@ -116,10 +116,10 @@ impl Filter {
         Ok(())
     }
 
-    /// Whether the kernel forces TLS on a database, by what the maps hold.
-    pub fn forces_tls(&self, database: &str) -> bool {
+    /// Whether the kernel refuses connections without TLS to a database, by what the maps hold.
+    pub fn refuses_clear(&self, database: &str) -> bool {
         let slot = self.image.slot(database);
-        slot.is_some_and(|slot| self.image.forces_tls(slot))
+        slot.is_some_and(|slot| self.image.refuses_clear(slot))
     }
 
     /// Whether a program judges by a pinned link: this agent's, or that of one before, which judges by the same maps.

@@ -164,8 +164,10 @@ impl Image {
         guards.filter(move |guard| guard.slot() == slot && guard.engine() != 0)
     }
 
-    pub fn forces_tls(&self, slot: u16) -> bool {
-        self.forced(slot).next().is_some()
+    /// Whether connections without TLS to a slot's database are refused, rather than monitored.
+    pub fn refuses_clear(&self, slot: u16) -> bool {
+        self.forced(slot)
+            .any(|guard| !guard.of_connections().is_monitor())
     }
 
     /// Whether the ports of a slot's database are closed where nothing judges its connections.
