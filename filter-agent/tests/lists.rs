@@ -146,7 +146,7 @@ fn every_published_format_is_read() {
 #[test]
 fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
     let html = b"<!DOCTYPE html>\n<html><body>Are you human?</body></html>";
-    let long = [b"192.0.2.0/24\n".as_slice(), &[b'9'; 100_000]].concat();
+    let long = [b"192.0.2.0/24\n".as_slice(), &[b'9'; 100_000], b"\n"].concat();
     let cases: &[(&[u8], &str, &str)] = &[
         (
             html,
@@ -161,7 +161,12 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
         (
             html,
             "format: geofeed, country: FR",
-            "line 1: \"<!DOCTYPE html>\" is not a prefix",
+            "line 2 has no end as the others have: it was cut off",
+        ),
+        (
+            b"<!DOCTYPE html>\n<html>\n",
+            "format: geofeed, country: FR",
+            "no prefix that is selected",
         ),
         (b"", "format: text", "no prefix that is selected"),
         (b"", "format: cloudflare", "read JSON"),
@@ -171,7 +176,7 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
             "line 2: 192.0.2.1/24 has host bits set",
         ),
         (
-            b"192.0.2.0/24\n\xff\xfe",
+            b"192.0.2.0/24\n\xff\xfe\n",
             "format: text",
             "line 2: \"\\xff\\xfe\" is not UTF-8 text",
         ),
@@ -385,4 +390,87 @@ fn no_mutation_of_a_kept_set_is_taken_for_another() {
             assert_eq!(decoded, set);
         }
     }
+}
+
+/// Fault C7: cut from 203.0.113.17, it let another host in.
+#[test]
+fn list_that_ends_within_a_line_is_refused() {
+    let body = b"192.0.2.0/24\n203.0.113.1";
+    let feed = b"192.0.2.0/24,FR,,,\n203.0.113.1";
+    for (body, fields) in [
+        (&body[..], "format: text"),
+        (feed, "format: geofeed, country: FR"),
+    ] {
+        let error = format!("{:#}", lists::read(body, &select(fields)).unwrap_err());
+        assert!(error.contains("line 2 has no end"), "{error}");
+        // Some publishers write it so.
+        let fields = format!("{fields}, unterminated: true");
+        assert!(lists::read(body, &select(&fields)).is_ok());
+    }
+    let error = format!("{:#}", lists::read_file(body).unwrap_err());
+    assert!(error.contains("line 2 has no end"), "{error}");
+    // Of one line nothing can be told.
+    assert_eq!(lists::read_file(b"192.0.2.0/24").unwrap().len(), 1);
+    // JSON ends where it begins.
+    let whole = sample("aws.json");
+    let fields = select("format: aws, region: eu-west-3");
+    for end in 0..whole.trim_ascii_end().len() {
+        assert!(lists::read(&whole[..end], &fields).is_err(), "{end}");
+    }
+}
+
+/// Fault C8: the rest of the list was a part of the field.
+#[test]
+fn quote_that_is_not_closed_is_refused_with_its_line() {
+    let body = b"192.0.2.0/24,FR,,Paris,\n198.51.100.0/24,FR,,\"Lyon,\n203.0.113.0/24,FR,,Nice,\n";
+    let error = lists::read(body, &select("format: geofeed, country: FR")).unwrap_err();
+    assert!(format!("{error:#}").contains("line 2: a quote is not closed"));
+    let body = b"192.0.2.0/24,US,,\"Washington, DC\",\n";
+    let list = lists::read(body, &select("format: geofeed, city: 'Washington, DC'"));
+    assert_eq!(list.unwrap().prefixes.len(), 1);
+}
+
+/// Fault C9: real geofeeds.
+#[test]
+fn geofeed_is_right_where_it_is_selected_and_may_be_anything_elsewhere() {
+    let body = b"prefix,country,region,city,postal\n   \n# comment\n192.0.2.0/24,fr,,Paris,\n\
+        198.51.100.1/24,JP,,\x93\x8c\x8b\x9e,\nno prefix,US,,,\n2001:db8::/32,FR,,,\n";
+    let list = lists::read(body, &select("format: geofeed, country: FR")).unwrap();
+    assert_eq!(list.prefixes.len(), 2);
+    let error = lists::read(body, &select("format: geofeed, country: JP")).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(
+        error.contains("line 5: 198.51.100.1/24 has host bits set"),
+        "{error}"
+    );
+}
+
+/// Fault C11.
+#[test]
+fn byte_order_mark_is_skipped_and_other_encodings_are_named() {
+    let body = [b"\xef\xbb\xbf".as_slice(), &sample("aws.json")].concat();
+    lists::read(&body, &select("format: aws, region: eu-west-3")).unwrap();
+    let body = b"\xef\xbb\xbf192.0.2.0/24,FR,,,\n";
+    lists::read(body, &select("format: geofeed, country: FR")).unwrap();
+    for body in [b"\xff\xfe1\09\02\0", b"\xfe\xff\01\09\02"] {
+        let error = lists::read(body, &select("format: text")).unwrap_err();
+        assert!(error.to_string().contains("UTF-16"), "{error}");
+    }
+}
+
+/// Fault C20: as Spamhaus writes its lists.
+#[test]
+fn semicolon_begins_a_comment() {
+    let body = b"; Spamhaus DROP List\n192.0.2.0/24 ; SBL1\n";
+    let list = lists::read(body, &select("format: text")).unwrap();
+    assert_eq!(list.prefixes.len(), 1);
+}
+
+/// Fault C20: half of the list was lost.
+#[test]
+fn key_that_stands_twice_in_a_json_object_is_refused() {
+    let body = b"{\"hooks\":[\"192.0.2.0/24\"],\"hooks\":[\"198.51.100.0/24\"]}";
+    let error = lists::read(body, &select("format: github, key: hooks")).unwrap_err();
+    let error = format!("{error:#}");
+    assert!(error.contains("\"hooks\" stands twice"), "{error}");
 }

@@ -78,8 +78,12 @@ pub struct Url {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(tag = "format", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Select {
-    /// One prefix a line, `#` begins a comment.
-    Text {},
+    /// One prefix a line; `#` or `;` begins a comment.
+    Text {
+        /// Whether its publisher leaves out the last line's end. Else that says that the list was cut off.
+        #[serde(default)]
+        unterminated: bool,
+    },
     /// Strings selected by a JSONPath query (RFC 9535).
     Json {
         path: JsonPath,
@@ -109,6 +113,9 @@ pub enum Select {
         country: Option<String>,
         region: Option<String>,
         city: Option<String>,
+        /// As of text.
+        #[serde(default)]
+        unterminated: bool,
     },
 }
 

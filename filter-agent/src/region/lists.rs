@@ -1,9 +1,13 @@
 //! Parses lists of prefixes, as files and publishers write them. Pure.
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use ipnet::IpNet;
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, MapAccess, SeqAccess, Visitor},
+};
 use serde_json::Value;
 use serde_json_path::JsonPath;
 
@@ -26,9 +30,10 @@ pub struct List {
 /// # Errors
 /// The place that violates the format, or nothing was selected.
 pub fn read(body: &[u8], select: &Select) -> Result<List> {
+    let body = without_mark(body)?;
     let list = match select {
-        Select::Text {} => List {
-            prefixes: lines(body, published)?,
+        Select::Text { unterminated } => List {
+            prefixes: lines(body, *unterminated, published)?,
             serial: None,
         },
         Select::Json { path } => json(body, path, None)?,
@@ -63,8 +68,9 @@ pub fn read(body: &[u8], select: &Select) -> Result<List> {
             country,
             region,
             city,
+            unterminated,
         } => List {
-            prefixes: geofeed(body, [country, region, city])?,
+            prefixes: geofeed(body, *unterminated, [country, region, city])?,
             serial: None,
         },
     };
@@ -79,7 +85,7 @@ pub fn read(body: &[u8], select: &Select) -> Result<List> {
 /// # Errors
 /// As `read`.
 pub fn read_file(body: &[u8]) -> Result<Vec<IpNet>> {
-    let prefixes = lines(body, parse_cidr)?;
+    let prefixes = lines(without_mark(body)?, false, parse_cidr)?;
     // An empty file is more likely a failed download than a region without addresses.
     if prefixes.is_empty() {
         bail!("it holds no prefix");
@@ -95,12 +101,38 @@ fn published(text: &str) -> Result<IpNet, String> {
     }
 }
 
-fn lines(body: &[u8], prefix: impl Fn(&str) -> Result<IpNet, String>) -> Result<Vec<IpNet>> {
-    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+/// The body without the byte order mark that Windows editors put in front.
+fn without_mark(body: &[u8]) -> Result<&[u8]> {
+    if body.starts_with(b"\xff\xfe") || body.starts_with(b"\xfe\xff") {
+        bail!("it is UTF-16 text: UTF-8 is needed");
+    }
+    Ok(body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body))
+}
+
+/// The lines with their numbers. Where all but the last have an end, the list was cut off: within a prefix, perhaps, of
+/// which another is left.
+fn whole_lines(body: &[u8], unterminated: bool) -> impl Iterator<Item = Result<(usize, &[u8])>> {
+    let ends = body.iter().filter(|&&byte| byte == b'\n').count();
+    let is_cut = ends > 0 && !body.ends_with(b"\n") && !unterminated;
+    let lines = (1..).zip(body.split(|&byte| byte == b'\n'));
+    lines.map(move |(number, line)| {
+        if is_cut && number > ends {
+            bail!("line {number} has no end as the others have: it was cut off");
+        }
+        Ok((number, line))
+    })
+}
+
+fn lines(
+    body: &[u8],
+    unterminated: bool,
+    prefix: impl Fn(&str) -> Result<IpNet, String>,
+) -> Result<Vec<IpNet>> {
     let mut prefixes = Vec::new();
-    for (number, line) in (1..).zip(body.split(|&byte| byte == b'\n')) {
-        let entry = line.split(|&byte| byte == b'#').next().unwrap_or_default();
-        let entry = entry.trim_ascii();
+    for line in whole_lines(body, unterminated) {
+        let (number, line) = line?;
+        let entry = line.split(|byte| b"#;".contains(byte)).next();
+        let entry = entry.unwrap_or_default().trim_ascii();
         if !entry.is_empty() {
             let text = std::str::from_utf8(entry)
                 .map_err(|_| anyhow!("line {number}: {} is not UTF-8 text", quoted(entry)))?;
@@ -124,27 +156,37 @@ fn quoted(bytes: &[u8]) -> String {
     format!("\"{}{more}\"", shown.escape_ascii())
 }
 
-/// RFC 8805: `prefix,country,region,city,postal`, and lines that begin with `#`.
-fn geofeed(body: &[u8], wanted: [&Option<String>; 3]) -> Result<Vec<IpNet>> {
-    let mut reader = csv::ReaderBuilder::new()
-        .has_headers(false)
-        .flexible(true)
-        .comment(Some(b'#'))
-        .trim(csv::Trim::All)
-        .from_reader(body);
+/// RFC 8805: `prefix,country,region,city,postal`, and lines that begin with `#`. What is wrong in lines that are not
+/// selected does not matter (section 2.1): a header, a place in another encoding.
+fn geofeed(body: &[u8], unterminated: bool, wanted: [&Option<String>; 3]) -> Result<Vec<IpNet>> {
     let mut prefixes = Vec::new();
-    for record in reader.records() {
-        let record = record.context("read CSV")?;
-        let line = record.position().map_or(0, csv::Position::line);
-        let prefix = record.get(0).unwrap_or_default();
-        // In lines that are not selected, too: else a page that is not a geofeed looks like an empty one.
-        let prefix = parsed(prefix, published).with_context(|| format!("line {line}"))?;
-        let mut fields = wanted.iter().zip(1..);
-        if fields.all(|(wanted, field)| {
-            let wanted = wanted.as_deref();
-            wanted.is_none_or(|wanted| record.get(field) == Some(wanted))
-        }) {
-            prefixes.push(prefix);
+    for line in whole_lines(body, unterminated) {
+        let (number, line) = line?;
+        // Of an open quote the rest of the list would be one field.
+        let quotes = line.iter().filter(|&&byte| byte == b'"').count();
+        if quotes % 2 != 0 {
+            bail!("line {number}: a quote is not closed");
+        }
+        let mut reader = csv::ReaderBuilder::new();
+        reader
+            .has_headers(false)
+            .comment(Some(b'#'))
+            .trim(csv::Trim::All);
+        let mut reader = reader.from_reader(line);
+        let mut record = csv::ByteRecord::new();
+        let found = reader.read_byte_record(&mut record);
+        if !found.with_context(|| format!("line {number}"))? {
+            continue;
+        }
+        let is_selected = wanted.iter().zip(1..).all(|(wanted, field)| {
+            let found = record.get(field).unwrap_or_default();
+            let wanted = wanted.as_ref().map(String::as_bytes);
+            wanted.is_none_or(|wanted| found.eq_ignore_ascii_case(wanted))
+        });
+        if is_selected {
+            let prefix = record.get(0).unwrap_or_default();
+            let prefix = String::from_utf8_lossy(prefix);
+            prefixes.push(parsed(&prefix, published).with_context(|| format!("line {number}"))?);
         }
     }
     Ok(prefixes)
@@ -171,7 +213,7 @@ fn literal(text: &str) -> String {
 }
 
 fn json(body: &[u8], path: &JsonPath, serial: Option<&str>) -> Result<List> {
-    let value: Value = serde_json::from_slice(body).with_context(|| {
+    let Unique(value) = serde_json::from_slice(body).with_context(|| {
         let begins = quoted(body.trim_ascii_start());
         format!("read JSON (it begins with {begins})")
     })?;
@@ -191,4 +233,73 @@ fn json(body: &[u8], path: &JsonPath, serial: Option<&str>) -> Result<List> {
         number => number.as_u64(),
     });
     Ok(List { prefixes, serial })
+}
+
+/// A value whose objects have each key once: of two the parser would keep the last, and lose what the first has.
+struct Unique(Value);
+
+impl<'de> Deserialize<'de> for Unique {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(UniqueVisitor).map(Self)
+    }
+}
+
+struct UniqueVisitor;
+
+impl<'de> Visitor<'de> for UniqueVisitor {
+    type Value = Value;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Value, A::Error> {
+        let mut values = Vec::new();
+        while let Some(Unique(value)) = elements.next_element()? {
+            values.push(value);
+        }
+        Ok(values.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut object = serde_json::Map::new();
+        while let Some((key, Unique(value))) = entries.next_entry::<String, Unique>()? {
+            if object.contains_key(&key) {
+                let key = quoted(key.as_bytes());
+                return Err(de::Error::custom(format!(
+                    "the key {key} stands twice in an object"
+                )));
+            }
+            object.insert(key, value);
+        }
+        Ok(object.into())
+    }
 }

@@ -347,13 +347,16 @@ impl Reader<'_> {
             self.absolute(at, "ca_file", path);
         }
         let select = match raw.select.take() {
-            None => Select::Text {},
+            None => Select::Text {
+                unterminated: false,
+            },
             Some(value) => self.shape::<Select>(&at.key("select"), "select: ", value)?,
         };
         if let Select::Digitalocean {
             country: None,
             region: None,
             city: None,
+            ..
         } = select
         {
             let message = "select: at least one of country, region and city is needed";
