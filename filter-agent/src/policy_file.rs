@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use jiff::Timestamp;
 
 use crate::{
@@ -38,14 +38,14 @@ impl PolicyFile {
     /// A file that cannot be read, or everything wrong with its content, a line each.
     pub fn read(path: &Path) -> Result<Self> {
         let read = || -> Result<String> {
-            let mut text = String::new();
+            let mut bytes = Vec::new();
             let file = File::open(path)?;
-            let length = file.take(MAX_LENGTH + 1).read_to_string(&mut text)?;
+            let length = file.take(MAX_LENGTH + 1).read_to_end(&mut bytes)?;
             ensure!(
                 length as u64 <= MAX_LENGTH,
                 "it is longer than {MAX_LENGTH} bytes"
             );
-            Ok(text)
+            text(bytes)
         };
         let text = read().with_context(|| format!("read {}", path.display()))?;
         Self::parse(path, text)
@@ -60,8 +60,7 @@ impl PolicyFile {
         let read = || {
             let mut file = whole_file::open(path)?;
             let before = file.metadata()?;
-            let text = whole_file::read(&mut file, &before, MAX_LENGTH)?;
-            String::from_utf8(text).map_err(|_| anyhow!("stream did not contain valid UTF-8"))
+            text(whole_file::read(&mut file, &before, MAX_LENGTH)?)
         };
         let text = read().with_context(|| format!("read {}", path.display()))?;
         Self::parse(path, text)
@@ -99,6 +98,22 @@ impl PolicyFile {
     }
 }
 
+/// The text of a file, without the byte order mark that Windows editors put in front.
+fn text(bytes: Vec<u8>) -> Result<String> {
+    if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
+        bail!("it is UTF-16 text: save it as UTF-8");
+    }
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let before = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
+        anyhow!("line {line} is not UTF-8 text")
+    })?;
+    Ok(match text.strip_prefix('\u{feff}') {
+        Some(text) => text.into(),
+        None => text,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::{fs, sync::mpsc::channel, thread, time::Duration};
@@ -106,6 +121,32 @@ mod tests {
     use nix::{sys::stat::Mode, unistd::mkfifo};
 
     use super::*;
+
+    /// Fault C11: a mark was "more than one document", and an encoding had no line.
+    #[test]
+    fn byte_order_mark_is_skipped_and_other_encodings_are_named_with_their_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("policy.yaml");
+        let read = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            [PolicyFile::read(&path), PolicyFile::read_regular(&path)]
+        };
+        for file in read(b"\xef\xbb\xbfdatabases: []\ninterfaces: [eth0]\n") {
+            file.unwrap();
+        }
+        for (bytes, expected) in [
+            (
+                &b"databases: []\n# caf\xe9\ninterfaces: [eth0]\n"[..],
+                "line 2 is not UTF-8 text",
+            ),
+            (b"\xff\xfed\0", "it is UTF-16 text: save it as UTF-8"),
+        ] {
+            for file in read(bytes) {
+                let error = format!("{:#}", file.unwrap_err());
+                assert!(error.ends_with(expected), "{error}");
+            }
+        }
+    }
 
     /// A pipe without a writer in the file's place held up every later reload.
     #[test]
