@@ -363,6 +363,13 @@ databases:
             by_source(&|guards| guards.max_prefixes.to_string()),
         ),
         (
+            "shortest",
+            by_source(&|guards| {
+                let [v4, v6] = guards.shortest;
+                format!("[/{v4}, /{v6}]")
+            }),
+        ),
+        (
             "max_shrink",
             by_source(&|guards| format!("{}%", guards.max_shrink)),
         ),

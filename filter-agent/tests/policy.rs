@@ -126,6 +126,7 @@ fn every_field_of_a_policy_arrives() {
     let expected = Guards {
         private: true,
         max_prefixes: 50,
+        shortest: [6, 12],
         max_shrink: 0,
         shrink_after: Duration::from_mins(90),
         retire_after: Duration::ZERO,

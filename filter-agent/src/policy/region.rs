@@ -125,6 +125,8 @@ pub struct Guards {
     /// Whether private addresses (RFC 1918, 6598, 4193) are allowed.
     pub private: bool,
     pub max_prefixes: usize,
+    /// Shortest lengths of prefixes: of IPv4 and of IPv6.
+    pub shortest: [u8; 2],
     /// Share of the members that may leave at once, in per cent.
     pub max_shrink: u8,
     /// A result that lost more must stay the same for this long.
@@ -148,6 +150,7 @@ impl Guards {
         Self {
             private: false,
             max_prefixes: 100_000,
+            shortest: [8, 16],
             max_shrink: if file { 100 } else { 50 },
             shrink_after: Duration::from_mins(10),
             retire_after: if file {

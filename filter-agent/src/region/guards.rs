@@ -44,20 +44,16 @@ pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
     check_each(prefixes, guards)
 }
 
-/// Shortest prefix lengths that a result may have.
-const SHORTEST4: u8 = 8;
-const SHORTEST6: u8 = 16;
-
 pub(super) fn check_each(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
     for prefix in prefixes {
         let shortest = match prefix {
-            IpNet::V4(_) => SHORTEST4,
-            IpNet::V6(_) => SHORTEST6,
+            IpNet::V4(_) => guards.shortest[0],
+            IpNet::V6(_) => guards.shortest[1],
         };
         ensure!(prefix.trunc() == *prefix, "{prefix} has host bits set");
         ensure!(
             prefix.prefix_len() >= shortest,
-            "{prefix} is broader than /{shortest}, which no region is"
+            "{prefix} is broader than /{shortest}; a region that has such prefixes needs `shortest`"
         );
         for (special, what) in SPECIAL {
             ensure!(!overlap(prefix, &special), "{prefix} is {what}");

@@ -27,6 +27,7 @@ struct RawRegion {
     prefixes: Option<Vec<String>>,
     private: Option<bool>,
     max_prefixes: Option<i64>,
+    shortest: Option<Vec<String>>,
     max_shrink: Option<RawScalar>,
     shrink_after: Option<RawScalar>,
     retire_after: Option<RawScalar>,
@@ -57,6 +58,18 @@ impl fmt::Display for RawScalar {
 #[serde(rename_all = "lowercase")]
 enum RawDnssec {
     Require,
+}
+
+/// Prefix lengths of IPv4 and IPv6, each written as `/6`.
+fn lengths(texts: &[String]) -> Option<[u8; 2]> {
+    let [v4, v6] = texts else {
+        return None;
+    };
+    let length = |text: &str, most| {
+        let length = text.strip_prefix('/')?.parse().ok()?;
+        (1..=most).contains(&length).then_some(length)
+    };
+    Some([length(v4, 32)?, length(v6, 128)?])
 }
 
 impl Reader<'_> {
@@ -109,6 +122,7 @@ impl Reader<'_> {
                 asked,
                 constant && raw.max_prefixes.is_some(),
             ),
+            ("shortest", asked, constant && raw.shortest.is_some()),
             ("max_shrink", asked, constant && raw.max_shrink.is_some()),
             (
                 "shrink_after",
@@ -134,6 +148,16 @@ impl Reader<'_> {
             match usize::try_from(number) {
                 Ok(most @ 1..) => guards.max_prefixes = most,
                 _ => self.problem(&at.key("max_prefixes"), "max_prefixes is at least 1"),
+            }
+        }
+        if let Some(texts) = raw.shortest {
+            match lengths(&texts) {
+                Some(shortest) => guards.shortest = shortest,
+                None => {
+                    let message =
+                        "shortest is a length for IPv4 and one for IPv6, such as [/6, /16]";
+                    self.problem(&at.key("shortest"), message);
+                }
             }
         }
         if let Some(text) = raw.max_shrink.map(|raw| raw.to_string()) {
