@@ -525,7 +525,15 @@ impl Enforcer {
         source: IpAddr,
         database: Option<&str>,
     ) -> Result<Vec<report::Explanation>> {
-        verify::explain(&mut self.filter, &self.in_force, source, database)
+        let host = self.netlink.interfaces()?;
+        let unfiltered = unfiltered(source, &host, self.filter.program_id()?);
+        verify::explain(
+            &mut self.filter,
+            &self.in_force,
+            source,
+            database,
+            unfiltered,
+        )
     }
 
     /// Reports the sources of dropped packets.
@@ -555,6 +563,22 @@ impl Enforcer {
 fn is_absent(error: &anyhow::Error) -> bool {
     let cause = error.downcast_ref::<io::Error>();
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::NotFound)
+}
+
+/// The interface through which packets of this source come, if none of ours runs there.
+fn unfiltered(source: IpAddr, host: &[Interface], ours: u32) -> Option<&str> {
+    let is_own = |interface: &Interface| interface.addresses.contains(&source);
+    if source.is_loopback() || host.iter().any(is_own) {
+        return host.iter().find(|i| i.loopback).map(|i| i.name.as_str());
+    }
+    let networks = host.iter().flat_map(|interface| {
+        let networks = interface.networks.iter();
+        let containing = networks.filter(|network| network.contains(&source));
+        containing.map(move |network| (network.prefix_len(), interface))
+    });
+    let (_, interface) = networks.max_by_key(|(length, _)| *length)?;
+    let is_filtered = interface.xdp.is_some_and(|xdp| xdp.program_id == ours);
+    (!is_filtered).then_some(interface.name.as_str())
 }
 
 type Job = Box<dyn FnOnce(&mut Enforcer) + Send>;

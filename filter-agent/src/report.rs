@@ -167,6 +167,10 @@ pub struct Explanation {
     pub rule: Option<String>,
     pub label: Option<String>,
     pub expires: Option<Timestamp>,
+    /// The interface through which packets of this source come, where that is not filtered: loopback for the host's own
+    /// addresses.
+    #[serde(default)]
+    pub unfiltered: Option<String>,
 }
 
 /// Dropped packets since the agent started.

@@ -66,6 +66,7 @@ pub fn explain(
     in_force: &InForce,
     source: IpAddr,
     database: Option<&str>,
+    unfiltered: Option<&str>,
 ) -> Result<Vec<report::Explanation>> {
     in_force.check_database(database)?;
     let mut explanations = Vec::new();
@@ -102,6 +103,7 @@ pub fn explain(
             rule: rule.map(ToString::to_string),
             label: written.and_then(|rule| rule.label.clone()),
             expires: written.and_then(|rule| rule.expires),
+            unfiltered: unfiltered.map(str::to_owned),
         });
     }
     Ok(explanations)

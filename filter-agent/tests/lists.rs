@@ -452,7 +452,7 @@ fn byte_order_mark_is_skipped_and_other_encodings_are_named() {
     lists::read(&body, &select("format: aws, region: eu-west-3")).unwrap();
     let body = b"\xef\xbb\xbf192.0.2.0/24,FR,,,\n";
     lists::read(body, &select("format: geofeed, country: FR")).unwrap();
-    for body in [b"\xff\xfe1\09\02\0", b"\xfe\xff\01\09\02"] {
+    for body in [&b"\xff\xfe1\x009\x002\x00"[..], b"\xfe\xff\x001\x009\x002"] {
         let error = lists::read(body, &select("format: text")).unwrap_err();
         assert!(error.to_string().contains("UTF-16"), "{error}");
     }

@@ -380,3 +380,31 @@ fn psql_reaches_postgresql_from_allowed_sources_only() {
         ALLOWED6.to_string()
     );
 }
+
+/// Fault D9: it said "is dropped" of the host's own addresses, whose connections work.
+#[test]
+fn explain_says_of_local_sources_that_their_way_is_not_filtered() {
+    let net = Net::enforcing("explain-local", &[], &orders("native"));
+    net.db.ip("link add docker0 type bridge
+         link set docker0 up
+         address add 172.17.0.1/16 dev docker0");
+    let unfiltered = |source: &str| {
+        let explained = net.agent_json(&["explain", source]);
+        let text = net.agent_text(&["explain", source]);
+        let interface = explained[0]["unfiltered"].as_str().map(str::to_owned);
+        let says = text.contains("which is not filtered");
+        assert_eq!(says, interface.is_some(), "{text}");
+        interface
+    };
+    for own in ["127.0.0.1", "::1", &DB4.to_string(), "172.17.0.1"] {
+        assert_eq!(unfiltered(own).as_deref(), Some("lo"), "{own}");
+    }
+    assert_eq!(unfiltered("172.17.0.9").as_deref(), Some("docker0"));
+    for outside in [
+        ALLOWED4.to_string(),
+        DENIED4.to_string(),
+        "198.51.100.200".into(),
+    ] {
+        assert_eq!(unfiltered(&outside), None, "{outside}");
+    }
+}

@@ -377,7 +377,13 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
             true => ", if the connection begins with TLS",
             false => "",
         };
-        println!("{database}: {source} {action}: {why}{tls}{monitor}");
+        let way = match verdict.unfiltered.as_deref() {
+            Some(interface) => {
+                format!("; but its packets come through {interface}, which is not filtered")
+            }
+            None => String::new(),
+        };
+        println!("{database}: {source} {action}: {why}{tls}{monitor}{way}");
     }
 }
 
