@@ -339,10 +339,12 @@ databases:
         "close"
     };
     assert_eq!(policy.mode, policy::Mode::Auto);
-    assert!(policy.regional_network.is_empty() && policy.unprotected.is_empty());
+    assert!(policy.ignored_interfaces.is_empty() && policy.regional_network.is_empty());
+    assert!(policy.unprotected.is_empty());
     assert!(dedicated.addresses.is_empty() && dedicated.cluster.is_empty());
     let expected = [
         ("mode", "`auto`".into()),
+        ("ignore_interfaces", "empty".into()),
         ("regional_network", "empty".into()),
         ("unprotected", "empty".into()),
         ("tls_unenforced", format!("`{unenforced}`")),

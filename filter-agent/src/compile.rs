@@ -271,6 +271,7 @@ mod tests {
     fn policy(databases: Vec<Database>) -> Policy {
         Policy {
             interfaces: vec![Listed::Name("eth0".into())],
+            ignored_interfaces: vec![],
             mode: Mode::Auto,
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],

@@ -74,6 +74,8 @@ fn every_field_of_a_policy_arrives() {
     assert_eq!(interfaces, ["eth0", "eth0.100", "ens*", "default"]);
     assert!(matches!(policy.interfaces[2], Listed::Pattern(_)));
     assert_eq!(policy.interfaces[3], Listed::DefaultRoute);
+    let ignored = policy.ignored_interfaces.iter().map(ToString::to_string);
+    assert_eq!(ignored.collect::<Vec<_>>(), ["veth*", "tun0"]);
     assert_eq!(policy.mode, Mode::Generic);
     assert_eq!(policy.regional_network, ["10.0.0.0/8".parse().unwrap()]);
     let source = |name: &str| &policy.regions[name].source;

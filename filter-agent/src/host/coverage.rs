@@ -124,7 +124,12 @@ pub struct Coverage {
     remembered: Vec<(u32, Listed)>,
     /// Entries `default` whose routes lead only through interfaces that cannot be filtered, such as tunnels.
     tunnels: Vec<String>,
+    /// What need not be listed.
+    ignored: Vec<Listed>,
 }
+
+/// So many interfaces without an address are warned of one by one: a host of containers has hundreds.
+const MOST_NAMED: usize = 3;
 
 impl Coverage {
     pub fn of(policy: &Policy, remembered: &Remembered, host: &[Interface]) -> Self {
@@ -134,7 +139,10 @@ impl Coverage {
         } else {
             &policy.interfaces
         };
-        Self::of_entries(entries, remembered, host)
+        Self {
+            ignored: policy.ignored_interfaces.clone(),
+            ..Self::of_entries(entries, remembered, host)
+        }
     }
 
     fn of_entries(entries: &[Listed], remembered: &Remembered, host: &[Interface]) -> Self {
@@ -143,6 +151,7 @@ impl Coverage {
             missing: Vec::new(),
             remembered: Vec::new(),
             tunnels: Vec::new(),
+            ignored: Vec::new(),
         };
         for entry in entries {
             let direct: Vec<_> = host.iter().filter(|i| lists(entry, i)).collect();
@@ -262,29 +271,42 @@ impl Coverage {
                  stand for it"
             )
         });
+        let is_ignored = |interface: &Interface| self.ignored.iter().any(|e| names(e, interface));
         let past = host
             .iter()
             .filter(|interface| interface.up && !interface.loopback)
             // The ports of a bridge deliver through the bridge.
             .filter(|interface| !interface.has_master || !interface.addresses.is_empty())
-            .filter(|interface| !self.is_present(interface.index))
-            .map(|interface| {
-                let addresses: Vec<String> = interface
-                    .addresses
-                    .iter()
-                    .map(ToString::to_string)
-                    .collect();
-                let addresses = match addresses.as_slice() {
-                    [] => String::new(),
-                    addresses => format!(" ({})", addresses.join(", ")),
-                };
-                let name = &interface.name;
-                format!(
-                    "interface {name}{addresses} is not in `interfaces`: databases may be \
-                     reachable through it"
-                )
-            });
-        stand_in.chain(tunnels).chain(past).collect()
+            .filter(|interface| !self.is_present(interface.index) && !is_ignored(interface));
+        let (bare, past): (Vec<&Interface>, Vec<&Interface>) =
+            past.partition(|interface| interface.addresses.is_empty());
+        let (one_by_one, grouped) = if bare.len() > MOST_NAMED {
+            (past, bare)
+        } else {
+            ([past, bare].concat(), Vec::new())
+        };
+        let past = one_by_one.into_iter().map(|interface| {
+            let addresses: Vec<String> = interface.addresses.iter().map(ToString::to_string).collect();
+            let addresses = match addresses.as_slice() {
+                [] => String::new(),
+                addresses => format!(" ({})", addresses.join(", ")),
+            };
+            let name = &interface.name;
+            format!(
+                "interface {name}{addresses} is not in `interfaces`: databases may be reachable through it"
+            )
+        });
+        let group = (!grouped.is_empty()).then(|| {
+            let named: Vec<&str> = grouped.iter().take(MOST_NAMED).map(|i| i.name.as_str()).collect();
+            format!(
+                "{} interfaces without addresses ({} and {} more) are not in `interfaces`: databases may be reachable \
+                 through them; `ignore_interfaces` names those that need not be listed",
+                grouped.len(),
+                named.join(", "),
+                grouped.len() - named.len()
+            )
+        });
+        stand_in.chain(tunnels).chain(past).chain(group).collect()
     }
 }
 
@@ -363,15 +385,18 @@ fn unfiltered(interface: &Interface, pinned: &[Pinned], ours: u32) -> Option<Str
 
 /// Whether an entry matches an interface, as it is now.
 fn lists(entry: &Listed, interface: &Interface) -> bool {
+    // A pattern is not meant to match what cannot be filtered, and a default route through it is a warning.
+    let is_name = matches!(entry, Listed::Name(_));
+    (is_name || can_be_filtered(interface)) && names(entry, interface)
+}
+
+/// The same, whether or not it can be filtered.
+fn names(entry: &Listed, interface: &Interface) -> bool {
     let mut names = std::iter::once(&interface.name).chain(&interface.alternative_names);
     match entry {
         Listed::Name(name) => names.any(|other| other == name),
-        // A pattern is not meant to match what cannot be filtered, and a default route through it is a
-        // warning.
-        Listed::Pattern(pattern) => {
-            can_be_filtered(interface) && names.any(|name| pattern.matches(name))
-        }
-        Listed::DefaultRoute => can_be_filtered(interface) && interface.default_route,
+        Listed::Pattern(pattern) => names.any(|name| pattern.matches(name)),
+        Listed::DefaultRoute => interface.default_route,
     }
 }
 
@@ -400,5 +425,51 @@ fn describe_stand_in(name: &str, entry: &Listed) -> String {
         Listed::DefaultRoute => format!(
             "interface {name} counts as listed by `default`: a default route led through it before"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::parse;
+
+    fn warnings(policy: &str, interfaces: usize) -> Vec<String> {
+        let mut host: Vec<Interface> = (0..interfaces)
+            .map(|number| Interface {
+                index: number as u32 + 10,
+                name: format!("veth{number}"),
+                ethernet: true,
+                up: true,
+                ..Interface::default()
+            })
+            .collect();
+        host.push(Interface {
+            index: 2,
+            name: "tun0".into(),
+            up: true,
+            addresses: vec!["192.0.2.1".parse().unwrap()],
+            ..Interface::default()
+        });
+        let text = format!("interfaces: [eth0]\ndatabases: []\n{policy}");
+        let (policy, _) = parse(&text).unwrap();
+        Coverage::of(&policy, &Remembered::default(), &host).warnings(&host)
+    }
+
+    /// Fault C18: one warning for each, at every reload.
+    #[test]
+    fn interfaces_of_containers_are_one_warning_or_none() {
+        assert_eq!(warnings("", 3).len(), 4);
+        let [tunnel, grouped] = &warnings("", 120)[..] else {
+            panic!("{:?}", warnings("", 120));
+        };
+        assert!(
+            tunnel.starts_with("interface tun0 (192.0.2.1) is not"),
+            "{tunnel}"
+        );
+        let expected =
+            "120 interfaces without addresses (veth0, veth1, veth2 and 117 more) are not";
+        assert!(grouped.starts_with(expected), "{grouped}");
+        assert_eq!(warnings("ignore_interfaces: ['veth*']", 120).len(), 1);
+        assert!(warnings("ignore_interfaces: ['veth*', 'tun*']", 120).is_empty());
     }
 }

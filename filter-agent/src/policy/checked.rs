@@ -19,6 +19,8 @@ use crate::policy::region::Region;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
     pub interfaces: Vec<Listed>,
+    /// Names and patterns of interfaces that need not be listed.
+    pub ignored_interfaces: Vec<Listed>,
     pub mode: Mode,
     /// The built-in regions included.
     pub regions: BTreeMap<String, Region>,

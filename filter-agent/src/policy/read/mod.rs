@@ -86,6 +86,8 @@ fn too_deep(text: &str) -> Option<usize> {
 struct RawFile {
     interfaces: Vec<String>,
     #[serde(default)]
+    ignore_interfaces: Vec<String>,
+    #[serde(default)]
     mode: Mode,
     // Not a `BTreeMap`, which would silently keep the last of two definitions of a name.
     regions: Option<Mapping>,
@@ -99,7 +101,20 @@ struct RawFile {
 
 impl Reader<'_> {
     fn policy(&mut self, file: RawFile) -> Policy {
-        let interfaces = self.interfaces(&file.interfaces);
+        let at = At::top("interfaces");
+        if file.interfaces.is_empty() {
+            self.problem(
+                &at,
+                "no interfaces: name every one the databases are reachable through",
+            );
+        }
+        let interfaces = self.interfaces(&at, &file.interfaces);
+        let at = At::top("ignore_interfaces");
+        let ignored_interfaces = self.interfaces(&at, &file.ignore_interfaces);
+        if ignored_interfaces.contains(&Listed::DefaultRoute) {
+            let message = "the interface of the default route cannot be ignored: databases are reachable through it";
+            self.problem(&at, message);
+        }
         let regions = self.regions(file.regions.unwrap_or_default());
         let regional_network = self.prefixes(
             &At::top("regional_network"),
@@ -150,6 +165,7 @@ impl Reader<'_> {
         self.overlaps(&databases);
         Policy {
             interfaces,
+            ignored_interfaces,
             mode: file.mode,
             regions,
             regional_network,
@@ -161,14 +177,7 @@ impl Reader<'_> {
         }
     }
 
-    fn interfaces(&mut self, interfaces: &[String]) -> Vec<Listed> {
-        let at = At::top("interfaces");
-        if interfaces.is_empty() {
-            self.problem(
-                &at,
-                "no interfaces: name every one the databases are reachable through",
-            );
-        }
+    fn interfaces(&mut self, at: &At, interfaces: &[String]) -> Vec<Listed> {
         let mut listed = Vec::new();
         let mut seen = BTreeSet::new();
         for (index, name) in interfaces.iter().enumerate() {
