@@ -317,6 +317,7 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
         Reason::NotTls,
         Reason::TlsUnclear,
         Reason::TlsUnenforced,
+        Reason::NoProxyHeader,
     ];
     let all = Reason::ALL
         .into_iter()

@@ -73,8 +73,13 @@ fn filter_stays_in_force_where_the_bpf_file_system_is_unmounted_and_mounted_agai
     let _listener = net.listen(PORT);
     let denied = Hammer::denied(&net.client, &[(DENIED4.into(), DB)]);
     umount2(&net.bpffs(), MntFlags::MNT_DETACH).unwrap();
-    let line = net.agent_error(&["status", "--verify"]);
-    assert!(!line.contains("nothing is filtered"), "{line}");
+    let status = net.agent(&["status", "--verify"]);
+    let text = String::from_utf8(status.stdout).unwrap();
+    assert_eq!(status.status.code(), Some(1), "{text}");
+    assert!(!text.contains("nothing is filtered"), "{text}");
+    let until =
+        "interface eth0 is filtered only until this agent ends: the pin of its link is gone";
+    assert!(text.contains(until), "{text}");
     let none = None::<&str>;
     let bpf = Some("bpf");
     mount(bpf, &net.bpffs(), bpf, MsFlags::empty(), none).unwrap();

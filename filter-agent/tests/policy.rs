@@ -274,3 +274,19 @@ fn brackets_without_end_are_refused_at_once() {
         );
     }
 }
+
+/// Fault C20: what means never was "no instant".
+#[test]
+fn last_instants_of_the_year_9999_are_read() {
+    for text in ["9999-12-31T23:59:59Z", "9999-12-31T00:00:00z"] {
+        let policy = format!(
+            "interfaces: [eth0]\ndatabases:\n  - {{name: a, port: 1, model: dedicated, force_tls: false, rules: \
+             [{{cidr: 192.0.2.0/24, expires: {text}}}]}}\n"
+        );
+        let (policy, _) = policy::parse(&policy).unwrap();
+        let Model::Dedicated { rules } = &policy.databases[0].model else {
+            panic!("{:?}", policy.databases[0].model);
+        };
+        assert_eq!(rules[0].expires, Some(jiff::Timestamp::MAX));
+    }
+}

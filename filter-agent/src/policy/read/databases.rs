@@ -7,7 +7,7 @@ use std::{
 
 use filter_common::{Engine, MAX_LOCALS, MAX_RULES, Protocol};
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{Timestamp, civil};
 use serde::Deserialize;
 use serde_yaml::Value;
 
@@ -111,6 +111,28 @@ enum Unenforced {
 #[serde(rename_all = "lowercase")]
 enum ProxyProtocol {
     Required,
+}
+
+/// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a label that has one
+/// looks like another in a terminal.
+fn is_control(character: char) -> bool {
+    const DIRECTIONS: [std::ops::RangeInclusive<char>; 4] = [
+        '\u{61c}'..='\u{61c}',
+        '\u{200e}'..='\u{200f}',
+        '\u{202a}'..='\u{202e}',
+        '\u{2066}'..='\u{2069}',
+    ];
+    character.is_control() || DIRECTIONS.iter().any(|range| range.contains(&character))
+}
+
+/// An instant (RFC 3339). The last days of the year 9999, which mean never, are past what can be computed with: the last
+/// instant before them is as good.
+fn instant(text: &str) -> Option<Timestamp> {
+    let last = || {
+        let date: civil::DateTime = text.strip_suffix(['Z', 'z'])?.parse().ok()?;
+        (date.year() == 9999).then_some(Timestamp::MAX)
+    };
+    text.parse().ok().or_else(last)
 }
 
 impl Reader<'_> {
@@ -296,14 +318,14 @@ impl Reader<'_> {
                 continue;
             };
             let label = raw.label.as_deref().unwrap_or_default();
-            if label.chars().count() > MAX_LABEL || label.contains(char::is_control) {
+            if label.chars().count() > MAX_LABEL || label.contains(is_control) {
                 let message =
                     format!("a label has at most {MAX_LABEL} characters, none a control character");
                 self.problem(&at.key("label"), message);
             }
             let mut expires = None;
             if let Some(text) = &raw.expires {
-                expires = text.parse::<Timestamp>().ok();
+                expires = instant(text);
                 if expires.is_none() {
                     let message = format!(
                         "expires: {text:?} is not a valid time, such as 2026-12-31T18:00:00Z"
