@@ -474,3 +474,11 @@ fn key_that_stands_twice_in_a_json_object_is_refused() {
     let error = format!("{error:#}");
     assert!(error.contains("\"hooks\" stands twice"), "{error}");
 }
+
+/// A reader of one line at a time took the first record and lost the others.
+#[test]
+fn geofeed_whose_lines_end_in_cr_alone_is_read_whole() {
+    let body = b"192.0.2.0/24,FR,,,\r198.51.100.0/24,FR,,,\r203.0.113.0/24,US,,,\r";
+    let list = lists::read(body, &select("format: geofeed, country: FR")).unwrap();
+    assert_eq!(list.prefixes.len(), 2);
+}

@@ -159,34 +159,32 @@ fn quoted(bytes: &[u8]) -> String {
 /// RFC 8805: `prefix,country,region,city,postal`, and lines that begin with `#`. What is wrong in lines that are not
 /// selected does not matter (section 2.1): a header, a place in another encoding.
 fn geofeed(body: &[u8], unterminated: bool, wanted: [&Option<String>; 3]) -> Result<Vec<IpNet>> {
-    let mut prefixes = Vec::new();
     for line in whole_lines(body, unterminated) {
         let (number, line) = line?;
-        // Of an open quote the rest of the list would be one field.
-        let quotes = line.iter().filter(|&&byte| byte == b'"').count();
-        if quotes % 2 != 0 {
+        // An open quote would make the rest of the list one field. CSV takes a lone CR for a line's end, too.
+        let is_open = |part: &[u8]| part.iter().filter(|&&byte| byte == b'"').count() % 2 != 0;
+        if line.split(|&byte| byte == b'\r').any(is_open) {
             bail!("line {number}: a quote is not closed");
         }
-        let mut reader = csv::ReaderBuilder::new();
-        reader
-            .has_headers(false)
-            .comment(Some(b'#'))
-            .trim(csv::Trim::All);
-        let mut reader = reader.from_reader(line);
-        let mut record = csv::ByteRecord::new();
-        let found = reader.read_byte_record(&mut record);
-        if !found.with_context(|| format!("line {number}"))? {
-            continue;
-        }
+    }
+    let mut reader = csv::ReaderBuilder::new()
+        .has_headers(false)
+        .flexible(true)
+        .comment(Some(b'#'))
+        .trim(csv::Trim::All)
+        .from_reader(body);
+    let mut prefixes = Vec::new();
+    for record in reader.byte_records() {
+        let record = record.context("read CSV")?;
         let is_selected = wanted.iter().zip(1..).all(|(wanted, field)| {
             let found = record.get(field).unwrap_or_default();
             let wanted = wanted.as_ref().map(String::as_bytes);
             wanted.is_none_or(|wanted| found.eq_ignore_ascii_case(wanted))
         });
         if is_selected {
-            let prefix = record.get(0).unwrap_or_default();
-            let prefix = String::from_utf8_lossy(prefix);
-            prefixes.push(parsed(&prefix, published).with_context(|| format!("line {number}"))?);
+            let line = record.position().map_or(0, csv::Position::line);
+            let prefix = String::from_utf8_lossy(record.get(0).unwrap_or_default());
+            prefixes.push(parsed(&prefix, published).with_context(|| format!("line {line}"))?);
         }
     }
     Ok(prefixes)
