@@ -101,32 +101,16 @@ impl JudgementPointer {
     /// Adds a header. Returns what there is then: several, if another one was added before.
     #[inline(always)]
     pub fn set_header(self, header: Header) -> u64 {
-        let mut before = header.word();
         // SAFETY: as in `narrow`.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) before,
-                in(reg) &raw mut (*self.0).header,
-                options(nostack)
-            );
-        }
+        let before = unsafe { fetch_or(&raw mut (*self.0).header, header.word()) };
         before | header.word()
     }
 
     /// Adds places to those seen. Returns all.
     #[inline(always)]
     pub fn see(self, places: u64) -> u64 {
-        let mut seen = places;
         // SAFETY: as in `narrow`.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) seen,
-                in(reg) &raw mut (*self.0).seen,
-                options(nostack)
-            );
-        }
+        let seen = unsafe { fetch_or(&raw mut (*self.0).seen, places) };
         seen | places
     }
 
@@ -144,16 +128,26 @@ impl JudgementPointer {
     /// Returns what the state was.
     #[inline(always)]
     fn add_state(self, state: u64) -> u64 {
-        let mut before = state;
         // SAFETY: as in `narrow`.
-        unsafe {
-            asm!(
-                "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
-                inout(reg) before,
-                in(reg) &raw mut (*self.0).state,
-                options(nostack)
-            );
-        }
-        before
+        unsafe { fetch_or(&raw mut (*self.0).state, state) }
     }
+}
+
+/// Adds bits to a number, atomically. Returns what it was.
+///
+/// # Safety
+/// `number` is eight bytes of a map's element.
+#[inline(always)]
+unsafe fn fetch_or(number: *mut u64, bits: u64) -> u64 {
+    let mut before = bits;
+    // SAFETY: one instruction (kernel 5.12), on what the caller promises.
+    unsafe {
+        asm!(
+            "{0} = atomic_fetch_or((u64 *)({1} + 0), {0})",
+            inout(reg) before,
+            in(reg) number,
+            options(nostack)
+        );
+    }
+    before
 }
