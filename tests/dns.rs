@@ -10,10 +10,10 @@ use std::{
 
 use filter_tests::{
     net::{ALLOWED4, CLIENT4, Connection, DB4, DENIED4, Net, Protected, wait_until},
-    servers::{Dns, Genuine, Tamperer},
+    servers::{Dns, Genuine, Resolv, Tamperer},
 };
 use hickory_proto::{
-    op::Message,
+    op::{Message, ResponseCode},
     rr::{Name, RData, Record, RecordType, rdata},
 };
 use serde_json::Value;
@@ -58,8 +58,13 @@ impl Fixture {
     }
 
     fn tamper(&self, tamper: impl Fn(&Genuine, &mut Message) + Send + 'static) -> Tamperer {
-        let address = TAMPERER.parse().unwrap();
-        Tamperer::start(&self.net.client, address, CLIENT4.into(), tamper)
+        let address: IpAddr = TAMPERER.parse().unwrap();
+        Tamperer::start(
+            &self.net.client,
+            (address, 53).into(),
+            CLIENT4.into(),
+            tamper,
+        )
     }
 
     fn policy(&self, name: &str) -> String {
@@ -265,4 +270,136 @@ fn wildcard_does_not_replace_a_name_that_exists() {
     fixture.only_the_right_address_gets_in("at the start");
     way.store(1, Ordering::Relaxed);
     fixture.refresh_fails("not signed");
+}
+
+#[test]
+fn records_of_one_type_that_fail_do_not_take_the_other_with_them() {
+    let mut fixture = Fixture::new("dns-one-type", false);
+    let _listener = fixture.net.listen(PORT);
+    fixture
+        .dns
+        .set(&format!("{ZONE}egress 1 AAAA 2001:db8::10\n"));
+    const BOTH: [&str; 2] = [GOOD, "2001:db8::10/128"];
+    fixture.net.watch(&[Protected::tcp(PORT, &BOTH)]);
+    let faults = [
+        (ResponseCode::NoError, ""),
+        (ResponseCode::NXDomain, "Non-Existent Domain"),
+        (ResponseCode::ServFail, "Server Failure"),
+        (ResponseCode::Refused, "Query Refused"),
+        (ResponseCode::NotImp, "Not Implemented"),
+        // No answer at all.
+        (ResponseCode::NotAuth, "AAAA records"),
+    ];
+    let chosen = Arc::new(AtomicUsize::new(0));
+    let now = chosen.clone();
+    let _tamperer = fixture.tamper(move |_, answer| {
+        let (code, _) = faults[now.load(Ordering::Relaxed)];
+        if code == ResponseCode::NoError || answer.queries[0].query_type() != RecordType::AAAA {
+            return;
+        }
+        answer.metadata.response_code = code;
+        answer.answers.clear();
+        if code == ResponseCode::NotAuth {
+            answer.queries.clear();
+        }
+    });
+    // Nothing but `refresh` asks.
+    fixture.more = "min_refresh: 1h, max_refresh: 1h".into();
+    fixture.net.write_policy(&fixture.policy("egress"));
+    fixture.net.start();
+    let holds = |expected: &[&str]| {
+        let region = fixture.region();
+        assert_eq!(region["prefixes"], serde_json::json!(expected), "{region}");
+    };
+    assert!(wait_until(|| fixture.region()["confirmed"] != Value::Null));
+    holds(&BOTH);
+    for (index, (_, expected)) in faults.iter().enumerate().skip(1) {
+        chosen.store(index, Ordering::Relaxed);
+        // What is new of the type that answers is followed; the other's last good members stay.
+        let moved = format!("203.0.113.{}", 20 + index);
+        fixture
+            .dns
+            .set(&format!("egress 60 A {moved}\negress 60 A 203.0.113.10\n"));
+        let output = fixture.net.agent(&["refresh", "x"]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(
+            text.contains("AAAA records") && text.contains(expected),
+            "{text}"
+        );
+        assert!(!text.contains("look up egress.test: A records"), "{text}");
+        let region = fixture.region();
+        let prefixes = region["prefixes"].to_string();
+        assert!(
+            prefixes.contains(&moved) && prefixes.contains("2001:db8::10"),
+            "{region}"
+        );
+    }
+    // A start without a last good set.
+    fixture.dns.set(ZONE);
+    fixture.net.terminate();
+    std::fs::remove_dir_all(fixture.net.state_dir()).unwrap();
+    fixture.net.start();
+    assert!(wait_until(|| fixture.region()["confirmed"] != Value::Null));
+    let region = fixture.region();
+    assert_eq!(region["prefixes"], serde_json::json!([GOOD]), "{region}");
+    assert_eq!(region["failing"], true);
+    let status = fixture.net.agent_text(&["status"]);
+    assert!(
+        status.contains("region x: look up egress.test: AAAA records"),
+        "{status}"
+    );
+    // Who knows that there are none says so.
+    fixture.more = "records: [A]".into();
+    fixture.net.reload(&fixture.policy("egress"));
+    assert_eq!(fixture.region()["failing"], false, "{}", fixture.region());
+    fixture.only_the_right_address_gets_in("with A records alone");
+}
+
+#[test]
+fn resolver_configuration_that_a_look_up_does_not_need_is_ignored() {
+    let mut fixture = Fixture::new("dns-resolv-conf", false);
+    let _listener = fixture.net.listen(PORT);
+    // Reached only through its interface.
+    let link_local = "fe80::9".parse().unwrap();
+    fixture.net.add_source(IpAddr::V6(link_local));
+    let address = fixture.net.client.run(|| {
+        let interface = nix::net::if_::if_nametoindex("eth0").unwrap();
+        SocketAddr::V6(std::net::SocketAddrV6::new(link_local, 53, 0, interface))
+    });
+    let _tamperer = Tamperer::start(&fixture.net.client, address, CLIENT4.into(), |_, _| {});
+    let label = "x".repeat(70);
+    let text = format!(
+        "domain -bad..domain
+search {label}.example.net ex\u{e4}mple..net
+sortlist 300.1.2.3/nonsense
+options attempts:many ndots:-1 timeout: frobnicate
+lookup file bind
+nameserver not-an-address
+nameserver fe80::1
+nameserver fe80::9%eth0
+"
+    );
+    // And a byte that is not UTF-8.
+    let text = [&b"; caf\xe9\n"[..], text.as_bytes()].concat();
+    let resolv = Resolv::of(&fixture.net.db, &text, &[]);
+    fixture.net.own_resolver = true;
+    let policy = fixture.policy("egress");
+    fixture
+        .net
+        .write_policy(&policy.replace(&format!("nameservers: [{TAMPERER}], "), ""));
+    fixture.net.start();
+    fixture.only_the_right_address_gets_in("by the host's own name servers");
+    drop(resolv);
+    // The same in the policy.
+    fixture
+        .net
+        .reload(&policy.replace(TAMPERER, "'[fe80::9%eth0]:53'"));
+    fixture.only_the_right_address_gets_in("by a name server of the policy");
+    fixture
+        .net
+        .write_policy(&policy.replace(TAMPERER, "'fe80::9'"));
+    let error = fixture.net.agent_error(&["reload"]);
+    let expected = "fe80::9 is link-local: name its interface as well, such as fe80::9%eth0";
+    assert!(error.contains(expected), "{error}");
 }

@@ -250,7 +250,7 @@ fn write_zone(directory: &Path, zone: &str, serial: u32, records: &str) {
     fs::write(directory.join("zone"), text).unwrap();
 }
 
-/// Stands between the agent and a `Dns`, and tampers with what it answers. On UDP port 53.
+/// Stands between the agent and a `Dns`, and tampers with what it answers over UDP.
 pub struct Tamperer {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -280,17 +280,17 @@ impl Genuine {
 }
 
 impl Tamperer {
-    /// `tamper` changes each answer.
+    /// `tamper` changes each answer. One without its query is not sent.
     pub fn start(
         namespace: &Namespace,
-        address: IpAddr,
+        address: SocketAddr,
         dns: IpAddr,
         tamper: impl Fn(&Genuine, &mut Message) + Send + 'static,
     ) -> Self {
         let (socket, upstream) = namespace.run(|| {
             let upstream = UdpSocket::bind((dns, 0)).unwrap();
             upstream.connect((dns, 53)).unwrap();
-            (UdpSocket::bind((address, 53)).unwrap(), upstream)
+            (UdpSocket::bind(address).unwrap(), upstream)
         });
         let interval = Some(Duration::from_millis(50));
         socket.set_read_timeout(interval).unwrap();
@@ -308,6 +308,9 @@ impl Tamperer {
                 };
                 let mut answer = genuine.forward(&query[..length]);
                 tamper(&genuine, &mut answer);
+                if answer.queries.is_empty() {
+                    continue;
+                }
                 socket.send_to(&answer.to_vec().unwrap(), source).unwrap();
             }
         });
@@ -612,9 +615,13 @@ pub struct Resolv {
 
 impl Resolv {
     pub fn new(namespace: &Namespace, nameserver: IpAddr, hosts: &[(IpAddr, &str)]) -> Self {
+        let resolv = format!("nameserver {nameserver}\nsearch example.net\n");
+        Self::of(namespace, resolv.as_bytes(), hosts)
+    }
+
+    pub fn of(namespace: &Namespace, resolv: &[u8], hosts: &[(IpAddr, &str)]) -> Self {
         let directory = Path::new("/etc/netns").join(&namespace.name);
         fs::create_dir_all(&directory).unwrap();
-        let resolv = format!("nameserver {nameserver}\nsearch example.net\n");
         fs::write(directory.join("resolv.conf"), resolv).unwrap();
         let hosts = hosts
             .iter()

@@ -164,6 +164,10 @@ impl Snapshot {
 /// The consequence of a region's failure for the sources that it allows.
 fn consequence(state: &State, now: Now) -> String {
     match &state.set {
+        Some(set) if state.partial => {
+            let prefixes = counted(set.prefixes.len(), "prefix", "prefixes");
+            format!("the rest of the result is in force ({prefixes} with what is kept)")
+        }
         Some(set) => {
             let confirmed = now.on_host(set.confirmed);
             format!(

@@ -499,6 +499,8 @@ mod tests {
             confirmed: "2026-01-01T00:00:00Z".parse().unwrap(),
             serial: None,
             version: None,
+            shrunk: None,
+            incomplete: None,
             prefixes: [].into(),
         }
     }
@@ -645,6 +647,35 @@ mod tests {
         assert_eq!(written, [(Record::Confirmed, true), (office, true)]);
         let read = read_region(directory.path(), "office", &source()).unwrap();
         assert_eq!(read, Some(set("198.51.100.0/24")));
+    }
+
+    #[test]
+    fn sets_of_the_versions_before_are_of_the_same_source() {
+        let regions = [
+            (
+                "dns: [egress.example.net]",
+                r#"{"dns":{"names":["egress.example.net"],"nameservers":[],"dnssec":false,"trust_anchor":null,"ca_file":null}}"#,
+            ),
+            (
+                "dns: [egress.example.net], nameservers: [192.0.2.53]",
+                r#"{"dns":{"names":["egress.example.net"],"nameservers":[{"address":"192.0.2.53","port":null,"transport":"plain"}],"dnssec":false,"trust_anchor":null,"ca_file":null}}"#,
+            ),
+            (
+                "url: 'https://example.net/'",
+                r#"{"url":{"url":"https://example.net/","select":{"format":"text"},"insecure":false,"ca_file":null}}"#,
+            ),
+            (
+                "url: 'https://example.net/', select: {format: geofeed, country: FR}",
+                r#"{"url":{"url":"https://example.net/","select":{"format":"digitalocean","country":"FR","region":null,"city":null},"insecure":false,"ca_file":null}}"#,
+            ),
+            ("file: /etc/office.txt", r#"{"file":"/etc/office.txt"}"#),
+        ];
+        for (fields, expected) in regions {
+            let text = format!("interfaces: [eth0]\ndatabases: []\nregions: {{x: {{{fields}}}}}");
+            let policy = crate::policy::parse(&text).unwrap().0;
+            let source = serde_json::to_string(&policy.regions["x"].source).unwrap();
+            assert_eq!(source, expected);
+        }
     }
 
     #[test]

@@ -348,6 +348,8 @@ fn kept_set() -> (RegionSource, Set) {
         confirmed: "2026-01-01T00:00:00Z".parse().unwrap(),
         serial: Some(84),
         version: None,
+        shrunk: None,
+        incomplete: None,
         prefixes: [].into(),
     };
     (source, set)

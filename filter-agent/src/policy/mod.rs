@@ -10,4 +10,4 @@ pub use checked::{Database, Listed, Mode, Model, Policy, Rule, Source, Tls};
 pub use duration::spelled;
 pub use prefix::parse_cidr;
 pub use read::{Problem, parse};
-pub use region::{Dns, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
+pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};

@@ -20,6 +20,9 @@ pub struct Region {
 }
 
 /// Where a region's prefixes come from.
+///
+/// Its JSON stands beside each set that is kept on disk and has to stay the same, or an upgrade loses the set: new fields
+/// are left out where they have their defaults.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RegionSource {
@@ -30,9 +33,12 @@ pub enum RegionSource {
 }
 
 /// Names whose A and AAAA records are the region's addresses.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Dns {
     pub names: Vec<String>,
+    /// The types of records to look up, sorted. Never empty.
+    #[serde(skip_serializing_if = "is_both")]
+    pub records: Vec<DnsType>,
     /// Name servers; empty: those of `/etc/resolv.conf`.
     pub nameservers: Vec<Nameserver>,
     /// Whether DNSSEC must validate every record.
@@ -43,9 +49,23 @@ pub struct Dns {
     pub ca_file: Option<PathBuf>,
 }
 
+fn is_both(records: &[DnsType]) -> bool {
+    records == [DnsType::A, DnsType::Aaaa]
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum DnsType {
+    A,
+    Aaaa,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Nameserver {
     pub address: IpAddr,
+    /// Through which a link-local address is reached.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
     /// `None`: the port of the transport (53, 853, 443).
     pub port: Option<u16>,
     pub transport: Transport,
@@ -81,7 +101,7 @@ pub enum Select {
     /// One prefix a line; `#` or `;` begins a comment.
     Text {
         /// Whether its publisher leaves out the last line's end. Else that says that the list was cut off.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         unterminated: bool,
     },
     /// Strings selected by a JSONPath query (RFC 9535).
@@ -114,7 +134,7 @@ pub enum Select {
         region: Option<String>,
         city: Option<String>,
         /// As of text.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         unterminated: bool,
     },
 }
@@ -195,8 +215,20 @@ impl Region {
         let (_, host) = BUILT_IN.into_iter().find(|&(region, _)| region == name)?;
         Some(Self::new(RegionSource::Dns(Dns {
             names: vec![host.into()],
-            ..Dns::default()
+            records: vec![DnsType::A, DnsType::Aaaa],
+            nameservers: Vec::new(),
+            dnssec: false,
+            trust_anchor: None,
+            ca_file: None,
         })))
+    }
+}
+
+impl Nameserver {
+    /// Whether it is a link-local address that says nothing of its link (RFC 4007): it cannot be queried.
+    pub fn lacks_interface(&self) -> bool {
+        let is_link_local = matches!(self.address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        is_link_local && self.interface.is_none()
     }
 }
 

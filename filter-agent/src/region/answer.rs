@@ -25,6 +25,15 @@ pub struct Found {
     pub version: Option<Version>,
     /// Time until the source may have another result (DNS: the TTL). `None`: unknown.
     pub ask_again: Option<Duration>,
+    pub missing: Option<Missing>,
+}
+
+/// A part of the source that could not be looked up: the addresses of a family.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Missing {
+    pub v4: bool,
+    pub v6: bool,
+    pub error: String,
 }
 
 /// Identifies a content without reading it.

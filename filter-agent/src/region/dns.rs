@@ -1,42 +1,51 @@
 //! DNS look-ups of a region: from names to addresses, through aliases.
 
-use std::{path::Path, sync::Arc, time::Duration};
+mod servers;
 
-use anyhow::{Context as _, Result, bail, ensure};
-use futures_util::{StreamExt as _, future::try_join_all, stream::BoxStream};
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use futures_util::{
+    StreamExt as _,
+    future::{join_all, try_join_all},
+    stream::BoxStream,
+};
 use hickory_resolver::{
-    NameServerPool, PoolContext, TlsConfig,
-    config::{ConnectionConfig, NameServerConfig, ResolverOpts},
     net::{
         DnsError, NetError,
         dnssec::DnssecDnsHandle,
-        runtime::TokioRuntimeProvider,
-        xfer::{DnsHandle, FirstAnswer as _, RetryDnsHandle},
+        xfer::{DnsHandle, FirstAnswer as _},
     },
     proto::{
         dnssec::{Proof, TrustAnchors},
         op::{DnsRequest, DnsRequestOptions, DnsResponse, Query, ResponseCode},
         rr::{Name, RData, Record, RecordType},
     },
-    system_conf::read_system_conf,
 };
 use ipnet::IpNet;
 
 use crate::{
-    policy::{Dns, Nameserver, Transport},
-    region::{answer::Found, tls},
+    policy::{Dns, DnsType, spelled},
+    region::answer::{Found, Missing},
     threads,
 };
 
 /// CNAME records followed from one name.
 const MAX_ALIASES: usize = 8;
 
-/// Looks up the addresses of all the names. If one name fails, so does the look-up.
+/// Looks up the addresses of all the names. If one name fails, so does the look-up; if records of one type fail and those of
+/// the other are there, they are returned with the error.
 pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
-    let (servers, options) = resolver(dns, timeout).await?;
-    let handle = OwnRecords(servers);
+    let (servers, options) = servers::client(dns, timeout).await?;
+    let asked = Asked {
+        handle: OwnRecords(servers),
+        options,
+        // Records of one type may not be answered at all: those of the other must not be lost to the time limit of the
+        // whole look-up.
+        timeout: timeout * 9 / 10,
+    };
     if !dns.dnssec {
-        return resolve_by(&handle, options, dns).await;
+        return asked.resolve(dns).await;
     }
     let anchors = match &dns.trust_anchor {
         Some(file) => {
@@ -49,120 +58,170 @@ pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
         }
         None => TrustAnchors::default(),
     };
-    let handle = DnssecDnsHandle::with_trust_anchor(handle, Arc::new(anchors));
-    resolve_by(&handle, options, dns).await
-}
-
-async fn resolve_by<H: DnsHandle>(
-    handle: &H,
-    options: DnsRequestOptions,
-    dns: &Dns,
-) -> Result<Found> {
-    let results = dns.names.iter().map(|name| async move {
-        let records = addresses(handle, options, name).await;
-        records.with_context(|| format!("look up {name}"))
-    });
-    let records = try_join_all(results).await?.concat();
-    let mut found = Found::default();
-    let mut ttl = u32::MAX;
-    for record in records {
-        ttl = ttl.min(record.ttl);
-        match record.data {
-            RData::A(address) => found.prefixes.push(IpNet::V4(address.0.into())),
-            RData::AAAA(address) => found.prefixes.push(IpNet::V6(address.0.into())),
-            _ => {}
-        }
-    }
-    ensure!(
-        !found.prefixes.is_empty(),
-        "look up {}: no addresses",
-        dns.names.join(", ")
-    );
-    found.ask_again = Some(Duration::from_secs(ttl.into()));
-    Ok(found)
-}
-
-/// Returns the address records of a name, and the CNAME records on the way to them.
-async fn addresses<H: DnsHandle>(
-    handle: &H,
-    options: DnsRequestOptions,
-    name: &str,
-) -> Result<Vec<Record>> {
-    // Without the final dot the search domains of the host would apply.
-    let absolute = format!("{}.", name.trim_end_matches('.'));
-    let mut walk = Walk::new(Name::from_utf8(absolute).context("read the name")?);
-    if handle.is_verifying_dnssec() {
-        // hickory 0.26 rejects a signed alias of a name that lacks the queried type: the proof of
-        // that is for the last name, and hickory expects one for the first. CNAME queries avoid it.
-        while query(handle, options, &mut walk, RecordType::CNAME).await? {}
-    }
-    let mut all = Vec::new();
-    for kind in [RecordType::A, RecordType::AAAA] {
-        let mut walk = walk.clone();
-        let context = || format!("{kind} records");
-        while query(handle, options, &mut walk, kind)
-            .await
-            .with_context(context)?
-        {}
-        all.extend(walk.records);
-    }
-    Ok(all)
-}
-
-/// Queries the last name of a walk and continues it. Returns whether the new last name must be
-/// queried too: a name server may return a part of the chain of aliases only.
-///
-/// A name without records of this type is not an error.
-async fn query<H: DnsHandle>(
-    handle: &H,
-    options: DnsRequestOptions,
-    walk: &mut Walk,
-    kind: RecordType,
-) -> Result<bool> {
-    const UNSIGNED: &str = "the answer is not signed (`dnssec: require`)";
-    let dnssec = handle.is_verifying_dnssec();
-    let query = Query::query(walk.end().clone(), kind);
-    let (code, answers, authorities) = match handle.lookup(query, options).first_answer().await {
-        Ok(response) => {
-            let code = response.response_code;
-            let message = response.into_message();
-            (code, message.answers, message.authorities)
-        }
-        Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
-            let authorities = none.authorities.unwrap_or_default().to_vec();
-            (none.response_code, Vec::new(), authorities)
-        }
-        Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
-        Err(NetError::NoConnections) => bail!("none of the name servers can be reached"),
-        // The error chain repeats its text.
-        Err(error) => bail!("{error}"),
+    let asked = Asked {
+        handle: DnssecDnsHandle::with_trust_anchor(asked.handle, Arc::new(anchors)),
+        options: asked.options,
+        timeout: asked.timeout,
     };
-    let known = walk.records.len();
-    let incomplete = walk.follow(kind, &answers)?;
-    // The response code of a chain is that of its last name, which is queried on its own.
-    ensure!(
-        code == ResponseCode::NoError || (code == ResponseCode::NXDomain && incomplete),
-        "{code}"
-    );
-    if dnssec {
-        let used = &walk.records[known..];
-        let secure = used.iter().all(|record| record.proof == Proof::Secure);
-        let mut proofs = authorities
-            .iter()
-            .filter(|record| record.record_type() != RecordType::RRSIG)
-            .map(|record| record.proof)
-            .peekable();
-        let proven = if used.is_empty() {
-            // hickory checked that these records, where they are signed, prove that there are none.
-            proofs.peek().is_some() && proofs.all(|proof| proof == Proof::Secure)
-        } else {
-            // hickory does not check that a wildcard applies if the authority section holds only
-            // records of an unsigned zone.
-            proofs.all(|proof| proof != Proof::Insecure)
-        };
-        ensure!(secure && proven, UNSIGNED);
+    asked.resolve(dns).await
+}
+
+/// The name servers, and how they are queried.
+struct Asked<H> {
+    handle: H,
+    options: DnsRequestOptions,
+    /// Of the records of one type.
+    timeout: Duration,
+}
+
+/// The records of a name, and the types that failed.
+struct Records {
+    records: Vec<Record>,
+    failed: Vec<(DnsType, String)>,
+}
+
+impl<H: DnsHandle> Asked<H> {
+    async fn resolve(&self, dns: &Dns) -> Result<Found> {
+        let results = dns.names.iter().map(|name| async move {
+            let records = self.addresses(name, &dns.records).await;
+            records.with_context(|| format!("look up {name}"))
+        });
+        let mut found = Found::default();
+        let mut failed = Vec::new();
+        let mut ttl = u32::MAX;
+        for (name, records) in dns.names.iter().zip(try_join_all(results).await?) {
+            for record in records.records {
+                ttl = ttl.min(record.ttl);
+                match record.data {
+                    RData::A(address) => found.prefixes.push(IpNet::V4(address.0.into())),
+                    RData::AAAA(address) => found.prefixes.push(IpNet::V6(address.0.into())),
+                    _ => {}
+                }
+            }
+            let of_name = records.failed.into_iter();
+            failed.extend(of_name.map(|(kind, error)| (kind, format!("look up {name}: {error}"))));
+        }
+        ensure!(
+            !found.prefixes.is_empty(),
+            "look up {}: no addresses",
+            dns.names.join(", ")
+        );
+        found.ask_again = Some(Duration::from_secs(ttl.into()));
+        if !failed.is_empty() {
+            let has = |wanted| failed.iter().any(|(kind, _)| *kind == wanted);
+            let errors = failed.iter().map(|(_, error)| error.as_str());
+            found.missing = Some(Missing {
+                v4: has(DnsType::A),
+                v6: has(DnsType::Aaaa),
+                error: errors.collect::<Vec<_>>().join(", and "),
+            });
+        }
+        Ok(found)
     }
-    Ok(incomplete)
+
+    /// Returns the address records of a name, and the CNAME records on the way to them.
+    ///
+    /// # Errors
+    /// A type failed, and the other has no addresses.
+    async fn addresses(&self, name: &str, kinds: &[DnsType]) -> Result<Records> {
+        // Without the final dot the search domains of the host would apply.
+        let absolute = format!("{}.", name.trim_end_matches('.'));
+        let mut walk = Walk::new(Name::from_utf8(absolute).context("read the name")?);
+        if self.handle.is_verifying_dnssec() {
+            // hickory 0.26 rejects a signed alias of a name that lacks the queried type: the proof of
+            // that is for the last name, and hickory expects one for the first. CNAME queries avoid it.
+            while self.query(&mut walk, RecordType::CNAME).await? {}
+        }
+        let results = join_all(kinds.iter().map(|kind| {
+            let mut walk = walk.clone();
+            let kind = match kind {
+                DnsType::A => RecordType::A,
+                DnsType::Aaaa => RecordType::AAAA,
+            };
+            async move {
+                let queries = async {
+                    while self.query(&mut walk, kind).await? {}
+                    anyhow::Ok(walk.records)
+                };
+                let result = tokio::time::timeout(self.timeout, queries).await;
+                let result = result
+                    .unwrap_or_else(|_| Err(anyhow!("no answer within {}", spelled(self.timeout))));
+                result.with_context(|| format!("{kind} records"))
+            }
+        }))
+        .await;
+        let mut all = Records {
+            records: Vec::new(),
+            failed: Vec::new(),
+        };
+        let mut first = None;
+        for (&kind, result) in kinds.iter().zip(results) {
+            match result {
+                Ok(records) => all.records.extend(records),
+                Err(error) => {
+                    all.failed.push((kind, format!("{error:#}")));
+                    first = first.or(Some(error));
+                }
+            }
+        }
+        let is_address = |record: &Record| record.record_type() != RecordType::CNAME;
+        match first {
+            Some(error) if !all.records.iter().any(is_address) => Err(error),
+            _ => Ok(all),
+        }
+    }
+
+    /// Queries the last name of a walk and continues it. Returns whether the new last name must be
+    /// queried too: a name server may return a part of the chain of aliases only.
+    ///
+    /// A name without records of this type is not an error.
+    async fn query(&self, walk: &mut Walk, kind: RecordType) -> Result<bool> {
+        const UNSIGNED: &str = "the answer is not signed (`dnssec: require`)";
+        let dnssec = self.handle.is_verifying_dnssec();
+        let query = Query::query(walk.end().clone(), kind);
+        let (code, answers, authorities) =
+            match self.handle.lookup(query, self.options).first_answer().await {
+                Ok(response) => {
+                    let code = response.response_code;
+                    let message = response.into_message();
+                    (code, message.answers, message.authorities)
+                }
+                Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
+                    let authorities = none.authorities.unwrap_or_default().to_vec();
+                    (none.response_code, Vec::new(), authorities)
+                }
+                Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
+                Err(NetError::NoConnections) => bail!("none of the name servers can be reached"),
+                // The error chain repeats its text.
+                Err(error) => bail!("{error}"),
+            };
+        let known = walk.records.len();
+        let incomplete = walk.follow(kind, &answers)?;
+        // The response code of a chain is that of its last name, which is queried on its own.
+        ensure!(
+            code == ResponseCode::NoError || (code == ResponseCode::NXDomain && incomplete),
+            "{code}"
+        );
+        if dnssec {
+            let used = &walk.records[known..];
+            let secure = used.iter().all(|record| record.proof == Proof::Secure);
+            let mut proofs = authorities
+                .iter()
+                .filter(|record| record.record_type() != RecordType::RRSIG)
+                .map(|record| record.proof)
+                .peekable();
+            let proven = if used.is_empty() {
+                // hickory checked that these records, where they are signed, prove that there are none.
+                proofs.peek().is_some() && proofs.all(|proof| proof == Proof::Secure)
+            } else {
+                // hickory does not check that a wildcard applies if the authority section holds only
+                // records of an unsigned zone.
+                proofs.all(|proof| proof != Proof::Insecure)
+            };
+            ensure!(secure && proven, UNSIGNED);
+        }
+        Ok(incomplete)
+    }
 }
 
 /// The aliases from a name to its addresses, as far as name servers returned them.
@@ -283,65 +342,6 @@ fn owners(name: &Name, answers: &[Record]) -> Vec<Name> {
         next += 1;
     }
     owners
-}
-
-/// Makes the client of the name servers, and the options of each query. Each look-up makes its own: `/etc/resolv.conf` may
-/// have changed. hickory's `Resolver` is not used: it follows aliases without checking that they belong to the queried
-/// name.
-async fn resolver(
-    dns: &Dns,
-    timeout: Duration,
-) -> Result<(
-    RetryDnsHandle<NameServerPool<TokioRuntimeProvider>>,
-    DnsRequestOptions,
-)> {
-    let (servers, mut options) = if dns.nameservers.is_empty() {
-        let file = "/etc/resolv.conf";
-        let read = threads::run(&threads::LOOK_UPS, Path::new(file), || {
-            Ok(read_system_conf()?)
-        });
-        let (config, options) = read.await.with_context(|| format!("read {file}"))?;
-        (config.name_servers, options)
-    } else {
-        let servers = dns.nameservers.iter().map(name_server).collect();
-        (servers, ResolverOpts::default())
-    };
-    // A silent server or a lost packet leaves time for others.
-    options.timeout = timeout / 4;
-    let mut query = DnsRequestOptions::default();
-    query.recursion_desired = options.recursion_desired;
-    query.use_edns = options.edns0;
-    query.edns_payload_len = options.edns_payload_len;
-    query.edns_set_dnssec_ok = dns.dnssec;
-    let encrypted = dns
-        .nameservers
-        .iter()
-        .any(|n| n.transport != Transport::Plain);
-    let config = if encrypted {
-        tls::client(dns.ca_file.as_deref()).await?
-    } else {
-        tls::none()?
-    };
-    let attempts = options.attempts;
-    let tls = TlsConfig { config };
-    let context = Arc::new(PoolContext::new(options, tls));
-    let pool = NameServerPool::from_config(servers, context, TokioRuntimeProvider::default());
-    Ok((RetryDnsHandle::new(pool, attempts), query))
-}
-
-fn name_server(server: &Nameserver) -> NameServerConfig {
-    let mut connections = match &server.transport {
-        Transport::Plain => vec![ConnectionConfig::udp(), ConnectionConfig::tcp()],
-        Transport::Tls { name } => vec![ConnectionConfig::tls(name.as_str().into())],
-        Transport::Https { name, path } => {
-            let path = Some(path.as_str().into());
-            vec![ConnectionConfig::https(name.as_str().into(), path)]
-        }
-    };
-    for connection in &mut connections {
-        connection.port = server.port.unwrap_or(connection.port);
-    }
-    NameServerConfig::new(server.address, true, connections)
 }
 
 #[cfg(test)]

@@ -89,6 +89,6 @@ pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer>
         prefixes,
         serial,
         version,
-        ask_again: None,
+        ..Found::default()
     }))
 }

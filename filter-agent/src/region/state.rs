@@ -1,18 +1,22 @@
 //! The state of a region: its last good set, what happened since, and when to look up again. Pure: results and times are
 //! parameters.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     policy::{Guards, Model, Policy, Region, RegionSource, Source, spelled},
     region::{
-        answer::{Answer, Found, Version},
+        answer::{Answer, Found, Missing, Version},
         guards::{check, check_each, is_covered, merged, uncovered},
     },
 };
@@ -88,7 +92,7 @@ pub fn next(
         };
         if let Some(answer) = answers.remove(name) {
             state.take(answer, false, now);
-            if let (true, Some(error)) = (state.failing, &state.error) {
+            if let (true, false, Some(error)) = (state.failing, state.partial, &state.error) {
                 errors.push(format!("region {name}: {}", error.text));
             }
         }
@@ -114,8 +118,10 @@ pub struct State {
     pub set: Option<Set>,
     pub change: Option<Change>,
     pub error: Option<Error>,
-    /// Whether the last look-up failed.
+    /// Whether the last look-up failed, or something is missing in its result.
     pub failing: bool,
+    /// Whether the last result is in force although something is missing in it, which `error` names.
+    pub partial: bool,
     /// When to look up next. `None`: never, or a look-up is under way.
     pub next: Option<Timestamp>,
     quarantined: Option<Quarantined>,
@@ -133,12 +139,26 @@ pub struct Set {
     pub confirmed: Timestamp,
     pub serial: Option<u64>,
     pub version: Option<Version>,
+    /// The result that is far smaller than the one before.
+    #[serde(default)]
+    pub shrunk: Option<Shrunk>,
+    /// Since when a part of the source could not be looked up.
+    #[serde(default)]
+    pub incomplete: Option<Timestamp>,
     /// Allowed prefixes: members and retiring ones, with adjacent and covered ones merged.
     #[serde(skip)]
     pub prefixes: Arc<[IpNet]>,
 }
 
-/// A quarantined result: it looks wrong, and is accepted if it stays the same for `shrink_after`.
+/// A result that is far smaller than the one before. It is an error until it was so for `shrink_after`, or grows again.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Shrunk {
+    /// Members before.
+    from: usize,
+    until: Timestamp,
+}
+
+/// A quarantined result: an older one than that in force. It is accepted if it stays the same for `shrink_after`.
 #[derive(Clone, Debug)]
 struct Quarantined {
     members: Vec<IpNet>,
@@ -168,6 +188,23 @@ pub struct Error {
     pub text: String,
 }
 
+/// The instant for people, in whole seconds.
+fn in_seconds(at: Timestamp) -> Timestamp {
+    at.round(Unit::Second).unwrap_or(at)
+}
+
+impl Shrunk {
+    fn describe(&self, members: &[IpNet]) -> String {
+        format!(
+            "the prefixes fell from {} to {}, by more than `max_shrink`: reported until {}, or until `filter-agent \
+             refresh REGION --accept`; those that left stay allowed for a time",
+            self.from,
+            members.len(),
+            in_seconds(self.until)
+        )
+    }
+}
+
 impl Set {
     fn merge(&mut self) {
         let retiring = self.retiring.iter().map(|&(prefix, _)| prefix);
@@ -185,6 +222,7 @@ impl State {
             change: None,
             error: None,
             failing: false,
+            partial: false,
             next: Some(now),
             quarantined: None,
             failures: 0,
@@ -194,7 +232,7 @@ impl State {
                 prefixes: prefixes.clone(),
                 ..Found::default()
             };
-            state.replace(found, now);
+            state.replace(found, true, now);
             state.change = None;
             state.next = None;
         }
@@ -214,7 +252,7 @@ impl State {
         check(&set.members, guards)?;
         // The clock may have been wrong when it was written, or may be now.
         set.confirmed = set.confirmed.min(now);
-        let latest = now + guards.retire_after;
+        let latest = now + guards.shrink_after + guards.retire_after;
         for (_, until) in &mut set.retiring {
             *until = (*until).min(latest);
         }
@@ -253,12 +291,16 @@ impl State {
             && self.set.as_ref().map(content) == other.set.as_ref().map(content)
     }
 
-    /// Takes the result of a look-up. `accept`: skip the quarantine. Returns how the allowed prefixes changed.
+    /// Takes the result of a look-up. `accept`: what looks wrong in it is meant. Returns how the allowed prefixes changed.
     pub fn take(&mut self, result: Result<Answer>, accept: bool, now: Timestamp) -> Change {
         match result.and_then(|answer| self.judge(answer, accept, now)) {
-            Ok(change) => {
-                self.failing = false;
+            Ok((change, missing)) => {
                 self.failures = 0;
+                self.failing = missing.is_some();
+                self.partial = self.failing;
+                if let Some(text) = missing {
+                    self.error = Some(Error { at: now, text });
+                }
                 if !change.is_empty() {
                     self.change = Some(change.clone());
                 }
@@ -295,36 +337,78 @@ impl State {
         self.next = Some(next);
         self.failures += 1;
         self.failing = true;
+        self.partial = false;
         self.error = Some(Error { at: now, text });
     }
 
-    fn judge(&mut self, answer: Answer, accept: bool, now: Timestamp) -> Result<Change> {
-        let found = match answer {
+    /// Returns how the allowed prefixes changed, and what is missing in the result.
+    fn judge(
+        &mut self,
+        answer: Answer,
+        accept: bool,
+        now: Timestamp,
+    ) -> Result<(Change, Option<String>)> {
+        let mut found = match answer {
             Answer::Found(found) => found,
             Answer::Unchanged { ask_again } => {
                 let Some(set) = &mut self.set else {
                     bail!("the source returned no content, only that it did not change");
                 };
                 set.confirmed = now;
+                set.shrunk = set.shrunk.filter(|shrunk| !accept && now < shrunk.until);
+                let missing = set.shrunk.map(|shrunk| shrunk.describe(&set.members));
                 self.next = self.schedule(ask_again, now);
-                return Ok(Change::default());
+                return Ok((Change::default(), missing));
             }
         };
-        let mut found = found;
+        let incomplete = found.missing.take();
+        let since = self.keep_missing(&mut found, incomplete.as_ref(), now);
         found.prefixes.sort_unstable();
         found.prefixes.dedup();
         if let Err(error) = check(&found.prefixes, &self.region.guards) {
             self.quarantined = None;
             return Err(error);
         }
-        if let Some(suspicion) = self.suspicion(&found)
-            && !accept
-        {
-            self.quarantine(&found.prefixes, &suspicion, now)?;
+        if !accept {
+            self.refuse_older(&found, now)?;
         }
         self.quarantined = None;
         self.next = self.schedule(found.ask_again, now);
-        Ok(self.replace(found, now))
+        let change = self.replace(found, accept, now);
+        let mut missing: Vec<String> = incomplete.map(|part| part.error).into_iter().collect();
+        if let Some(set) = &mut self.set {
+            set.incomplete = since;
+            missing.extend(set.shrunk.map(|shrunk| shrunk.describe(&set.members)));
+        }
+        Ok((
+            change,
+            (!missing.is_empty()).then(|| missing.join(", and ")),
+        ))
+    }
+
+    /// Adds to a result the members of the family that could not be looked up, but not for longer than `max_age`. Returns
+    /// since when it cannot be.
+    fn keep_missing(
+        &self,
+        found: &mut Found,
+        missing: Option<&Missing>,
+        now: Timestamp,
+    ) -> Option<Timestamp> {
+        let missing = missing?;
+        let set = self.set.as_ref();
+        let since = set.and_then(|set| set.incomplete).unwrap_or(now);
+        let max_age = self.region.guards.max_age;
+        if let Some(set) = set
+            && max_age.is_none_or(|max_age| now < since + max_age)
+        {
+            let members = set.members.iter();
+            let kept = members.filter(|prefix| match prefix {
+                IpNet::V4(_) => missing.v4,
+                IpNet::V6(_) => missing.v6,
+            });
+            found.prefixes.extend(kept);
+        }
+        Some(since)
     }
 
     /// When to look up next after a good result.
@@ -342,34 +426,23 @@ impl State {
         Some(now + delay.clamp(min_refresh, max_refresh))
     }
 
-    /// Why a well-formed result may still be wrong: the quarantine's reasons.
-    fn suspicion(&self, found: &Found) -> Option<String> {
-        let set = self.set.as_ref()?;
-        if let (Some(known), Some(serial)) = (set.serial, found.serial)
-            && serial < known
-        {
-            return Some(format!(
-                "the list's number {serial} is older than {known}, in force"
-            ));
-        }
-        let gone = uncovered(&set.members, &merged(&found.prefixes)).count();
-        let max_shrink = self.region.guards.max_shrink;
-        let most = set.members.len() * usize::from(max_shrink) / 100;
-        (gone > most).then(|| {
-            let members = set.members.len();
-            format!("{gone} of {members} prefixes are gone, more than {max_shrink}% (`max_shrink`)")
-        })
-    }
-
-    /// Quarantines a result until it has stayed the same for `shrink_after`.
+    /// Quarantines a result that is older than the set in force, until it has stayed the same for `shrink_after`.
     ///
     /// # Errors
     /// As long as it has not.
-    fn quarantine(&mut self, members: &[IpNet], suspicion: &str, now: Timestamp) -> Result<()> {
+    fn refuse_older(&mut self, found: &Found, now: Timestamp) -> Result<()> {
+        let known = self.set.as_ref().and_then(|set| set.serial);
+        let (Some(known), Some(serial)) = (known, found.serial) else {
+            return Ok(());
+        };
+        if serial >= known {
+            return Ok(());
+        }
+        let members = &found.prefixes;
         let since = match &self.quarantined {
-            Some(quarantined) if quarantined.members == members => quarantined.since,
+            Some(quarantined) if quarantined.members == *members => quarantined.since,
             _ => {
-                let members = members.to_vec();
+                let members = members.clone();
                 self.quarantined = Some(Quarantined {
                     members,
                     since: now,
@@ -378,46 +451,77 @@ impl State {
             }
         };
         let until = since + self.region.guards.shrink_after;
+        let shown = in_seconds(until);
         ensure!(
             now >= until,
-            "{suspicion}: taken if it is still so at {until}, or now with `filter-agent refresh \
-             REGION --accept`"
+            "the list's number {serial} is older than {known}, in force: taken if it is still so at {shown}, or now with \
+             `filter-agent refresh REGION --accept`"
         );
         Ok(())
     }
 
-    /// Puts a result in force.
-    fn replace(&mut self, found: Found, now: Timestamp) -> Change {
+    /// Puts a result in force. New prefixes are allowed at once; those that are gone retire, and if more than `max_shrink`
+    /// are gone only after `shrink_after`: a source that rotates returns some of its prefixes each time.
+    fn replace(&mut self, found: Found, accept: bool, now: Timestamp) -> Change {
+        let guards = &self.region.guards;
         let before = self.set.take();
-        let (known, allowed, mut retiring) = match before {
-            Some(set) => (set.members, set.prefixes, set.retiring),
+        let (known, allowed, mut retiring, shrunk) = match before {
+            Some(set) => (set.members, set.prefixes, set.retiring, set.shrunk),
             None => Default::default(),
         };
-        let answered = merged(&found.prefixes);
-        retiring.retain(|(prefix, _)| !is_covered(prefix, &answered));
+        let result = merged(&found.prefixes);
+        retiring.retain(|(prefix, _)| !is_covered(prefix, &result));
+        let gone: Vec<IpNet> = uncovered(&known, &result).collect();
+        let share = |of: usize, percent: u8| of * usize::from(percent) / 100;
+        let is_suspicious = !accept && gone.len() > share(known.len(), guards.max_shrink);
+        let began = is_suspicious.then(|| Shrunk {
+            from: known.len(),
+            until: now + guards.shrink_after,
+        });
+        let shrunk = shrunk.filter(|shrunk| !accept && now < shrunk.until);
+        let shrunk = shrunk.or(began).filter(|shrunk| {
+            let least = shrunk.from - share(shrunk.from, guards.max_shrink);
+            found.prefixes.len() < least
+        });
         let mut change = Change {
             at: Some(now),
             added: uncovered(&found.prefixes, &allowed).collect(),
             ..Change::default()
         };
-        let retire_after = self.region.guards.retire_after;
-        let gone = uncovered(&known, &answered).filter(|gone| {
-            let retires = |(prefix, _): &(IpNet, Timestamp)| prefix == gone;
-            !retiring.iter().any(retires)
-        });
-        let gone: Vec<IpNet> = gone.collect();
-        if retire_after.is_zero() {
-            change.removed = gone;
+        let hold = if is_suspicious {
+            guards.shrink_after
         } else {
-            retiring.extend(gone.iter().map(|&prefix| (prefix, now + retire_after)));
-            change.left = gone;
+            Duration::ZERO
+        };
+        let until = now + hold + guards.retire_after;
+        if accept {
+            for (_, retires) in &mut retiring {
+                *retires = until.min(*retires);
+            }
         }
+        let already: BTreeSet<IpNet> = retiring.iter().map(|&(prefix, _)| prefix).collect();
+        change.left = gone;
+        change.left.retain(|prefix| !already.contains(prefix));
+        retiring.extend(change.left.iter().map(|&prefix| (prefix, until)));
+        let over = retiring.extract_if(.., |&mut (_, until)| until <= now);
+        change.removed = over.map(|(prefix, _)| prefix).collect();
+        // A source with ever new addresses must not fill the maps: those that retire next are removed early.
+        let room = guards.max_prefixes.saturating_sub(found.prefixes.len());
+        if retiring.len() > room {
+            retiring.sort_by_key(|&(_, until)| std::cmp::Reverse(until));
+            let early = retiring.split_off(room).into_iter();
+            change.removed.extend(early.map(|(prefix, _)| prefix));
+        }
+        let removed: BTreeSet<IpNet> = change.removed.iter().copied().collect();
+        change.left.retain(|prefix| !removed.contains(prefix));
         let mut set = Set {
             members: found.prefixes.into(),
             retiring,
             confirmed: now,
             serial: found.serial,
             version: found.version,
+            shrunk,
+            incomplete: None,
             prefixes: Arc::default(),
         };
         set.merge();
@@ -442,6 +546,7 @@ impl State {
             self.set = None;
             self.quarantined = None;
             self.failing = true;
+            self.partial = false;
             self.error = Some(Error { at: now, text });
         } else if set.retiring.iter().any(|&(_, until)| until <= now) {
             let over = set.retiring.extract_if(.., |&mut (_, until)| until <= now);

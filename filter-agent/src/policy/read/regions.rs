@@ -1,6 +1,6 @@
 //! Reads the regions that a policy file defines.
 
-use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 use jiff::{Span, SpanRelativeTo};
 use serde::Deserialize;
@@ -9,13 +9,16 @@ use serde_yaml::{Mapping, Value};
 use crate::policy::{
     duration::spelled,
     read::reader::{At, Reader, check_name},
-    region::{BUILT_IN, Dns, Guards, Nameserver, Region, RegionSource, Select, Transport, Url},
+    region::{
+        BUILT_IN, Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url,
+    },
 };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawRegion {
     dns: Option<Vec<String>>,
+    records: Option<Vec<DnsType>>,
     nameservers: Option<Vec<String>>,
     dnssec: Option<RawDnssec>,
     trust_anchor: Option<PathBuf>,
@@ -102,6 +105,7 @@ impl Reader<'_> {
         let asked = "dns, url and file";
         // `region_source` took the fields of the source.
         let left = [
+            ("records", "dns", raw.records.is_some()),
             ("nameservers", "dns", raw.nameservers.is_some()),
             ("dnssec", "dns", raw.dnssec.is_some()),
             (
@@ -310,6 +314,15 @@ impl Reader<'_> {
                 );
             }
         }
+        let mut records = raw
+            .records
+            .take()
+            .unwrap_or_else(|| vec![DnsType::A, DnsType::Aaaa]);
+        records.sort_unstable();
+        records.dedup();
+        if records.is_empty() {
+            self.problem(&at.key("records"), "no types of records to look up");
+        }
         let mut nameservers = Vec::new();
         for (index, text) in raw
             .nameservers
@@ -319,6 +332,13 @@ impl Reader<'_> {
             .enumerate()
         {
             match nameserver(text) {
+                Some(server) if server.lacks_interface() => {
+                    let message = format!(
+                        "{text} is link-local: name its interface as well, such as {}%eth0",
+                        server.address
+                    );
+                    self.problem(&at.key("nameservers").index(index), message);
+                }
                 Some(nameserver) => nameservers.push(nameserver),
                 None => {
                     let message = format!(
@@ -344,6 +364,7 @@ impl Reader<'_> {
         }
         RegionSource::Dns(Dns {
             names,
+            records,
             nameservers,
             dnssec,
             trust_anchor,
@@ -408,15 +429,27 @@ fn nameserver(text: &str) -> Option<Nameserver> {
         Some(slash) => (&rest[..slash], Some(&rest[slash..])),
         None => (rest, None),
     };
-    let (address, port) = match place.parse::<SocketAddr>() {
-        Ok(socket) => (socket.ip(), Some(socket.port())),
-        Err(_) => {
-            let bare = place
-                .strip_prefix('[')
-                .and_then(|rest| rest.strip_suffix(']'));
-            (bare.unwrap_or(place).parse().ok()?, None)
-        }
+    let (host, port) = match place.strip_prefix('[') {
+        Some(rest) => match rest.split_once(']')? {
+            (host, "") => (host, None),
+            (host, port) => (host, Some(port.strip_prefix(':')?)),
+        },
+        // More than one colon: IPv6 without a port.
+        None => match place.split_once(':') {
+            Some((host, port)) if !port.contains(':') => (host, Some(port)),
+            _ => (place, None),
+        },
     };
+    let port = port.map(str::parse).transpose().ok()?;
+    let (address, interface) = match host.split_once('%') {
+        Some((address, interface)) => (address, Some(interface)),
+        None => (host, None),
+    };
+    let address: IpAddr = address.parse().ok()?;
+    let is_name = |name: &str| (1..16).contains(&name.len()) && !name.contains(char::is_whitespace);
+    if interface.is_some_and(|interface| !address.is_ipv6() || !is_name(interface)) {
+        return None;
+    }
     let certified = name.map_or_else(|| address.to_string(), str::to_owned);
     let transport = match (scheme, path, name) {
         ("", None, None) => Transport::Plain,
@@ -429,6 +462,7 @@ fn nameserver(text: &str) -> Option<Nameserver> {
     };
     Some(Nameserver {
         address,
+        interface: interface.map(str::to_owned),
         port,
         transport,
     })

@@ -134,10 +134,6 @@ fn every_bad_answer_is_refused_and_keeps_the_last_good_set() {
             "host bits",
         ),
         (&many, "at most 10 (`max_prefixes`)"),
-        (
-            &["198.51.100.1/32", "198.51.100.2/32"],
-            "2 of 2 prefixes are gone",
-        ),
     ];
     for (answer, expected) in bad {
         let mut state = with_two(&format!("{DNS}, max_prefixes: 10"));
@@ -202,38 +198,200 @@ fn address_that_returns_does_not_retire() {
     assert_eq!(allowed(&state), list(&TWO));
 }
 
-#[test]
-fn set_that_shrank_is_taken_when_it_repeats_for_long_enough() {
-    let mut state = with_two(&format!("{DNS}, shrink_after: 5m, retire_after: 0s"));
-    let other = ["192.0.2.30/32"];
-    state.take(found(&other), false, seconds(100));
-    state.take(found(&other), false, seconds(399));
-    assert!(state.failing && error(&state).contains("2026-01-01T00:06:40Z"));
-    assert_eq!(allowed(&state), list(&TWO));
-    let change = state.take(found(&other), false, seconds(400));
-    assert_eq!((change.added, change.removed), (list(&other), list(&TWO)));
-    assert!(!state.failing);
+const TEN: [&str; 10] = [
+    "192.0.2.1/32",
+    "192.0.2.3/32",
+    "192.0.2.5/32",
+    "192.0.2.7/32",
+    "192.0.2.9/32",
+    "192.0.2.11/32",
+    "192.0.2.13/32",
+    "192.0.2.15/32",
+    "192.0.2.17/32",
+    "192.0.2.19/32",
+];
+
+fn with_ten(fields: &str) -> State {
+    let mut state = State::new(region(fields), seconds(0));
+    state.take(found(&TEN), false, seconds(0));
+    state
 }
 
 #[test]
-fn set_that_shrank_starts_anew_when_it_differs_or_was_not_repeated() {
-    let mut state = with_two(&format!("{DNS}, shrink_after: 5m"));
-    state.take(found(&["192.0.2.30/32"]), false, seconds(100));
-    state.take(found(&["192.0.2.31/32"]), false, seconds(200));
-    state.take(found(&["192.0.2.31/32"]), false, seconds(450));
-    assert_eq!(allowed(&state), list(&TWO));
-    state.take(found(&TWO), false, seconds(460));
-    state.take(found(&["192.0.2.31/32"]), false, seconds(600));
+fn pool_that_a_name_rotates_through_is_allowed_whole_and_is_no_error() {
+    let mut state = State::new(region(DNS), seconds(0));
+    let mut pool = list(&TEN);
+    pool.sort_unstable();
+    for round in 0..60 {
+        let two = [TEN[round * 2 % 10], TEN[(round * 2 + 1) % 10]];
+        state.take(found(&two), false, seconds(20 * round as u64));
+        assert!(!state.failing, "{}", error(&state));
+        if round >= 4 {
+            assert_eq!(allowed(&state), pool);
+        }
+    }
+}
+
+#[test]
+fn pool_of_thirty_of_which_eight_come_at_random_is_allowed_whole() {
+    let pool: Vec<String> = (0..30)
+        .map(|i| format!("198.51.100.{}/32", 2 * i))
+        .collect();
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut state = State::new(region(DNS), seconds(0));
+    for round in 0..90 {
+        let some = random.choose_multiple(&pool, 8);
+        let some: Vec<&str> = some.into_iter().map(String::as_str).collect();
+        let change = state.take(found(&some), false, seconds(20 * round));
+        state.tick(seconds(20 * round));
+        assert!(!state.failing, "{}", error(&state));
+        assert!(round < 60 || change.is_empty() || change.added.is_empty());
+    }
+    assert_eq!(allowed(&state).len(), 30);
+}
+
+#[test]
+fn address_that_moves_is_followed_at_once() {
+    let mut state = State::new(region(DNS), seconds(0));
+    state.take(found(&["192.0.2.10/32"]), false, seconds(0));
+    let change = state.take(found(&["198.51.100.7/32"]), false, seconds(20));
+    assert_eq!(change.added, list(&["198.51.100.7/32"]));
+    assert_eq!(change.left, list(&["192.0.2.10/32"]));
+    assert!(!state.failing);
+    // Held for `shrink_after`, then retired.
+    assert_eq!(state.next_tick(), Some(seconds(20 + 600 + 3600)));
+}
+
+#[test]
+fn set_that_shrank_is_an_error_until_it_grows_or_stays_so_and_loses_nobody_meanwhile() {
+    let mut state = with_ten(&format!("{DNS}, shrink_after: 5m, retire_after: 0s"));
+    let few = ["192.0.2.1/32", "203.0.113.9/32"];
+    let change = state.take(found(&few), false, seconds(100));
+    assert_eq!(change.added, list(&["203.0.113.9/32"]));
+    assert_eq!((change.left.len(), change.removed.len()), (9, 0));
+    let text = "the prefixes fell from 10 to 2, by more than `max_shrink`: reported until 2026-01-01T00:06:40Z";
+    assert!(error(&state).starts_with(text), "{}", error(&state));
+    assert!(state.failing && state.partial);
+    assert_eq!(allowed(&state).len(), 11);
+    state.take(found(&few), false, seconds(399));
+    state.take(
+        Ok(Answer::Unchanged { ask_again: None }),
+        false,
+        seconds(399),
+    );
     assert!(state.failing);
-    assert_eq!(allowed(&state), list(&TWO));
+    // Kept and restored: the error is not lost with the process.
+    let mut restored = State::new(state.region.clone(), seconds(399));
+    restored
+        .restore(state.set.clone().unwrap(), seconds(399))
+        .unwrap();
+    restored.take(found(&few), false, seconds(399));
+    assert!(restored.failing);
+    let mut grown = state.clone();
+    grown.take(found(&TEN), false, seconds(399));
+    assert!(!grown.failing);
+    assert_eq!(state.tick(seconds(400)).removed.len(), 9);
+    state.take(found(&few), false, seconds(400));
+    assert!(!state.failing);
+    assert_eq!(allowed(&state), list(&few));
 }
 
 #[test]
 fn set_that_shrank_is_taken_at_once_when_told_so() {
-    let mut state = with_two(DNS);
-    state.take(found(&["192.0.2.30/32"]), true, seconds(100));
+    for later in [false, true] {
+        let mut state = with_ten(&format!("{DNS}, retire_after: 1m"));
+        if later {
+            state.take(found(&TEN[..1]), false, seconds(100));
+            assert_eq!(state.next_tick(), Some(seconds(100 + 660)));
+        }
+        state.take(found(&TEN[..1]), true, seconds(110));
+        assert!(!state.failing);
+        assert_eq!(state.next_tick(), Some(seconds(110 + 60)));
+    }
+}
+
+#[test]
+fn source_with_ever_new_addresses_keeps_to_max_prefixes() {
+    let mut state = State::new(region(&format!("{DNS}, max_prefixes: 10")), seconds(0));
+    for round in 0..100u64 {
+        let new = [
+            format!("198.51.{round}.1/32"),
+            format!("198.51.{round}.3/32"),
+        ];
+        let change = state.take(
+            found(&new.each_ref().map(String::as_str)),
+            false,
+            seconds(round),
+        );
+        assert!(allowed(&state).len() <= 10);
+        // The oldest go.
+        let oldest = round.saturating_sub(4);
+        let oldest = format!("198.51.{oldest}.1/32").parse().unwrap();
+        assert!(allowed(&state).contains(&oldest));
+        assert_eq!(change.removed.len(), if round > 4 { 2 } else { 0 });
+    }
+}
+
+fn without(v4: bool, v6: bool, prefixes: &[&str]) -> Result<Answer> {
+    Ok(Answer::Found(Found {
+        prefixes: list(prefixes),
+        missing: Some(Missing {
+            v4,
+            v6,
+            error: "AAAA records: no answer".into(),
+        }),
+        ..Found::default()
+    }))
+}
+
+#[test]
+fn members_of_a_family_that_failed_stay_and_the_other_family_is_followed() {
+    let both = ["192.0.2.10/32", "2001:db8::1/128"];
+    let mut state = State::new(region(DNS), seconds(0));
+    state.take(found(&both), false, seconds(0));
+    for time in [20, 100_000] {
+        state.take(
+            without(false, true, &["192.0.2.20/32"]),
+            false,
+            seconds(time),
+        );
+        assert!(state.failing && state.partial);
+        assert_eq!(error(&state), "AAAA records: no answer");
+        state.tick(seconds(time));
+        assert!(allowed(&state).contains(&"192.0.2.20/32".parse().unwrap()));
+        assert!(allowed(&state).contains(&"2001:db8::1/128".parse().unwrap()));
+    }
+    state.take(
+        found(&["192.0.2.20/32", "2001:db8::2/128"]),
+        false,
+        seconds(100_020),
+    );
     assert!(!state.failing);
-    assert_eq!(allowed(&state).len(), 3);
+    // A first result may be partial as well.
+    let mut state = State::new(region(DNS), seconds(0));
+    state.take(without(false, true, &["192.0.2.20/32"]), false, seconds(0));
+    assert_eq!(allowed(&state), list(&["192.0.2.20/32"]));
+}
+
+#[test]
+fn members_of_a_family_that_failed_are_not_older_than_max_age() {
+    let both = ["192.0.2.10/32", "2001:db8::1/128"];
+    let fields = format!("{DNS}, max_age: 1h, retire_after: 0s, shrink_after: 0s");
+    let mut state = State::new(region(&fields), seconds(0));
+    state.take(found(&both), false, seconds(0));
+    state.take(without(false, true, &["192.0.2.10/32"]), false, seconds(20));
+    state.take(
+        without(false, true, &["192.0.2.10/32"]),
+        false,
+        seconds(3619),
+    );
+    assert_eq!(allowed(&state), list(&both));
+    state.take(
+        without(false, true, &["192.0.2.10/32"]),
+        false,
+        seconds(3620),
+    );
+    assert_eq!(allowed(&state), list(&["192.0.2.10/32"]));
 }
 
 #[test]
@@ -452,7 +610,7 @@ fn kept_set_is_restored_unless_it_breaks_a_guard() {
     restored.restore(kept.clone(), earlier).unwrap();
     assert_eq!(
         restored.next_tick(),
-        Some(earlier + Duration::from_hours(1))
+        Some(earlier + Duration::from_mins(70))
     );
 
     for (fields, bad) in [
