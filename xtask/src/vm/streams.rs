@@ -3,14 +3,20 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use super::machine::Machine;
 use crate::{cargo, output, run, target_directory};
 
 /// Where they are in the machine.
 const FOLDER: &str = "root/streams";
+
+/// They take 45 seconds where the machine's processors are this host's.
+const LIMIT: Duration = Duration::from_mins(90);
+const INTERVAL: Duration = Duration::from_secs(10);
 
 /// The tests and the agent that they run, built.
 pub struct Streams {
@@ -49,16 +55,30 @@ impl Streams {
     }
 
     /// Runs them. Returns the line that sums them up.
+    ///
+    /// # Errors
+    /// One fails, or they have not ended after `LIMIT`.
     pub fn run(&self, machine: &mut Machine) -> Result<String> {
-        let printed = machine.command(&format!(
-            "cd /{FOLDER} && FILTER_TESTS_AGENT=/{FOLDER}/filter-agent ./test --test-threads 2 2>&1 | tail -100"
+        // In the background: the machine's shell waits for no command as long as these may take.
+        machine.command(&format!(
+            "cd /{FOLDER} && (FILTER_TESTS_AGENT=/{FOLDER}/filter-agent ./test --test-threads 2 > log 2>&1; \
+             echo ended >> log) < /dev/null > /dev/null 2>&1 &"
         ))?;
-        match printed
-            .lines()
-            .find(|line| line.starts_with("test result: ok."))
-        {
-            Some(line) => Ok(line.into()),
-            None => bail!("the tests of forced TLS fail in the machine:\n{printed}"),
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            thread::sleep(INTERVAL);
+            let printed = machine.command(&format!("tail -150 /{FOLDER}/log"))?;
+            let mut lines = printed.lines();
+            if let Some(line) = lines.find(|line| line.starts_with("test result: ok.")) {
+                return Ok(line.into());
+            }
+            if printed.ends_with("ended") {
+                bail!("the tests of forced TLS fail in the machine:\n{printed}");
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the tests of forced TLS have not ended after {LIMIT:?}:\n{printed}"
+            );
         }
     }
 }
