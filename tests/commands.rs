@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use filter_tests::net::{Net, agent_binary, dedicated, policy};
+use filter_tests::net::{Net, agent_binary, dedicated, policy, wait_until};
 use nix::sys::signal::Signal;
 
 fn with(allowed: &[&str]) -> String {
@@ -36,7 +36,21 @@ fn plan_reads_the_file_itself_even_a_pipe_or_a_long_one() {
     let printed = String::from_utf8(output.stdout).unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{error}");
-    assert_eq!(printed, "database orders\n  + 198.51.100.0/24\n");
+    let rule = "+ database orders: rule 198.51.100.0/24";
+    assert_eq!(
+        printed,
+        format!("database orders\n  + 198.51.100.0/24\n{rule}\n")
+    );
+    // Fault D7: what no packet shows is a difference too.
+    let output = plan(&with(&["203.0.113.10/32"]).replace("mode: auto", "mode: generic"));
+    let error = String::from_utf8(output.stderr).unwrap();
+    let expected = "changing the mode would open it for a moment: run `filter-agent detach` first";
+    assert!(error.contains(expected), "{error}");
+    let labelled = "{cidr: 203.0.113.10/32, label: office, expires: 2100-01-01T00:00:00Z}";
+    let output = plan(&with(&[]).replace("rules: []", &format!("rules: [{labelled}]")));
+    let printed = String::from_utf8(output.stdout).unwrap();
+    let expected = "~ database orders: rule 203.0.113.10/32: nothing -> \"office\", until 2100-01-01T00:00:00Z\n";
+    assert_eq!(printed, expected);
     let output = plan("interfaces: [eth0]\ndatabases: [{}]\n");
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
@@ -51,6 +65,43 @@ fn plan_reads_the_file_itself_even_a_pipe_or_a_long_one() {
     );
     // Without a file it is the agent's own.
     assert!(net.agent_text(&["plan"]).starts_with("no difference"));
+}
+
+#[test]
+fn members_of_a_cluster_have_labels_and_ends() {
+    let mut net = Net::new("cluster-members");
+    let replicas = net.dir().join("replicas.txt");
+    fs::write(&replicas, "192.0.2.7/32\n").unwrap();
+    let cluster = format!(
+        "cluster: [10.1.2.3/32, {{cidr: 10.1.0.0/16, label: replicas, expires: 2100-01-01T00:00:00Z}}, \
+         {{region: replicas}}]"
+    );
+    let orders = dedicated("orders", 5432, &[], &cluster);
+    let regions = format!("regions: {{replicas: {{file: {}}}}}\n", replicas.display());
+    net.write_policy(&(regions + &policy("eth0", "auto", &[orders])));
+    net.start();
+    let explain = |source: &str| net.agent_text(&["explain", source]);
+    let text = explain("10.1.2.4");
+    assert_eq!(
+        text,
+        "orders: 10.1.2.4 passes: allowed by cluster (replicas), until 2100-01-01T00:00:00Z\n"
+    );
+    for source in ["10.1.2.3", "192.0.2.7"] {
+        let text = explain(source);
+        assert_eq!(
+            text,
+            format!("orders: {source} passes: allowed by cluster\n")
+        );
+    }
+    let rules = net.agent_json(&["rules"]);
+    assert_eq!(rules[0]["label"], "replicas");
+    assert_eq!(rules[0]["expires"], "2100-01-01T00:00:00Z");
+    assert_eq!(rules[0]["prefixes"], 3);
+    // The region is followed.
+    fs::write(&replicas, "192.0.2.8/32\n").unwrap();
+    assert!(wait_until(
+        || explain("192.0.2.8").contains("allowed by cluster")
+    ));
 }
 
 #[test]

@@ -97,6 +97,13 @@ fn file_is_read_when_it_changes_however_it_does() {
     fs::remove_file(&file).unwrap();
     wait_for_error(&net, "No such file");
     assert_eq!(prefixes(&net), ["192.0.2.3/32"]);
+    // Fault D8: empty is right where the policy says so, and only there.
+    replace("# nobody today\n");
+    wait_for_error(&net, "holds no prefix");
+    net.reload(&policy(&file, "max_refresh: 1h, allow_empty: true"));
+    wait_for_prefixes(&net, &[]);
+    replace("192.0.2.3/32\n");
+    wait_for_prefixes(&net, &["192.0.2.3/32"]);
 
     // Behind a symbolic link that is replaced, in a directory of its own.
     for version in ["one", "two"] {

@@ -55,6 +55,26 @@ fn said(net: &Net, beginning: &str) -> bool {
 }
 
 #[test]
+fn interface_has_a_mode_of_its_own() {
+    let mut net = start(
+        "own-mode",
+        "{name: eth0, mode: generic}, {name: 'eth*', mode: native}",
+    );
+    let _listener = net.listen(PORT);
+    assert_eq!(interfaces(&net), [("eth0".into(), "generic".into())]);
+    assert_filtered(&net);
+    // As it is when the agent starts again, and when it puts a lost filter back.
+    net.kill();
+    net.start();
+    assert_eq!(interfaces(&net), [("eth0".into(), "generic".into())]);
+    net.write_policy(&orders("'eth*', {name: eth0, mode: native}"));
+    let error = net.agent_error(&["reload"]);
+    let expected = "eth0 is filtered in generic mode, and changing the mode would open it";
+    assert!(error.contains(expected), "{error}");
+    assert_filtered(&net);
+}
+
+#[test]
 fn interface_that_is_not_there_yet_is_filtered_when_it_comes() {
     let mut net = start("later", "eth0, eth7");
     let _listener = net.listen(PORT);

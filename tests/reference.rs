@@ -166,7 +166,11 @@ fn is_allowed(
                 }
         }),
     };
-    by_model || holds(&database.cluster)
+    let member = database.cluster.iter().any(|member| match &member.source {
+        Source::Cidr(prefix) => holds(&[*prefix]),
+        Source::Region(name) => holds(&regions[name]),
+    });
+    by_model || member
 }
 
 /// RFC 6890: special addresses that no packet from another host carries as its source.

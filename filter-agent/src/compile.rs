@@ -130,31 +130,36 @@ fn compile_database(
         v4: Vec::new(),
         v6: Vec::new(),
     };
+    let mut is_in_force = |what: String, rule: &Rule| {
+        if is_expired(rule, now) {
+            compiled.warnings.push(format!(
+                "database {}, {what}: {} has expired and allows nobody",
+                database.name, rule.source
+            ));
+            return false;
+        }
+        compiled.next_expiry = [compiled.next_expiry, rule.expires]
+            .into_iter()
+            .flatten()
+            .min();
+        true
+    };
     // The cluster first: it stays allowed, and exempt, whatever rule names its addresses too.
     if !database.cluster.is_empty() {
-        add(&mut entries, RuleKey::Cluster, &database.cluster);
+        let members = database.cluster.iter();
+        let members = members.filter(|member| is_in_force("cluster".into(), member));
+        let members: Vec<IpNet> = members
+            .flat_map(|member| prefixes(&member.source, regions))
+            .copied()
+            .collect();
+        add(&mut entries, RuleKey::Cluster, &members);
     }
     match &database.model {
         Model::Dedicated { rules } => {
             for (number, rule) in (1..).zip(rules) {
-                if is_expired(rule, now) {
-                    compiled.warnings.push(format!(
-                        "database {}, rule {number}: {} has expired and allows nobody",
-                        database.name, rule.source
-                    ));
-                    continue;
-                }
-                compiled.next_expiry = [compiled.next_expiry, rule.expires]
-                    .into_iter()
-                    .flatten()
-                    .min();
-                let key = RuleKey::Rule(rule.source.clone());
-                match &rule.source {
-                    Source::Cidr(prefix) => add(&mut entries, key, &[*prefix]),
-                    Source::Region(name) => {
-                        let prefixes = regions.get(name).map(|prefixes| &**prefixes);
-                        add(&mut entries, key, prefixes.unwrap_or_default());
-                    }
+                if is_in_force(format!("rule {number}"), rule) {
+                    let key = RuleKey::Rule(rule.source.clone());
+                    add(&mut entries, key, prefixes(&rule.source, regions));
                 }
             }
         }
@@ -183,6 +188,13 @@ fn compile_database(
 /// Whether the rule no longer allows at the instant `now`.
 pub fn is_expired(rule: &Rule, now: Timestamp) -> bool {
     rule.expires.is_some_and(|expires| expires <= now)
+}
+
+fn prefixes<'a>(source: &'a Source, regions: &'a Regions) -> &'a [IpNet] {
+    match source {
+        Source::Cidr(prefix) => std::slice::from_ref(prefix),
+        Source::Region(name) => regions.get(name).map_or(&[], |prefixes| prefixes),
+    }
 }
 
 /// Appends a rule and what it allows; sorting and duplicates come last.
@@ -273,6 +285,7 @@ mod tests {
             interfaces: vec![Listed::Name("eth0".into())],
             ignored_interfaces: vec![],
             mode: Mode::Auto,
+            modes: BTreeMap::new(),
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
             unprotected: Default::default(),
@@ -369,7 +382,7 @@ mod tests {
                 },
             ],
         })]);
-        with_region.databases[0].cluster = vec!["10.1.2.3/32".parse().unwrap()];
+        with_region.databases[0].cluster = vec![cidr("10.1.2.3/32")];
         let office: [IpNet; 2] = [
             "192.0.2.0/24".parse().unwrap(),
             "2001:db8::/32".parse().unwrap(),
@@ -380,6 +393,25 @@ mod tests {
         assert_eq!(entries.rules[0], RuleKey::Cluster);
         assert_eq!(entries.prefixes_by_rule(), [1, 1, 1]);
         assert_eq!(entries.v4[1], ("192.0.2.0/24".parse().unwrap(), 1));
+    }
+
+    #[test]
+    fn member_of_a_cluster_has_an_end_too() {
+        let mut policy = policy(vec![database(Model::Dedicated { rules: vec![] })]);
+        let member = |prefix: &str, expires: &str| Rule {
+            expires: Some(at(expires)),
+            ..cidr(prefix)
+        };
+        policy.databases[0].cluster = vec![
+            member("10.1.2.3/32", "2026-01-01T00:00:00Z"),
+            member("10.1.2.4/32", "2026-02-01T00:00:00Z"),
+        ];
+        let compiled = compile(&policy, &Regions::new(), at("2026-01-01T00:00:00Z"));
+        let entries = &compiled.databases["orders"];
+        assert_eq!(entries.v4, [("10.1.2.4/32".parse().unwrap(), 0)]);
+        assert_eq!(compiled.next_expiry, Some(at("2026-02-01T00:00:00Z")));
+        let expected = ["database orders, cluster: 10.1.2.3/32 has expired and allows nobody"];
+        assert_eq!(compiled.warnings, expected);
     }
 
     #[test]

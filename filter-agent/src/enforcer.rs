@@ -418,8 +418,9 @@ impl Enforcer {
         let policy = &self.in_force.file.policy;
         let coverage = Coverage::of(policy, &self.in_force.remembered, &host);
         for interface in &coverage.present {
-            let healed = match self.filter.check_interface(interface, policy.mode) {
-                Ok(()) => self.filter.attach(interface, policy.mode),
+            let mode = coverage.mode(policy, interface);
+            let healed = match self.filter.check_interface(interface, mode) {
+                Ok(()) => self.filter.attach(interface, mode),
                 Err(error) => Err(error),
             };
             match healed {

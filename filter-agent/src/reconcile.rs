@@ -19,7 +19,7 @@ use crate::{
         links::{Attached, TakenOver, is_gone},
     },
     log::Entry,
-    policy::{Mode, Policy},
+    policy::{Mode, Policy, differences},
     policy_file::PolicyFile,
     protection, report,
 };
@@ -75,8 +75,8 @@ pub struct Plan {
     pub unguarded: Vec<String>,
     desired: Desired,
     is_start: bool,
-    /// Listed interfaces that may be filtered.
-    attach: Vec<Interface>,
+    /// Listed interfaces that may be filtered, each in its mode.
+    attach: Vec<(Interface, Mode)>,
     /// Of these, the ones that only memory lists: what is wrong with them refuses nothing.
     remembered: BTreeSet<u32>,
     /// Interfaces whose filtering ends.
@@ -185,6 +185,9 @@ pub fn prepare(
     let mut report = report::Plan {
         file: desired.file.path.clone(),
         difference,
+        settings: before
+            .map(|before| differences(before, &desired.file.policy))
+            .unwrap_or_default(),
         attached: Vec::new(),
         detached: Vec::new(),
         warnings: Vec::new(),
@@ -237,9 +240,10 @@ pub fn prepare(
     let mut only_remembered = BTreeSet::new();
     for interface in &coverage.present {
         let is_remembered = coverage.is_remembered(interface.index);
-        match check(interface, policy.mode) {
+        let mode = coverage.mode(policy, interface);
+        match check(interface, mode) {
             Ok(()) if is_whole(interface) => {}
-            Ok(()) => attach.push(interface.clone()),
+            Ok(()) => attach.push((interface.clone(), mode)),
             Err(error) if is_remembered => report.warnings.push(not_filtered(interface, &error)),
             Err(error) => return Err(error),
         }
@@ -289,7 +293,6 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         detach,
         filtered,
     } = plan;
-    let mode = desired.file.policy.mode;
     let others = if is_start {
         filter.to_take_over()?
     } else {
@@ -298,7 +301,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
     // The maps first: no program runs on maps that do not hold the policy yet.
     let applied = filter.apply(&desired.compiled)?;
     let mut attached = Vec::new();
-    for interface in attach {
+    for (interface, mode) in attach {
         match filter.attach(&interface, mode) {
             Ok(Attached::Kept) => {}
             Ok(how) => attached.push((interface, how)),

@@ -210,6 +210,9 @@ pub struct Unsampled {
 pub struct Plan {
     pub file: PathBuf,
     pub difference: Difference,
+    /// How the policy differs from the one in force, a line each: what the kernel's prefixes and ports do not show.
+    #[serde(default)]
+    pub settings: Vec<String>,
     /// Interfaces that will be filtered and are not yet.
     pub attached: Vec<String>,
     /// Interfaces that will no longer be filtered.

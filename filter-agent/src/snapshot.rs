@@ -303,9 +303,21 @@ impl Observed {
                 }
             };
             for key in &entries.rules {
-                if !matches!(key, RuleKey::Rule(_)) {
-                    rules.push(line(key, None, None));
+                let mut rule = line(key, None, None);
+                match key {
+                    RuleKey::Rule(_) => continue,
+                    // One rule to the kernel, however many members it has.
+                    RuleKey::Cluster => {
+                        let members = database.cluster.iter();
+                        let members: Vec<&Rule> = members.filter(|m| !is_expired(m, now)).collect();
+                        let labels: Vec<&str> =
+                            members.iter().filter_map(|m| m.label.as_deref()).collect();
+                        rule.label = (!labels.is_empty()).then(|| labels.join(", "));
+                        rule.expires = members.iter().filter_map(|m| m.expires).min();
+                    }
+                    RuleKey::RegionalNetwork | RuleKey::Internet => {}
                 }
+                rules.push(rule);
             }
             if let Model::Dedicated { rules: written } = &database.model {
                 for (number, rule) in (1..).zip(written) {

@@ -10,7 +10,7 @@ use crate::{
     compile::RuleKey,
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
-    policy::{Model, Rule},
+    policy::{Model, Rule, Source},
     reconcile::{InForce, list},
     report,
 };
@@ -92,7 +92,7 @@ pub fn explain(
         let rule = judged
             .rule_text
             .and_then(|text| entries.rules.iter().find(|rule| rule.text() == text));
-        let written = rule.and_then(|key| in_force.written(name, key));
+        let written = rule.and_then(|key| in_force.written(name, key, source));
         explanations.push(report::Explanation {
             database: name.clone(),
             source,
@@ -127,13 +127,29 @@ impl InForce {
         Ok(())
     }
 
-    /// The rule of the policy file behind a key.
-    fn written(&self, database: &str, key: &RuleKey) -> Option<&Rule> {
+    /// The rule of the policy file behind a key, or the member of a cluster that holds the source.
+    fn written(&self, database: &str, key: &RuleKey, address: IpAddr) -> Option<&Rule> {
         let databases = &self.file.policy.databases;
         let database = databases.iter().find(|written| written.name == database)?;
-        let (Model::Dedicated { rules }, RuleKey::Rule(source)) = (&database.model, key) else {
-            return None;
-        };
-        rules.iter().find(|rule| rule.source == *source)
+        match (&database.model, key) {
+            (Model::Dedicated { rules }, RuleKey::Rule(source)) => {
+                rules.iter().find(|rule| rule.source == *source)
+            }
+            (_, RuleKey::Cluster) => {
+                let holding = database
+                    .cluster
+                    .iter()
+                    .filter_map(|member| match &member.source {
+                        Source::Cidr(prefix) if prefix.contains(&address) => {
+                            Some((prefix.prefix_len(), member))
+                        }
+                        _ => None,
+                    });
+                holding
+                    .max_by_key(|&(length, _)| length)
+                    .map(|(_, member)| member)
+            }
+            _ => None,
+        }
     }
 }

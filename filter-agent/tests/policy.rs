@@ -128,6 +128,7 @@ fn every_field_of_a_policy_arrives() {
     let expected = Guards {
         private: true,
         max_prefixes: 50,
+        allow_empty: false,
         shortest: [6, 12],
         max_shrink: 0,
         shrink_after: Duration::from_mins(90),
@@ -145,7 +146,10 @@ fn every_field_of_a_policy_arrives() {
         (orders.name.as_str(), orders.ports.as_slice()),
         ("orders", &[5432][..])
     );
-    assert_eq!(orders.cluster, ["10.1.2.3/32".parse().unwrap()]);
+    let [member] = orders.cluster.as_slice() else {
+        panic!("{:?}", orders.cluster);
+    };
+    assert_eq!(member.source, Source::Cidr("10.1.2.3/32".parse().unwrap()));
     assert_eq!(orders.addresses.len(), 2);
     let tls = Tls {
         engine: Engine::Postgresql,

@@ -32,7 +32,7 @@ fn at(seconds: i64) -> Now {
 fn policy(number: u8, more: &str) -> String {
     format!(
         "interfaces: [eth0]\nregions:\n  office: {{file: /etc/office.txt, retire_after: 0s, max_shrink: 100%}}\n  \
-         cloud: {{dns: [egress.example.net], retire_after: 60s}}\ndatabases:\n- name: orders\n  port: 5432\n  \
+         cloud: {{dns: [egress.example.net], retire_after: 60s, shrink_after: 0s}}\ndatabases:\n- name: orders\n  port: 5432\n  \
          model: dedicated\n  force_tls: false\n  rules: [{{cidr: 192.0.{number}.0/24}}, {{region: office}}, \
          {{region: cloud}}{more}]\n"
     )
@@ -46,6 +46,7 @@ fn plan() -> report::Plan {
     report::Plan {
         file: "/etc/policy.yaml".into(),
         difference: Difference::default(),
+        settings: Vec::new(),
         attached: Vec::new(),
         detached: Vec::new(),
         warnings: Vec::new(),
@@ -397,6 +398,8 @@ fn removal_that_the_kernel_refuses_is_tried_again_with_pauses() {
         }
     };
     cloud("198.51.100.8/32", &mut world);
+    // As every later look-up returns.
+    cloud("198.51.100.7/32", &mut world);
     assert_eq!(world.allowed("cloud").len(), 2);
     world.settle(OFFICE);
     let mut tries = 0;

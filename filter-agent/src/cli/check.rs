@@ -118,7 +118,10 @@ pub(super) async fn check(
             } else {
                 warnings.extend(missing);
             }
-            let found = driver::drivers(&coverage.present, loaded.policy.mode).await?;
+            let found = driver::drivers(&coverage.present, |interface| {
+                coverage.mode(&loaded.policy, interface)
+            })
+            .await?;
             errors.extend(refusals(bpffs, &coverage));
             if compiled.forces_tls() {
                 errors.extend(tls_unenforced(&coverage));

@@ -85,6 +85,10 @@ pub(super) fn print_plan(plan: &Plan) {
         list("+", "", &database.added);
         list("-", "", &database.removed);
     }
+    for setting in &plan.settings {
+        same = false;
+        println!("{setting}");
+    }
     if same {
         println!("no difference: the kernel enforces {}", plan.file.display());
     }

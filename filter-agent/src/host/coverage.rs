@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     host::Interface,
-    policy::{Listed, Policy},
+    policy::{Listed, Mode, Policy},
 };
 
 /// A pinned link, and the program that runs on it.
@@ -207,6 +207,24 @@ impl Coverage {
     /// with it is an error, but refuses nothing.
     pub fn is_remembered(&self, index: u32) -> bool {
         self.remembered.iter().any(|(found, _)| *found == index)
+    }
+
+    /// The mode in which an interface is filtered: that of the entry that names it, of the first pattern that matches it,
+    /// or of the entry that stood for it.
+    pub fn mode(&self, policy: &Policy, interface: &Interface) -> Mode {
+        let (names, others): (Vec<&Listed>, Vec<&Listed>) = policy
+            .interfaces
+            .iter()
+            .filter(|entry| lists(entry, interface))
+            .partition(|entry| matches!(entry, Listed::Name(_)));
+        let before = self.remembered.iter();
+        let before = before.filter(|(index, _)| *index == interface.index);
+        let mut entries = names
+            .into_iter()
+            .chain(others)
+            .chain(before.map(|(_, entry)| entry));
+        let mode = entries.find_map(|entry| policy.modes.get(&entry.to_string()));
+        mode.copied().unwrap_or(policy.mode)
     }
 
     /// Interfaces that are filtered although the policy does not list them.

@@ -83,14 +83,17 @@ const NETDEV_XDP_ACT_BASIC: u64 = 1;
 const NETDEV_XDP_ACT_RX_SG: u64 = 32;
 
 /// Examines interfaces without touching them.
-pub async fn drivers(interfaces: &[Interface], mode: Mode) -> Result<Vec<Driver>> {
+pub async fn drivers(
+    interfaces: &[Interface],
+    mode: impl Fn(&Interface) -> Mode,
+) -> Result<Vec<Driver>> {
     // Neither netlink family is essential: without one the report has less detail.
     let xdp = xdp_features().await.unwrap_or_default();
     let mut drivers = Vec::new();
     for interface in interfaces {
         let mut features = offloads(&interface.name).await.unwrap_or_default();
         features.xdp = xdp.get(&interface.index).copied();
-        drivers.push(Driver::of(interface, mode, features));
+        drivers.push(Driver::of(interface, mode(interface), features));
     }
     Ok(drivers)
 }

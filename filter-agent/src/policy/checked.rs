@@ -22,6 +22,8 @@ pub struct Policy {
     /// Names and patterns of interfaces that need not be listed.
     pub ignored_interfaces: Vec<Listed>,
     pub mode: Mode,
+    /// Modes of entries of `interfaces` that have their own, by the entry's text.
+    pub modes: BTreeMap<String, Mode>,
     /// The built-in regions included.
     pub regions: BTreeMap<String, Region>,
     /// Prefixes from which shared databases are open.
@@ -76,8 +78,9 @@ pub struct Database {
     pub tls: Option<Tls>,
     /// Count packets that would be dropped, and pass them.
     pub monitor: bool,
-    /// Members of its own cluster: always allowed.
-    pub cluster: Vec<IpNet>,
+    /// Members of its own cluster: always allowed, and exempt from forced TLS. Of regions only those whose prefixes the
+    /// operator writes (`file`, `prefixes`).
+    pub cluster: Vec<Rule>,
 }
 
 /// How TLS is forced on a database.
@@ -125,6 +128,16 @@ impl Database {
             .iter()
             .map(|port| format!("{protocol}/{port}"))
             .collect()
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Native => "native",
+            Self::Generic => "generic",
+        })
     }
 }
 

@@ -1,12 +1,14 @@
 //! The policy: YAML text to checked types.
 
 mod checked;
+mod difference;
 mod duration;
 mod prefix;
 mod read;
 mod region;
 
 pub use checked::{Database, Listed, Mode, Model, Policy, Rule, Source, Tls};
+pub use difference::differences;
 pub use duration::spelled;
 pub use prefix::parse_cidr;
 pub use read::{Problem, parse};

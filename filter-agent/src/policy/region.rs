@@ -145,6 +145,8 @@ pub struct Guards {
     /// Whether private addresses (RFC 1918, 6598, 4193) are allowed.
     pub private: bool,
     pub max_prefixes: usize,
+    /// Whether a file without prefixes is right.
+    pub allow_empty: bool,
     /// Shortest lengths of prefixes: of IPv4 and of IPv6.
     pub shortest: [u8; 2],
     /// Share of the members that may leave at once, in per cent.
@@ -170,6 +172,7 @@ impl Guards {
         Self {
             private: false,
             max_prefixes: 100_000,
+            allow_empty: false,
             shortest: [8, 16],
             max_shrink: if file { 100 } else { 50 },
             shrink_after: Duration::from_mins(10),
@@ -197,6 +200,14 @@ impl Region {
             RegionSource::File(path) => Some(path),
             _ => None,
         }
+    }
+
+    /// Whether the operator writes its prefixes, rather than a publisher.
+    pub fn is_written_by_hand(&self) -> bool {
+        matches!(
+            self.source,
+            RegionSource::Prefixes(_) | RegionSource::File(_)
+        )
     }
 
     /// Whether the policy itself holds its prefixes.

@@ -34,7 +34,11 @@ pub(super) fn uncovered<'a>(
 /// # Errors
 /// There is none, there are too many, or one must not be in a result.
 pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
-    ensure!(!prefixes.is_empty(), "the answer holds no prefix");
+    // An empty file is more likely a failed download than a region without addresses.
+    ensure!(
+        !prefixes.is_empty() || guards.allow_empty,
+        "the answer holds no prefix (a file may with `allow_empty: true`)"
+    );
     ensure!(
         prefixes.len() <= guards.max_prefixes,
         "the answer holds {} prefixes; at most {} (`max_prefixes`)",

@@ -83,14 +83,9 @@ pub fn read(body: &[u8], select: &Select) -> Result<List> {
 /// Parses a region's file: one prefix a line, spelled as in the policy.
 ///
 /// # Errors
-/// As `read`.
+/// The place that violates the format.
 pub fn read_file(body: &[u8]) -> Result<Vec<IpNet>> {
-    let prefixes = lines(without_mark(body)?, false, parse_cidr)?;
-    // An empty file is more likely a failed download than a region without addresses.
-    if prefixes.is_empty() {
-        bail!("it holds no prefix");
-    }
-    Ok(prefixes)
+    lines(without_mark(body)?, false, parse_cidr)
 }
 
 /// Parses a prefix of a publisher. A bare address is the prefix of that address.

@@ -14,7 +14,7 @@ use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    policy::{Guards, Model, Policy, Region, RegionSource, Source, spelled},
+    policy::{Guards, Model, Policy, Region, RegionSource, Rule, Source, spelled},
     region::{
         answer::{Answer, Found, Missing, Version},
         guards::{check, check_each, is_covered, merged, uncovered},
@@ -24,15 +24,15 @@ use crate::{
 /// The states of the regions that rules name, by name.
 pub type Regions = BTreeMap<String, State>;
 
-/// Returns the names of the regions that rules name. A name may come more than once.
+/// Returns the names of the regions that rules and clusters name. A name may come more than once.
 pub fn used(policy: &Policy) -> impl Iterator<Item = &String> {
-    let rules = policy
-        .databases
-        .iter()
-        .filter_map(|database| match &database.model {
-            Model::Dedicated { rules } => Some(rules),
-            Model::Shared { .. } => None,
-        });
+    let rules = policy.databases.iter().map(|database| {
+        let rules: &[Rule] = match &database.model {
+            Model::Dedicated { rules } => rules,
+            Model::Shared { .. } => &[],
+        };
+        database.cluster.iter().chain(rules)
+    });
     rules.flatten().filter_map(|rule| match &rule.source {
         Source::Region(name) => Some(name),
         Source::Cidr(_) => None,
@@ -498,13 +498,18 @@ impl State {
             for (_, retires) in &mut retiring {
                 *retires = until.min(*retires);
             }
+            // Else it is `tick` that removes them, with pauses where the kernel refuses.
+            let over = retiring.extract_if(.., |&mut (_, until)| until <= now);
+            change.removed = over.map(|(prefix, _)| prefix).collect();
         }
         let already: BTreeSet<IpNet> = retiring.iter().map(|&(prefix, _)| prefix).collect();
-        change.left = gone;
-        change.left.retain(|prefix| !already.contains(prefix));
-        retiring.extend(change.left.iter().map(|&prefix| (prefix, until)));
-        let over = retiring.extract_if(.., |&mut (_, until)| until <= now);
-        change.removed = over.map(|(prefix, _)| prefix).collect();
+        let gone = gone.into_iter().filter(|prefix| !already.contains(prefix));
+        if until == now {
+            change.removed.extend(gone);
+        } else {
+            change.left = gone.collect();
+            retiring.extend(change.left.iter().map(|&prefix| (prefix, until)));
+        }
         // A source with ever new addresses must not fill the maps: those that retire next are removed early.
         let room = guards.max_prefixes.saturating_sub(found.prefixes.len());
         if retiring.len() > room {

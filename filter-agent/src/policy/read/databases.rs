@@ -50,7 +50,7 @@ pub(super) struct RawDatabase {
     cancel_in_clear: Option<bool>,
     proxy_protocol: Option<ProxyProtocol>,
     monitor: Option<RawMonitor>,
-    cluster: Option<Vec<String>>,
+    cluster: Option<Vec<RawMember>>,
     rules: Option<Vec<Value>>,
     internet: Option<bool>,
 }
@@ -62,6 +62,7 @@ enum RawEngine {
     Mysql,
     Redis,
     Mongodb,
+    Sqlserver,
     Other,
 }
 
@@ -72,7 +73,8 @@ impl From<RawEngine> for Engine {
             RawEngine::Mysql => Self::Mysql,
             RawEngine::Redis => Self::Redis,
             RawEngine::Mongodb => Self::Mongodb,
-            RawEngine::Other => Self::Other,
+            // Reported where it is read.
+            RawEngine::Sqlserver | RawEngine::Other => Self::Other,
         }
     }
 }
@@ -84,6 +86,17 @@ struct RawRule {
     region: Option<String>,
     label: Option<String>,
     expires: Option<String>,
+}
+
+/// `10.1.2.3/32`, or as a rule: `{cidr: 10.1.2.3/32, label: replica}`.
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a prefix, or a rule such as `{cidr: 10.1.2.3/32, label: replica}`"
+)]
+enum RawMember {
+    Prefix(String),
+    Rule(RawRule),
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -152,7 +165,13 @@ impl Reader<'_> {
             Some(RawProtocol::Udp) => Protocol::Udp,
         };
         let addresses = self.addresses(at, raw.addresses.unwrap_or_default());
-        let cluster = self.prefixes(&at.key("cluster"), raw.cluster.as_deref());
+        let cluster = self.cluster(at, raw.cluster.unwrap_or_default(), regions);
+        if matches!(raw.engine, Some(RawEngine::Sqlserver)) {
+            let message = "engine: SQL Server begins TLS inside its own packets, which cannot be judged; where it uses \
+                           TDS 8.0 (`Encrypt=Strict`), which begins with TLS, write `engine: other`; else let the \
+                           server force encryption, and write `force_tls: false`";
+            self.problem(&at.key("engine"), message);
+        }
         let tcp = protocol == Protocol::Tcp;
         let by_default = tcp && matches!(raw.model, RawModel::Dedicated);
         let force_tls = raw.force_tls.unwrap_or(by_default);
@@ -308,15 +327,63 @@ impl Reader<'_> {
             let message = format!("{} rules; at most {MAX_RULES}", values.len());
             self.problem(&list, message);
         }
-        let mut sources: BTreeMap<Source, usize> = BTreeMap::new();
         let mut rules = Vec::new();
         for (index, value) in values.into_iter().enumerate() {
             let mut at = list.index(index);
-            let number = index + 1;
-            at.rule = Some(number);
-            let Some(raw) = self.shape::<RawRule>(&at, "", value) else {
-                continue;
+            at.rule = Some(index + 1);
+            if let Some(raw) = self.shape::<RawRule>(&at, "", value) {
+                rules.push((at, raw));
+            }
+        }
+        self.allowed(rules, regions)
+    }
+
+    /// The members of a cluster.
+    fn cluster(
+        &mut self,
+        at: &At,
+        members: Vec<RawMember>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Vec<Rule> {
+        let list = at.key("cluster");
+        let mut rules = Vec::new();
+        for (index, member) in members.into_iter().enumerate() {
+            let at = list.index(index);
+            let raw = match member {
+                RawMember::Rule(rule) => rule,
+                RawMember::Prefix(text) => match parse_cidr(&text) {
+                    Ok(_) => RawRule {
+                        cidr: Some(text),
+                        region: None,
+                        label: None,
+                        expires: None,
+                    },
+                    Err(message) => {
+                        self.problem(&at, message);
+                        continue;
+                    }
+                },
             };
+            let region = raw.region.as_ref().and_then(|name| regions.get(name));
+            if region.is_some_and(|region| !region.is_written_by_hand()) {
+                let message = "of regions only those of a file or of prefixes may be in a cluster: it is exempt from \
+                               forced TLS, and must not follow what others publish";
+                self.problem(&at.key("region"), message);
+            }
+            rules.push((at, raw));
+        }
+        self.allowed(rules, regions)
+    }
+
+    /// Checks what is allowed, by rules or as members of a cluster.
+    fn allowed(
+        &mut self,
+        raw: Vec<(At, RawRule)>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Vec<Rule> {
+        let mut sources: BTreeMap<Source, usize> = BTreeMap::new();
+        let mut rules = Vec::new();
+        for (number, (at, raw)) in (1..).zip(raw) {
             let label = raw.label.as_deref().unwrap_or_default();
             if label.chars().count() > MAX_LABEL || label.contains(is_control) {
                 let message =
@@ -337,7 +404,10 @@ impl Reader<'_> {
                 continue;
             };
             if let Some(first) = sources.get(&source) {
-                let message = format!("{source} is allowed by rule {first} already");
+                let message = match at.rule {
+                    Some(_) => format!("{source} is allowed by rule {first} already"),
+                    None => format!("{source} is listed twice"),
+                };
                 self.problem(&at, message);
             }
             sources.entry(source.clone()).or_insert(number);

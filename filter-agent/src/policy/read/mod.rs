@@ -5,7 +5,7 @@ mod locate;
 mod reader;
 mod regions;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use filter_common::MAX_DATABASES;
 use glob::Pattern;
@@ -81,10 +81,28 @@ fn too_deep(text: &str) -> Option<usize> {
     None
 }
 
+/// `eth0`, or `{name: eth0, mode: generic}`.
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a name, or `{name: bond0, mode: generic}`"
+)]
+enum RawInterface {
+    Name(String),
+    WithMode(RawWithMode),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawWithMode {
+    name: String,
+    mode: Mode,
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawFile {
-    interfaces: Vec<String>,
+    interfaces: Vec<RawInterface>,
     #[serde(default)]
     ignore_interfaces: Vec<String>,
     #[serde(default)]
@@ -108,7 +126,18 @@ impl Reader<'_> {
                 "no interfaces: name every one the databases are reachable through",
             );
         }
-        let interfaces = self.interfaces(&at, &file.interfaces);
+        let mut modes = BTreeMap::new();
+        let mut names = Vec::new();
+        for interface in file.interfaces {
+            match interface {
+                RawInterface::Name(name) => names.push(name),
+                RawInterface::WithMode(RawWithMode { name, mode }) => {
+                    modes.insert(name.clone(), mode);
+                    names.push(name);
+                }
+            }
+        }
+        let interfaces = self.interfaces(&at, &names);
         let at = At::top("ignore_interfaces");
         let ignored_interfaces = self.interfaces(&at, &file.ignore_interfaces);
         if ignored_interfaces.contains(&Listed::DefaultRoute) {
@@ -167,6 +196,7 @@ impl Reader<'_> {
             interfaces,
             ignored_interfaces,
             mode: file.mode,
+            modes,
             regions,
             regional_network,
             databases: databases

@@ -30,6 +30,7 @@ struct RawRegion {
     prefixes: Option<Vec<String>>,
     private: Option<bool>,
     max_prefixes: Option<i64>,
+    allow_empty: Option<bool>,
     shortest: Option<Vec<String>>,
     max_shrink: Option<RawScalar>,
     shrink_after: Option<RawScalar>,
@@ -102,6 +103,7 @@ impl Reader<'_> {
     fn region(&mut self, at: &At, name: &str, mut raw: RawRegion) -> Option<Region> {
         let source = self.region_source(at, name, &mut raw)?;
         let constant = matches!(source, RegionSource::Prefixes(_));
+        let is_file = matches!(source, RegionSource::File(_));
         let asked = "dns, url and file";
         // `region_source` took the fields of the source.
         let left = [
@@ -126,6 +128,7 @@ impl Reader<'_> {
                 asked,
                 constant && raw.max_prefixes.is_some(),
             ),
+            ("allow_empty", "file", !is_file && raw.allow_empty.is_some()),
             ("shortest", asked, constant && raw.shortest.is_some()),
             ("max_shrink", asked, constant && raw.max_shrink.is_some()),
             (
@@ -148,6 +151,7 @@ impl Reader<'_> {
         }
         let mut guards = Guards::default_for(&source);
         guards.private = raw.private.unwrap_or(guards.private);
+        guards.allow_empty = raw.allow_empty.unwrap_or(guards.allow_empty);
         if let Some(number) = raw.max_prefixes {
             match usize::try_from(number) {
                 Ok(most @ 1..) => guards.max_prefixes = most,

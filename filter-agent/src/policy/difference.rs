@@ -1,0 +1,302 @@
+//! How one policy differs from another, line by line: `plan` must show every difference of meaning, not only those of
+//! prefixes and ports. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Display,
+    time::Duration,
+};
+
+use filter_common::Engine;
+
+use crate::policy::{
+    checked::{Database, Model, Policy, Rule, Tls},
+    duration::spelled,
+    region::{Guards, Region},
+};
+
+/// Everything that a policy says: of itself (`""`), of each region and of each database, by field.
+type Settings = BTreeMap<String, BTreeMap<String, String>>;
+
+/// Lists the differences from `before` to `after`: `+ PLACE`, `- PLACE`, or `~ PLACE: OLD -> NEW`. Of a region or database
+/// that one of them lacks only its name.
+pub fn differences(before: &Policy, after: &Policy) -> Vec<String> {
+    let [before, after] = [before, after].map(settings);
+    let mut lines = Vec::new();
+    let of: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    for of in of {
+        match (before.get(of), after.get(of)) {
+            (Some(old), Some(new)) => {
+                let fields: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+                let changed = fields.into_iter().filter_map(|field| {
+                    let place = match of.as_str() {
+                        "" => field.clone(),
+                        of => format!("{of}: {field}"),
+                    };
+                    changed(&place, old.get(field), new.get(field))
+                });
+                lines.extend(changed);
+            }
+            (Some(_), None) => lines.push(format!("- {of}")),
+            (None, _) => lines.push(format!("+ {of}")),
+        }
+    }
+    lines
+}
+
+fn changed(place: &str, old: Option<&String>, new: Option<&String>) -> Option<String> {
+    let said = |value: &str| match value {
+        "" => "nothing".to_owned(),
+        value => value.to_owned(),
+    };
+    let with = |sign: &str, value: &str| match value {
+        "" => format!("{sign} {place}"),
+        value => format!("{sign} {place}: {value}"),
+    };
+    match (old, new) {
+        (Some(old), Some(new)) => {
+            (old != new).then(|| format!("~ {place}: {} -> {}", said(old), said(new)))
+        }
+        (Some(old), None) => Some(with("-", old)),
+        (None, Some(new)) => Some(with("+", new)),
+        (None, None) => None,
+    }
+}
+
+// Each type is taken apart by all its fields: a new one that is left out here does not compile.
+
+fn settings(policy: &Policy) -> Settings {
+    let Policy {
+        interfaces,
+        ignored_interfaces,
+        mode,
+        modes,
+        regions,
+        regional_network,
+        databases,
+        unprotected,
+    } = policy;
+    let mut own = BTreeMap::new();
+    let mut set = |field: &str, value: String| {
+        own.insert(field.to_owned(), value);
+    };
+    set("interfaces", list(interfaces));
+    set("ignore_interfaces", list(ignored_interfaces));
+    set("mode", mode.to_string());
+    set("regional_network", list(regional_network));
+    set("unprotected", list(unprotected));
+    for (entry, mode) in modes {
+        set(&format!("interface {entry}: mode"), mode.to_string());
+    }
+    let mut settings = Settings::from([(String::new(), own)]);
+    for (name, region) in regions {
+        settings.insert(format!("region {name}"), of_region(region));
+    }
+    for database in databases {
+        settings.insert(format!("database {}", database.name), of_database(database));
+    }
+    settings
+}
+
+fn of_region(region: &Region) -> BTreeMap<String, String> {
+    let Region { source, guards } = region;
+    let Guards {
+        private,
+        max_prefixes,
+        allow_empty,
+        shortest: [shortest4, shortest6],
+        max_shrink,
+        shrink_after,
+        retire_after,
+        max_age,
+        min_refresh,
+        max_refresh,
+        timeout,
+    } = guards;
+    let or_never = |age: &Option<Duration>| age.map_or("never".into(), spelled);
+    let settings = [
+        // Its JSON has every field.
+        ("source", serde_json::to_string(source).unwrap_or_default()),
+        ("private", private.to_string()),
+        ("max_prefixes", max_prefixes.to_string()),
+        ("allow_empty", allow_empty.to_string()),
+        ("shortest", format!("/{shortest4}, /{shortest6}")),
+        ("max_shrink", format!("{max_shrink}%")),
+        ("shrink_after", spelled(*shrink_after)),
+        ("retire_after", spelled(*retire_after)),
+        ("max_age", or_never(max_age)),
+        ("min_refresh", spelled(*min_refresh)),
+        ("max_refresh", spelled(*max_refresh)),
+        ("timeout", spelled(*timeout)),
+    ];
+    settings.map(|(field, value)| (field.into(), value)).into()
+}
+
+fn of_database(database: &Database) -> BTreeMap<String, String> {
+    let Database {
+        name: _,
+        protocol,
+        ports,
+        addresses,
+        model,
+        tls,
+        monitor,
+        cluster,
+    } = database;
+    let mut settings = BTreeMap::new();
+    let mut set = |field: &str, value: String| {
+        settings.insert(field.to_owned(), value);
+    };
+    set("protocol", protocol.name().into());
+    set("ports", list(ports));
+    set("addresses", list(addresses));
+    set("model", model.name().into());
+    set("monitor", monitor.to_string());
+    set("force_tls", tls.is_some().to_string());
+    if let Some(tls) = tls {
+        let Tls {
+            engine,
+            cancel_in_clear,
+            open_unenforced,
+            monitor,
+            proxied,
+        } = tls;
+        let unenforced = if *open_unenforced { "allow" } else { "close" };
+        set("engine", spell(*engine).into());
+        set("cancel_in_clear", cancel_in_clear.to_string());
+        set("tls_unenforced", unenforced.into());
+        set("monitor: tls", monitor.to_string());
+        set("proxy_protocol: required", proxied.to_string());
+    }
+    match model {
+        Model::Dedicated { rules } => {
+            for rule in rules {
+                set(&format!("rule {}", rule.source), describe(rule));
+            }
+        }
+        Model::Shared { internet } => set("internet", internet.to_string()),
+    }
+    for member in cluster {
+        set(&format!("cluster {}", member.source), describe(member));
+    }
+    settings
+}
+
+/// What a rule says beside its source: `"office", until 2026-12-31T18:00:00Z`.
+fn describe(rule: &Rule) -> String {
+    let Rule {
+        source: _,
+        label,
+        expires,
+    } = rule;
+    let label = label.as_ref().map(|label| format!("{label:?}"));
+    let expires = expires.map(|at| format!("until {at}"));
+    let said: Vec<String> = label.into_iter().chain(expires).collect();
+    said.join(", ")
+}
+
+fn spell(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Postgresql => "postgresql",
+        Engine::Mysql => "mysql",
+        Engine::Redis => "redis",
+        Engine::Mongodb => "mongodb",
+        Engine::Other => "other",
+    }
+}
+
+fn list<T: Display>(items: impl IntoIterator<Item = T>) -> String {
+    let items = items.into_iter().map(|item| item.to_string());
+    items.collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::parse;
+
+    const BEFORE: &str = "interfaces: [eth0]
+regions:
+  office: {file: /etc/office.txt}
+databases:
+  - name: orders
+    port: 5432
+    engine: postgresql
+    model: dedicated
+    rules:
+      - {cidr: 203.0.113.0/24, label: office}
+      - {cidr: 198.51.100.0/24, expires: 2030-01-01T00:00:00Z}
+";
+
+    fn lines(from: &str, to: &str) -> Vec<String> {
+        let [before, after] =
+            [BEFORE, &BEFORE.replace(from, to)].map(|text| parse(text).unwrap().0);
+        assert_eq!(differences(&before, &before), Vec::<String>::new());
+        differences(&before, &after)
+    }
+
+    /// Fault D7: `plan` said that there is no difference.
+    #[test]
+    fn every_difference_of_meaning_is_a_line() {
+        let cases = [
+            (
+                ", expires: 2030-01-01T00:00:00Z",
+                "",
+                "~ database orders: rule 198.51.100.0/24: until 2030-01-01T00:00:00Z -> nothing",
+            ),
+            (
+                "expires: 2030",
+                "expires: 2031",
+                "~ database orders: rule 198.51.100.0/24: until 2030-01-01T00:00:00Z -> until 2031-01-01T00:00:00Z",
+            ),
+            (
+                "label: office",
+                "label: Lyon",
+                "~ database orders: rule 203.0.113.0/24: \"office\" -> \"Lyon\"",
+            ),
+            ("[eth0]", "[eth0]\nmode: native", "~ mode: auto -> native"),
+            (
+                "[eth0]",
+                "[{name: eth0, mode: generic}]",
+                "+ interface eth0: mode: generic",
+            ),
+            (
+                "    rules:",
+                "    cancel_in_clear: false\n    rules:",
+                "~ database orders: cancel_in_clear: true -> false",
+            ),
+            (
+                "    rules:",
+                "    proxy_protocol: required\n    rules:",
+                "~ database orders: proxy_protocol: required: false -> true",
+            ),
+            (
+                "office.txt}",
+                "office.txt, max_age: 1h}",
+                "~ region office: max_age: never -> 1h",
+            ),
+            (
+                "office.txt}",
+                "lyon.txt}",
+                "~ region office: source: {\"file\":\"/etc/office.txt\"} -> {\"file\":\"/etc/lyon.txt\"}",
+            ),
+            (
+                "databases:",
+                "  new: {file: /etc/new.txt}\ndatabases:",
+                "+ region new",
+            ),
+            ("name: orders", "name: shop", "- database orders"),
+            (
+                "    rules:",
+                "    cluster: [{cidr: 10.0.0.1/32, label: replica}]\n    rules:",
+                "+ database orders: cluster 10.0.0.1/32: \"replica\"",
+            ),
+        ];
+        for (from, to, expected) in cases {
+            let lines = lines(from, to);
+            assert_eq!(lines[0], expected, "{lines:#?}");
+            let more = usize::from(to.contains("shop"));
+            assert_eq!(lines.len(), 1 + more, "{lines:#?}");
+        }
+    }
+}
