@@ -448,8 +448,16 @@ pub struct Web {
 }
 
 /// What else than its content `/list` may answer.
-pub const FAULTS: [&str; 8] = [
-    "500", "html", "to-http", "loop", "slow", "endless", "cut", "bomb",
+pub const FAULTS: [&str; 9] = [
+    "500",
+    "html",
+    "to-http",
+    "to-secret",
+    "loop",
+    "slow",
+    "endless",
+    "cut",
+    "bomb",
 ];
 
 impl Web {
@@ -477,6 +485,10 @@ location = /500 {{ return 500; }}
 location = /html {{ default_type text/html; return 200 '<html>Are you human?</html>'; }}
 location = /to-http {{ return 302 http://{name}/plain; }}
 location = /to-https {{ return 302 https://{name}/list; }}
+location = /to-secret {{ return 302 http://user:s3cret@{name}/plain?token=s3cret; }}
+location ~ ^/to-443/(.*)$ {{ return 302 https://{name}/$1; }}
+location ~ ^/to-8443/(.*)$ {{ return 302 https://{name}:8443/$1; }}
+location ~ ^/to-80/(.*)$ {{ return 302 http://{name}/$1; }}
 location = /loop {{ return 302 https://{name}/loop; }}
 location = /list {{ {faults} }}
 location = /bomb {{ gzip off; add_header Content-Encoding gzip; alias {place}/bomb.gz; }}
@@ -496,9 +508,11 @@ http {{
     scgi_temp_path {place}/scgi;
     log_format short '$status $uri $http_if_none_match';
     access_log {place}/access short;
+    log_format headers '$server_port $uri token=$http_x_token auth=$http_authorization referer=$http_referer';
+    access_log {place}/headers headers;
     server {{ listen {address}:80; include {place}/content; }}
     server {{
-        listen {address}:443 ssl; include {place}/content;
+        listen {address}:443 ssl; listen {address}:8443 ssl; include {place}/content;
         ssl_certificate {}; ssl_certificate_key {};
     }}
 }}
@@ -557,6 +571,12 @@ http {{
         let next = self.directory.join("next");
         fs::write(&next, content).unwrap();
         fs::rename(next, self.directory.join("root").join(path)).unwrap();
+    }
+
+    /// Port, path, `X-Token`, `Authorization` and `Referer` of each request.
+    pub fn headers(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.directory.join("headers")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
     }
 
     /// Status, path and `If-None-Match` of each request.

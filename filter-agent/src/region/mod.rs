@@ -4,6 +4,7 @@ pub mod answer;
 mod dns;
 pub mod files;
 mod guards;
+pub mod headers;
 mod http;
 pub mod lists;
 pub mod lookup;

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    policy::{Guards, Model, Policy, Region, RegionSource, Source, spelled},
+    policy::{Guards, Model, Policy, Region, RegionSource, Source, redacted, spelled},
     region::{
         answer::{Answer, Found, Version},
         guards::{check, check_each, is_covered, merged, uncovered},
@@ -278,12 +278,7 @@ impl State {
             max_refresh,
             ..
         } = self.region.guards;
-        let mut delays = ExponentialBuilder::new()
-            .with_min_delay(min_refresh)
-            .with_max_delay(max_refresh)
-            .without_max_times()
-            .with_jitter()
-            .build();
+        let mut delays = self.delays();
         // Beyond 32 doublings the delay is `max_refresh` anyway.
         let delay = delays.nth(self.failures.min(32)).unwrap_or(max_refresh);
         let mut next = now + delay.min(max_refresh);
@@ -295,7 +290,20 @@ impl State {
         self.next = Some(next);
         self.failures += 1;
         self.failing = true;
+        // Servers and libraries may quote a URL that holds secrets.
+        let text = redacted(&text);
         self.error = Some(Error { at: now, text });
+    }
+
+    /// Delays of look-ups that fail one after the other, each a random time longer than the backoff.
+    fn delays(&self) -> impl Iterator<Item = Duration> + use<> {
+        let guards = &self.region.guards;
+        ExponentialBuilder::new()
+            .with_min_delay(guards.min_refresh)
+            .with_max_delay(guards.max_refresh)
+            .without_max_times()
+            .with_jitter()
+            .build()
     }
 
     fn judge(&mut self, answer: Answer, accept: bool, now: Timestamp) -> Result<Change> {

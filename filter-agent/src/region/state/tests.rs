@@ -385,6 +385,15 @@ fn failures_are_tried_again_later_and_later_and_not_in_step() {
     assert!(spread[40] - spread[10] > 1000, "{spread:?}");
 }
 
+/// Fault C6: what a server or a library quotes.
+#[test]
+fn error_shows_no_secret_of_a_url() {
+    let mut state = with_two("url: 'https://a.test/'");
+    let quoted = anyhow!("for url (https://u:s3cret@a.test/list?s3cret)");
+    state.take(Err(quoted), false, seconds(0));
+    assert_eq!(error(&state), "for url (https://a.test/list?...)");
+}
+
 #[test]
 fn set_that_is_not_confirmed_is_dropped_at_max_age_and_only_then() {
     let mut state = with_two(&format!("{DNS}, max_age: 1h"));
