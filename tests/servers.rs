@@ -20,6 +20,7 @@ use hickory_proto::{
     op::{Edns, Message, Query},
     rr::{Name, RecordType},
 };
+use jiff::{SignedDuration, Timestamp};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -448,7 +449,7 @@ pub struct Web {
 }
 
 /// What else than its content `/list` may answer.
-pub const FAULTS: [&str; 9] = [
+pub const FAULTS: [&str; 12] = [
     "500",
     "html",
     "to-http",
@@ -458,6 +459,16 @@ pub const FAULTS: [&str; 9] = [
     "endless",
     "cut",
     "bomb",
+    "retry-after",
+    "retry-date",
+    "rate-limit",
+];
+
+/// How long the last three of `FAULTS` ask to wait.
+pub const RETRY_AFTER: [(&str, SignedDuration); 3] = [
+    ("retry-after", SignedDuration::from_hours(1)),
+    ("retry-date", SignedDuration::from_hours(2)),
+    ("rate-limit", SignedDuration::from_hours(3)),
 ];
 
 impl Web {
@@ -477,6 +488,10 @@ impl Web {
         let faults = FAULTS
             .map(|fault| format!("if (-f {place}/fault-{fault}) {{ rewrite ^ /{fault} last; }}\n"));
         let faults = faults.concat();
+        let [delay, date, reset] = RETRY_AFTER.map(|(_, wait)| (wait, Timestamp::now() + wait));
+        let delay = delay.0.as_secs();
+        let date = date.1.strftime("%a, %d %b %Y %H:%M:%S GMT");
+        let reset = reset.1.as_second();
         let content = format!(
             "root {place}/root;
 default_type text/plain;
@@ -489,6 +504,13 @@ location = /to-secret {{ return 302 http://user:s3cret@{name}/plain?token=s3cret
 location ~ ^/to-443/(.*)$ {{ return 302 https://{name}/$1; }}
 location ~ ^/to-8443/(.*)$ {{ return 302 https://{name}:8443/$1; }}
 location ~ ^/to-80/(.*)$ {{ return 302 http://{name}/$1; }}
+location = /retry-after {{ add_header Retry-After {delay} always; return 429; }}
+location = /retry-date {{ add_header Retry-After '{date}' always; return 503; }}
+location = /rate-limit {{
+    add_header X-RateLimit-Remaining 0 always;
+    add_header X-RateLimit-Reset {reset} always;
+    return 403;
+}}
 location = /loop {{ return 302 https://{name}/loop; }}
 location = /list {{ {faults} }}
 location = /bomb {{ gzip off; add_header Content-Encoding gzip; alias {place}/bomb.gz; }}

@@ -9,8 +9,9 @@ use std::{
 
 use filter_tests::{
     net::{CLIENT4, Net, wait_until},
-    servers::{Ca, Certificate, FAULTS, Resolv, Web},
+    servers::{Ca, Certificate, FAULTS, RETRY_AFTER, Resolv, Web},
 };
+use jiff::{SignedDuration, Timestamp};
 
 use crate::orders::{
     GOOD, GOOD_LIST, PORT, keeps_the_last_good_set, policy, policy_with_rules, prefixes, region,
@@ -57,6 +58,9 @@ fn every_https_fault_keeps_the_last_good_set() {
             "html" => "the server answers with a web page",
             "to-http" => "it redirects to http://lists.test/plain, which is not encrypted",
             "to-secret" => "it redirects to http://lists.test/plain?..., which is not encrypted",
+            "retry-after" => "429 Too Many Requests and asks to wait until ",
+            "retry-date" => "503 Service Unavailable and asks to wait until ",
+            "rate-limit" => "403 Forbidden and asks to wait until ",
             "loop" => "it redirects more than 5 times",
             "slow" => "not all of it came within 2s",
             "endless" | "bomb" => "the body is longer than",
@@ -419,7 +423,7 @@ fn secrets_of_a_region_are_shown_nowhere() {
     }
     let source = region(&net, "x")["source"].clone();
     assert_eq!(source, "url https://lists.test/list?...");
-    for fault in ["500", "html", "to-secret", "loop"] {
+    for fault in ["500", "html", "to-secret", "loop", "retry-after"] {
         web.fault(Some(fault));
         shows_none(&net);
         assert_eq!(region(&net, "x")["failing"], true, "{fault}");
@@ -460,4 +464,33 @@ fn secrets_of_a_region_are_shown_nowhere() {
     for line in &net.log {
         assert!(!line.contains("s3cret"), "{line}");
     }
+}
+
+/// Fault C19.
+#[test]
+fn server_that_asks_to_wait_is_asked_by_hand_only() {
+    let mut net = Net::new("https-wait");
+    let _listener = net.listen(PORT);
+    let (web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    net.write_policy(&policy(&url(&ca, "min_refresh: 1s, max_refresh: 2s")));
+    watch_good(&net);
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    for (fault, wait) in RETRY_AFTER {
+        web.fault(Some(fault));
+        let before = web.log().len();
+        keeps_the_last_good_set(&net, fault, "asks to wait until ");
+        assert!(web.log().len() > before, "{fault}");
+        let next: Timestamp = region(&net, "x")["next"].as_str().unwrap().parse().unwrap();
+        // Two of them are dates that were set when the server started.
+        let late = next.duration_since(Timestamp::now() + wait).abs();
+        assert!(late < SignedDuration::from_mins(5), "{fault}: {next}");
+    }
+    web.fault(None);
+    net.agent_text(&["refresh", "x"]);
+    assert_eq!(region(&net, "x")["failing"], false);
+    // And from then on as always.
+    let before = web.log().len();
+    assert!(wait_until(|| web.log().len() > before));
 }

@@ -1,6 +1,8 @@
 //! Published lists, by HTTPS.
 
-use anyhow::{Context as _, Result, bail, ensure};
+use std::time::SystemTime;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use reqwest::{
     Client, Response, StatusCode,
     header::{self, HeaderMap},
@@ -14,6 +16,7 @@ use crate::{
         headers,
         lists::{self, List},
         tls,
+        try_later::TryLater,
     },
 };
 
@@ -25,7 +28,7 @@ const MAX_BODY: usize = 16 << 20;
 const MAX_REDIRECTS: usize = 5;
 
 /// # Errors
-/// Why there is no list. The caller's context names the URL.
+/// A `TryLater` where the server names a time to come; else why there is no list. The caller's context names the URL.
 pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer> {
     let client = Client::builder()
         .tls_backend_preconfigured(tls::client(list.ca_file.as_deref()).await?)
@@ -44,7 +47,8 @@ pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer
         return Ok(Answer::Unchanged { ask_again: None });
     }
     if status != StatusCode::OK {
-        bail!("the server answers {status}");
+        let later = TryLater::read(status, response.headers(), SystemTime::now());
+        return Err(later.map_or_else(|| anyhow!("the server answers {status}"), Into::into));
     }
     let text = |name| {
         let value = response.headers().get(name)?;

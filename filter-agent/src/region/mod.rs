@@ -10,3 +10,4 @@ pub mod lists;
 pub mod lookup;
 pub mod state;
 mod tls;
+mod try_later;

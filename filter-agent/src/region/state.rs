@@ -14,6 +14,7 @@ use crate::{
     region::{
         answer::{Answer, Found, Version},
         guards::{check, check_each, is_covered, merged, uncovered},
+        try_later::TryLater,
     },
 };
 
@@ -266,6 +267,9 @@ impl State {
             }
             Err(error) => {
                 self.fail(format!("{error:#}"), now);
+                if let Some(later) = error.downcast_ref() {
+                    self.try_later(later, now);
+                }
                 Change::default()
             }
         }
@@ -293,6 +297,13 @@ impl State {
         // Servers and libraries may quote a URL that holds secrets.
         let text = redacted(&text);
         self.error = Some(Error { at: now, text });
+    }
+
+    /// Schedules the next look-up no earlier than the source asks for. Hosts that share an address hear of the same
+    /// instant: each waits a random time longer.
+    fn try_later(&mut self, later: &TryLater, now: Timestamp) {
+        let spread = self.delays().next().unwrap_or_default();
+        self.next = self.next.max(Some(now + later.wait() + spread));
     }
 
     /// Delays of look-ups that fail one after the other, each a random time longer than the backoff.
