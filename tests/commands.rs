@@ -72,11 +72,8 @@ fn members_of_a_cluster_have_labels_and_ends() {
     let mut net = Net::new("cluster-members");
     let replicas = net.dir().join("replicas.txt");
     fs::write(&replicas, "192.0.2.7/32\n").unwrap();
-    let cluster = format!(
-        "cluster: [10.1.2.3/32, {{cidr: 10.1.0.0/16, label: replicas, expires: 2100-01-01T00:00:00Z}}, \
-         {{region: replicas}}]"
-    );
-    let orders = dedicated("orders", 5432, &[], &cluster);
+    let cluster = "cluster: [10.1.2.3/32, {cidr: 10.1.0.0/16, label: replicas, expires: 2100-01-01T00:00:00Z}, {region: replicas}]";
+    let orders = dedicated("orders", 5432, &[], cluster);
     let regions = format!("regions: {{replicas: {{file: {}}}}}\n", replicas.display());
     net.write_policy(&(regions + &policy("eth0", "auto", &[orders])));
     net.start();

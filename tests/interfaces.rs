@@ -235,6 +235,63 @@ fn filter_that_is_taken_off_by_force_is_put_back_and_counted() {
     assert!(text.contains("attached again 1 time"), "{text}");
 }
 
+/// Faults C15, C16 and D15.
+#[test]
+fn what_surrounds_a_guarded_port_is_warned_of() {
+    let mut net = Net::new("around");
+    let policy_path = net.policy_path();
+    let check = ["check", policy_path.to_str().unwrap(), "--host"];
+    let text = policy("eth0", "auto", &[dedicated("orders", 40000, &ALLOWED, "")]);
+    net.write_policy(&text);
+    net.watch(&[Protected::tcp(40000, &ALLOWED)]);
+    net.db
+        .sysctl(&[("ipv4/ip_forward", 0), ("ipv6/conf/all/forwarding", 0)]);
+    let port = "database orders: this host may give port 40000 to a connection of its own";
+    let checked = net.agent_text(&check);
+    assert!(checked.contains(port), "{checked}");
+    assert!(
+        !checked.contains("forwards") && !checked.contains("NAT rule"),
+        "{checked}"
+    );
+
+    net.db.sysctl(&[("ipv4/ip_forward", 1)]);
+    let rules = "table ip nat {
+        chain PREROUTING {
+            type nat hook prerouting priority dstnat;
+            tcp dport 15432 redirect to :40000
+            tcp dport { 40000 } redirect to :40000
+        }
+    }";
+    let mut nft = Command::new("nft");
+    let added = net.db.run(|| nft.arg(rules).status().unwrap());
+    assert!(added.success());
+    let forwards =
+        "this host forwards IPv4: packets to other machines are judged as if they were for orders";
+    let nat = "a NAT rule of this host leads packets from port 15432 to 40000, which is port 40000 of database orders";
+    let checked = net.agent_text(&check);
+    for expected in [port, forwards, nat] {
+        assert!(checked.contains(expected), "{expected}: {checked}");
+    }
+    assert!(!checked.contains("from port 40000"), "{checked}");
+    net.start();
+    assert!(said(&net, &format!("warning: {forwards}")), "{:?}", net.log);
+    let status = net.agent_text(&["status"]);
+    assert!(
+        status.contains(port) && !status.contains("forwards"),
+        "{status}"
+    );
+
+    // What is warned of can be put right.
+    net.db.sysctl(&[("ipv4/ip_local_reserved_ports", 40000)]);
+    let text = text.replace("port: 40000", "port: 40000, addresses: [10.0.0.1]");
+    net.write_policy(&text);
+    let checked = net.agent_text(&check);
+    assert!(
+        !checked.contains(port) && !checked.contains("forwards"),
+        "{checked}"
+    );
+}
+
 #[test]
 fn check_of_the_host_tells_what_attaching_would_meet_and_touches_nothing() {
     let mut net = Net::new("check-host");

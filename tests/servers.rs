@@ -20,6 +20,7 @@ use hickory_proto::{
     op::{Edns, Message, Query},
     rr::{Name, RecordType},
 };
+use jiff::{SignedDuration, Timestamp};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -451,8 +452,26 @@ pub struct Web {
 }
 
 /// What else than its content `/list` may answer.
-pub const FAULTS: [&str; 8] = [
-    "500", "html", "to-http", "loop", "slow", "endless", "cut", "bomb",
+pub const FAULTS: [&str; 12] = [
+    "500",
+    "html",
+    "to-http",
+    "to-secret",
+    "loop",
+    "slow",
+    "endless",
+    "cut",
+    "bomb",
+    "retry-after",
+    "retry-date",
+    "rate-limit",
+];
+
+/// How long the last three of `FAULTS` ask to wait.
+pub const RETRY_AFTER: [(&str, SignedDuration); 3] = [
+    ("retry-after", SignedDuration::from_hours(1)),
+    ("retry-date", SignedDuration::from_hours(2)),
+    ("rate-limit", SignedDuration::from_hours(3)),
 ];
 
 impl Web {
@@ -472,6 +491,10 @@ impl Web {
         let faults = FAULTS
             .map(|fault| format!("if (-f {place}/fault-{fault}) {{ rewrite ^ /{fault} last; }}\n"));
         let faults = faults.concat();
+        let [delay, date, reset] = RETRY_AFTER.map(|(_, wait)| (wait, Timestamp::now() + wait));
+        let delay = delay.0.as_secs();
+        let date = date.1.strftime("%a, %d %b %Y %H:%M:%S GMT");
+        let reset = reset.1.as_second();
         let content = format!(
             "root {place}/root;
 default_type text/plain;
@@ -480,6 +503,17 @@ location = /500 {{ return 500; }}
 location = /html {{ default_type text/html; return 200 '<html>Are you human?</html>'; }}
 location = /to-http {{ return 302 http://{name}/plain; }}
 location = /to-https {{ return 302 https://{name}/list; }}
+location = /to-secret {{ return 302 http://user:s3cret@{name}/plain?token=s3cret; }}
+location ~ ^/to-443/(.*)$ {{ return 302 https://{name}/$1; }}
+location ~ ^/to-8443/(.*)$ {{ return 302 https://{name}:8443/$1; }}
+location ~ ^/to-80/(.*)$ {{ return 302 http://{name}/$1; }}
+location = /retry-after {{ add_header Retry-After {delay} always; return 429; }}
+location = /retry-date {{ add_header Retry-After '{date}' always; return 503; }}
+location = /rate-limit {{
+    add_header X-RateLimit-Remaining 0 always;
+    add_header X-RateLimit-Reset {reset} always;
+    return 403;
+}}
 location = /loop {{ return 302 https://{name}/loop; }}
 location = /list {{ {faults} }}
 location = /bomb {{ gzip off; add_header Content-Encoding gzip; alias {place}/bomb.gz; }}
@@ -499,9 +533,11 @@ http {{
     scgi_temp_path {place}/scgi;
     log_format short '$status $uri $http_if_none_match';
     access_log {place}/access short;
+    log_format headers '$server_port $uri token=$http_x_token auth=$http_authorization referer=$http_referer';
+    access_log {place}/headers headers;
     server {{ listen {address}:80; include {place}/content; }}
     server {{
-        listen {address}:443 ssl; include {place}/content;
+        listen {address}:443 ssl; listen {address}:8443 ssl; include {place}/content;
         ssl_certificate {}; ssl_certificate_key {};
     }}
 }}
@@ -560,6 +596,12 @@ http {{
         let next = self.directory.join("next");
         fs::write(&next, content).unwrap();
         fs::rename(next, self.directory.join("root").join(path)).unwrap();
+    }
+
+    /// Port, path, `X-Token`, `Authorization` and `Referer` of each request.
+    pub fn headers(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.directory.join("headers")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
     }
 
     /// Status, path and `If-None-Match` of each request.

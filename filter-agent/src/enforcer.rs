@@ -26,6 +26,7 @@ use crate::{
     host::{
         Interface, Netlink,
         coverage::{Coverage, Pinned, Remembered, describe_missing},
+        settings::Settings,
     },
     kernel::{
         counters::{Counts, Fates, Hits},
@@ -99,6 +100,7 @@ pub struct Observed {
     pub complaints: Vec<String>,
     /// Databases whose connections begin and never arrive.
     pub lost: Vec<String>,
+    pub settings: Settings,
 }
 
 /// Reads the host's interfaces over one socket that stays open: a host that runs out of descriptors must not
@@ -176,6 +178,7 @@ impl Enforcer {
         &'a self,
         occasion: &'a Occasion,
         host: &'a [Interface],
+        settings: &'a Settings,
         pinned: &'a [Pinned],
         program_id: u32,
     ) -> Facts<'a> {
@@ -187,6 +190,7 @@ impl Enforcer {
             },
             remembered: &self.in_force.remembered,
             host,
+            settings,
             pinned,
         }
     }
@@ -201,10 +205,17 @@ impl Enforcer {
             Occasion::Change => Vec::new(),
             _ => self.filter.pinned()?,
         };
+        let settings = Settings::read();
         reconcile::prepare(
             desired,
             occasion,
-            &self.facts(occasion, host, &pinned, self.filter.program_id()?),
+            &self.facts(
+                occasion,
+                host,
+                &settings,
+                &pinned,
+                self.filter.program_id()?,
+            ),
             |interface, mode| self.filter.check_interface(interface, mode),
             |compiled| self.filter.plan(compiled),
         )
@@ -498,6 +509,7 @@ impl Enforcer {
         let observed = Observed {
             complaints: complaints.collect(),
             lost: self.lost.clone(),
+            settings: Settings::read(),
             in_force: self.in_force.clone(),
             host: self.netlink.interfaces()?,
             pinned: self.pinned()?,

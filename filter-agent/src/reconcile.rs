@@ -11,6 +11,7 @@ use crate::{
     host::{
         Interface,
         coverage::{Coverage, Ended, Pinned, Remembered, describe_missing},
+        settings::Settings,
     },
     kernel::{
         apply::{Applied, NotTakenBack, Unknown},
@@ -62,6 +63,7 @@ pub struct Facts<'a> {
     pub remembered: &'a Remembered,
     /// A whole dump.
     pub host: &'a [Interface],
+    pub settings: &'a Settings,
     pub pinned: &'a [Pinned],
     /// The kernel's id of this agent's program.
     pub program_id: u32,
@@ -177,6 +179,7 @@ pub fn prepare(
         before,
         remembered,
         host,
+        settings,
         pinned,
         program_id: ours,
     } = *facts;
@@ -208,6 +211,9 @@ pub fn prepare(
     let coverage = Coverage::of(policy, remembered, host);
     report.warnings = desired.file.warnings(&desired.compiled);
     report.warnings.extend(coverage.warnings(host));
+    report.warnings.extend(settings.port_warnings(policy));
+    let forwarded = settings.forward_warnings(policy, &coverage.present);
+    report.warnings.extend(forwarded);
     for entry in &coverage.missing {
         let what = describe_missing(entry);
         // One that is missing is filtered when it appears: at boot it may come later, and one that vanished must

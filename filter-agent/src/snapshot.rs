@@ -44,12 +44,14 @@ impl Snapshot {
             host,
             pinned,
             program_id: ours,
+            settings,
             ..
         } = observed;
         let policy = &in_force.file.policy;
         let coverage = Coverage::of(policy, &in_force.remembered, host);
         let mut warnings = in_force.file.warnings(&in_force.compiled);
         warnings.extend(coverage.warnings(host));
+        warnings.extend(settings.port_warnings(policy));
         warnings.extend(unlisted(policy, &coverage, pinned, host));
         warnings.extend(self.region_warnings());
         warnings.extend(observed.lost.iter().cloned());

@@ -345,7 +345,7 @@ struct Sealed<'a> {
 #[derive(Deserialize, Serialize)]
 struct Kept<T, S> {
     region: T,
-    /// As the policy had it: the set of another source is not this region's.
+    /// Its `identity`: the set of another source is not this region's.
     source: T,
     set: S,
 }
@@ -374,7 +374,7 @@ fn unseal<T: DeserializeOwned>(text: &[u8]) -> Result<T> {
 /// # Errors
 /// serde_json refuses the set, which holds nothing that it would.
 pub fn encode(name: &str, source: &RegionSource, set: &Set) -> Result<Vec<u8>> {
-    let source = serde_json::to_string(source).context("write the source as JSON")?;
+    let source = identity(source)?;
     seal(&Kept {
         region: name,
         source: source.as_str(),
@@ -387,13 +387,22 @@ pub fn encode(name: &str, source: &RegionSource, set: &Set) -> Result<Vec<u8>> {
 pub fn decode(text: &[u8], name: &str, source: &RegionSource) -> Result<Set> {
     let kept: Kept<String, Set> = unseal(text)?;
     ensure!(kept.region == name, "it is of region {}", kept.region);
-    let source = serde_json::to_string(source).context("write the source as JSON")?;
-    ensure!(
-        kept.source == source,
-        "it is of another source: {}",
-        kept.source
-    );
+    // Earlier versions kept the whole source, secrets included: it is not quoted.
+    ensure!(kept.source == identity(source)?, "it is of another source");
     Ok(kept.set)
+}
+
+/// A text that differs between sources, without their secrets.
+fn identity(source: &RegionSource) -> Result<String> {
+    let text = serde_json::to_string(source).context("write the source as JSON")?;
+    let sum = match source {
+        RegionSource::Url(list) => list.url.checksum(),
+        _ => None,
+    };
+    Ok(match sum {
+        Some(sum) => format!("{text} {sum:08x}"),
+        None => text,
+    })
 }
 
 /// A file of the state directory; `None`: there is none.

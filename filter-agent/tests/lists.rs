@@ -371,6 +371,30 @@ fn kept_set_comes_back_as_it_was() {
     assert!(other.starts_with("it is of another source"), "{other}");
 }
 
+/// Fault C6: the URL was kept with its secrets, and the error quoted it.
+#[test]
+fn kept_set_holds_no_secret_of_its_url_and_is_of_that_url_alone() {
+    let source = |url: &str| {
+        let text = format!("interfaces: [eth0]\ndatabases: []\nregions: {{x: {{url: '{url}'}}}}\n");
+        let (mut policy, _) = policy::parse(&text).unwrap();
+        policy.regions.remove("x").unwrap().source
+    };
+    let (_, set) = kept_set();
+    let [plain, first, second] = ["", "?list=s3cret-1", "?list=s3cret-2"]
+        .map(|query| source(&format!("https://lists.test/list{query}")));
+    let text = store::encode("x", &first, &set).unwrap();
+    let shown = String::from_utf8(text.clone()).unwrap();
+    assert!(
+        shown.contains("https://lists.test/list?...") && !shown.contains("s3cret"),
+        "{shown}"
+    );
+    assert_eq!(store::decode(&text, "x", &first).unwrap(), set);
+    for other in [plain, second] {
+        let error = store::decode(&text, "x", &other).unwrap_err();
+        assert_eq!(format!("{error:#}"), "it is of another source");
+    }
+}
+
 #[test]
 fn no_mutation_of_a_kept_set_is_taken_for_another() {
     let mut random = fastrand::Rng::with_seed(7);

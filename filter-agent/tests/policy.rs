@@ -97,6 +97,8 @@ fn every_field_of_a_policy_arrives() {
     };
     assert_eq!(aws.select, expected);
     assert!(!aws.insecure && aws.ca_file.is_none());
+    let token = std::path::Path::new("/etc/filter-agent/token");
+    assert_eq!(aws.headers_file.as_deref(), Some(token));
     let RegionSource::Dns(dns) = source("partner-cloud") else {
         panic!("{:?}", source("partner-cloud"));
     };

@@ -1,11 +1,17 @@
 //! Regions looked up by HTTPS.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{
+    fmt::Write as _,
+    fs,
+    os::unix::fs::{PermissionsExt as _, chown},
+    path::{Path, PathBuf},
+};
 
 use filter_tests::{
     net::{CLIENT4, Net, wait_until},
-    servers::{Ca, Certificate, FAULTS, Resolv, Web},
+    servers::{Ca, Certificate, FAULTS, RETRY_AFTER, Resolv, Web},
 };
+use jiff::{SignedDuration, Timestamp};
 
 use crate::orders::{
     GOOD, GOOD_LIST, PORT, keeps_the_last_good_set, policy, policy_with_rules, prefixes, region,
@@ -49,8 +55,12 @@ fn every_https_fault_keeps_the_last_good_set() {
     for fault in FAULTS {
         let expected = match fault {
             "500" => "500 Internal Server Error",
-            "html" => "\"<html>",
+            "html" => "the server answers with a web page",
             "to-http" => "it redirects to http://lists.test/plain, which is not encrypted",
+            "to-secret" => "it redirects to http://lists.test/plain?..., which is not encrypted",
+            "retry-after" => "429 Too Many Requests and asks to wait until ",
+            "retry-date" => "503 Service Unavailable and asks to wait until ",
+            "rate-limit" => "403 Forbidden and asks to wait until ",
             "loop" => "it redirects more than 5 times",
             "slow" => "not all of it came within 2s",
             "endless" | "bomb" => "the body is longer than",
@@ -248,4 +258,238 @@ fn fifty_regions_of_a_thousand_prefixes_stay_within_64_mib() {
     let (peak, resident) = net.memory();
     println!("peak {peak} KiB, resident {resident} KiB");
     assert!(peak <= 64 << 10, "{peak} KiB");
+}
+
+/// A file of headers with a token.
+fn headers_file(net: &Net, token: &str) -> PathBuf {
+    let file = net.dir().join("headers");
+    let next = net.dir().join("headers.next");
+    fs::write(&next, format!("# of the mirror\nX-Token: {token}\n")).unwrap();
+    fs::set_permissions(&next, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::rename(next, &file).unwrap();
+    file
+}
+
+/// Fault C6: HTTP clients send headers of their user's to whatever host a redirect names, and in `Referer` the query of
+/// the URL before.
+#[test]
+fn headers_go_to_the_origin_of_the_url_only() {
+    let mut net = Net::new("https-headers");
+    let (web, _resolv, ca) = web(&mut net);
+    let headers = headers_file(&net, "s3cret");
+    let mut regions = String::new();
+    // Redirects to the same origin, to another port, from there back, and to http.
+    for (name, path) in [
+        ("one", "one"),
+        ("two", "to-443/two"),
+        ("three", "to-8443/three"),
+        ("four", "to-8443/to-443/four"),
+        ("five", "to-80/five"),
+    ] {
+        web.put(name, b"192.0.2.0/24\n");
+        writeln!(
+            regions,
+            "  {name}: {{url: 'https://user:pw@lists.test/{path}?key=s3cret', insecure: true, ca_file: {}, \
+             headers_file: {}}}",
+            ca.display(),
+            headers.display()
+        )
+        .unwrap();
+    }
+    let rules = "{region: one}, {region: two}, {region: three}, {region: four}, {region: five}";
+    net.write_policy(&policy_with_rules(&regions, rules));
+    net.start();
+    for name in ["one", "two", "three", "four", "five"] {
+        wait_for_prefixes(&net, name, &["192.0.2.0/24"]);
+    }
+    let with = "token=s3cret auth=Basic dXNlcjpwdw== referer=-";
+    let without = "token=- auth=- referer=-";
+    let mut expected = [
+        format!("443 /one {with}"),
+        format!("443 /to-443/two {with}"),
+        format!("443 /two {with}"),
+        format!("443 /to-8443/three {with}"),
+        format!("8443 /three {without}"),
+        format!("443 /to-8443/to-443/four {with}"),
+        format!("8443 /to-443/four {without}"),
+        format!("443 /four {without}"),
+        format!("443 /to-80/five {with}"),
+        format!("80 /five {without}"),
+    ];
+    let mut found = web.headers();
+    expected.sort();
+    found.sort();
+    assert_eq!(found, expected);
+}
+
+/// Fault C6.
+#[test]
+fn token_is_read_at_each_look_up_from_a_file_of_root_alone() {
+    let mut net = Net::new("https-token");
+    let _listener = net.listen(PORT);
+    let (web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    let file = headers_file(&net, "s3cret-1");
+    let more = format!(
+        "headers_file: {}, min_refresh: 1h, max_refresh: 1h",
+        file.display()
+    );
+    net.write_policy(&policy(&url(&ca, &more)));
+    watch_good(&net);
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    headers_file(&net, "s3cret-2");
+    net.agent_text(&["refresh", "x"]);
+    let expected =
+        ["s3cret-1", "s3cret-2"].map(|token| format!("443 /list token={token} auth=- referer=-"));
+    assert_eq!(web.headers(), expected);
+
+    let check = || {
+        let policy = net.policy_path();
+        let output = net.agent(&["check", policy.to_str().unwrap()]);
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let refused = "the service could not use ";
+    assert!(!check().contains(refused), "{}", check());
+    let refuses = |expected: &str| {
+        keeps_the_last_good_set(&net, expected, expected);
+        let checked = check();
+        assert!(
+            checked.contains(refused) && checked.contains(expected),
+            "{checked}"
+        );
+    };
+    for mode in [0o640, 0o604] {
+        fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+        refuses(&format!("(mode {mode:04o}): chmod 600"));
+    }
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    chown(&file, Some(65_534), Some(0)).unwrap();
+    refuses("it belongs to user 65534, not to root");
+    fs::remove_file(&file).unwrap();
+    refuses("No such file");
+    // None of these look-ups got as far as the server.
+    assert_eq!(web.headers(), expected);
+    headers_file(&net, "s3cret-3");
+    net.agent_text(&["refresh", "x"]);
+    assert!(web.headers()[2].contains("token=s3cret-3"));
+}
+
+/// Fault C6.
+#[test]
+fn secrets_of_a_region_are_shown_nowhere() {
+    let mut net = Net::new("https-secrets");
+    let (mut web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    let headers = headers_file(&net, "s3cret");
+    let with_url = |url: &str| {
+        let (ca, headers) = (ca.display(), headers.display());
+        policy(&format!(
+            "  x: {{url: '{url}', ca_file: {ca}, headers_file: {headers}, min_refresh: 1h, max_refresh: 1h}}"
+        ))
+    };
+    let text = with_url("https://user:s3cret@lists.test/list?token=s3cret");
+    net.write_policy(&text);
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    let path = net.policy_path();
+    let path = path.to_str().unwrap();
+    let shows_none = |net: &Net| {
+        let commands: [&[&str]; 8] = [
+            &["refresh"],
+            &["status"],
+            &["regions"],
+            &["rules"],
+            &["plan"],
+            &["reload"],
+            &["check", path],
+            &["check", path, "--resolve"],
+        ];
+        for arguments in commands {
+            for json in [&[][..], &["--json"]] {
+                let output = net.agent(&[arguments, json].concat());
+                let shown = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+                assert!(!shown.contains("s3cret"), "{arguments:?}: {shown}");
+            }
+        }
+    };
+    shows_none(&net);
+    let warning = "region x: others can read the password in its URL";
+    for (mode, is_public) in [(0o644, true), (0o640, false)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        let checked = net.agent_text(&["check", path]);
+        assert_eq!(checked.contains(warning), is_public, "{checked}");
+    }
+    let source = region(&net, "x")["source"].clone();
+    assert_eq!(source, "url https://lists.test/list?...");
+    for fault in ["500", "html", "to-secret", "loop", "retry-after"] {
+        web.fault(Some(fault));
+        shows_none(&net);
+        assert_eq!(region(&net, "x")["failing"], true, "{fault}");
+    }
+    web.stop();
+    shows_none(&net);
+    web.fault(None);
+    web.restart();
+    for wrong in [
+        "http://user:s3cret@lists.test/list?token=s3cret",
+        "ftp://user:s3cret@lists.test/list?token=s3cret",
+        "https://user:s3cret/@lists.test/list?token=s3cret",
+        "https://user:s3cret@nowhere.test/list?token=s3cret",
+    ] {
+        net.write_policy(&with_url(wrong));
+        shows_none(&net);
+    }
+    // On disk only the policy itself holds it, where root alone reads.
+    let kept = net.state_dir().join("regions/x.json");
+    assert!(wait_until(|| kept.exists()));
+    let kept = fs::read_to_string(kept).unwrap();
+    assert!(
+        kept.contains("https://lists.test/list?...") && !kept.contains("s3cret"),
+        "{kept}"
+    );
+    for place in ["confirmed.json", "regions/x.json"] {
+        let metadata = fs::metadata(net.state_dir().join(place)).unwrap();
+        assert_eq!(metadata.permissions().mode() & 0o077, 0, "{place}");
+    }
+    // The set of another URL that is shown alike is not this one's.
+    net.terminate();
+    net.write_policy(&text.replace("token=s3cret", "token=s3cret-2"));
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    net.terminate();
+    let of_another = |line: &String| line.contains("it is of another source");
+    assert!(net.log.iter().any(of_another), "{:#?}", net.log);
+    for line in &net.log {
+        assert!(!line.contains("s3cret"), "{line}");
+    }
+}
+
+/// Fault C19.
+#[test]
+fn server_that_asks_to_wait_is_asked_by_hand_only() {
+    let mut net = Net::new("https-wait");
+    let _listener = net.listen(PORT);
+    let (web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    net.write_policy(&policy(&url(&ca, "min_refresh: 1s, max_refresh: 2s")));
+    watch_good(&net);
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    for (fault, wait) in RETRY_AFTER {
+        web.fault(Some(fault));
+        let before = web.log().len();
+        keeps_the_last_good_set(&net, fault, "asks to wait until ");
+        assert!(web.log().len() > before, "{fault}");
+        let next: Timestamp = region(&net, "x")["next"].as_str().unwrap().parse().unwrap();
+        // Two of them are dates that were set when the server started.
+        let late = next.duration_since(Timestamp::now() + wait).abs();
+        assert!(late < SignedDuration::from_mins(5), "{fault}: {next}");
+    }
+    web.fault(None);
+    net.agent_text(&["refresh", "x"]);
+    assert_eq!(region(&net, "x")["failing"], false);
+    // And from then on as always.
+    let before = web.log().len();
+    assert!(wait_until(|| web.log().len() > before));
 }

@@ -22,6 +22,8 @@ use crate::{
         self,
         coverage::{Coverage, Remembered, describe_missing},
         driver::{self, Driver},
+        nat,
+        settings::Settings,
     },
     kernel::{hook, links, pins, program},
     policy::{Listed, RegionSource},
@@ -128,6 +130,12 @@ pub(super) async fn check(
             }
             errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
             drivers = Some(found);
+            let settings = Settings::read();
+            warnings.extend(settings.port_warnings(&loaded.policy));
+            warnings.extend(settings.forward_warnings(&loaded.policy, &coverage.present));
+            if nix::unistd::geteuid().is_root() {
+                warnings.extend(nat::warnings(&loaded.policy));
+            }
             let changing = loaded.policy.interfaces.iter();
             let changing = changing.filter(|entry| !matches!(entry, Listed::Name(_)));
             warnings.extend(changing.filter(|entry| !remembered.knows(entry)).map(|entry| {

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     policy::{Policy, RegionSource},
-    region::files::Walk,
+    region::{files::Walk, headers},
 };
 
 /// Directories that the unit hides (`ProtectHome`, `PrivateTmp`).
@@ -19,7 +19,7 @@ const READ: u32 = 0o4;
 const SEARCH: u32 = 0o1;
 
 /// Warnings of files that the service could not read: the policy file, by its permissions alone, since it may be a
-/// draft elsewhere, and the files that it names.
+/// draft elsewhere, and the files that it names. Also of secrets that others could read.
 pub(super) fn warnings(file: &Path, policy: &Policy) -> Vec<String> {
     let mut warnings = Vec::new();
     let mut warn = |file: &Path, hidden: bool| {
@@ -30,23 +30,43 @@ pub(super) fn warnings(file: &Path, policy: &Policy) -> Vec<String> {
         }
     };
     // A pipe is read here.
-    if fs::metadata(file).is_ok_and(|metadata| metadata.is_file())
+    let metadata = fs::metadata(file).ok().filter(fs::Metadata::is_file);
+    if metadata.is_some()
         && let Ok(file) = std::path::absolute(file)
     {
         warn(&file, false);
     }
+    let is_public = metadata.is_some_and(|metadata| metadata.permissions().mode() & 0o004 != 0);
     let named: Vec<&PathBuf> = policy
         .regions
         .values()
         .flat_map(|region| match &region.source {
             RegionSource::File(file) => vec![file],
             RegionSource::Dns(dns) => dns.ca_file.iter().chain(&dns.trust_anchor).collect(),
-            RegionSource::Url(url) => url.ca_file.iter().collect(),
+            RegionSource::Url(url) => url.ca_file.iter().chain(&url.headers_file).collect(),
             RegionSource::Prefixes(_) => Vec::new(),
         })
         .collect();
     for file in named {
         warn(file, true);
+    }
+    for (name, region) in &policy.regions {
+        let RegionSource::Url(list) = &region.source else {
+            continue;
+        };
+        if is_public && list.url.has_user() {
+            warnings.push(format!(
+                "region {name}: others can read the password in its URL: chmod 600 the policy file, or use \
+                 `headers_file`"
+            ));
+        }
+        if let Some(headers) = &list.headers_file {
+            let metadata = fs::metadata(headers).map_err(Into::into);
+            if let Err(error) = metadata.and_then(|metadata| headers::check_access(&metadata)) {
+                let headers = headers.display();
+                warnings.push(format!("the service could not use {headers}: {error:#}"));
+            }
+        }
     }
     warnings
 }

@@ -2,6 +2,8 @@
 
 pub mod coverage;
 pub mod driver;
+pub mod nat;
+pub mod settings;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -12,7 +12,7 @@ use filter_common::Engine;
 use crate::policy::{
     checked::{Database, Model, Policy, Rule, Tls},
     duration::spelled,
-    region::{Guards, Region},
+    region::{Guards, Region, RegionSource},
 };
 
 /// Everything that a policy says: of itself (`""`), of each region and of each database, by field.
@@ -21,8 +21,13 @@ type Settings = BTreeMap<String, BTreeMap<String, String>>;
 /// Lists the differences from `before` to `after`: `+ PLACE`, `- PLACE`, or `~ PLACE: OLD -> NEW`. Of a region or database
 /// that one of them lacks only its name.
 pub fn differences(before: &Policy, after: &Policy) -> Vec<String> {
+    let secrets = after.regions.iter().filter_map(|(name, new)| {
+        let old = &before.regions.get(name)?.source;
+        let differ = *old != new.source && source(old) == source(&new.source);
+        differ.then(|| format!("~ region {name}: the secrets of its URL"))
+    });
+    let mut lines: Vec<String> = secrets.collect();
     let [before, after] = [before, after].map(settings);
-    let mut lines = Vec::new();
     let of: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     for of in of {
         match (before.get(of), after.get(of)) {
@@ -115,8 +120,7 @@ fn of_region(region: &Region) -> BTreeMap<String, String> {
     } = guards;
     let or_never = |age: &Option<Duration>| age.map_or("never".into(), spelled);
     let settings = [
-        // Its JSON has every field.
-        ("source", serde_json::to_string(source).unwrap_or_default()),
+        ("source", self::source(source)),
         ("private", private.to_string()),
         ("max_prefixes", max_prefixes.to_string()),
         ("allow_empty", allow_empty.to_string()),
@@ -130,6 +134,11 @@ fn of_region(region: &Region) -> BTreeMap<String, String> {
         ("timeout", spelled(*timeout)),
     ];
     settings.map(|(field, value)| (field.into(), value)).into()
+}
+
+/// All its fields, without the secrets of a URL.
+fn source(source: &RegionSource) -> String {
+    serde_json::to_string(source).unwrap_or_default()
 }
 
 fn of_database(database: &Database) -> BTreeMap<String, String> {
@@ -285,6 +294,13 @@ databases:
                 "  new: {file: /etc/new.txt}\ndatabases:",
                 "+ region new",
             ),
+            (
+                "file: /etc/office.txt",
+                "url: 'https://a.test/?key=1', retire_after: 0s, max_shrink: 100%, min_refresh: 1s, max_refresh: 1m, \
+                 timeout: 10s",
+                "~ region office: source: {\"file\":\"/etc/office.txt\"} -> {\"url\":{\"url\":\"https://a.test/?...\",\
+                 \"select\":{\"format\":\"text\"},\"insecure\":false,\"ca_file\":null}}",
+            ),
             ("name: orders", "name: shop", "- database orders"),
             (
                 "    rules:",
@@ -292,6 +308,17 @@ databases:
                 "+ database orders: cluster 10.0.0.1/32: \"replica\"",
             ),
         ];
+        let with = |key: u8| {
+            BEFORE.replace(
+                "file: /etc/office.txt",
+                &format!("url: 'https://a.test/?key={key}'"),
+            )
+        };
+        let [one, two] = [1, 2].map(|key| parse(&with(key)).unwrap().0);
+        assert_eq!(
+            differences(&one, &two),
+            ["~ region office: the secrets of its URL"]
+        );
         for (from, to, expected) in cases {
             let lines = lines(from, to);
             assert_eq!(lines[0], expected, "{lines:#?}");

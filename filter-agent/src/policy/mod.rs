@@ -6,6 +6,7 @@ mod duration;
 mod prefix;
 mod read;
 mod region;
+mod secret_url;
 
 pub use checked::{Database, Listed, Mode, Model, Policy, Rule, Source, Tls};
 pub use difference::differences;
@@ -13,3 +14,4 @@ pub use duration::spelled;
 pub use prefix::parse_cidr;
 pub use read::{Problem, parse};
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
+pub use secret_url::{SecretUrl, redacted};

@@ -6,6 +6,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json_path::JsonPath;
 
+use crate::policy::secret_url::SecretUrl;
+
 /// Built-in regions, and the DNS name of each.
 pub(super) const BUILT_IN: [(&str, &str); 2] = [
     ("osc-fr1", "egress.osc-fr1.scalingo.com"),
@@ -85,12 +87,15 @@ pub enum Transport {
 /// A published list.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Url {
-    pub url: String,
+    pub url: SecretUrl,
     pub select: Select,
     /// Whether plain http is allowed.
     pub insecure: bool,
     /// File of the certificate authorities (PEM) of the server; `None`: the system's.
     pub ca_file: Option<PathBuf>,
+    /// File of the headers that are sent to the URL's origin, such as a token.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub headers_file: Option<PathBuf>,
 }
 
 /// The format of a list, and which of its prefixes belong to the region. Fields have the publishers' names;

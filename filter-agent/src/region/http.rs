@@ -1,14 +1,22 @@
 //! Published lists, by HTTPS.
 
-use anyhow::{Context as _, Result, bail, ensure};
-use reqwest::{StatusCode, header, redirect};
+use std::time::SystemTime;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use reqwest::{
+    Client, Response, StatusCode,
+    header::{self, HeaderMap},
+    redirect,
+};
 
 use crate::{
     policy::Url,
     region::{
         answer::{Answer, Found, Version},
+        headers,
         lists::{self, List},
         tls,
+        try_later::TryLater,
     },
 };
 
@@ -19,76 +27,156 @@ const MAX_BODY: usize = 16 << 20;
 /// Redirects followed for one list.
 const MAX_REDIRECTS: usize = 5;
 
-pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer> {
-    let insecure = url.insecure;
-    let redirects = redirect::Policy::custom(move |attempt| {
-        if attempt.url().scheme() != "https" && !insecure {
-            let target = attempt.url().to_string();
-            return attempt.error(format!("it redirects to {target}, which is not encrypted"));
-        }
-        if attempt.previous().len() > MAX_REDIRECTS {
-            return attempt.error(format!("it redirects more than {MAX_REDIRECTS} times"));
-        }
-        attempt.follow()
-    });
-    let client = reqwest::Client::builder()
-        .tls_backend_preconfigured(tls::client(url.ca_file.as_deref()).await?)
-        .redirect(redirects)
+/// # Errors
+/// A `TryLater` where the server names a time to come; else why there is no list. The caller's context names the URL.
+pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer> {
+    let client = Client::builder()
+        .tls_backend_preconfigured(tls::client(list.ca_file.as_deref()).await?)
+        // `request` follows them.
+        .redirect(redirect::Policy::none())
         .user_agent(concat!("filter-agent/", env!("CARGO_PKG_VERSION")))
         .build()
         .context("set up the HTTP client")?;
-    let mut request = client.get(&url.url);
-    if let Some(Version::Http {
-        etag,
-        last_modified,
-    }) = before
-    {
-        if let Some(etag) = etag {
-            request = request.header(header::IF_NONE_MATCH, etag);
-        }
-        if let Some(last_modified) = last_modified {
-            request = request.header(header::IF_MODIFIED_SINCE, last_modified);
-        }
-    }
-    // The caller's context names the URL.
-    let mut response = request.send().await.map_err(reqwest::Error::without_url)?;
-    if response.status() == StatusCode::NOT_MODIFIED && before.is_some() {
+    let secret = match &list.headers_file {
+        Some(file) => headers::read(file).await?,
+        None => HeaderMap::new(),
+    };
+    let mut response = request(&client, list, secret, &validators(before)).await?;
+    let status = response.status();
+    if status == StatusCode::NOT_MODIFIED && before.is_some() {
         return Ok(Answer::Unchanged { ask_again: None });
     }
-    if response.status() != StatusCode::OK {
-        bail!("the server answers {}", response.status());
+    if status != StatusCode::OK {
+        let later = TryLater::read(status, response.headers(), SystemTime::now());
+        return Err(later.map_or_else(|| anyhow!("the server answers {status}"), Into::into));
     }
-    let validator = |name| {
+    let text = |name| {
         let value = response.headers().get(name)?;
         Some(value.to_str().ok()?.to_owned())
     };
-    let etag = validator(header::ETAG);
-    let last_modified = validator(header::LAST_MODIFIED);
+    let etag = text(header::ETAG);
+    let last_modified = text(header::LAST_MODIFIED);
     let known = etag.is_some() || last_modified.is_some();
     let version = known.then_some(Version::Http {
         etag,
         last_modified,
     });
+    let content_type = text(header::CONTENT_TYPE).unwrap_or_default();
     let mut body = Vec::new();
-    while let Some(chunk) = response
-        .chunk()
-        .await
-        .map_err(reqwest::Error::without_url)?
-    {
+    while let Some(chunk) = response.chunk().await.map_err(without_url)? {
         ensure!(
             body.len() + chunk.len() <= MAX_BODY,
             "the body is longer than {MAX_BODY} bytes"
         );
         body.extend_from_slice(&chunk);
     }
+    let is_page = is_web_page(&content_type, &body);
     // Parsing a long list takes a while, and the agent's loop must not block.
-    let select = url.select.clone();
-    let list = tokio::task::spawn_blocking(move || lists::read(&body, &select));
-    let List { prefixes, serial } = list.await.context("read the list")??;
+    let select = list.select.clone();
+    let read = tokio::task::spawn_blocking(move || lists::read(&body, &select));
+    let List { prefixes, serial } = match read.await.context("read the list")? {
+        // Some servers call a list a page, too.
+        Err(error) if is_page => Err(error.context(
+            "the server answers with a web page, such as one to log in or one of a proxy, not with a list",
+        )),
+        read => read,
+    }?;
     Ok(Answer::Found(Found {
         prefixes,
         serial,
         version,
         ..Found::default()
     }))
+}
+
+fn validators(before: Option<&Version>) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    if let Some(Version::Http {
+        etag,
+        last_modified,
+    }) = before
+    {
+        let validators = [
+            (header::IF_NONE_MATCH, etag),
+            (header::IF_MODIFIED_SINCE, last_modified),
+        ];
+        for (name, value) in validators {
+            // One that no server sends is left out, and the whole list comes.
+            if let Some(Ok(value)) = value.as_ref().map(|value| value.parse()) {
+                headers.insert(name, value);
+            }
+        }
+    }
+    headers
+}
+
+/// Requests a list, and follows redirects. From the first that leads to another origin on, the headers in `secret` are
+/// not sent. The client's own way of following would send them, and this URL with its query in `Referer`.
+async fn request(
+    client: &Client,
+    list: &Url,
+    mut secret: HeaderMap,
+    validators: &HeaderMap,
+) -> Result<Response> {
+    let mut url = list.url.clone();
+    for _ in 0..=MAX_REDIRECTS {
+        let request = client
+            .get(url.reveal().clone())
+            .headers(validators.clone())
+            .headers(secret.clone());
+        let response = request.send().await.map_err(without_url)?;
+        let (301 | 302 | 303 | 307 | 308) = response.status().as_u16() else {
+            return Ok(response);
+        };
+        let location = response.headers().get(header::LOCATION);
+        let location = location.and_then(|location| std::str::from_utf8(location.as_bytes()).ok());
+        let next = location.and_then(|location| url.join(location).ok());
+        let next = next.context("it redirects, but not to a URL")?;
+        match next.scheme() {
+            "https" => {}
+            "http" if list.insecure => {}
+            _ => bail!("it redirects to {next}, which is not encrypted"),
+        }
+        if !next.has_same_origin(&url) {
+            secret.clear();
+        }
+        url = next;
+    }
+    bail!("it redirects more than {MAX_REDIRECTS} times")
+}
+
+fn without_url(error: reqwest::Error) -> anyhow::Error {
+    error.without_url().into()
+}
+
+/// Whether a body is HTML, by its type or its beginning.
+fn is_web_page(content_type: &str, body: &[u8]) -> bool {
+    let kind = content_type.split(';').next().unwrap_or_default().trim();
+    let kinds = ["text/html", "application/xhtml+xml"];
+    let begins = |with: &str| {
+        let beginning = body.trim_ascii_start().get(..with.len());
+        beginning.is_some_and(|beginning| beginning.eq_ignore_ascii_case(with.as_bytes()))
+    };
+    kinds.iter().any(|html| kind.eq_ignore_ascii_case(html))
+        || begins("<!doctype html")
+        || begins("<html")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn web_page_is_known_by_its_type_or_its_beginning() {
+        for (content_type, body) in [
+            ("text/html", "203.0.113.1"),
+            ("Text/HTML; charset=utf-8", ""),
+            ("text/plain", "\n <!DOCTYPE html><p>"),
+            ("", "<html>"),
+        ] {
+            assert!(is_web_page(content_type, body.as_bytes()), "{content_type}");
+        }
+        assert!(!is_web_page("text/plain", b"203.0.113.1\n"));
+        assert!(!is_web_page("application/json", b"{}"));
+    }
 }

@@ -14,10 +14,11 @@ use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    policy::{Guards, Model, Policy, Region, RegionSource, Rule, Source, spelled},
+    policy::{Guards, Model, Policy, Region, RegionSource, Rule, Source, redacted, spelled},
     region::{
         answer::{Answer, Found, Missing, Version},
         guards::{check, check_each, is_covered, merged, uncovered},
+        try_later::TryLater,
     },
 };
 
@@ -308,6 +309,9 @@ impl State {
             }
             Err(error) => {
                 self.fail(format!("{error:#}"), now);
+                if let Some(later) = error.downcast_ref() {
+                    self.try_later(later, now);
+                }
                 Change::default()
             }
         }
@@ -320,12 +324,7 @@ impl State {
             max_refresh,
             ..
         } = self.region.guards;
-        let mut delays = ExponentialBuilder::new()
-            .with_min_delay(min_refresh)
-            .with_max_delay(max_refresh)
-            .without_max_times()
-            .with_jitter()
-            .build();
+        let mut delays = self.delays();
         // Beyond 32 doublings the delay is `max_refresh` anyway.
         let delay = delays.nth(self.failures.min(32)).unwrap_or(max_refresh);
         let mut next = now + delay.min(max_refresh);
@@ -338,7 +337,27 @@ impl State {
         self.failures += 1;
         self.failing = true;
         self.partial = false;
+        // Servers and libraries may quote a URL that holds secrets.
+        let text = redacted(&text);
         self.error = Some(Error { at: now, text });
+    }
+
+    /// Schedules the next look-up no earlier than the source asks for. Hosts that share an address hear of the same
+    /// instant: each waits a random time longer.
+    fn try_later(&mut self, later: &TryLater, now: Timestamp) {
+        let spread = self.delays().next().unwrap_or_default();
+        self.next = self.next.max(Some(now + later.wait() + spread));
+    }
+
+    /// Delays of look-ups that fail one after the other, each a random time longer than the backoff.
+    fn delays(&self) -> impl Iterator<Item = Duration> + use<> {
+        let guards = &self.region.guards;
+        ExponentialBuilder::new()
+            .with_min_delay(guards.min_refresh)
+            .with_max_delay(guards.max_refresh)
+            .without_max_times()
+            .with_jitter()
+            .build()
     }
 
     /// Returns how the allowed prefixes changed, and what is missing in the result.

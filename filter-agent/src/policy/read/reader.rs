@@ -10,6 +10,7 @@ use serde_yaml::Value;
 use crate::policy::{
     prefix::parse_cidr,
     read::locate::{Step, locate},
+    secret_url::redacted,
 };
 
 /// An error or a warning about a policy file.
@@ -58,7 +59,7 @@ pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
         region: None,
         database: None,
         rule: None,
-        message: plain(&message),
+        message: redacted(&plain(&message)),
     }
 }
 
@@ -67,6 +68,7 @@ pub(super) fn plain(message: &str) -> String {
     let shapes = ["File", "Region", "Database", "Rule"].map(|name| format!("struct Raw{name}"));
     let mut message = message
         .replace("a sequence", "a list")
+        .replace("internally tagged enum Select", "a mapping")
         .replace("i64", "a number");
     for shape in shapes {
         message = message.replace(&shape, "a mapping");
@@ -191,13 +193,15 @@ impl Reader<'_> {
     }
 }
 
+/// Makes a problem. Messages and names quote what stands in the file: a URL in the wrong place may hold secrets.
 pub(super) fn describe(line: Option<usize>, at: &At, message: String) -> Problem {
+    let name = |name: &Option<String>| name.as_deref().map(redacted);
     Problem {
         line,
-        region: at.region.clone(),
-        database: at.database.clone(),
+        region: name(&at.region),
+        database: name(&at.database),
         rule: at.rule,
-        message,
+        message: redacted(&message),
     }
 }
 

@@ -12,6 +12,7 @@ use crate::policy::{
     region::{
         BUILT_IN, Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url,
     },
+    secret_url::SecretUrl,
 };
 
 #[derive(Deserialize)]
@@ -26,6 +27,7 @@ struct RawRegion {
     select: Option<Value>,
     insecure: Option<bool>,
     ca_file: Option<PathBuf>,
+    headers_file: Option<PathBuf>,
     file: Option<PathBuf>,
     prefixes: Option<Vec<String>>,
     private: Option<bool>,
@@ -117,6 +119,7 @@ impl Reader<'_> {
             ),
             ("select", "url", raw.select.is_some()),
             ("insecure", "url", raw.insecure.is_some()),
+            ("headers_file", "url", raw.headers_file.is_some()),
             (
                 "ca_file",
                 "url, and with nameservers over TLS or HTTPS",
@@ -379,21 +382,33 @@ impl Reader<'_> {
     fn url(&mut self, at: &At, url: String, raw: &mut RawRegion) -> Option<RegionSource> {
         let insecure = raw.insecure.take().unwrap_or_default();
         let ca_file = raw.ca_file.take();
-        let parsed = url::Url::parse(&url);
-        match parsed.as_ref().map(url::Url::scheme) {
-            Ok("https") => {}
-            Ok("http") if insecure => {}
-            Ok("http") => {
-                let message = format!(
-                    "{url} is not encrypted: anybody on the way could open the database; write \
-                     https, or `insecure: true`"
-                );
-                self.problem(&at.key("url"), message);
-            }
-            _ => self.problem(&at.key("url"), format!("{url:?} is not an https URL")),
+        let headers_file = raw.headers_file.take();
+        let parsed = SecretUrl::parse(&url);
+        match &parsed {
+            Ok(url) => match url.scheme() {
+                "https" => {}
+                "http" if insecure => {}
+                "http" => {
+                    let message = format!(
+                        "{url} is not encrypted: anybody on the way could open the database; write \
+                         https, or `insecure: true`"
+                    );
+                    self.problem(&at.key("url"), message);
+                }
+                _ => self.problem(&at.key("url"), format!("{url} is not an https URL")),
+            },
+            // It is not known which part of the text is a secret.
+            Err(error) => self.problem(&at.key("url"), format!("url is not a valid URL: {error}")),
         }
-        if let Some(path) = &ca_file {
-            self.absolute(at, "ca_file", path);
+        for (field, path) in [("ca_file", &ca_file), ("headers_file", &headers_file)] {
+            if let Some(path) = path {
+                self.absolute(at, field, path);
+            }
+        }
+        let is_encrypted = parsed.as_ref().is_ok_and(|url| url.scheme() == "https");
+        if headers_file.is_some() && !is_encrypted {
+            let message = "headers_file goes with an https URL: over http anybody on the way could read the headers";
+            self.problem(&at.key("headers_file"), message);
         }
         let select = match raw.select.take() {
             None => Select::Text {
@@ -412,10 +427,11 @@ impl Reader<'_> {
             self.problem(&at.key("select"), message);
         }
         Some(RegionSource::Url(Url {
-            url,
+            url: parsed.ok()?,
             select,
             insecure,
             ca_file,
+            headers_file,
         }))
     }
 }

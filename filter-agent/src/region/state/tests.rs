@@ -1,6 +1,12 @@
 //! Results over time, and what a region allows after them.
 
+use std::time::SystemTime;
+
 use anyhow::anyhow;
+use reqwest::{
+    StatusCode,
+    header::{HeaderMap, RETRY_AFTER},
+};
 
 use super::*;
 use crate::policy;
@@ -541,6 +547,67 @@ fn failures_are_tried_again_later_and_later_and_not_in_step() {
     }
     spread.sort_unstable();
     assert!(spread[40] - spread[10] > 1000, "{spread:?}");
+}
+
+/// A look-up that a server refused for so many seconds, with the contexts that the way here adds.
+fn try_later(wait: u64) -> Result<Answer> {
+    let headers = HeaderMap::from_iter([(RETRY_AFTER, wait.into())]);
+    let status = StatusCode::TOO_MANY_REQUESTS;
+    let later = TryLater::read(status, &headers, SystemTime::now()).unwrap();
+    Err(anyhow::Error::new(later)
+        .context("fetch")
+        .context("look up"))
+}
+
+/// Fault C19.
+#[test]
+fn look_up_waits_as_long_as_the_server_asks_for() {
+    let mut spread = Vec::new();
+    for _ in 0..50 {
+        let mut state = with_two("url: 'https://a.test/', min_refresh: 10s, max_refresh: 1m");
+        state.take(try_later(3600), false, seconds(0));
+        assert_eq!(allowed(&state), list(&TWO));
+        assert!(error(&state).contains("asks to wait until "), "{state:?}");
+        let next = state.next.unwrap();
+        // Later than `max_refresh`, and not in step with other hosts.
+        assert!((seconds(3610)..=seconds(3620)).contains(&next), "{next}");
+        spread.push(next);
+        // Longer than the bound, and shorter than `min_refresh`.
+        state.take(try_later(100 * 86_400), false, seconds(0));
+        let next = state.next.unwrap();
+        assert!(
+            (seconds(86_410)..=seconds(86_420)).contains(&next),
+            "{next}"
+        );
+        let mut state = with_two("url: 'https://a.test/', min_refresh: 10s");
+        state.take(try_later(1), false, seconds(0));
+        let next = state.next.unwrap();
+        assert!((seconds(10)..=seconds(21)).contains(&next), "{next}");
+    }
+    spread.sort_unstable();
+    assert!(spread[10] < spread[40], "{spread:?}");
+}
+
+/// Fault C19: the backoff goes on where the server asks for less.
+#[test]
+fn look_ups_back_off_further_than_the_server_asks_for() {
+    let mut state = with_two("url: 'https://a.test/', min_refresh: 10s, max_refresh: 10m");
+    for least in [10, 20, 40, 80, 160, 320] {
+        state.take(try_later(1), false, seconds(0));
+        assert!(state.next.unwrap() >= seconds(least), "{state:?}");
+    }
+    state.take(found(&TWO), false, seconds(0));
+    state.take(try_later(1), false, seconds(0));
+    assert!(state.next.unwrap() <= seconds(21), "{state:?}");
+}
+
+/// Fault C6: what a server or a library quotes.
+#[test]
+fn error_shows_no_secret_of_a_url() {
+    let mut state = with_two("url: 'https://a.test/'");
+    let quoted = anyhow!("for url (https://u:s3cret@a.test/list?s3cret)");
+    state.take(Err(quoted), false, seconds(0));
+    assert_eq!(error(&state), "for url (https://a.test/list?...)");
 }
 
 #[test]
