@@ -193,6 +193,20 @@ fn every_format_is_fetched() {
     rules.push("{region: moved}, {region: plain}".into());
     net.write_policy(&policy_with_rules(&regions, &rules.join(", ")));
     let checked = net.agent_text(&["check", "--resolve", net.policy_path().to_str().unwrap()]);
+    let expected = "\nregion moved (url https://lists.test/to-https): ";
+    assert!(checked.contains(expected), "{checked}");
+    let path = net.policy_path();
+    let json = net.agent_json(&["check", "--resolve", path.to_str().unwrap()]);
+    let found = json["regions"].as_array().unwrap();
+    assert_eq!(found.len(), formats.len() + 2, "{json}");
+    for region in found {
+        let prefixes = region["prefixes"].as_array().unwrap();
+        assert!(!prefixes.is_empty(), "{json}");
+        for prefix in prefixes {
+            let line = format!("\n  {}\n", prefix.as_str().unwrap());
+            assert!(checked.contains(&line), "{line}: {checked}");
+        }
+    }
     assert!(!checked.contains("was not looked up"), "{checked}");
     net.start();
     let waited = wait_until(|| {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
+use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -28,6 +29,7 @@ use crate::{
     kernel::{hook, links, pins, program},
     policy::{Listed, RegionSource},
     policy_file::PolicyFile,
+    reconcile::counted,
     region::{
         lookup,
         state::{self as region, Regions},
@@ -40,6 +42,8 @@ struct Checked {
     file: PathBuf,
     interfaces: Vec<String>,
     databases: Vec<CheckedDatabase>,
+    /// Regions that rules name, as far as they were looked up.
+    regions: Vec<CheckedRegion>,
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<Vec<Driver>>,
     warnings: Vec<String>,
@@ -56,6 +60,14 @@ struct CheckedDatabase {
     monitor: bool,
     rules: Vec<String>,
     prefixes: usize,
+}
+
+#[derive(Serialize)]
+struct CheckedRegion {
+    name: String,
+    source: String,
+    /// As `Region::prefixes` of `regions`.
+    prefixes: Vec<IpNet>,
 }
 
 /// Checks a policy file. Needs no agent, and the network only with `resolve`. `places`: the BPF file system and the state
@@ -83,6 +95,19 @@ pub(super) async fn check(
     );
     let host = host::interfaces().await?;
     let mut warnings = loaded.warnings(&compiled);
+    let looked_up = regions.iter().filter_map(|(name, state)| {
+        Some(CheckedRegion {
+            name: name.clone(),
+            source: state.region.source.to_string(),
+            prefixes: state.set.as_ref()?.prefixes.to_vec(),
+        })
+    });
+    let looked_up: Vec<CheckedRegion> = looked_up.collect();
+    let partial = regions.iter().filter(|(_, state)| state.partial);
+    warnings.extend(partial.filter_map(|(name, state)| {
+        let error = state.error.as_ref()?;
+        Some(format!("region {name}: {}", error.text))
+    }));
     let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
     warnings.extend(unknown.map(|(name, state)| {
         let source = &state.region.source;
@@ -165,6 +190,7 @@ pub(super) async fn check(
     let checked = Checked {
         file,
         databases: databases.collect(),
+        regions: looked_up,
         interfaces: policy.interfaces.iter().map(ToString::to_string).collect(),
         host: drivers,
         warnings,
@@ -185,6 +211,13 @@ pub(super) async fn check(
         }
         println!();
         print_table(&table, checked.databases.len());
+        for region in checked.regions.iter().filter(|_| resolve) {
+            let prefixes = counted(region.prefixes.len(), "prefix", "prefixes");
+            println!("\nregion {} ({}): {prefixes}", region.name, region.source);
+            for prefix in &region.prefixes {
+                println!("  {prefix}");
+            }
+        }
         print_drivers(checked.host.as_deref().unwrap_or_default());
         print_warnings(&checked.warnings);
         for error in &checked.errors {
