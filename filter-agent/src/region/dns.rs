@@ -53,7 +53,8 @@ pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
     resolve_by(&handle, options, dns).await
 }
 
-async fn resolve_by<H: DnsHandle>(
+/// Looks up the addresses of all the names through this client. If one name fails, so does the look-up.
+pub async fn resolve_by<H: DnsHandle>(
     handle: &H,
     options: DnsRequestOptions,
     dns: &Dns,
@@ -245,7 +246,7 @@ impl Walk {
 /// Queries name servers, and removes records of other names than the queried one and its aliases
 /// from answers before anything is concluded from them, such as a proof by DNSSEC.
 #[derive(Clone)]
-struct OwnRecords<H>(H);
+pub struct OwnRecords<H>(pub H);
 
 impl<H: DnsHandle> DnsHandle for OwnRecords<H> {
     type Response = BoxStream<'static, Result<DnsResponse, NetError>>;

@@ -1,7 +1,11 @@
 //! Published lists, by HTTPS.
 
 use anyhow::{Context as _, Result, bail, ensure};
-use reqwest::{StatusCode, header, redirect};
+use reqwest::{
+    StatusCode,
+    header::{self, HeaderMap},
+    redirect,
+};
 
 use crate::{
     policy::Url,
@@ -58,17 +62,7 @@ pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer>
     if response.status() != StatusCode::OK {
         bail!("the server answers {}", response.status());
     }
-    let validator = |name| {
-        let value = response.headers().get(name)?;
-        Some(value.to_str().ok()?.to_owned())
-    };
-    let etag = validator(header::ETAG);
-    let last_modified = validator(header::LAST_MODIFIED);
-    let known = etag.is_some() || last_modified.is_some();
-    let version = known.then_some(Version::Http {
-        etag,
-        last_modified,
-    });
+    let version = version(response.headers());
     let mut body = Vec::new();
     while let Some(chunk) = response
         .chunk()
@@ -91,4 +85,19 @@ pub(super) async fn fetch(url: &Url, before: Option<&Version>) -> Result<Answer>
         version,
         ask_again: None,
     }))
+}
+
+/// Returns the validators of an answer. `None`: it has none that a request could repeat.
+pub fn version(headers: &HeaderMap) -> Option<Version> {
+    let validator = |name| {
+        let value = headers.get(name)?;
+        Some(value.to_str().ok()?.to_owned())
+    };
+    let etag = validator(header::ETAG);
+    let last_modified = validator(header::LAST_MODIFIED);
+    let known = etag.is_some() || last_modified.is_some();
+    known.then_some(Version::Http {
+        etag,
+        last_modified,
+    })
 }

@@ -1,10 +1,10 @@
 //! Managed regions: where their prefixes come from, and which of them are in force.
 
 pub mod answer;
-mod dns;
+pub mod dns;
 pub mod files;
 mod guards;
-mod http;
+pub mod http;
 pub mod lists;
 pub mod lookup;
 pub mod state;
