@@ -603,6 +603,12 @@ pub struct Handle {
     work: Arc<Work>,
 }
 
+/// What callers want done, for the thread that does it.
+pub struct Jobs {
+    received: Receiver<Job>,
+    work: Arc<Work>,
+}
+
 /// The thread's state, for callers that do not wait for it.
 #[derive(Default)]
 struct Work {
@@ -621,26 +627,31 @@ impl Work {
 }
 
 impl Handle {
-    /// Opens the filter on a thread of its own.
-    ///
-    /// # Errors
-    /// As `Enforcer::open`.
-    pub async fn start(open: impl FnOnce() -> Result<Enforcer> + Send + 'static) -> Result<Self> {
+    /// Makes a way to the thread that will do these jobs. Without one, every call fails.
+    pub fn new() -> (Self, Jobs) {
         let (jobs, received) = channel();
-        let (opened, opening) = oneshot::channel();
         let work = Arc::new(Work::default());
         let handle = Self {
             jobs,
             work: work.clone(),
         };
+        (handle, Jobs { received, work })
+    }
+
+    /// Opens the filter on a thread of its own.
+    ///
+    /// # Errors
+    /// As `Enforcer::open`.
+    pub async fn start(open: impl FnOnce() -> Result<Enforcer> + Send + 'static) -> Result<Self> {
+        let (handle, jobs) = Self::new();
+        let (opened, opening) = oneshot::channel();
         thread::Builder::new()
             .name("enforcer".into())
             .spawn(move || match open() {
                 Ok(enforcer) => {
                     // The receiver waits for it.
                     let _ = opened.send(Ok(()));
-                    let _ended = Ended(&work);
-                    serve(enforcer, &received, &work);
+                    jobs.serve(enforcer);
                 }
                 Err(error) => {
                     let _ = opened.send(Err(error));
@@ -710,10 +721,14 @@ impl Drop for Ended<'_> {
     }
 }
 
-fn serve(mut enforcer: Enforcer, jobs: &Receiver<Job>, work: &Work) {
-    while let Ok(job) = jobs.recv() {
-        *work.since() = Some(Instant::now());
-        job(&mut enforcer);
-        *work.since() = None;
+impl Jobs {
+    fn serve(self, mut enforcer: Enforcer) {
+        let work = self.work;
+        let _ended = Ended(&work);
+        while let Ok(job) = self.received.recv() {
+            *work.since() = Some(Instant::now());
+            job(&mut enforcer);
+            *work.since() = None;
+        }
     }
 }

@@ -98,8 +98,11 @@ impl PolicyFile {
     }
 }
 
-/// The text of a file, without the byte order mark that Windows editors put in front.
-fn text(bytes: Vec<u8>) -> Result<String> {
+/// The text of a policy file, without the byte order mark that Windows editors put in front.
+///
+/// # Errors
+/// Another encoding than UTF-8, with the first line that shows it.
+pub fn text(bytes: Vec<u8>) -> Result<String> {
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") {
         bail!("it is UTF-16 text: save it as UTF-8");
     }

@@ -266,7 +266,7 @@ fn region_path(directory: &Path, name: &str) -> PathBuf {
 /// # Errors
 /// A file that cannot be read or is not ours, with its path.
 pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
-    read(&confirmed_path(directory), unseal)
+    read(&confirmed_path(directory), decode_confirmed)
 }
 
 /// The set that was kept of a region; `None`: none was.
@@ -403,6 +403,12 @@ fn identity(source: &RegionSource) -> Result<String> {
         Some(sum) => format!("{text} {sum:08x}"),
         None => text,
     })
+}
+
+/// # Errors
+/// Why the text is not what was written of a confirmed policy.
+pub fn decode_confirmed(text: &[u8]) -> Result<Confirmed> {
+    unseal(text)
 }
 
 /// A file of the state directory; `None`: there is none.

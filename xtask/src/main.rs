@@ -1,7 +1,8 @@
-//! The project's own tasks: `cargo xtask setup | build | check | test | verify | bench | dist | vm | demo`.
+//! The project's own tasks: `cargo xtask setup | build | check | test | fuzz | verify | bench | dist | vm | demo`.
 
 mod demo;
 mod dist;
+mod fuzz;
 mod setup;
 mod steps;
 mod vm;
@@ -10,8 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 
+use fuzz::Length;
 use setup::Needs;
 
 #[derive(Parser)]
@@ -37,10 +40,28 @@ enum Task {
     Check,
     /// Everything `check` does, then the tests that need root
     Test {
-        /// Boot every kernel in the virtual machine, not only the oldest, with the tests of forced TLS, and fail
-        /// every system call of the agent, not some
+        /// Boot every kernel in the virtual machine, not only the oldest, with the tests of forced TLS, fail every
+        /// system call of the agent, not some, and fuzz for minutes, not seconds
         #[arg(long)]
         full: bool,
+    },
+    /// Run the fuzz targets: the readers of what comes from outside, on mutations of sample inputs
+    Fuzz {
+        /// Only this target
+        #[arg(value_parser = PossibleValuesParser::new(fuzz::names()))]
+        target: Option<String>,
+        /// Runs of each target, instead of its own number
+        #[arg(long)]
+        runs: Option<u64>,
+        /// Run each target for so long instead, and keep the inputs that it finds for the next time
+        #[arg(long, conflicts_with = "runs")]
+        seconds: Option<u64>,
+        /// Show that each target finds a fault that is planted in it
+        #[arg(long, conflicts_with_all = ["runs", "seconds"])]
+        planted: bool,
+        /// Run the target with this input alone
+        #[arg(long, requires = "target", conflicts_with_all = ["runs", "seconds", "planted"])]
+        input: Option<PathBuf>,
     },
     /// Load the program and print what it costs the running kernel's verifier
     Verify,
@@ -88,13 +109,32 @@ fn perform(task: Task) -> Result<()> {
             build(profile)?;
         }
         Task::Check => {
-            setup::install(Needs::Build)?;
+            setup::install(Needs::Check)?;
             steps::check()?;
         }
         Task::Test { full } => {
             require_root("test")?;
             setup::install(Needs::Machine)?;
             steps::test(full)?;
+        }
+        Task::Fuzz {
+            target,
+            runs,
+            seconds,
+            planted,
+            input,
+        } => {
+            setup::install(Needs::Check)?;
+            let length = match (runs, seconds) {
+                (Some(runs), _) => Length::Runs(runs),
+                (None, Some(seconds)) => Length::Seconds(seconds),
+                (None, None) => Length::Usual(1),
+            };
+            match (&target, input) {
+                (Some(target), Some(input)) => fuzz::run_input(target, &input)?,
+                (target, _) if planted => fuzz::find_planted(target.as_deref())?,
+                (target, _) => fuzz::run_targets(target.as_deref(), length)?,
+            }
         }
         Task::Verify => {
             require_root("verify")?;

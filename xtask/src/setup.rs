@@ -14,8 +14,10 @@ use crate::{cargo, command_line, is_root, output, run};
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Needs {
-    /// To compile and to run what needs no root.
+    /// To compile the agent.
     Build,
+    /// To check and test everything that needs no root.
+    Check,
     /// To make packages as well.
     Package,
     /// To build and run the tests that need root as well: the agent, servers, clients.
@@ -31,6 +33,8 @@ pub enum Needs {
 const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 
 const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
+/// libFuzzer is C++.
+const CHECK_PACKAGES: [&str; 1] = ["g++"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
@@ -71,6 +75,9 @@ pub fn install(needs: Needs) -> Result<()> {
     let makes_packages = matches!(needs, Needs::Package | Needs::Machine);
     if makes_packages {
         packages.extend(PACKAGE_PACKAGES.map(str::to_owned));
+    }
+    if matches!(needs, Needs::Check | Needs::Machine) {
+        packages.extend(CHECK_PACKAGES.map(str::to_owned));
     }
     if matches!(needs, Needs::Run | Needs::Bench | Needs::Machine) {
         packages.extend(RUN_PACKAGES.map(str::to_owned));

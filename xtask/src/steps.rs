@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use crate::fuzz::{self, Length};
 use crate::{bench, cargo, run, target_directory, vm};
 
 /// What needs no root.
@@ -15,10 +16,12 @@ pub fn check() -> Result<()> {
     result
 }
 
-/// Everything. `full`: in the virtual machine every kernel, not only the oldest, and every fault.
+/// Everything. `full`: in the virtual machine every kernel, not only the oldest, every fault, and fuzzing for minutes.
 pub fn test(full: bool) -> Result<()> {
     let mut report = Report::default();
-    let result = check_steps(&mut report).and_then(|()| privileged_steps(&mut report, full));
+    let result = check_steps(&mut report)
+        .and_then(|()| fuzz_steps(&mut report, full))
+        .and_then(|()| privileged_steps(&mut report, full));
     report.print();
     result
 }
@@ -41,6 +44,17 @@ fn check_steps(report: &mut Report) -> Result<()> {
             "filter-tests",
         ]),
     )
+}
+
+/// By numbers of runs, so that no timing decides.
+fn fuzz_steps(report: &mut Report, full: bool) -> Result<()> {
+    if full {
+        report.time("fuzz", || fuzz::run_targets(None, Length::Usual(15)))?;
+        return report.time("fuzz, planted", || fuzz::find_planted(None));
+    }
+    report.time("fuzz, briefly", || {
+        fuzz::run_targets(None, Length::Usual(1))
+    })
 }
 
 fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {

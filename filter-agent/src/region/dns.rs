@@ -67,11 +67,11 @@ pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
 }
 
 /// The name servers, and how they are queried.
-struct Asked<H> {
-    handle: H,
-    options: DnsRequestOptions,
+pub struct Asked<H> {
+    pub handle: H,
+    pub options: DnsRequestOptions,
     /// Of the records of one type.
-    timeout: Duration,
+    pub timeout: Duration,
 }
 
 /// The records of a name, and the types that failed.
@@ -81,7 +81,11 @@ struct Records {
 }
 
 impl<H: DnsHandle> Asked<H> {
-    async fn resolve(&self, dns: &Dns) -> Result<Found> {
+    /// Looks up the addresses of all the names.
+    ///
+    /// # Errors
+    /// One of the names has none.
+    pub async fn resolve(&self, dns: &Dns) -> Result<Found> {
         let results = dns.names.iter().map(|name| async move {
             let records = self.addresses(name, &dns.records).await;
             records.with_context(|| format!("look up {name}"))
@@ -304,7 +308,7 @@ impl Walk {
 /// Queries name servers, and removes records of other names than the queried one and its aliases
 /// from answers before anything is concluded from them, such as a proof by DNSSEC.
 #[derive(Clone)]
-struct OwnRecords<H>(H);
+pub struct OwnRecords<H>(pub H);
 
 impl<H: DnsHandle> DnsHandle for OwnRecords<H> {
     type Response = BoxStream<'static, Result<DnsResponse, NetError>>;

@@ -50,18 +50,10 @@ pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer
         let later = TryLater::read(status, response.headers(), SystemTime::now());
         return Err(later.map_or_else(|| anyhow!("the server answers {status}"), Into::into));
     }
-    let text = |name| {
-        let value = response.headers().get(name)?;
-        Some(value.to_str().ok()?.to_owned())
-    };
-    let etag = text(header::ETAG);
-    let last_modified = text(header::LAST_MODIFIED);
-    let known = etag.is_some() || last_modified.is_some();
-    let version = known.then_some(Version::Http {
-        etag,
-        last_modified,
-    });
-    let content_type = text(header::CONTENT_TYPE).unwrap_or_default();
+    let version = version(response.headers());
+    let content_type = response.headers().get(header::CONTENT_TYPE);
+    let content_type = content_type.and_then(|value| value.to_str().ok());
+    let content_type = content_type.unwrap_or_default().to_owned();
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(without_url)? {
         ensure!(
@@ -87,6 +79,21 @@ pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer
         version,
         ..Found::default()
     }))
+}
+
+/// Returns the validators of an answer. `None`: it has none that a request could repeat.
+pub fn version(headers: &HeaderMap) -> Option<Version> {
+    let validator = |name| {
+        let value = headers.get(name)?;
+        Some(value.to_str().ok()?.to_owned())
+    };
+    let etag = validator(header::ETAG);
+    let last_modified = validator(header::LAST_MODIFIED);
+    let known = etag.is_some() || last_modified.is_some();
+    known.then_some(Version::Http {
+        etag,
+        last_modified,
+    })
 }
 
 fn validators(before: Option<&Version>) -> HeaderMap {

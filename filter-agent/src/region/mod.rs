@@ -1,13 +1,13 @@
 //! Managed regions: where their prefixes come from, and which of them are in force.
 
 pub mod answer;
-mod dns;
+pub mod dns;
 pub mod files;
 mod guards;
 pub mod headers;
-mod http;
+pub mod http;
 pub mod lists;
 pub mod lookup;
 pub mod state;
 mod tls;
-mod try_later;
+pub mod try_later;

@@ -28,7 +28,7 @@ pub struct TryLater {
 
 impl TryLater {
     /// From a response that is not a list. `None`: it names no time to come.
-    pub(super) fn read(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<Self> {
+    pub fn read(status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Option<Self> {
         let text = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
         let date = |text: &str| httpdate::parse_http_date(text).ok();
         // The server's dates go by its own clock.

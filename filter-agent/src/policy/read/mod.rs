@@ -29,14 +29,25 @@ const MAX_OPEN_BRACKETS: usize = 1000;
 /// # Errors
 /// Everything wrong with it, in the order of the file.
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
-    if let Some(line) = too_deep(text) {
-        return Err(vec![Problem {
+    let unreadable = |line, message| {
+        vec![Problem {
             line: Some(line),
             region: None,
             database: None,
             rule: None,
-            message: format!("more than {MAX_OPEN_BRACKETS} brackets are open"),
-        }]);
+            message,
+        }]
+    };
+    if let Some(line) = too_deep(text) {
+        let message = format!("more than {MAX_OPEN_BRACKETS} brackets are open");
+        return Err(unreadable(line, message));
+    }
+    if let Some((line, character)) = not_allowed(text) {
+        let message = format!(
+            "the character U+{:04X} is not allowed",
+            u32::from(character)
+        );
+        return Err(unreadable(line, message));
     }
     let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
     let mut reader = Reader {
@@ -79,6 +90,21 @@ fn too_deep(text: &str) -> Option<usize> {
         }
     }
     None
+}
+
+/// The first character that is not allowed in YAML (YAML 1.1 section 4.1), and its line, which the YAML crate does not
+/// report.
+fn not_allowed(text: &str) -> Option<(usize, char)> {
+    let is_allowed = |c: char| {
+        let allowed = matches!(
+            c,
+            '\t' | '\n' | '\r' | ' '..='~' | '\u{85}' | '\u{a0}'..='\u{fffd}'
+        );
+        allowed || c >= '\u{10000}'
+    };
+    let (place, character) = text.char_indices().find(|&(_, c)| !is_allowed(c))?;
+    let before = text[..place].bytes().filter(|&byte| byte == b'\n');
+    Some((before.count() + 1, character))
 }
 
 /// `eth0`, or `{name: eth0, mode: generic}`.

@@ -45,7 +45,7 @@ struct RawRegion {
 
 /// Text that YAML may parse as a number, such as a duration without its unit.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected text, such as 50% or 10m")]
 enum RawScalar {
     Text(String),
     Number(i64),

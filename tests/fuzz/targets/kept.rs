@@ -1,0 +1,131 @@
+//! Files of the state directory. The first byte chooses a record; unless it is a whole file, the checksum and what else
+//! the agent would write around the rest is added: nothing of it could be found by chance.
+
+#![no_main]
+
+use std::sync::LazyLock;
+
+use filter_agent::{
+    host::{Interface, coverage::Coverage},
+    policy::{Policy, Region},
+    policy_file::PolicyFile,
+    protection,
+    region::state::{Set, State},
+    store,
+};
+use filter_fuzz::{check_in_force, now, plant, policy};
+use serde_json::{json, value::RawValue};
+
+/// Regions as `lib.rs` judges them, but for their sources, `retire_after` and `max_age`.
+static POLICY: LazyLock<Policy> = LazyLock::new(|| {
+    policy(
+        "interfaces: [eth0, 'en*']
+regions:
+  file: {file: /etc/filter-agent/office.txt, retire_after: 1h}
+  list: {url: 'https://example.net', max_age: 366d}
+databases:
+  - {name: orders, port: 5432, model: dedicated, force_tls: false, rules: [region: file]}
+",
+    )
+});
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    let Some((choice, text)) = input.split_first() else {
+        return;
+    };
+    let region = |name: &str| POLICY.regions[name].clone();
+    match choice % 4 {
+        0 => {
+            if let Ok(confirmed) = store::decode_confirmed(text) {
+                check_confirmed(&confirmed);
+            }
+            if let Ok(set) = store::decode(text, "file", &region("file").source) {
+                check_set(region("file"), set);
+            }
+        }
+        1 | 2 => {
+            let name = if choice % 4 == 1 { "file" } else { "list" };
+            let region = region(name);
+            let source = serde_json::to_string(&region.source).expect("it is written");
+            let source = json!(source);
+            let Some(file) = sealed(text, |set| {
+                format!("{{\"region\":\"{name}\",\"source\":{source},\"set\":{set}}}")
+            }) else {
+                return;
+            };
+            if let Ok(set) = store::decode(&file, name, &region.source) {
+                check_set(region, set);
+            }
+        }
+        _ => {
+            let Some(file) = sealed(text, |record| record.get().to_owned()) else {
+                return;
+            };
+            if let Ok(confirmed) = store::decode_confirmed(&file) {
+                check_confirmed(&confirmed);
+            }
+        }
+    }
+});
+
+/// A file with the right checksum. `None`: the text is not JSON.
+fn sealed(text: &[u8], kept: impl Fn(&RawValue) -> String) -> Option<Vec<u8>> {
+    let kept = kept(serde_json::from_slice(text).ok()?);
+    let crc = crc32fast::hash(kept.as_bytes());
+    Some(format!("{{\"crc32\":{crc},\"kept\":{kept}}}").into_bytes())
+}
+
+fn check_set(region: Region, set: Set) {
+    let text = store::encode("x", &region.source, &set).expect("a set is written");
+    let again = store::decode(&text, "x", &region.source).expect("what was written is read");
+    assert_eq!(set, again);
+    assert!(store::decode(&text[..text.len() - 1], "x", &region.source).is_err());
+    let mut state = State::new(region, now());
+    let restored = state.restore(set, now());
+    assert_eq!(restored.is_ok(), state.set.is_some());
+    let Some(set) = state.set.clone() else {
+        return;
+    };
+    check_in_force(&state);
+    assert!(set.confirmed <= now());
+    assert!(set.retiring.iter().all(|&(_, until)| until > now()));
+    // What the set says now is what it says after another restart.
+    let mut other = State::new(state.region.clone(), now());
+    other
+        .restore(set.clone(), now())
+        .expect("it was restored before");
+    assert!(other.holds_the_same(&state));
+    // Until its time is over, and then no prefix that was not there before.
+    for _ in 0..8 {
+        let Some(next) = state.next_tick() else { break };
+        state.tick(next);
+        check_in_force(&state);
+        assert!(state.next_tick().is_none_or(|later| later > next));
+    }
+    plant(set.retiring.len() == 1 && set.serial.is_some() && set.version.is_some());
+}
+
+fn check_confirmed(confirmed: &store::Confirmed) {
+    let json = serde_json::to_vec(confirmed).expect("it is written");
+    let again = serde_json::from_slice::<store::Confirmed>(&json).expect("it is read");
+    assert_eq!(*confirmed, again);
+    let text = confirmed.policy.clone();
+    let Ok(file) = PolicyFile::parse("/var/lib/filter-agent/confirmed.json".as_ref(), text) else {
+        return;
+    };
+    let host = ["eth0", "eth1", "ens5"].map(|name| Interface {
+        name: name.into(),
+        ethernet: true,
+        hardware_address: Some("02:00:00:00:00:01".into()),
+        ..Interface::default()
+    });
+    let coverage = Coverage::of(&file.policy, &confirmed.interfaces, &host);
+    assert!(
+        coverage
+            .present
+            .iter()
+            .all(|interface| host.contains(interface))
+    );
+    let ended = protection::ended(&POLICY, &file.policy, &confirmed.interfaces, &host);
+    plant(ended.is_empty() && coverage.present.len() > 1);
+}

@@ -1,0 +1,207 @@
+//! The policy file, and everything that is made of a policy before the kernel gets it.
+
+#![no_main]
+
+use std::{path::Path, sync::LazyLock};
+
+use filter_agent::{
+    compile::{self, compile},
+    host::{Interface, coverage::Remembered},
+    kernel::{image::Image, probe::probes},
+    policy::{self, Model, Policy, Problem, RegionSource, Rule, Source, parse_cidr},
+    policy_file::{self, PolicyFile},
+    protection,
+    region::state,
+};
+use filter_common::{MAX_DATABASES, MAX_RULES};
+use filter_fuzz::{check_prefixes, now, plant};
+use ipnet::IpNet;
+
+/// What every region allows.
+static PREFIXES: LazyLock<Vec<IpNet>> = LazyLock::new(|| {
+    ["192.0.2.0/24", "198.51.100.7/32", "2001:db8::/32"]
+        .map(|text| text.parse().expect("a prefix"))
+        .into()
+});
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let Ok(text) = policy_file::text(bytes.to_vec()) else {
+        assert!(std::str::from_utf8(bytes).is_err());
+        return;
+    };
+    let read = policy::parse(&text);
+    check_with_a_line_before(&text, &read);
+    let (policy, warnings) = match read {
+        Ok(read) => read,
+        Err(problems) => {
+            assert!(!problems.is_empty());
+            check_problems(&text, &problems);
+            return;
+        }
+    };
+    check_problems(&text, &warnings);
+    check_policy(&policy);
+    let file = PolicyFile::parse(Path::new("/etc/filter-agent/policy.yaml"), text);
+    assert_eq!(file.map(|file| file.policy).ok().as_ref(), Some(&policy));
+    check_compiled(&policy);
+
+    let host = ["eth0", "eth1", "ens5", "veth0"].map(|name| Interface {
+        name: name.into(),
+        ethernet: true,
+        ..Interface::default()
+    });
+    let nothing = protection::ended(&policy, &policy, &Remembered::default(), &host);
+    assert!(nothing.is_empty(), "{nothing:?}");
+
+    let ended = |model: &Model| match model {
+        Model::Dedicated { rules } => {
+            let ends = |past: bool| {
+                let is_past = |rule: &Rule| rule.expires.map(|end| end <= now()) == Some(past);
+                rules.iter().any(is_past)
+            };
+            ends(true) && ends(false)
+        }
+        Model::Shared { .. } => false,
+    };
+    plant(
+        policy
+            .databases
+            .iter()
+            .any(|database| ended(&database.model)),
+    );
+});
+
+fn check_problems(text: &str, problems: &[Problem]) {
+    // As YAML 1.1 has them.
+    let breaks = ['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}'];
+    let lines = text.split(breaks).count();
+    for problem in problems {
+        assert!(!problem.message.is_empty());
+        // The names of our types are no words of a policy.
+        assert!(
+            text.contains("Raw") || !problem.message.contains("Raw"),
+            "{problem}"
+        );
+        if let Some(line) = problem.line {
+            assert!((1..=lines + 1).contains(&line), "line {line} of {lines}");
+        }
+    }
+}
+
+/// A comment before the first line moves every message by one line, and changes nothing else.
+fn check_with_a_line_before(text: &str, before: &Result<(Policy, Vec<Problem>), Vec<Problem>>) {
+    // Only at the start of the text is it a byte order mark.
+    if text.starts_with('\u{feff}') {
+        return;
+    }
+    let moved_by = |problems: &[Problem], lines: usize| -> Vec<Problem> {
+        let moved = problems.iter().map(|problem| Problem {
+            line: problem.line.map(|line| line + lines),
+            // At the very beginning the YAML crate adds what it was doing there.
+            message: problem
+                .message
+                .split(", while ")
+                .next()
+                .unwrap_or_default()
+                .into(),
+            ..problem.clone()
+        });
+        moved.collect()
+    };
+    let moved = |problems: &[Problem]| moved_by(problems, 1);
+    let as_they_are = |problems: &[Problem]| moved_by(problems, 0);
+    let after = policy::parse(&format!("# comment\n{text}"));
+    match (before, after) {
+        (Ok((policy, warnings)), Ok((same, later))) => {
+            assert_eq!(*policy, same);
+            assert_eq!(moved(warnings), as_they_are(&later));
+        }
+        (Err(problems), Err(later)) => assert_eq!(moved(problems), as_they_are(&later)),
+        (_, after) => panic!("a comment makes a difference: {after:?}"),
+    }
+}
+
+fn check_policy(policy: &Policy) {
+    assert!(!policy.interfaces.is_empty());
+    assert!(policy::differences(policy, policy).is_empty());
+    assert!(policy.databases.len() <= MAX_DATABASES);
+    check_own_prefixes(&policy.regional_network);
+    for region in policy.regions.values() {
+        let guards = &region.guards;
+        assert!(guards.min_refresh <= guards.max_refresh);
+        assert!(guards.max_shrink <= 100 && guards.max_prefixes > 0);
+        assert!(!guards.timeout.is_zero() && !guards.min_refresh.is_zero());
+        match &region.source {
+            RegionSource::Prefixes(prefixes) => check_own_prefixes(prefixes),
+            RegionSource::File(path) => assert!(path.is_absolute()),
+            RegionSource::Dns(dns) => assert!(!dns.names.is_empty()),
+            RegionSource::Url(url) => {
+                // Tabs and line ends do not count in a URL.
+                let text = url
+                    .url
+                    .reveal()
+                    .as_str()
+                    .to_lowercase()
+                    .replace(['\t', '\r', '\n'], "");
+                assert!(url.insecure || text.trim_start().starts_with("https:"));
+            }
+        }
+        let printed = serde_json::to_string(&region.source);
+        assert!(printed.is_ok(), "it is written to the state directory");
+    }
+    for database in &policy.databases {
+        assert!(database.ports.is_sorted_by(|a, b| a < b) && database.ports[0] > 0);
+        let members = database.cluster.iter();
+        let members = members.filter_map(|member| match &member.source {
+            Source::Cidr(prefix) => Some(*prefix),
+            Source::Region(_) => None,
+        });
+        check_own_prefixes(&members.collect::<Vec<_>>());
+        if let Model::Dedicated { rules } = &database.model {
+            assert!(rules.len() <= MAX_RULES);
+        }
+    }
+}
+
+/// Prefixes of the policy itself.
+fn check_own_prefixes(prefixes: &[IpNet]) {
+    check_prefixes(prefixes);
+    for prefix in prefixes {
+        assert_eq!(parse_cidr(&prefix.to_string()), Ok(*prefix));
+    }
+}
+
+fn check_compiled(policy: &Policy) {
+    let used = state::used(policy);
+    let regions: compile::Regions = used
+        .map(|name| (name.clone(), PREFIXES.as_slice().into()))
+        .collect();
+    let compiled = compile(policy, &regions, now());
+    assert_eq!(compiled.databases.len(), policy.databases.len());
+    assert!(compiled.next_expiry.is_none_or(|expiry| expiry > now()));
+    for entries in compiled.databases.values() {
+        assert!(entries.v4.is_sorted_by(|(a, _), (b, _)| a < b));
+        assert!(entries.v6.is_sorted_by(|(a, _), (b, _)| a < b));
+        let rules = entries.rules.len();
+        let counted = entries.prefixes_by_rule();
+        assert_eq!(
+            (counted.len(), counted.iter().sum()),
+            (rules, entries.prefixes())
+        );
+    }
+    let Ok(image) = Image::of(&compiled, &Image::default()) else {
+        panic!("a valid policy does not fit the maps");
+    };
+    let entries: usize = compiled.databases.values().map(|e| e.prefixes()).sum();
+    assert_eq!(image.allowed4.len() + image.allowed6.len(), entries);
+    // The same again changes nothing.
+    assert_eq!(Image::of(&compiled, &image).ok().as_ref(), Some(&image));
+    for probe in probes(&compiled, 1) {
+        let entries = &compiled.databases[&probe.database];
+        let matched = match probe.source {
+            std::net::IpAddr::V4(source) => entries.v4.iter().any(|(p, _)| p.contains(&source)),
+            std::net::IpAddr::V6(source) => entries.v6.iter().any(|(p, _)| p.contains(&source)),
+        };
+        assert_eq!(probe.allowed, matched, "{}", probe.source);
+    }
+}
