@@ -69,6 +69,11 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("CHANGELOG.md"),
         Path::new("docs/policy.md"),
         Path::new("docs/operations.md"),
+        Path::new("docs/api.md"),
+        Path::new("docs/containers.md"),
+        Path::new("docs/force-tls.md"),
+        Path::new("docs/load-balancers.md"),
+        Path::new("docs/moving.md"),
         &pages.join("filter-agent.8"),
         &pages.join("filter-agent.bash"),
     ];
