@@ -121,3 +121,52 @@ fn region_files_that_hang_delay_a_start_by_one_time_limit() {
     let took = begin.elapsed();
     assert!((LIMIT..LIMIT * FILES).contains(&took), "{took:?}");
 }
+
+/// A state directory that was copied to a new host kept the old host's policy in force there, with its addresses.
+#[test]
+fn policy_that_was_confirmed_on_another_machine_is_ignored() {
+    let mut net = Net::new("other-machine");
+    let _listener = net.listen(PORT);
+    let etc = std::path::Path::new("/etc/netns").join(&net.db.name);
+    fs::create_dir_all(&etc).unwrap();
+    let machine = |digit: &str| fs::write(etc.join("machine-id"), digit.repeat(32)).unwrap();
+    machine("1");
+    net.own_resolver = true;
+    let elsewhere = orders(&ALLOWED).replace("port:", "addresses: [192.0.2.77], port:");
+    net.write_policy(&elsewhere);
+    net.start();
+    let status = net.agent_text(&["status"]);
+    let inert = "database orders: this host has none of its `addresses` (192.0.2.77)";
+    assert!(status.contains(inert), "{status}");
+    net.wait_until_confirmed();
+    // On the same machine the file may not narrow what is guarded.
+    let narrowed = elsewhere.replace("192.0.2.77", "192.0.2.78");
+    net.terminate();
+    net.write_policy(&narrowed);
+    net.start();
+    assert!(
+        net.log.iter().any(|line| line.contains("is not enforced")),
+        "{:?}",
+        net.log
+    );
+    net.terminate();
+    // On another the file counts, and nothing is pinned there.
+    fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
+    machine("2");
+    net.write_policy(&orders(&ALLOWED));
+    net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
+    net.start();
+    let ignored = "was kept on another machine (its machine-id(5) differs): it is ignored";
+    assert!(
+        net.log.iter().any(|line| line.contains(ignored)),
+        "{:?}",
+        net.log
+    );
+    let attempts = [(ALLOWED4.into(), DB), (DENIED4.into(), DB)];
+    assert_eq!(
+        net.connect_all(&attempts),
+        [Connection::Accepted, Connection::Silence]
+    );
+    fs::remove_dir_all(&etc).unwrap();
+    let _ = fs::remove_dir("/etc/netns");
+}

@@ -58,6 +58,7 @@ impl Saves {
         let confirmed = Confirmed {
             policy: policy.into(),
             interfaces: interfaces.clone(),
+            machine: None,
         };
         self.confirmed = Some(confirmed.clone());
         self.is_confirming = true;

@@ -104,6 +104,18 @@ impl Choice {
         .await;
         let mut unreadable = None;
         let (confirmed, before) = match kept {
+            // Where something is pinned it was in force on this host, whatever its machine-id is now.
+            Ok((Some(confirmed), _))
+                if confirmed.is_of_another_machine()
+                    && pins::left_in_force(&options.bpffs)?.is_empty() =>
+            {
+                let text = format!(
+                    "{} was kept on another machine (its machine-id(5) differs): it is ignored",
+                    path.display()
+                );
+                Entry::warning(text).log();
+                (None, None)
+            }
             Ok((confirmed, before)) => (confirmed, before.map(Arc::new)),
             // What it guards may be guarded no longer by the file.
             Err(error) if !pins::left_in_force(&options.bpffs)?.is_empty() => {

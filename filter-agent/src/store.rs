@@ -38,6 +38,25 @@ pub struct Confirmed {
     /// The text of the policy file.
     pub policy: String,
     pub interfaces: Remembered,
+    /// The machine-id(5) of the host where it was in force. `None`: unknown.
+    #[serde(default)]
+    pub machine: Option<String>,
+}
+
+impl Confirmed {
+    /// Whether it was in force on another machine, from which the directory was copied: it says nothing of what this
+    /// one guards. Unknown is not another.
+    pub fn is_of_another_machine(&self) -> bool {
+        let here = machine();
+        self.machine.is_some() && here.is_some() && self.machine != here
+    }
+}
+
+fn machine() -> Option<String> {
+    let text = fs::read_to_string("/etc/machine-id").ok()?;
+    let id = text.trim();
+    let is_id = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_id.then(|| id.to_owned())
 }
 
 /// Names a record of the state directory.
@@ -306,7 +325,12 @@ fn write(directory: &Path, write: &Write) -> Result<()> {
     let regions = directory.join("regions");
     match write {
         Write::Confirmed(Some(confirmed)) => {
-            write_file(directory, &confirmed_path(directory), &seal(confirmed)?)
+            let confirmed = Confirmed {
+                machine: machine(),
+                ..confirmed.clone()
+            };
+            let text = seal(&confirmed)?;
+            write_file(directory, &confirmed_path(directory), &text)
         }
         Write::Confirmed(None) => {
             let path = confirmed_path(directory);
