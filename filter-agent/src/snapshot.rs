@@ -10,7 +10,7 @@ use crate::{
     clock::Now,
     compile::{RuleKey, is_expired},
     enforcer::Observed,
-    host::coverage::{Coverage, describe_missing},
+    host::coverage::{Coverage, address_warnings, describe_missing},
     log::Entry,
     policy::{Model, Region, Rule},
     policy_file::PolicyFile,
@@ -51,6 +51,7 @@ impl Snapshot {
         let coverage = Coverage::of(policy, &in_force.remembered, host);
         let mut warnings = in_force.file.warnings(&in_force.compiled);
         warnings.extend(coverage.warnings(host));
+        warnings.extend(address_warnings(policy, host));
         warnings.extend(settings.port_warnings(policy));
         warnings.extend(unlisted(policy, &coverage, pinned, host));
         warnings.extend(self.region_warnings());

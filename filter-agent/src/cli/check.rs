@@ -21,7 +21,7 @@ use crate::{
     compile::compile,
     host::{
         self,
-        coverage::{Coverage, Remembered, describe_missing},
+        coverage::{Coverage, Remembered, address_warnings, describe_missing},
         driver::{self, Driver},
         nat,
         settings::Settings,
@@ -156,6 +156,7 @@ pub(super) async fn check(
             errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
             drivers = Some(found);
             let settings = Settings::read();
+            warnings.extend(address_warnings(&loaded.policy, &host));
             warnings.extend(settings.port_warnings(&loaded.policy));
             warnings.extend(settings.forward_warnings(&loaded.policy, &coverage.present));
             if nix::unistd::geteuid().is_root() {

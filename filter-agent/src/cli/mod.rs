@@ -131,7 +131,12 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let path = format!("/reload?existing={existing}&allow_unprotect={allow_unprotect}");
             let agent = patient(&socket, timeout);
             let reloaded: Reloaded = agent.post(&path, String::new()).await?;
-            output.print(&reloaded, print_reloaded)?;
+            output.print(&reloaded, |reloaded| {
+                print_reloaded(reloaded);
+                if existing {
+                    println!("connections that are open are judged by their next packet");
+                }
+            })?;
             let failed = !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty();
             return Ok(failure_if(failed));
         }

@@ -1,7 +1,10 @@
 //! The host's interfaces that a policy lists, what each entry of the list stood for last, and which of
 //! those interfaces run the filter. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -328,6 +331,23 @@ impl Coverage {
     }
 }
 
+/// Warnings of databases that guard nothing, since this host has none of their `addresses`.
+pub fn address_warnings(policy: &Policy, host: &[Interface]) -> Vec<String> {
+    let is_here = |address: &IpAddr| host.iter().any(|found| found.addresses.contains(address));
+    let elsewhere = policy.databases.iter().filter(|database| {
+        !database.addresses.is_empty() && !database.addresses.iter().any(is_here)
+    });
+    let warnings = elsewhere.map(|database| {
+        let addresses: Vec<String> = database.addresses.iter().map(ToString::to_string).collect();
+        format!(
+            "database {}: this host has none of its `addresses` ({}): it guards nothing here",
+            database.name,
+            addresses.join(", ")
+        )
+    });
+    warnings.collect()
+}
+
 /// The interfaces whose filtering ends if `new` takes the place of `old`: those that an entry of the old
 /// policy alone lists, or listed when it was last looked at.
 pub struct Ended {
@@ -471,6 +491,25 @@ mod tests {
         let text = format!("interfaces: [eth0]\ndatabases: []\n{policy}");
         let (policy, _) = parse(&text).unwrap();
         Coverage::of(&policy, &Remembered::default(), &host).warnings(&host)
+    }
+
+    #[test]
+    fn database_whose_addresses_are_elsewhere_is_warned_of() {
+        let host = [Interface {
+            addresses: vec!["192.0.2.1".parse().unwrap()],
+            ..Interface::default()
+        }];
+        let warnings = |addresses: &str| {
+            let database = format!(
+                "{{name: orders, port: 1, model: dedicated, force_tls: false, addresses: {addresses}}}"
+            );
+            let text = format!("interfaces: [eth0]\ndatabases: [{database}]\n");
+            address_warnings(&parse(&text).unwrap().0, &host)
+        };
+        assert!(warnings("[]").is_empty());
+        assert!(warnings("[192.0.2.1, 192.0.2.2]").is_empty());
+        let expected = "database orders: this host has none of its `addresses` (192.0.2.2): it guards nothing here";
+        assert_eq!(warnings("[192.0.2.2]"), [expected]);
     }
 
     /// Fault C18: one warning for each, at every reload.

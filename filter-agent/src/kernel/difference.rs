@@ -94,35 +94,36 @@ impl Image {
         for Change { key, old, new } in changes(&old.allowed6, &new.allowed6) {
             of_prefix(key.0, key.1.into(), new.is_some(), old.is_some());
         }
-        let mut of_guard = |guard: Guard, text: &str, added: bool| {
-            let database = databases.entry(database(guard.slot())).or_default();
-            let monitored = if guard.is_monitor() { " (monitor)" } else { "" };
-            let tls = if guard.engine() != 0 { " with TLS" } else { "" };
-            let text = format!("{text}{tls}{monitored}");
-            if added {
-                database.guarded.push(text);
-            } else {
-                database.unguarded.push(text);
+        let mut of_guards = |old: Option<Guard>, new: Option<Guard>, text: &str| {
+            let described = |guard: Guard| {
+                let monitored = if guard.is_monitor() { " (monitor)" } else { "" };
+                let tls = if guard.engine() != 0 { " with TLS" } else { "" };
+                (database(guard.slot()), format!("{text}{tls}{monitored}"))
+            };
+            let [old, new] = [old, new].map(|guard| guard.map(described));
+            // What else changed of a guard is a difference of the policies.
+            if old == new {
+                return;
+            }
+            if let Some((database, text)) = old {
+                databases.entry(database).or_default().unguarded.push(text);
+            }
+            if let Some((database, text)) = new {
+                databases.entry(database).or_default().guarded.push(text);
             }
         };
         for Change { key, old, new } in changes(&old.ports, &new.ports) {
-            let [old, new] = [old, new].map(|guard| guard.map(Guard::of_any_width));
-            for (guard, added) in [(old, false), (new, true)] {
-                let guard = guard.filter(|guard| old != new && !guard.is_by_address());
-                if let Some(guard) = guard {
-                    of_guard(guard, &port_text(key), added);
-                }
-            }
+            let guards = [old, new].map(|guard| {
+                let guard = guard.map(Guard::of_any_width);
+                guard.filter(|guard| !guard.is_by_address())
+            });
+            of_guards(guards[0], guards[1], &port_text(key));
         }
         for Change { key, old, new } in changes(&old.locals, &new.locals) {
             let address = std::net::Ipv6Addr::from(key.address).to_canonical();
             let text = format!("{address} {}", port_text(key.port));
             let [old, new] = [old, new].map(|guard| guard.map(Guard::of_any_width));
-            for (guard, added) in [(old, false), (new, true)] {
-                if let Some(guard) = guard.filter(|_| old != new) {
-                    of_guard(guard, &text, added);
-                }
-            }
+            of_guards(old, new, &text);
         }
         databases.retain(|_, database| *database != DatabaseDifference::default());
         Difference { databases }

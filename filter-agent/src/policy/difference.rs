@@ -170,12 +170,16 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
             monitor,
             proxied,
         } = tls;
-        let unenforced = if *open_unenforced { "allow" } else { "close" };
         set("engine", spell(*engine).into());
         set("cancel_in_clear", cancel_in_clear.to_string());
-        set("tls_unenforced", unenforced.into());
         set("monitor: tls", monitor.to_string());
-        set("proxy_protocol: required", proxied.to_string());
+        // What is only monitored is open anyway.
+        if !monitor {
+            let unenforced = if *open_unenforced { "allow" } else { "close" };
+            set("tls_unenforced", unenforced.into());
+        }
+        let proxied = if *proxied { "required" } else { "" };
+        set("proxy_protocol", proxied.into());
     }
     match model {
         Model::Dedicated { rules } => {
@@ -277,7 +281,7 @@ databases:
             (
                 "    rules:",
                 "    proxy_protocol: required\n    rules:",
-                "~ database orders: proxy_protocol: required: false -> true",
+                "~ database orders: proxy_protocol: nothing -> required",
             ),
             (
                 "office.txt}",
