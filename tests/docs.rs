@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::IpAddr,
+    net::{IpAddr, TcpListener},
     os::unix::process::CommandExt as _,
     path::PathBuf,
     process::{Command, Stdio},
@@ -619,6 +619,7 @@ fn loopback_and_bridges_of_containers_are_filtered_as_the_readme_says() {
     let sentence = sentence("Not filtered are");
     assert!(sentence.contains("loopback interface"), "{sentence}");
     assert!(sentence.contains("bridge such as `docker0` unless the policy lists it"));
+    assert!(sentence.contains("and what they send each other"));
     let orders = dedicated("orders", PORT, &["203.0.113.10/32"], "");
     let policy = |interfaces| policy_text(interfaces, "auto", std::slice::from_ref(&orders));
     let net = Net::enforcing("readme-open", &[], &policy("eth0"));
@@ -645,10 +646,25 @@ fn loopback_and_bridges_of_containers_are_filtered_as_the_readme_says() {
         [from_host(), from_container()],
         [Connection::Accepted, Connection::Accepted]
     );
+    let other = Namespace::new("readme-open-other".into());
+    net.db.ip(&format!(
+        "link add veth1 type veth peer name eth0 netns {}
+         link set veth1 master docker0
+         link set veth1 up",
+        other.name
+    ));
+    other.ip("link set eth0 up\naddress add 172.17.0.3/16 dev eth0");
+    let beside: IpAddr = "172.17.0.3".parse().unwrap();
+    let _beside = other.run(|| TcpListener::bind((beside, PORT)).unwrap());
+    let from_beside = || container.run(|| connect(inside, (beside, PORT).into()));
     net.reload(&policy("eth0, docker0"));
     assert_eq!(
-        [from_host(), from_container()],
-        [Connection::Accepted, Connection::Silence]
+        [from_host(), from_container(), from_beside()],
+        [
+            Connection::Accepted,
+            Connection::Silence,
+            Connection::Accepted
+        ]
     );
 }
 

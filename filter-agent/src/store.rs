@@ -734,7 +734,18 @@ mod tests {
         fs::remove_file(&place).unwrap();
         store.save(Write::Confirmed(Some(Confirmed::default())));
         assert!(written.recv().unwrap());
-        assert_eq!(read_confirmed(&place).unwrap(), Some(Confirmed::default()));
+        let expected = Confirmed {
+            machine: machine(),
+            ..Confirmed::default()
+        };
+        assert!(expected.machine.is_some() && !expected.is_of_another_machine());
+        assert_eq!(read_confirmed(&place).unwrap(), Some(expected));
+        let elsewhere = Confirmed {
+            machine: Some("0".repeat(32)),
+            ..Confirmed::default()
+        };
+        assert!(elsewhere.is_of_another_machine());
+        assert!(!Confirmed::default().is_of_another_machine());
         let second = Store::open(&place, |error| panic!("{error:#}"));
         assert!(error(second.map(drop)).contains("another filter-agent"));
     }
