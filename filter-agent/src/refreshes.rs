@@ -55,6 +55,7 @@ impl Refreshes {
                 left: change.left.clone(),
                 removed: change.removed.clone(),
                 error,
+                partial: state.is_some_and(|state| state.partial),
             };
             refresh.done.insert(name.into(), refreshed);
             if refresh.waiting.is_empty()

@@ -113,8 +113,11 @@ pub struct Region {
     pub confirmed: Option<Timestamp>,
     /// The next look-up. `None`: never, or one is under way.
     pub next: Option<Timestamp>,
-    /// Whether the last look-up failed.
+    /// Whether the last look-up failed, or something was missing in its result.
     pub failing: bool,
+    /// Whether its result is in force although something was missing in it.
+    #[serde(default)]
+    pub partial: bool,
     /// The last error; it is resolved unless `failing`.
     pub error: Option<Error>,
     pub change: Option<Change>,
@@ -151,7 +154,11 @@ pub struct Refreshed {
     pub added: Vec<IpNet>,
     pub left: Vec<IpNet>,
     pub removed: Vec<IpNet>,
+    /// Why the look-up failed, or what was missing in its result.
     pub error: Option<String>,
+    /// Whether its result is in force all the same.
+    #[serde(default)]
+    pub partial: bool,
 }
 
 #[derive(Debug, Deserialize, Serialize)]

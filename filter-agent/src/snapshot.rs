@@ -106,7 +106,13 @@ impl Snapshot {
             let state = self.regions.get(name);
             let set = state.and_then(|state| state.set.as_ref());
             let on_host = |at: Timestamp| self.now.on_host(at);
+            let retire_after = region.guards.retire_after;
+            let held = set.map(|set| set.held.as_slice()).unwrap_or_default();
+            let held = held
+                .iter()
+                .map(|&(prefix, until)| (prefix, until + retire_after));
             let retiring = set.map(|set| set.retiring.as_slice()).unwrap_or_default();
+            let retiring = held.chain(retiring.iter().copied());
             let error = state.and_then(|state| state.error.as_ref());
             report::Region {
                 name: name.clone(),
@@ -114,8 +120,7 @@ impl Snapshot {
                 used: state.is_some(),
                 prefixes: set.map(|set| set.prefixes.to_vec()).unwrap_or_default(),
                 retiring: retiring
-                    .iter()
-                    .map(|&(prefix, until)| report::Retiring {
+                    .map(|(prefix, until)| report::Retiring {
                         prefix,
                         until: on_host(until),
                     })
@@ -123,6 +128,7 @@ impl Snapshot {
                 confirmed: set.map(|set| on_host(set.confirmed)),
                 next: state.and_then(|state| state.next).map(on_host),
                 failing: state.is_some_and(|state| state.failing),
+                partial: state.is_some_and(|state| state.partial),
                 error: error.map(|error| report::Error {
                     at: on_host(error.at),
                     text: error.text.clone(),

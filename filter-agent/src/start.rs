@@ -104,18 +104,6 @@ impl Choice {
         .await;
         let mut unreadable = None;
         let (confirmed, before) = match kept {
-            // Where something is pinned it was in force on this host, whatever its machine-id is now.
-            Ok((Some(confirmed), _))
-                if confirmed.is_of_another_machine()
-                    && pins::left_in_force(&options.bpffs)?.is_empty() =>
-            {
-                let text = format!(
-                    "{} was kept on another machine (its machine-id(5) differs): it is ignored",
-                    path.display()
-                );
-                Entry::warning(text).log();
-                (None, None)
-            }
             Ok((confirmed, before)) => (confirmed, before.map(Arc::new)),
             // What it guards may be guarded no longer by the file.
             Err(error) if !pins::left_in_force(&options.bpffs)?.is_empty() => {
@@ -139,7 +127,24 @@ impl Choice {
             unreadable,
         };
         let name = options.policy.display();
+        // Where something is pinned it was in force on this host, whatever its machine-id is now.
+        let is_foreign = choice
+            .confirmed
+            .as_ref()
+            .is_some_and(Confirmed::is_of_another_machine)
+            && pins::left_in_force(&options.bpffs)?.is_empty();
         let refusal = match (file, &choice.confirmed, &before) {
+            (Ok(file), Some(_), Some(_)) if is_foreign => {
+                let text = format!(
+                    "{} was kept on another machine (its machine-id(5) differs): {name} is not compared with it",
+                    path.display()
+                );
+                Entry::warning(text).log();
+                choice.before = None;
+                choice.confirmed = None;
+                choice.candidates.push_back((file, None));
+                None
+            }
             (Ok(file), Some(confirmed), Some(_)) if file.text == confirmed.policy => {
                 choice.candidates.push_back((file, None));
                 return Ok(choice);
@@ -250,10 +255,17 @@ pub async fn enforce(
     } = opened;
     let Choice {
         mut candidates,
-        confirmed,
+        mut confirmed,
         before,
         unreadable,
     } = choice;
+    // It is written anew, with the machine of now.
+    if confirmed
+        .as_ref()
+        .is_some_and(|kept| !kept.is_of_this_machine())
+    {
+        confirmed = None;
+    }
     let occasion = Occasion::Start { before };
     let mut refused = None;
     let (file, instead_of_file, committed, checked) = loop {

@@ -44,6 +44,11 @@ pub struct Confirmed {
 }
 
 impl Confirmed {
+    /// Whether it certainly was in force on this machine.
+    pub fn is_of_this_machine(&self) -> bool {
+        self.machine.is_some() && self.machine == machine()
+    }
+
     /// Whether it was in force on another machine, from which the directory was copied: it says nothing of what this
     /// one guards. Unknown is not another.
     pub fn is_of_another_machine(&self) -> bool {
@@ -534,6 +539,7 @@ mod tests {
     fn set(prefix: &str) -> Set {
         Set {
             members: [prefix.parse().unwrap()].into(),
+            held: Vec::new(),
             retiring: Vec::new(),
             confirmed: "2026-01-01T00:00:00Z".parse().unwrap(),
             serial: None,

@@ -7,7 +7,7 @@ use filter_common::Reason;
 use jiff::Timestamp;
 
 use crate::{
-    compile::RuleKey,
+    compile::{RuleKey, is_expired},
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
     policy::{Model, Rule, Source},
@@ -140,7 +140,10 @@ impl InForce {
                     .cluster
                     .iter()
                     .filter_map(|member| match &member.source {
-                        Source::Cidr(prefix) if prefix.contains(&address) => {
+                        Source::Cidr(prefix)
+                            if prefix.contains(&address)
+                                && !is_expired(member, Timestamp::now()) =>
+                        {
                             Some((prefix.prefix_len(), member))
                         }
                         _ => None,

@@ -341,6 +341,7 @@ fn kept_set() -> (RegionSource, Set) {
             "2001:db8::/32".parse().unwrap(),
         ]
         .into(),
+        held: Vec::new(),
         retiring: vec![(
             "198.51.100.7/32".parse().unwrap(),
             "2026-01-02T03:04:05Z".parse().unwrap(),

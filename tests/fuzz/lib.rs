@@ -77,6 +77,7 @@ pub fn check_in_force(state: &State) {
     let all: Vec<IpNet> = set
         .retiring
         .iter()
+        .chain(&set.held)
         .map(|(prefix, _)| *prefix)
         .chain(set.members.iter().copied())
         .collect();

@@ -172,7 +172,8 @@ fn set_that_shrank_loses_nobody_until_it_stays_so_or_is_accepted() {
     assert_eq!(prefixes(&net, "x"), GOOD);
     server.set("egress 1 A 198.51.100.2\n");
     wait_for_prefixes(&net, "x", &["198.51.100.2/32"]);
-    assert_eq!(region(&net, "x")["failing"], false);
+    let is_good = || region(&net, "x")["failing"] == false;
+    assert!(wait_until(is_good), "{}", region(&net, "x"));
 }
 
 #[test]

@@ -27,7 +27,8 @@ impl Agent {
         let look_up = LookUp {
             number: self.look_ups.begin(name, accept, waiter),
             region: state.region.clone(),
-            version: state.version().cloned(),
+            // What is accepted must be read: that it did not change since is no answer.
+            version: state.version().filter(|_| !accept).cloned(),
         };
         self.effects.push(Effect::LookUp(look_up));
     }

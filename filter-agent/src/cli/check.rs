@@ -161,6 +161,8 @@ pub(super) async fn check(
             warnings.extend(settings.forward_warnings(&loaded.policy, &coverage.present));
             if nix::unistd::geteuid().is_root() {
                 warnings.extend(nat::warnings(&loaded.policy));
+            } else {
+                warnings.push("NAT rules are unknown: run this as root".into());
             }
             let changing = loaded.policy.interfaces.iter();
             let changing = changing.filter(|entry| !matches!(entry, Listed::Name(_)));

@@ -250,6 +250,7 @@ fn print_region_table(regions: &[&report::Region]) {
     for region in regions {
         let (next, last) = match (region.used, region.failing, &region.confirmed) {
             (false, _, _) => ("-".into(), "not used"),
+            (true, true, _) if region.partial => (until(region.next), "PARTLY"),
             (true, true, _) => (until(region.next), "FAILED"),
             (true, false, None) => (until(region.next), "under way"),
             (true, false, Some(_)) => (until(region.next), "good"),
@@ -338,6 +339,11 @@ pub(super) fn print_refreshed(refreshed: &[Refreshed]) {
         let prefixes = counted(region.prefixes, "prefix", "prefixes");
         let changes = region.added.len() + region.left.len() + region.removed.len();
         match &region.error {
+            Some(error) if region.partial => {
+                println!(
+                    "{name}: error: {error}; the rest of the result is in force, {prefixes} with what is kept"
+                )
+            }
             Some(error) => {
                 println!("{name}: error: {error}; the last good set of {prefixes} stays in force")
             }

@@ -54,9 +54,9 @@ pub(super) fn warnings(file: &Path, policy: &Policy) -> Vec<String> {
         let RegionSource::Url(list) = &region.source else {
             continue;
         };
-        if is_public && list.url.has_user() {
+        if is_public && list.url.checksum().is_some() {
             warnings.push(format!(
-                "region {name}: others can read the password in its URL: chmod 600 the policy file, or use \
+                "region {name}: others can read what may be a secret in its URL: chmod 600 the policy file, or use \
                  `headers_file`"
             ));
         }

@@ -226,7 +226,9 @@ impl Coverage {
             .into_iter()
             .chain(others)
             .chain(before.map(|(_, entry)| entry));
-        let mode = entries.find_map(|entry| policy.modes.get(&entry.to_string()));
+        let mode = entries
+            .next()
+            .and_then(|entry| policy.modes.get(&entry.to_string()));
         mode.copied().unwrap_or(policy.mode)
     }
 
@@ -340,7 +342,8 @@ pub fn address_warnings(policy: &Policy, host: &[Interface]) -> Vec<String> {
     let warnings = elsewhere.map(|database| {
         let addresses: Vec<String> = database.addresses.iter().map(ToString::to_string).collect();
         format!(
-            "database {}: this host has none of its `addresses` ({}): it guards nothing here",
+            "database {}: no interface of this host has any of its `addresses` ({}): unless they are a container's or a \
+             service's, it guards nothing here",
             database.name,
             addresses.join(", ")
         )
@@ -508,7 +511,8 @@ mod tests {
         };
         assert!(warnings("[]").is_empty());
         assert!(warnings("[192.0.2.1, 192.0.2.2]").is_empty());
-        let expected = "database orders: this host has none of its `addresses` (192.0.2.2): it guards nothing here";
+        let expected = "database orders: no interface of this host has any of its `addresses` (192.0.2.2): unless they are a \
+             container's or a service's, it guards nothing here";
         assert_eq!(warnings("[192.0.2.2]"), [expected]);
     }
 

@@ -22,16 +22,20 @@ pub fn warnings(policy: &Policy) -> Vec<String> {
     let mut redirects = Vec::new();
     let mut warnings = Vec::new();
     const NFT: &str = "nft --json list ruleset";
-    for command in [NFT, "iptables-save -t nat", "ip6tables-save -t nat"] {
+    // Not `-t nat`, which would have the kernel make that table.
+    for command in [NFT, "iptables-save", "ip6tables-save"] {
         let mut words = command.split(' ');
         let tool = words.next().unwrap_or_default();
         match Command::new(tool).args(words).output() {
             Ok(output) if output.status.success() => {
                 let text = String::from_utf8_lossy(&output.stdout);
-                redirects.extend(match command {
-                    NFT => of_nftables(&text),
-                    _ => of_iptables(&text),
-                });
+                match command {
+                    NFT => match of_nftables(&text) {
+                        Some(found) => redirects.extend(found),
+                        None => warnings.push("NAT rules are unknown: nft prints no JSON".into()),
+                    },
+                    _ => redirects.extend(of_iptables(&text)),
+                }
             }
             // Without the tool nobody makes such rules by it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -89,12 +93,13 @@ fn past_the_filter(redirect: &Redirect, policy: &Policy) -> Option<String> {
     ))
 }
 
-/// The rules in the JSON of `nft` (libnftables-json(5)).
-fn of_nftables(text: &str) -> Vec<Redirect> {
-    let ruleset: Value = serde_json::from_str(text).unwrap_or_default();
+/// The rules in the JSON of `nft` (libnftables-json(5)). `None`: it is none. Rules whose target is not a plain port, such
+/// as those of maps, are left out.
+fn of_nftables(text: &str) -> Option<Vec<Redirect>> {
+    let ruleset: Value = serde_json::from_str(text).ok()?;
     let objects = ruleset["nftables"].as_array().into_iter().flatten();
     let rules = objects.filter_map(|object| object["rule"]["expr"].as_array());
-    rules.filter_map(|statements| of_rule(statements)).collect()
+    Some(rules.filter_map(|statements| of_rule(statements)).collect())
 }
 
 fn of_rule(statements: &[Value]) -> Option<Redirect> {
@@ -242,14 +247,14 @@ COMMIT
             redirect(tcp, &[(1, 1), (2, 5)], 5432),
             redirect(None, &[], 5432),
         ];
-        assert_eq!(of_nftables(&text), expected);
+        assert_eq!(of_nftables(&text).unwrap(), expected);
         for damaged in [
             "",
             "{",
             r#"{"nftables": 7}"#,
             r#"{"nftables": [{"rule": {"expr": [7]}}]}"#,
         ] {
-            assert!(of_nftables(damaged).is_empty());
+            assert!(of_nftables(damaged).unwrap_or_default().is_empty());
         }
     }
 

@@ -111,6 +111,15 @@ impl<H: DnsHandle> Asked<H> {
             dns.names.join(", ")
         );
         found.ask_again = Some(Duration::from_secs(ttl.into()));
+        for (kind, error) in &failed {
+            // What another name has of that type would be mixed with what is kept of all: neither would ever be known to
+            // have left.
+            let is_other = |prefix: &IpNet| match kind {
+                DnsType::A => matches!(prefix, IpNet::V4(_)),
+                DnsType::Aaaa => matches!(prefix, IpNet::V6(_)),
+            };
+            ensure!(!found.prefixes.iter().any(is_other), "{error}");
+        }
         if !failed.is_empty() {
             let has = |wanted| failed.iter().any(|(kind, _)| *kind == wanted);
             let errors = failed.iter().map(|(_, error)| error.as_str());

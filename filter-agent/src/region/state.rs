@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     policy::{Guards, Model, Policy, Region, RegionSource, Rule, Source, redacted, spelled},
     region::{
-        answer::{Answer, Found, Missing, Version},
+        answer::{Answer, Found, Version},
         guards::{check, check_each, is_covered, merged, uncovered},
         try_later::TryLater,
     },
@@ -134,6 +134,10 @@ pub struct State {
 pub struct Set {
     /// Prefixes of the last good result, sorted, without duplicates.
     pub members: Arc<[IpNet]>,
+    /// Prefixes that left with more than `max_shrink` of the others: each retires with the first good result from then on
+    /// that does not have it. No time that passes without results counts.
+    #[serde(default)]
+    pub held: Vec<(IpNet, Timestamp)>,
     /// Retiring prefixes, and until when each stays allowed.
     pub retiring: Vec<(IpNet, Timestamp)>,
     /// When the source last returned this set.
@@ -143,10 +147,10 @@ pub struct Set {
     /// The result that is far smaller than the one before.
     #[serde(default)]
     pub shrunk: Option<Shrunk>,
-    /// Since when a part of the source could not be looked up.
+    /// The part of the source that could not be looked up last.
     #[serde(default)]
-    pub incomplete: Option<Timestamp>,
-    /// Allowed prefixes: members and retiring ones, with adjacent and covered ones merged.
+    pub incomplete: Option<Incomplete>,
+    /// Allowed prefixes: members, held and retiring ones, with adjacent and covered ones merged.
     #[serde(skip)]
     pub prefixes: Arc<[IpNet]>,
 }
@@ -157,6 +161,23 @@ pub struct Shrunk {
     /// Members before.
     from: usize,
     until: Timestamp,
+}
+
+/// Address families that cannot be looked up. Their last members stay.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Incomplete {
+    v4: bool,
+    v6: bool,
+    since: Timestamp,
+}
+
+impl Incomplete {
+    fn has(&self, prefix: &IpNet) -> bool {
+        match prefix {
+            IpNet::V4(_) => self.v4,
+            IpNet::V6(_) => self.v6,
+        }
+    }
 }
 
 /// A quarantined result: an older one than that in force. It is accepted if it stays the same for `shrink_after`.
@@ -208,8 +229,9 @@ impl Shrunk {
 
 impl Set {
     fn merge(&mut self) {
-        let retiring = self.retiring.iter().map(|&(prefix, _)| prefix);
-        let all: Vec<IpNet> = self.members.iter().copied().chain(retiring).collect();
+        let left = self.held.iter().chain(&self.retiring);
+        let left = left.map(|&(prefix, _)| prefix);
+        let all: Vec<IpNet> = self.members.iter().copied().chain(left).collect();
         self.prefixes = merged(&all).into();
     }
 }
@@ -233,7 +255,7 @@ impl State {
                 prefixes: prefixes.clone(),
                 ..Found::default()
             };
-            state.replace(found, true, now);
+            state.replace(found, None, true, now);
             state.change = None;
             state.next = None;
         }
@@ -253,13 +275,22 @@ impl State {
         check(&set.members, guards)?;
         // The clock may have been wrong when it was written, or may be now.
         set.confirmed = set.confirmed.min(now);
-        let latest = now + guards.shrink_after + guards.retire_after;
         for (_, until) in &mut set.retiring {
-            *until = (*until).min(latest);
+            *until = (*until).min(now + guards.retire_after);
+        }
+        for (_, until) in &mut set.held {
+            *until = (*until).min(now + guards.shrink_after);
+        }
+        if let Some(shrunk) = &mut set.shrunk {
+            shrunk.until = shrunk.until.min(now + guards.shrink_after);
+        }
+        if let Some(incomplete) = &mut set.incomplete {
+            incomplete.since = incomplete.since.min(now);
         }
         set.retiring.retain(|&(_, until)| until > now);
-        let leaving: Vec<IpNet> = set.retiring.iter().map(|&(prefix, _)| prefix).collect();
-        check_each(&leaving, guards)?;
+        let left = set.held.iter().chain(&set.retiring);
+        let left: Vec<IpNet> = left.map(|&(prefix, _)| prefix).collect();
+        check_each(&left, guards)?;
         if let Some(max_age) = guards.max_age {
             ensure!(
                 set.confirmed + max_age > now,
@@ -380,8 +411,20 @@ impl State {
                 return Ok((Change::default(), missing));
             }
         };
-        let incomplete = found.missing.take();
-        let since = self.keep_missing(&mut found, incomplete.as_ref(), now);
+        let missing = found.missing.take();
+        let incomplete = missing.as_ref().map(|missing| Incomplete {
+            v4: missing.v4,
+            v6: missing.v6,
+            since: self
+                .set
+                .as_ref()
+                .and_then(|set| set.incomplete)
+                .map_or(now, |before| before.since),
+        });
+        if let (Some(incomplete), Some(set)) = (&incomplete, &self.set) {
+            let kept = set.members.iter().filter(|prefix| incomplete.has(prefix));
+            found.prefixes.extend(kept);
+        }
         found.prefixes.sort_unstable();
         found.prefixes.dedup();
         if let Err(error) = check(&found.prefixes, &self.region.guards) {
@@ -393,41 +436,15 @@ impl State {
         }
         self.quarantined = None;
         self.next = self.schedule(found.ask_again, now);
-        let change = self.replace(found, accept, now);
-        let mut missing: Vec<String> = incomplete.map(|part| part.error).into_iter().collect();
-        if let Some(set) = &mut self.set {
-            set.incomplete = since;
+        let change = self.replace(found, incomplete, accept, now);
+        let mut missing: Vec<String> = missing.map(|part| part.error).into_iter().collect();
+        if let Some(set) = &self.set {
             missing.extend(set.shrunk.map(|shrunk| shrunk.describe(&set.members)));
         }
         Ok((
             change,
             (!missing.is_empty()).then(|| missing.join(", and ")),
         ))
-    }
-
-    /// Adds to a result the members of the family that could not be looked up, but not for longer than `max_age`. Returns
-    /// since when it cannot be.
-    fn keep_missing(
-        &self,
-        found: &mut Found,
-        missing: Option<&Missing>,
-        now: Timestamp,
-    ) -> Option<Timestamp> {
-        let missing = missing?;
-        let set = self.set.as_ref();
-        let since = set.and_then(|set| set.incomplete).unwrap_or(now);
-        let max_age = self.region.guards.max_age;
-        if let Some(set) = set
-            && max_age.is_none_or(|max_age| now < since + max_age)
-        {
-            let members = set.members.iter();
-            let kept = members.filter(|prefix| match prefix {
-                IpNet::V4(_) => missing.v4,
-                IpNet::V6(_) => missing.v6,
-            });
-            found.prefixes.extend(kept);
-        }
-        Some(since)
     }
 
     /// When to look up next after a good result.
@@ -479,73 +496,97 @@ impl State {
         Ok(())
     }
 
-    /// Puts a result in force. New prefixes are allowed at once; those that are gone retire, and if more than `max_shrink`
-    /// are gone only after `shrink_after`: a source that rotates returns some of its prefixes each time.
-    fn replace(&mut self, found: Found, accept: bool, now: Timestamp) -> Change {
+    /// Puts a result in force. New prefixes are allowed at once. Those that are gone retire, but if more than `max_shrink`
+    /// are gone only once results have lacked them for `shrink_after`: a source that rotates returns some of its prefixes
+    /// each time.
+    fn replace(
+        &mut self,
+        found: Found,
+        incomplete: Option<Incomplete>,
+        accept: bool,
+        now: Timestamp,
+    ) -> Change {
         let guards = &self.region.guards;
         let before = self.set.take();
-        let (known, allowed, mut retiring, shrunk) = match before {
-            Some(set) => (set.members, set.prefixes, set.retiring, set.shrunk),
+        let (known, allowed, mut held, mut retiring, shrunk) = match before {
+            Some(set) => (
+                set.members,
+                set.prefixes,
+                set.held,
+                set.retiring,
+                set.shrunk,
+            ),
             None => Default::default(),
         };
         let result = merged(&found.prefixes);
+        held.retain(|(prefix, _)| !is_covered(prefix, &result));
         retiring.retain(|(prefix, _)| !is_covered(prefix, &result));
         let gone: Vec<IpNet> = uncovered(&known, &result).collect();
-        let share = |of: usize, percent: u8| of * usize::from(percent) / 100;
-        let is_suspicious = !accept && gone.len() > share(known.len(), guards.max_shrink);
-        let began = is_suspicious.then(|| Shrunk {
-            from: known.len(),
-            until: now + guards.shrink_after,
-        });
+        let share = |of: usize| of * usize::from(guards.max_shrink) / 100;
+        let is_suspicious = !accept && gone.len() > share(known.len());
         let shrunk = shrunk.filter(|shrunk| !accept && now < shrunk.until);
-        let shrunk = shrunk.or(began).filter(|shrunk| {
-            let least = shrunk.from - share(shrunk.from, guards.max_shrink);
-            found.prefixes.len() < least
+        let shrunk = match is_suspicious {
+            true => Some(Shrunk {
+                from: shrunk.map_or(known.len(), |shrunk| shrunk.from),
+                until: now + guards.shrink_after,
+            }),
+            false => shrunk,
+        };
+        let shrunk = shrunk.filter(|shrunk| {
+            let least = shrunk.from - share(shrunk.from);
+            found.prefixes.len() < least && now < shrunk.until
         });
         let mut change = Change {
             at: Some(now),
             added: uncovered(&found.prefixes, &allowed).collect(),
+            left: gone.clone(),
             ..Change::default()
         };
-        let hold = if is_suspicious {
-            guards.shrink_after
-        } else {
-            Duration::ZERO
-        };
-        let until = now + hold + guards.retire_after;
-        if accept {
-            for (_, retires) in &mut retiring {
-                *retires = until.min(*retires);
+        if is_suspicious {
+            held.extend(
+                gone.iter()
+                    .map(|&prefix| (prefix, now + guards.shrink_after)),
+            );
+        }
+        let retires = now + guards.retire_after;
+        // Of a family that could not be looked up nothing is known.
+        let is_known = |prefix: &IpNet| incomplete.is_none_or(|incomplete| !incomplete.has(prefix));
+        let over = held.extract_if(.., |(prefix, until)| {
+            accept || (*until <= now && is_known(prefix))
+        });
+        retiring.extend(over.map(|(prefix, _)| (prefix, retires)));
+        if !is_suspicious {
+            retiring.extend(gone.iter().map(|&prefix| (prefix, retires)));
+        }
+        if accept || retires == now {
+            for (_, until) in &mut retiring {
+                *until = retires.min(*until);
             }
             // Else it is `tick` that removes them, with pauses where the kernel refuses.
             let over = retiring.extract_if(.., |&mut (_, until)| until <= now);
             change.removed = over.map(|(prefix, _)| prefix).collect();
         }
-        let already: BTreeSet<IpNet> = retiring.iter().map(|&(prefix, _)| prefix).collect();
-        let gone = gone.into_iter().filter(|prefix| !already.contains(prefix));
-        if until == now {
-            change.removed.extend(gone);
-        } else {
-            change.left = gone.collect();
-            retiring.extend(change.left.iter().map(|&prefix| (prefix, until)));
-        }
-        // A source with ever new addresses must not fill the maps: those that retire next are removed early.
+        // A source with ever new addresses must not fill the maps: those that left first are removed early.
         let room = guards.max_prefixes.saturating_sub(found.prefixes.len());
-        if retiring.len() > room {
-            retiring.sort_by_key(|&(_, until)| std::cmp::Reverse(until));
-            let early = retiring.split_off(room).into_iter();
-            change.removed.extend(early.map(|(prefix, _)| prefix));
+        for left in [&mut retiring, &mut held] {
+            left.sort_by_key(|&(_, until)| std::cmp::Reverse(until));
         }
+        let early = held.split_off(room.min(held.len()));
+        let late = retiring.split_off((room - held.len()).min(retiring.len()));
+        change
+            .removed
+            .extend(early.into_iter().chain(late).map(|(prefix, _)| prefix));
         let removed: BTreeSet<IpNet> = change.removed.iter().copied().collect();
         change.left.retain(|prefix| !removed.contains(prefix));
         let mut set = Set {
             members: found.prefixes.into(),
+            held,
             retiring,
             confirmed: now,
             serial: found.serial,
             version: found.version,
             shrunk,
-            incomplete: None,
+            incomplete,
             prefixes: Arc::default(),
         };
         set.merge();
@@ -562,10 +603,24 @@ impl State {
         let Some(set) = &mut self.set else {
             return change;
         };
-        if let Some(max_age) = self.region.guards.max_age
+        let max_age = self.region.guards.max_age;
+        if let (Some(max_age), Some(incomplete)) = (max_age, set.incomplete)
+            && incomplete.since + max_age <= now
+        {
+            // The family that could not be looked up for so long.
+            let old = |prefix: &IpNet| incomplete.has(prefix);
+            change.removed = set.prefixes.iter().copied().filter(old).collect();
+            let members = set.members.iter().copied();
+            set.members = members.filter(|prefix| !old(prefix)).collect();
+            set.held.retain(|(prefix, _)| !old(prefix));
+            set.retiring.retain(|(prefix, _)| !old(prefix));
+            set.incomplete = None;
+            set.merge();
+        }
+        if let Some(max_age) = max_age
             && set.confirmed + max_age <= now
         {
-            change.removed = set.prefixes.to_vec();
+            change.removed.extend_from_slice(&set.prefixes);
             let text = format!("not confirmed since {} (`max_age`)", set.confirmed);
             self.set = None;
             self.quarantined = None;
@@ -574,7 +629,7 @@ impl State {
             self.error = Some(Error { at: now, text });
         } else if set.retiring.iter().any(|&(_, until)| until <= now) {
             let over = set.retiring.extract_if(.., |&mut (_, until)| until <= now);
-            change.removed = over.map(|(prefix, _)| prefix).collect();
+            change.removed.extend(over.map(|(prefix, _)| prefix));
             set.merge();
         }
         if !change.is_empty() {
@@ -589,7 +644,9 @@ impl State {
         let retires = set.retiring.iter().map(|&(_, until)| until).min();
         let max_age = self.region.guards.max_age;
         let ages = max_age.map(|max_age| set.confirmed + max_age);
-        [retires, ages].into_iter().flatten().min()
+        let since = set.incomplete.map(|incomplete| incomplete.since);
+        let part_ages = max_age.and_then(|max_age| Some(since? + max_age));
+        [retires, ages, part_ages].into_iter().flatten().min()
     }
 }
 

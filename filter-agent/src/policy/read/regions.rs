@@ -446,6 +446,8 @@ fn nameserver(text: &str) -> Option<Nameserver> {
         None => (rest, None),
     };
     let (place, path) = match rest.find('/') {
+        // A query would be shown, and may be a secret.
+        Some(_) if rest.contains('?') => return None,
         Some(slash) => (&rest[..slash], Some(&rest[slash..])),
         None => (rest, None),
     };

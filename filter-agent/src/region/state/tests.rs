@@ -9,7 +9,7 @@ use reqwest::{
 };
 
 use super::*;
-use crate::policy;
+use crate::{policy, region::answer::Missing};
 
 const NOW: &str = "2026-01-01T00:00:00Z";
 
@@ -264,8 +264,17 @@ fn address_that_moves_is_followed_at_once() {
     assert_eq!(change.added, list(&["198.51.100.7/32"]));
     assert_eq!(change.left, list(&["192.0.2.10/32"]));
     assert!(!state.failing);
-    // Held for `shrink_after`, then retired.
-    assert_eq!(state.next_tick(), Some(seconds(20 + 600 + 3600)));
+    // Held for `shrink_after`, then retiring: by results alone, not by time.
+    assert_eq!(state.next_tick(), None);
+    state.take(found(&["198.51.100.7/32"]), false, seconds(619));
+    assert_eq!(state.next_tick(), None);
+    state.take(Err(anyhow!("no answer")), false, seconds(100_000));
+    assert!(state.tick(seconds(100_000)).is_empty());
+    state.take(found(&["198.51.100.7/32"]), false, seconds(100_020));
+    assert_eq!(allowed(&state).len(), 2);
+    assert_eq!(state.next_tick(), Some(seconds(100_020 + 3600)));
+    let over = state.tick(seconds(100_020 + 3600));
+    assert_eq!(over.removed, list(&["192.0.2.10/32"]));
 }
 
 #[test]
@@ -296,8 +305,9 @@ fn set_that_shrank_is_an_error_until_it_grows_or_stays_so_and_loses_nobody_meanw
     let mut grown = state.clone();
     grown.take(found(&TEN), false, seconds(399));
     assert!(!grown.failing);
-    assert_eq!(state.tick(seconds(400)).removed.len(), 9);
-    state.take(found(&few), false, seconds(400));
+    assert!(state.tick(seconds(400)).is_empty());
+    let change = state.take(found(&few), false, seconds(400));
+    assert_eq!(change.removed.len(), 9);
     assert!(!state.failing);
     assert_eq!(allowed(&state), list(&few));
 }
@@ -308,7 +318,7 @@ fn set_that_shrank_is_taken_at_once_when_told_so() {
         let mut state = with_ten(&format!("{DNS}, retire_after: 1m"));
         if later {
             state.take(found(&TEN[..1]), false, seconds(100));
-            assert_eq!(state.next_tick(), Some(seconds(100 + 660)));
+            assert_eq!(state.next_tick(), None);
         }
         state.take(found(&TEN[..1]), true, seconds(110));
         assert!(!state.failing);
@@ -382,22 +392,19 @@ fn members_of_a_family_that_failed_stay_and_the_other_family_is_followed() {
 #[test]
 fn members_of_a_family_that_failed_are_not_older_than_max_age() {
     let both = ["192.0.2.10/32", "2001:db8::1/128"];
-    let fields = format!("{DNS}, max_age: 1h, retire_after: 0s, shrink_after: 0s");
-    let mut state = State::new(region(&fields), seconds(0));
+    let mut state = State::new(region(&format!("{DNS}, max_age: 1h")), seconds(0));
     state.take(found(&both), false, seconds(0));
-    state.take(without(false, true, &["192.0.2.10/32"]), false, seconds(20));
-    state.take(
-        without(false, true, &["192.0.2.10/32"]),
-        false,
-        seconds(3619),
-    );
+    let v4 = || without(false, true, &["192.0.2.10/32"]);
+    state.take(v4(), false, seconds(20));
+    state.take(v4(), false, seconds(3600));
+    assert_eq!(state.next_tick(), Some(seconds(3620)));
+    assert!(state.tick(seconds(3619)).is_empty());
     assert_eq!(allowed(&state), list(&both));
-    state.take(
-        without(false, true, &["192.0.2.10/32"]),
-        false,
-        seconds(3620),
-    );
-    assert_eq!(allowed(&state), list(&["192.0.2.10/32"]));
+    let change = state.tick(seconds(3620));
+    assert_eq!(change.removed, list(&both[1..]));
+    assert_eq!(allowed(&state), list(&both[..1]));
+    state.take(v4(), false, seconds(3640));
+    assert_eq!(allowed(&state), list(&both[..1]));
 }
 
 #[test]
@@ -677,7 +684,7 @@ fn kept_set_is_restored_unless_it_breaks_a_guard() {
     restored.restore(kept.clone(), earlier).unwrap();
     assert_eq!(
         restored.next_tick(),
-        Some(earlier + Duration::from_mins(70))
+        Some(earlier + Duration::from_hours(1))
     );
 
     for (fields, bad) in [
