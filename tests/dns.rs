@@ -356,6 +356,47 @@ fn records_of_one_type_that_fail_do_not_take_the_other_with_them() {
     fixture.only_the_right_address_gets_in("with A records alone");
 }
 
+/// What is kept of all names cannot be told from what another name has.
+#[test]
+fn type_of_records_that_fails_for_one_name_and_not_for_another_fails_the_look_up() {
+    let mut fixture = Fixture::new("dns-two-names", false);
+    fixture
+        .dns
+        .set(&format!("{ZONE}egress 60 AAAA 2001:db8::10\n"));
+    let broken = Arc::new(AtomicUsize::new(0));
+    let now = broken.clone();
+    let _tamperer = fixture.tamper(move |_, answer| {
+        let query = &answer.queries[0];
+        let is_meant =
+            query.name().to_string() == "guest.test." && query.query_type() == RecordType::AAAA;
+        if is_meant && now.load(Ordering::Relaxed) == 1 {
+            answer.metadata.response_code = ResponseCode::ServFail;
+        }
+    });
+    fixture.more = "min_refresh: 1h, max_refresh: 1h".into();
+    fixture
+        .net
+        .write_policy(&fixture.policy("egress.test, guest"));
+    fixture.net.start();
+    assert!(wait_until(|| fixture.region()["confirmed"] != Value::Null));
+    let before = fixture.region()["prefixes"].clone();
+    assert_eq!(before.as_array().unwrap().len(), 3);
+    broken.store(1, Ordering::Relaxed);
+    fixture
+        .dns
+        .set(&format!("{ZONE}egress 60 AAAA 2001:db8::11\n"));
+    let output = fixture.net.agent(&["refresh", "x"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let names_it = text.contains("look up guest.test: AAAA records: ");
+    assert!(names_it && text.contains("Server Failure"), "{text}");
+    let region = fixture.region();
+    assert_eq!(
+        (&region["prefixes"], &region["partial"]),
+        (&before, &Value::Bool(false)),
+        "{region}"
+    );
+}
+
 #[test]
 fn resolver_configuration_that_a_look_up_does_not_need_is_ignored() {
     let mut fixture = Fixture::new("dns-resolv-conf", false);

@@ -64,6 +64,7 @@ fn dns_change_is_followed_and_an_address_that_leaves_retires() {
     assert_eq!(region(&net, "x")["change"]["removed"][0], "203.0.113.10/32");
 
     // Another set altogether is followed at once, and what left is held.
+    net.reload(&policy(&dns("retire_after: 1s")));
     dns_server.set("egress 1 A 203.0.113.10\n");
     let follows = || net.connect(ALLOWED4.into(), DB) == Connection::Accepted;
     net.watch(&[Protected::tcp(PORT, &[&expected[..], &GOOD[..1]].concat())]);

@@ -428,7 +428,7 @@ fn secrets_of_a_region_are_shown_nowhere() {
         }
     };
     shows_none(&net);
-    let warning = "region x: others can read the password in its URL";
+    let warning = "region x: others can read what may be a secret in its URL";
     for (mode, is_public) in [(0o644, true), (0o640, false)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
         let checked = net.agent_text(&["check", path]);
