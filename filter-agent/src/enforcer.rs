@@ -178,7 +178,6 @@ impl Enforcer {
         &'a self,
         occasion: &'a Occasion,
         host: &'a [Interface],
-        settings: &'a Settings,
         pinned: &'a [Pinned],
         program_id: u32,
     ) -> Facts<'a> {
@@ -190,7 +189,7 @@ impl Enforcer {
             },
             remembered: &self.in_force.remembered,
             host,
-            settings,
+            settings: Settings::read,
             pinned,
         }
     }
@@ -205,17 +204,10 @@ impl Enforcer {
             Occasion::Change => Vec::new(),
             _ => self.filter.pinned()?,
         };
-        let settings = Settings::read();
         reconcile::prepare(
             desired,
             occasion,
-            &self.facts(
-                occasion,
-                host,
-                &settings,
-                &pinned,
-                self.filter.program_id()?,
-            ),
+            &self.facts(occasion, host, &pinned, self.filter.program_id()?),
             |interface, mode| self.filter.check_interface(interface, mode),
             |compiled| self.filter.plan(compiled),
         )
@@ -603,7 +595,7 @@ pub struct Handle {
     work: Arc<Work>,
 }
 
-/// What callers want done, for the thread that does it.
+/// The jobs of callers, for the thread that does them.
 pub struct Jobs {
     received: Receiver<Job>,
     work: Arc<Work>,

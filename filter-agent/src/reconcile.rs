@@ -63,7 +63,8 @@ pub struct Facts<'a> {
     pub remembered: &'a Remembered,
     /// A whole dump.
     pub host: &'a [Interface],
-    pub settings: &'a Settings,
+    /// Reads the kernel's settings; a change of regions does not need them.
+    pub settings: fn() -> Settings,
     pub pinned: &'a [Pinned],
     /// The kernel's id of this agent's program.
     pub program_id: u32,
@@ -211,6 +212,7 @@ pub fn prepare(
     let coverage = Coverage::of(policy, remembered, host);
     report.warnings = desired.file.warnings(&desired.compiled);
     report.warnings.extend(coverage.warnings(host));
+    let settings = settings();
     report.warnings.extend(settings.port_warnings(policy));
     let forwarded = settings.forward_warnings(policy, &coverage.present);
     report.warnings.extend(forwarded);

@@ -74,7 +74,7 @@ fn reload_that_lists_what_never_was_there_is_refused_and_a_start_is_not() {
         before: Some(&old.policy),
         remembered: &remembered,
         host: &host,
-        settings: &Settings::read(),
+        settings: Settings::read,
         pinned: &[pinned(2)],
         program_id: 1,
     };
@@ -92,7 +92,7 @@ fn reload_that_lists_what_never_was_there_is_refused_and_a_start_is_not() {
         before: None,
         remembered: &remembered,
         host: &host,
-        settings: &Settings::read(),
+        settings: Settings::read,
         pinned: &[],
         program_id: 1,
     };
@@ -111,7 +111,7 @@ fn nothing_is_detached_while_an_entry_has_no_interface() {
         before: Some(&old.policy),
         remembered: &remembered,
         host: &host,
-        settings: &Settings::read(),
+        settings: Settings::read,
         pinned: &[pinned(2), pinned(3)],
         program_id: 1,
     };
@@ -150,7 +150,7 @@ fn listed_interface_that_cannot_be_filtered_refuses_the_change() {
         before: None,
         remembered: &remembered,
         host: &host,
-        settings: &Settings::read(),
+        settings: Settings::read,
         pinned: &[],
         program_id: 1,
     };
@@ -173,7 +173,7 @@ fn interface_that_only_memory_lists_refuses_nothing() {
         before: Some(&listed.policy),
         remembered: &remembered,
         host: &host,
-        settings: &Settings::read(),
+        settings: Settings::read,
         pinned: &[pinned(2)],
         program_id: 1,
     };
@@ -192,7 +192,7 @@ fn change_of_regions_looks_at_no_interface() {
         before: Some(&file.policy),
         remembered: &remembered,
         host: &[],
-        settings: &Settings::read(),
+        settings: Settings::read,
         pinned: &[],
         program_id: 1,
     };
