@@ -27,7 +27,7 @@ impl Agent {
         let look_up = LookUp {
             number: self.look_ups.begin(name, accept, waiter),
             region: state.region.clone(),
-            // What is accepted must be read: that it did not change since is no answer.
+            // A result can only be accepted as a whole: without the version the source returns all of it.
             version: state.version().filter(|_| !accept).cloned(),
         };
         self.effects.push(Effect::LookUp(look_up));

@@ -147,7 +147,7 @@ fn of_iptables(text: &str) -> Vec<Redirect> {
 
 fn of_line(line: &str) -> Option<Redirect> {
     let words: Vec<&str> = line.split_whitespace().collect();
-    // What follows a negation is everything else.
+    // A negated option names the ports that the rule leaves alone.
     let after = |option: &str| {
         let place = words.iter().position(|word| *word == option)?;
         let is_negated = place > 0 && words[place - 1] == "!";

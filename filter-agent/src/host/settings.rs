@@ -190,7 +190,7 @@ mod tests {
         assert!(warnings(true, &bridged, &own).is_empty());
     }
 
-    /// What the service's sandbox hides was taken for off.
+    /// A setting that the service's sandbox hides was taken for off.
     #[test]
     fn setting_that_cannot_be_read_is_unknown_and_not_off() {
         let policy = policy(ORDERS);

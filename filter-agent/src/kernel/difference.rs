@@ -101,7 +101,7 @@ impl Image {
                 (database(guard.slot()), format!("{text}{tls}{monitored}"))
             };
             let [old, new] = [old, new].map(|guard| guard.map(described));
-            // What else changed of a guard is a difference of the policies.
+            // `policy::differences` lists the other changes of a guard.
             if old == new {
                 return;
             }

@@ -173,7 +173,7 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
         set("engine", spell(*engine).into());
         set("cancel_in_clear", cancel_in_clear.to_string());
         set("monitor: tls", monitor.to_string());
-        // What is only monitored is open anyway.
+        // A database that is only monitored stays open in any case.
         if !monitor {
             let unenforced = if *open_unenforced { "allow" } else { "close" };
             set("tls_unenforced", unenforced.into());
@@ -195,7 +195,7 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     settings
 }
 
-/// What a rule says beside its source: `"office", until 2026-12-31T18:00:00Z`.
+/// The label and the end of a rule: `"office", until 2026-12-31T18:00:00Z`.
 fn describe(rule: &Rule) -> String {
     let Rule {
         source: _,

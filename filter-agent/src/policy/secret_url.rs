@@ -24,7 +24,7 @@ impl SecretUrl {
     pub fn join(&self, reference: &str) -> Result<Self, ParseError> {
         let mut joined = self.0.join(reference)?;
         if joined.origin() == self.0.origin() && !has_user(&joined) {
-            // Both fail only for URLs without a host, whose origin is no other URL's.
+            // Both fail only for URLs without a host, and the origin of such a URL equals no other.
             let _ = joined.set_username(self.0.username());
             let _ = joined.set_password(self.0.password());
         }

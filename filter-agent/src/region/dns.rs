@@ -112,8 +112,8 @@ impl<H: DnsHandle> Asked<H> {
         );
         found.ask_again = Some(Duration::from_secs(ttl.into()));
         for (kind, error) in &failed {
-            // What another name has of that type would be mixed with what is kept of all: neither would ever be known to
-            // have left.
+            // The last members are kept for all names together: beside the records of another name it could never be told
+            // which of them have left.
             let is_other = |prefix: &IpNet| match kind {
                 DnsType::A => matches!(prefix, IpNet::V4(_)),
                 DnsType::Aaaa => matches!(prefix, IpNet::V6(_)),

@@ -93,7 +93,7 @@ fn header(line: &[u8]) -> Result<(HeaderName, HeaderValue)> {
     let expected = "it is not a header, such as `Authorization: Bearer TOKEN`";
     let colon = line.iter().position(|&byte| byte == b':');
     let (name, value) = line.split_at(colon.context(expected)?);
-    // What stands before a colon may be a part of a secret: only names that are known are quoted.
+    // The text before a colon may be part of a secret: only the reserved names are quoted.
     let name = HeaderName::from_bytes(name).ok().context(expected)?;
     ensure!(
         !RESERVED.contains(&name) && !RESERVED_TOO.contains(&name.as_str()),
