@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use aya::maps::{Array, Map, MapData};
 use filter_agent::{
+    clock::{BootTime, Now},
     compile::{Regions, compile},
     kernel::{counters::Counts, filter::Filter},
     policy::{self, Policy},
     region::state as region,
+    temporary::{Ends, Temporary, Timed},
 };
+use filter_common::LAYOUT;
 use jiff::Timestamp;
 
 use crate::{
@@ -15,14 +19,26 @@ use crate::{
     reference::{Expected, verdict},
 };
 
+/// A thousand seconds after a boot.
+fn now() -> Now {
+    let now = "2026-06-01T12:00:00Z".parse().unwrap();
+    Now {
+        boot: BootTime(1_000_000_000_000),
+        steady: now,
+        wall: now,
+    }
+}
+
 pub struct Loaded {
     pub filter: Filter,
     pub policy: Policy,
     pub regions: Regions,
-    pub now: Timestamp,
+    pub timed: Timed,
+    /// The ends in the kernel as the policy has them, by rule id.
+    ends: Vec<u64>,
     counts: Counts,
     // Unmounted last.
-    _bpffs: Bpffs,
+    bpffs: Bpffs,
 }
 
 impl Loaded {
@@ -34,21 +50,62 @@ impl Loaded {
             filter,
             policy: parsed,
             regions,
-            now: "2026-06-01T12:00:00Z".parse().unwrap(),
+            timed: Timed {
+                now: now(),
+                ends: Ends::default(),
+                temporary: Vec::new(),
+            },
+            ends: Vec::new(),
             counts: Counts::new(),
-            _bpffs: bpffs,
+            bpffs,
         };
         loaded.apply(policy);
         loaded
     }
 
     pub fn apply(&mut self, policy: &str) {
+        self.apply_with(policy, Vec::new());
+    }
+
+    /// `apply`, with temporary rules.
+    pub fn apply_with(&mut self, policy: &str, temporary: Vec<Temporary>) {
         (self.policy, self.regions) = parse(policy);
-        let compiled = compile(&self.policy, &self.regions, self.now);
+        self.timed = Timed {
+            temporary,
+            ..Timed::of(&self.policy, now())
+        };
+        self.set_ends(|end| end);
+        let compiled = compile(&self.policy, &self.regions, &self.timed);
         self.filter.apply(&compiled).unwrap();
         // As the agent does; frames are judged by themselves here, without sockets.
         self.filter.set_judged(compiled.forces_tls()).unwrap();
+        let ends = self.ends_in_kernel();
+        self.ends = ends.iter().map(|end| end.unwrap()).collect();
+        self.pass_to(self.timed.now.boot);
         self.counts = self.filter.counts().unwrap();
+    }
+
+    /// Lets time pass: for the kernel, whose clock cannot be set, what has ended by then ended long ago, and the rest ends
+    /// never. Nothing else is written, as where no agent runs.
+    pub fn pass_to(&mut self, time: BootTime) {
+        self.timed.now.boot = time;
+        self.set_ends(|end| if end <= time.0 { 1 } else { u64::MAX });
+    }
+
+    fn ends_in_kernel(&self) -> Array<MapData, u64> {
+        let pin = self
+            .bpffs
+            .path()
+            .join(format!("filter-agent/v{LAYOUT}/ENDS"));
+        let map = MapData::from_pin(pin).unwrap();
+        Array::try_from(Map::Array(map)).unwrap()
+    }
+
+    fn set_ends(&self, end: impl Fn(u64) -> u64) {
+        let mut ends = self.ends_in_kernel();
+        for (id, &of_policy) in (0..).zip(&self.ends).filter(|(_, end)| **end != 0) {
+            ends.set(id, end(of_policy), 0).unwrap();
+        }
     }
 
     /// Runs the program on a frame: what it did, and where it counted that.
@@ -83,7 +140,7 @@ impl Loaded {
 
     /// What the reference says of a frame.
     pub fn expected(&self, frame: &[u8]) -> Expected {
-        verdict(&self.policy, &self.regions, frame, self.now)
+        verdict(&self.policy, &self.regions, frame, &self.timed)
     }
 }
 

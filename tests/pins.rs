@@ -7,10 +7,12 @@ use std::{
 };
 
 use filter_agent::{
+    clock::Clock,
     compile::{Compiled, Regions, compile},
     host::Interface,
     kernel::{difference::Difference, filter::Filter, links::is_gone},
     policy::{self, Mode},
+    temporary::Timed,
 };
 use filter_common::LAYOUT;
 use filter_tests::{
@@ -20,7 +22,6 @@ use filter_tests::{
         wait_until,
     },
 };
-use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -30,7 +31,11 @@ const DB: SocketAddr = SocketAddr::new(IpAddr::V4(DB4), PORT);
 fn compiled(rule: &str) -> Compiled {
     let text = policy_text("eth0", "native", &[dedicated("orders", PORT, &[rule], "")]);
     let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
-    compile(&policy, &Regions::new(), Timestamp::now())
+    compile(
+        &policy,
+        &Regions::new(),
+        &Timed::of(&policy, Clock::start().now()),
+    )
 }
 
 #[test]

@@ -4,9 +4,15 @@ use std::{
     collections::BTreeSet,
     fmt::Write as _,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
 };
 
-use filter_agent::{kernel::counters::Counts, policy::parse_cidr};
+use filter_agent::{
+    clock::{BootTime, Now},
+    kernel::counters::Counts,
+    policy::{self, Model, Policy, parse_cidr},
+    temporary::{Kind, Temporary},
+};
 use filter_common::Reason;
 use filter_tests::{
     frames::{self, Addressing, Packet, Protocol, Rng},
@@ -56,6 +62,39 @@ fn random_prefixes(rng: &mut Rng, count: usize) -> Vec<String> {
     let texts = prefixes.iter().map(ToString::to_string);
     // What the policy refuses, such as 127.0.0.0/9, no rule of any policy can say.
     texts.filter(|text| parse_cidr(text).is_ok()).collect()
+}
+
+/// One is past.
+const EXPIRES: [&str; 8] = [
+    "",
+    "",
+    "",
+    "",
+    ", expires: 2026-01-01T00:00:00Z",
+    ", expires: 2026-06-01T13:00:00Z",
+    ", expires: 2026-06-01T14:00:00Z",
+    ", expires: 2026-06-02T12:00:00Z",
+];
+
+/// Exceptions inside a prefix, that leave something of it, as a field.
+fn random_exceptions(rng: &mut Rng, prefix: &str) -> String {
+    let outer: IpNet = prefix.parse().unwrap();
+    if rng.u8(..4) > 0 || outer.prefix_len() > 20 {
+        return String::new();
+    }
+    let holes: Vec<String> = (0..rng.usize(1..4))
+        .filter_map(|_| match outer {
+            IpNet::V4(outer) => {
+                let host = rng.u32(..) & !u32::from(outer.netmask());
+                let address = u32::from(outer.network()) | host;
+                let length = rng.u8(outer.prefix_len() + 4..=32);
+                Some(IpNet::V4(Ipv4Net::new_assert(address.into(), length).trunc()).to_string())
+            }
+            IpNet::V6(_) => None,
+        })
+        .filter(|text| parse_cidr(text).is_ok())
+        .collect();
+    format!(", except: [{}]", quoted(&holes))
 }
 
 /// A policy file that the parser accepts.
@@ -108,12 +147,14 @@ fn random_policy(rng: &mut Rng) -> String {
             writeln!(text, "    addresses: [{}]", quoted(&addresses)).unwrap();
         }
         let cluster = rng.usize(..3);
-        writeln!(
-            text,
-            "    cluster: [{}]",
-            quoted(&random_prefixes(rng, cluster))
-        )
-        .unwrap();
+        text.push_str("    cluster:\n");
+        for prefix in random_prefixes(rng, cluster) {
+            let expires = pick(rng, &EXPIRES);
+            writeln!(text, "      - {{cidr: \"{prefix}\"{expires}}}").unwrap();
+        }
+        if text.ends_with("cluster:\n") {
+            text.insert_str(text.len() - 1, " []");
+        }
         if rng.u8(..4) == 0 {
             text.push_str("    model: shared\n");
             continue;
@@ -121,8 +162,9 @@ fn random_policy(rng: &mut Rng) -> String {
         text.push_str("    model: dedicated\n    force_tls: false\n    rules:\n");
         let rules = rng.usize(..25);
         for prefix in random_prefixes(rng, rules) {
-            let expires = pick(rng, &["", "", "", ", expires: 2026-01-01T00:00:00Z"]);
-            writeln!(text, "      - {{cidr: \"{prefix}\"{expires}}}").unwrap();
+            let except = random_exceptions(rng, &prefix);
+            let expires = pick(rng, &EXPIRES);
+            writeln!(text, "      - {{cidr: \"{prefix}\"{except}{expires}}}").unwrap();
         }
         let region = pick(rng, &["office", "cloud"]);
         writeln!(text, "      - {{region: {region}}}").unwrap();
@@ -318,6 +360,7 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
         Reason::TlsUnclear,
         Reason::TlsUnenforced,
         Reason::NoProxyHeader,
+        Reason::Blocked,
     ];
     let all = Reason::ALL
         .into_iter()
@@ -328,6 +371,102 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
         all.collect(),
         "seed {seed}: not every verdict came up"
     );
+}
+
+/// Rules, exceptions, members of clusters, temporary rules and blocks that overlap: before the first end, and at and after
+/// each, with the maps and the verdict caches as they were.
+#[test]
+fn every_end_is_an_end_without_an_agent() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut loaded = Loaded::new("interfaces: [eth0]\ndatabases: []\n");
+    let mut reasons = BTreeSet::new();
+    for _ in 0..120 {
+        let text = random_policy(&mut rng);
+        let (policy, _) = policy::parse(&text).unwrap();
+        let mut around = prefixes(&text);
+        let temporary = random_temporary(&mut rng, &policy, &around, loaded.timed.now);
+        around.extend(temporary.iter().map(|rule| rule.source));
+        let mut times: Vec<BootTime> = temporary.iter().map(|rule| rule.end).collect();
+        loaded.apply_with(&text, temporary);
+        times.extend(loaded.timed.ends.iter().map(|(_, end)| end));
+        times.extend(
+            times
+                .clone()
+                .iter()
+                .map(|end| BootTime(end.0.saturating_sub(1))),
+        );
+        times.retain(|&time| time > loaded.timed.now.boot);
+        times.sort_unstable();
+        times.dedup();
+        let frames: Vec<Vec<u8>> = (0..60)
+            .map(|_| {
+                let mut addressing = random_addressing(&mut rng, &around);
+                addressing.destination_port = pick(&mut rng, &PORTS);
+                Packet::new(&addressing, rng.u32(..)).frame()
+            })
+            .collect();
+        for time in [loaded.timed.now.boot].into_iter().chain(times) {
+            loaded.pass_to(time);
+            for frame in &frames {
+                let (expected, mut actual) = (loaded.expected(frame), loaded.run(frame));
+                reasons.extend(expected.reason);
+                // A block may outlast, in the verdict cache, the rule of the source that it blocks.
+                if expected.reason == Some(Reason::NotAllowed)
+                    && actual.reason == Some(Reason::Blocked)
+                {
+                    actual.reason = expected.reason;
+                }
+                assert_eq!(
+                    actual, expected,
+                    "seed {seed}: program left, reference right, at {time:?} of {:?}\n{frame:02x?}\nunder policy\n\
+                     {text}",
+                    loaded.timed
+                );
+            }
+        }
+    }
+    let all = [Reason::Allowed, Reason::NotAllowed, Reason::Blocked];
+    assert!(
+        all.iter().all(|reason| reasons.contains(reason)),
+        "seed {seed}: {reasons:?}"
+    );
+}
+
+/// Temporary rules and blocks at and around prefixes of a policy.
+fn random_temporary(rng: &mut Rng, policy: &Policy, around: &[IpNet], now: Now) -> Vec<Temporary> {
+    let mut rules: Vec<Temporary> = Vec::new();
+    for database in &policy.databases {
+        let Model::Dedicated { rules: written } = &database.model else {
+            continue;
+        };
+        let mut room = 30 - written.len();
+        for _ in 0..rng.usize(..8) {
+            let others: BTreeSet<IpNet> = around.iter().copied().collect();
+            let source = random_prefix(rng, &others);
+            let kind = pick(rng, &[Kind::Allow, Kind::Block]);
+            let is_same = |rule: &Temporary| {
+                (&rule.database, rule.kind, rule.source) == (&database.name, kind, source)
+            };
+            let is_full = kind == Kind::Allow && room == 0;
+            if is_full || parse_cidr(&source.to_string()).is_err() || rules.iter().any(is_same) {
+                continue;
+            }
+            room -= usize::from(kind == Kind::Allow);
+            let end = now.boot.after(Duration::from_secs(rng.u64(1..5) * 1800));
+            rules.push(Temporary {
+                database: database.name.clone(),
+                kind,
+                source,
+                label: None,
+                added: now.wall,
+                by: None,
+                end,
+                until: now.date_of(end),
+            });
+        }
+    }
+    rules
 }
 
 /// Few places, many sources: each is judged again and again, known or not, near an allowed prefix or far

@@ -4,6 +4,7 @@ use std::{net::Ipv4Addr, path::PathBuf, process::Command};
 
 use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
+    clock::{BootTime, Clock},
     compile::{Compiled, Regions, compile},
     kernel::{
         apply::{NotTakenBack, Unknown},
@@ -12,16 +13,20 @@ use filter_agent::{
         probe::{frame, probes},
     },
     policy,
+    temporary::Timed,
 };
-use filter_common::{LAYOUT, Protocol, Reason, SLOT_BITS, Source4, slot_key};
+use filter_common::{LAYOUT, Protocol, Reason, SECTION_BITS, Section, Source4};
 use filter_tests::bpffs::Bpffs;
 use ipnet::Ipv4Net;
-use jiff::Timestamp;
 
 fn compiled(databases: &str) -> Compiled {
     let text = format!("interfaces: [eth0]\ndatabases:\n{databases}");
     let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
-    compile(&policy, &Regions::new(), Timestamp::now())
+    compile(
+        &policy,
+        &Regions::new(),
+        &Timed::of(&policy, Clock::start().now()),
+    )
 }
 
 /// A database on as many ports of as many local addresses as the map has room for.
@@ -43,9 +48,10 @@ fn many(network: u8) -> Compiled {
     let mut compiled = compiled(&format!(
         "  - {{name: a, port: 1, model: dedicated, force_tls: false, rules: [{{cidr: 10.{network}.0.0/16}}]}}\n"
     ));
+    let (_, held) = compiled.databases["a"].v4[0];
     let hosts = (0..4_000_u16).map(|host| {
         let [high, low] = (host * 2).to_be_bytes();
-        (Ipv4Net::from(Ipv4Addr::new(10, network, high, low)), 0)
+        (Ipv4Net::from(Ipv4Addr::new(10, network, high, low)), held)
     });
     compiled.databases.get_mut("a").unwrap().v4 = hosts.collect();
     compiled
@@ -199,8 +205,8 @@ fn prefixes_that_do_not_fit_half_way_are_taken_back_however_many() {
     let others = (0..3_000_u16).map(|host| {
         let [high, low] = host.to_be_bytes();
         let address = [192, 0, high, low];
-        let slot = slot_key(99);
-        Key::new(SLOT_BITS + 32, Source4 { slot, address })
+        let section = Section::rules(99);
+        Key::new(SECTION_BITS + 32, Source4 { section, address })
     });
     let others: Vec<_> = others.collect();
     for key in &others {
@@ -246,7 +252,7 @@ fn what_was_applied_is_what_the_next_agent_finds() {
         drop(filter);
         let filter = Filter::open(bpffs.path(), Some(100)).unwrap();
         assert_eq!(filter.plan(&compiled).unwrap(), Difference::default());
-        for probe in probes(&compiled, 0) {
+        for probe in probes(&compiled, BootTime::default(), 0) {
             let frame = frame(probe.protocol, probe.source, probe.destination, probe.port);
             let expected = probe.allowed || probe.monitor;
             assert_eq!(

@@ -4,12 +4,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use filter_agent::{
-    compile::Regions,
-    policy::{Database, Model, Policy, Source},
+    compile::{Regions, RuleKey},
+    policy::{Database, Model, Policy, Rule, Source},
+    temporary::{Kind, Timed},
 };
 use filter_common::{Protocol, Reason};
 use ipnet::IpNet;
-use jiff::Timestamp;
 
 use crate::frames::{
     AUTHENTICATION, DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, IPV4, IPV6, ROUTING, SERVICE_VLAN,
@@ -62,7 +62,7 @@ enum Content {
 
 use Content::{Other, Segment, Unclear};
 
-pub fn verdict(policy: &Policy, regions: &Regions, frame: &[u8], now: Timestamp) -> Expected {
+pub fn verdict(policy: &Policy, regions: &Regions, frame: &[u8], timed: &Timed) -> Expected {
     match content(frame) {
         Other => Expected::not_concerned(),
         Unclear(reason, protocols) => {
@@ -85,7 +85,7 @@ pub fn verdict(policy: &Policy, regions: &Regions, frame: &[u8], now: Timestamp)
                 .iter()
                 .find(|database| database.addresses.is_empty());
             if let Some(database) = everywhere {
-                return judge(policy, regions, database, source, now);
+                return judge(policy, regions, database, source, timed);
             }
             if at_port.is_empty() {
                 return Expected::not_concerned();
@@ -105,7 +105,7 @@ pub fn verdict(policy: &Policy, regions: &Regions, frame: &[u8], now: Timestamp)
                     .any(|address| address.to_canonical() == canonical)
             };
             match at_port.iter().find(listens) {
-                Some(database) => judge(policy, regions, database, source, now),
+                Some(database) => judge(policy, regions, database, source, timed),
                 None => Expected::not_concerned(),
             }
         }
@@ -131,14 +131,50 @@ fn judge(
     regions: &Regions,
     database: &Database,
     source: IpAddr,
-    now: Timestamp,
+    timed: &Timed,
 ) -> Expected {
-    let reason = if is_no_source(source) {
-        Reason::BadSource
-    } else if is_allowed(policy, regions, database, source, now) {
-        Reason::Allowed
-    } else {
-        Reason::NotAllowed
+    let temporary = |kind| {
+        let mut rules = timed.temporary.iter();
+        rules.any(|rule| {
+            rule.kind == kind
+                && rule.database == database.name
+                && rule.end > timed.now.boot
+                && rule.source.contains(&source)
+        })
+    };
+    let is_in_force = |rule: &Rule, key: RuleKey| {
+        rule.expires.is_none_or(|expires| {
+            timed.ends.of(&database.name, &key, expires, timed.now) > timed.now.boot
+        })
+    };
+    let holds = |rule: &Rule| {
+        let held = |prefixes: &[IpNet]| prefixes.iter().any(|prefix| prefix.contains(&source));
+        let inside = match &rule.source {
+            Source::Cidr(prefix) => held(&[*prefix]),
+            Source::Region(name) => held(&regions[name]),
+        };
+        inside && !held(&rule.except)
+    };
+    let is_member = database
+        .cluster
+        .iter()
+        .any(|member| is_in_force(member, RuleKey::Member(member.source.clone())) && holds(member));
+    let by_model = match &database.model {
+        Model::Shared { internet } => {
+            let mut regional = policy.regional_network.iter();
+            *internet || regional.any(|prefix| prefix.contains(&source))
+        }
+        Model::Dedicated { rules } => rules
+            .iter()
+            .any(|rule| is_in_force(rule, RuleKey::Rule(rule.source.clone())) && holds(rule)),
+    };
+    let is_allowed = by_model || temporary(Kind::Allow);
+    let reason = match (is_no_source(source), is_member, is_allowed) {
+        (true, ..) => Reason::BadSource,
+        (false, true, _) => Reason::Allowed,
+        (false, false, true) if temporary(Kind::Block) => Reason::Blocked,
+        (false, false, true) => Reason::Allowed,
+        (false, false, false) => Reason::NotAllowed,
     };
     Expected {
         pass: reason == Reason::Allowed || database.monitor,
@@ -146,31 +182,6 @@ fn judge(
         reason: Some(reason),
         monitored: database.monitor,
     }
-}
-
-fn is_allowed(
-    policy: &Policy,
-    regions: &Regions,
-    database: &Database,
-    source: IpAddr,
-    now: Timestamp,
-) -> bool {
-    let holds = |prefixes: &[IpNet]| prefixes.iter().any(|prefix| prefix.contains(&source));
-    let by_model = match &database.model {
-        Model::Shared { internet } => *internet || holds(&policy.regional_network),
-        Model::Dedicated { rules } => rules.iter().any(|rule| {
-            rule.expires.is_none_or(|expires| now < expires)
-                && match &rule.source {
-                    Source::Cidr(prefix) => holds(&[*prefix]),
-                    Source::Region(name) => holds(&regions[name]),
-                }
-        }),
-    };
-    let member = database.cluster.iter().any(|member| match &member.source {
-        Source::Cidr(prefix) => holds(&[*prefix]),
-        Source::Region(name) => holds(&regions[name]),
-    });
-    by_model || member
 }
 
 /// RFC 6890: special addresses that no packet from another host carries as its source.

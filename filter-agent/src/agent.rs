@@ -2,14 +2,15 @@
 //! a time; events that would start another one wait until it is done.
 
 mod regions;
+mod temporary;
 
 use std::{collections::VecDeque, mem, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use jiff::Timestamp;
 
 use crate::{
-    clock::{Ends, Now},
+    clock::{BootTime, Now},
     enforcer::Checked,
     event::{Effect, Event, Order, ReloadOptions, Reply, Request},
     host::coverage::Remembered,
@@ -27,6 +28,7 @@ use crate::{
     snapshot::{Snapshot, describe},
     start::Started,
     store::{Record, Write},
+    temporary::{Ends, Timed},
 };
 
 /// Longest time between two ticks: the host's clock may be set meanwhile.
@@ -35,8 +37,14 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// The change that is under way.
 #[derive(Debug)]
 enum UnderWay {
-    Change { regions: Regions, cause: Cause },
-    Detach { reply: Reply<Vec<String>> },
+    Change {
+        regions: Regions,
+        timed: Timed,
+        cause: Cause,
+    },
+    Detach {
+        reply: Reply<Vec<String>>,
+    },
 }
 
 #[derive(Debug)]
@@ -56,6 +64,10 @@ enum Cause {
         /// When the rules that are taken out ended.
         ended: Option<Timestamp>,
     },
+    Temporary {
+        done: report::Temporary,
+        reply: Reply<report::Temporary>,
+    },
 }
 
 pub struct Agent {
@@ -67,7 +79,9 @@ pub struct Agent {
     remembered: Remembered,
     now: Now,
     started: Timestamp,
-    ends: Ends,
+    timed: Timed,
+    /// When the next rule ends.
+    next_end: Option<BootTime>,
     look_ups: LookUps,
     under_way: Option<UnderWay>,
     /// Events that wait for the change that is under way.
@@ -95,14 +109,17 @@ impl Agent {
             file,
             regions,
             unsaved,
+            timed,
             committed,
             checked,
             confirmed,
+            kept,
             instead_of_file,
             unreadable,
+            unkept,
         } = started;
         let saved = regions.keys().filter(|name| !unsaved.contains(*name));
-        let saves = Saves::new(confirmed, saved.cloned(), now.steady);
+        let saves = Saves::new(confirmed, kept, saved.cloned(), now.steady);
         let mut agent = Self {
             path,
             file,
@@ -111,7 +128,8 @@ impl Agent {
             remembered: Remembered::default(),
             now,
             started: now.wall,
-            ends: Ends::start(now),
+            timed,
+            next_end: committed.compiled.next_end,
             look_ups: LookUps::default(),
             under_way: None,
             deferred: VecDeque::new(),
@@ -137,7 +155,8 @@ impl Agent {
         }
         agent.forget_unused();
         agent.checked(checked);
-        for error in committed.errors.into_iter().chain(agent.unreadable.clone()) {
+        let unread = agent.unreadable.clone().into_iter().chain(unkept);
+        for error in committed.errors.into_iter().chain(unread) {
             agent.log(Entry::error(error));
         }
         agent.tick();
@@ -193,6 +212,9 @@ impl Agent {
                 accept,
                 reply,
             }) => self.refresh(region, accept, reply),
+            Event::Request(Request::Temporary { change, by, reply }) => {
+                self.change_temporary(change, by, reply);
+            }
             Event::Request(Request::Detach { reply }) => {
                 self.under_way = Some(UnderWay::Detach { reply });
                 self.effects.push(Effect::Detach);
@@ -218,6 +240,8 @@ impl Agent {
         self.deferred.clear();
         self.proposals = Proposals::default();
         self.refreshes = Refreshes::default();
+        // What is left of each rule, for a start after a reboot.
+        self.keep_temporary(true);
     }
 
     // Proposals: a reload or a plan, until it is decided.
@@ -283,26 +307,31 @@ impl Agent {
         };
         let asked = answers.keys().cloned().collect();
         let next = region::next(&file.policy, &self.regions, answers, self.now.steady);
-        let order = |regions: &Regions, at| Order {
-            file: file.clone(),
-            prefixes: region::prefixes(regions),
-            at,
+        // A reload computes the ends anew, by the host's clock.
+        let timed = Timed {
+            now: self.now,
+            ends: Ends::anew(&file.policy, self.now),
+            temporary: self.timed.of_policy(&file.policy),
         };
         match (aim, next) {
             (Aim::Reload(Reload { options, reply }), Ok(regions)) => {
-                // A reload computes the ends anew, by the host's clock.
-                let order = order(&regions, self.now.wall);
                 let occasion = Occasion::Reload {
                     allow_unprotect: options.allow_unprotect,
                 };
-                let cause = Cause::Reload { file, asked, reply };
-                self.change(regions, cause, order, occasion, options.existing);
+                let cause = Cause::Reload {
+                    file: file.clone(),
+                    asked,
+                    reply,
+                };
+                self.change(file, regions, timed, cause, occasion, options.existing);
             }
             (Aim::Plan { reply }, Ok(regions)) => {
-                self.effects.push(Effect::Plan {
-                    order: order(&regions, self.now.wall),
-                    reply,
-                });
+                let order = Order {
+                    file,
+                    prefixes: region::prefixes(&regions),
+                    timed,
+                };
+                self.effects.push(Effect::Plan { order, reply });
                 self.watch_used();
             }
             (aim, Err(error)) => self.refuse_aim(aim, error),
@@ -334,13 +363,23 @@ impl Agent {
 
     fn change(
         &mut self,
+        file: Arc<PolicyFile>,
         regions: Regions,
+        timed: Timed,
         cause: Cause,
-        order: Order,
         occasion: Occasion,
         existing: bool,
     ) {
-        self.under_way = Some(UnderWay::Change { regions, cause });
+        let order = Order {
+            file,
+            prefixes: region::prefixes(&regions),
+            timed: timed.clone(),
+        };
+        self.under_way = Some(UnderWay::Change {
+            regions,
+            timed,
+            cause,
+        });
         self.effects.push(Effect::Commit {
             order,
             occasion,
@@ -350,16 +389,22 @@ impl Agent {
 
     /// A change of the regions or by time, under the policy in force.
     fn change_regions(&mut self, regions: Regions, cause: Cause) {
-        let order = Order {
-            file: self.file.clone(),
-            prefixes: region::prefixes(&regions),
-            at: self.ends.now(self.now),
-        };
-        self.change(regions, cause, order, Occasion::Change, false);
+        let timed = self.timed.at(self.now);
+        self.change_timed(regions, timed, cause);
+    }
+
+    fn change_timed(&mut self, regions: Regions, timed: Timed, cause: Cause) {
+        let file = self.file.clone();
+        self.change(file, regions, timed, cause, Occasion::Change, false);
     }
 
     fn committed(&mut self, result: Result<(Committed, Checked), Refused>) {
-        let Some(UnderWay::Change { regions, cause }) = self.under_way.take() else {
+        let Some(UnderWay::Change {
+            regions,
+            timed,
+            cause,
+        }) = self.under_way.take()
+        else {
             return;
         };
         match result {
@@ -369,6 +414,9 @@ impl Agent {
                 }
                 let before = mem::replace(&mut self.regions, regions);
                 self.enforced.next_expiry = committed.enforced.next_expiry;
+                self.next_end = committed.compiled.next_end;
+                self.timed = timed;
+                self.keep_temporary(false);
                 match cause {
                     Cause::Reload { file, asked, reply } => {
                         self.reloaded(file, &asked, &before, committed, checked, reply);
@@ -395,6 +443,9 @@ impl Agent {
                             self.region_done(&name, before.get(&name), change, &[]);
                         }
                         self.checked(checked);
+                    }
+                    Cause::Temporary { done, reply } => {
+                        self.temporary_changed(done, committed, checked, reply);
                     }
                 }
             }
@@ -435,6 +486,13 @@ impl Agent {
                 let error = format!("{what}: {}", refused.describe_alone());
                 self.retry_later(error, not_taken_back);
             }
+            Cause::Temporary { reply, .. } => {
+                let error = refused.describe_alone();
+                if not_taken_back {
+                    self.retry_later(error.clone(), true);
+                }
+                reply.send(Err(anyhow!(error)));
+            }
         }
     }
 
@@ -461,7 +519,6 @@ impl Agent {
         self.enforced = committed.enforced;
         self.instead_of_file = None;
         self.unreadable = None;
-        self.ends = Ends::start(self.now);
         // What was asked before is overtaken, or about a region that is no longer what it was.
         let regions = &self.regions;
         let ended = self.look_ups.end(|name| {
@@ -527,18 +584,21 @@ impl Agent {
         for name in due.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             self.look_up(&name, false, None);
         }
+        self.keep_temporary(false);
         if self.stuck.as_ref().is_some_and(|stuck| stuck.next > now) {
             return;
         }
         let is_due = |state: &State| state.next_tick().is_some_and(|next| next <= now);
         let due = self.regions.values().any(is_due);
-        let ends = self.ends.now(self.now);
-        let ended = self.enforced.next_expiry.filter(|&next| next <= ends);
+        let ended = self.next_end.filter(|&next| next <= self.now.boot);
+        let ended = ended.map(|end| self.now.date_of(end));
+        let mut timed = self.timed.at(self.now);
+        let is_nearer = timed.ends.bring_nearer(self.now);
         let must_repair = self
             .stuck
             .as_ref()
             .is_some_and(|stuck| stuck.not_taken_back);
-        if due || ended.is_some() || must_repair {
+        if due || ended.is_some() || is_nearer || must_repair {
             let mut regions = self.regions.clone();
             let mut changes = Vec::new();
             for (name, state) in &mut regions {
@@ -546,7 +606,7 @@ impl Agent {
                     changes.push((name.clone(), state.tick(now)));
                 }
             }
-            self.change_regions(regions, Cause::Time { changes, ended });
+            self.change_timed(regions, timed, Cause::Time { changes, ended });
         }
     }
 
@@ -570,8 +630,8 @@ impl Agent {
         // Nothing that is due begins now.
         if self.under_way.is_some() || self.is_detached || self.is_ending {
             wait = LONGEST_WAIT;
-        } else if let (Some(expiry), None) = (self.enforced.next_expiry, &self.stuck) {
-            wait = wait.min(until(expiry, now.wall));
+        } else if let (Some(end), None) = (self.next_end, &self.stuck) {
+            wait = wait.min(end.since(now.boot));
         }
         wait.min(LONGEST_WAIT)
     }
@@ -605,7 +665,7 @@ impl Agent {
         }
         let write = self.saves.confirm(&self.file.text, &self.remembered);
         self.effects.extend(write.map(Effect::Save));
-        self.saves.is_confirming()
+        self.saves.is_under_way(&Record::Confirmed)
     }
 
     /// Has a region's set written to disk, if it changed or its time there is old.
@@ -635,10 +695,13 @@ impl Agent {
         let entry = self.saves.written(write, result);
         self.effects.extend(entry.map(Effect::Log));
         // Not after a version that was overtaken: what is to outlast a restart is the latest one.
-        if write.record() == Record::Confirmed && !self.saves.is_confirming() {
-            for late in mem::take(&mut self.late) {
-                self.answer(late);
-            }
+        let record = write.record();
+        if self.saves.is_under_way(&record) {
+            return;
+        }
+        let waited = self.late.extract_if(.., |late| late.record() == record);
+        for late in waited.collect::<Vec<_>>() {
+            self.answer(late);
         }
     }
 
@@ -650,7 +713,7 @@ impl Agent {
             Ok(names) => {
                 self.is_detached = true;
                 let forget = self.saves.forget();
-                self.effects.push(Effect::Save(forget));
+                self.effects.extend(forget.map(Effect::Save));
                 self.late
                     .push(Late::detached(names, reply, self.now.steady));
             }
@@ -664,8 +727,9 @@ impl Agent {
     /// Sends a reply that waited for the disk.
     fn answer(&mut self, late: Late) {
         let ends_agent = late.ends_agent();
-        let error = self.saves.error(&Record::Confirmed).map(String::as_str);
-        late.send(error, self.saves.is_confirming());
+        let record = late.record();
+        let error = self.saves.error(&record).map(String::as_str);
+        late.send(error, self.saves.is_under_way(&record));
         if ends_agent {
             self.effects.push(Effect::Stop);
         }

@@ -4,12 +4,30 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 /// Time since boot, suspended or not (CLOCK_BOOTTIME): the clock of the packet path, too.
 pub fn since_boot() -> Duration {
     let time = clock_gettime(ClockId::Boottime);
     // Never negative.
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Nanoseconds since boot, suspended or not: as the packet path reads them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(transparent)]
+pub struct BootTime(pub u64);
+
+impl BootTime {
+    pub fn after(self, time: Duration) -> Self {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Self(self.0.saturating_add(nanoseconds))
+    }
+
+    /// Time from `earlier` on; zero where that is later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +38,8 @@ pub struct Clock {
 /// An instant, by both clocks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Now {
+    /// Ends of rules go by it.
+    pub boot: BootTime,
     /// Time since boot, counted from the date of the boot as the host's clock had it at the start. Only runs.
     /// Regions, retries and time limits go by it.
     pub steady: Timestamp,
@@ -36,8 +56,10 @@ impl Clock {
     }
 
     pub fn now(&self) -> Now {
+        let since_boot = since_boot();
         Now {
-            steady: self.boot + since_boot(),
+            boot: BootTime::default().after(since_boot),
+            steady: self.boot + since_boot,
             wall: Timestamp::now(),
         }
     }
@@ -49,30 +71,26 @@ impl Now {
         let set: SignedDuration = self.wall.duration_since(self.steady);
         steady.checked_add(set).unwrap_or(steady)
     }
-}
 
-/// The clock by which rules end: a host's clock that is set back does not make an end later, one that is set
-/// forward makes it earlier.
-#[derive(Clone, Copy, Debug)]
-pub struct Ends {
-    at: Now,
-}
-
-impl Ends {
-    /// Goes by the host's clock from now on.
-    pub fn start(now: Now) -> Self {
-        Self { at: now }
+    /// The time since boot at a date of the host's clock: zero for one before the boot.
+    pub fn boot_time_of(&self, date: Timestamp) -> BootTime {
+        let left = date.as_nanosecond() - self.wall.as_nanosecond();
+        let nanoseconds = i128::from(self.boot.0).saturating_add(left);
+        BootTime(nanoseconds.clamp(0, u64::MAX.into()) as u64)
     }
 
-    pub fn now(&mut self, now: Now) -> Timestamp {
-        let passed = now.steady.duration_since(self.at.steady);
-        let ran = self.at.wall.checked_add(passed).unwrap_or(self.at.wall);
-        self.at = Now {
-            steady: now.steady,
-            wall: ran.max(now.wall),
-        };
-        self.at.wall
+    /// The date of the host's clock at a time since boot.
+    pub fn date_of(&self, time: BootTime) -> Timestamp {
+        let left = i128::from(time.0) - i128::from(self.boot.0);
+        let date = Timestamp::from_nanosecond(self.wall.as_nanosecond() + left);
+        date.unwrap_or(Timestamp::MAX)
     }
+}
+
+/// The kernel's id of this boot.
+pub fn boot_id() -> Option<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -82,24 +100,10 @@ mod tests {
     fn at(steady: i64, wall: i64) -> Now {
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         Now {
+            boot: BootTime(steady as u64 * 1_000_000_000),
             steady: at(steady),
             wall: at(wall),
         }
-    }
-
-    #[test]
-    fn clock_that_is_set_back_or_forward_never_makes_an_end_later() {
-        let mut ends = Ends::start(at(100, 1000));
-        assert_eq!(ends.now(at(110, 1010)).as_second(), 1010);
-        // Set back by an hour: the end comes as it would have.
-        assert_eq!(ends.now(at(120, 1020 - 3600)).as_second(), 1020);
-        // Set forward by a day, and right again: what ended stays ended.
-        assert_eq!(ends.now(at(130, 1030 + 86400)).as_second(), 1030 + 86400);
-        assert_eq!(ends.now(at(140, 1040)).as_second(), 1040 + 86400);
-        assert_eq!(
-            Ends::start(at(150, 1050)).now(at(150, 1050)).as_second(),
-            1050
-        );
     }
 
     #[test]
@@ -109,5 +113,13 @@ mod tests {
         assert!(second.steady >= first.steady);
         let now = at(100, 4000);
         assert_eq!(now.on_host(at(90, 0).steady).as_second(), 3990);
+        for (date, time) in [(4010, 110), (3990, 90), (3900, 0)] {
+            let date = at(0, date).wall;
+            assert_eq!(now.boot_time_of(date).0, time * 1_000_000_000);
+        }
+        assert_eq!(now.boot_time_of(Timestamp::MIN).0, 0);
+        assert_eq!(now.date_of(at(110, 0).boot), at(0, 4010).wall);
+        // Later than the clock runs.
+        assert_eq!(now.boot_time_of(Timestamp::MAX).0, u64::MAX);
     }
 }

@@ -4,9 +4,12 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use filter_common::Protocol;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use jiff::Timestamp;
 
-use crate::policy::{Database, Model, Policy, Rule, Source, Tls};
+use crate::{
+    clock::BootTime,
+    policy::{Database, Model, Policy, Rule, Source, Tls},
+    temporary::{Kind, Timed, held},
+};
 
 /// Prefixes that each region allows, by its name. A region that is missing allows nobody.
 pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
@@ -15,8 +18,8 @@ pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Compiled {
     pub databases: BTreeMap<String, Entries>,
-    /// When the next rule expires.
-    pub next_expiry: Option<Timestamp>,
+    /// When the next rule or block ends.
+    pub next_end: Option<BootTime>,
     pub warnings: Vec<String>,
 }
 
@@ -29,20 +32,39 @@ pub struct Entries {
     pub addresses: Vec<IpAddr>,
     pub monitor: bool,
     pub tls: Option<Tls>,
-    /// Keys of the rules. Where two give the same prefix, it counts for the earlier one.
-    pub rules: Vec<RuleKey>,
-    /// Allowed prefixes, sorted, no two alike, with the place of their rule in `rules`.
-    pub v4: Vec<(Ipv4Net, u16)>,
-    pub v6: Vec<(Ipv6Net, u16)>,
+    /// Rules and blocks, with their ends.
+    pub rules: Vec<(RuleKey, Option<BootTime>)>,
+    /// Allowed prefixes, sorted. Two alike are the cluster's and the rules', in this order.
+    pub v4: Vec<(Ipv4Net, Held)>,
+    pub v6: Vec<(Ipv6Net, Held)>,
+    /// Blocked prefixes, sorted, no two alike.
+    pub blocked4: Vec<(Ipv4Net, Held)>,
+    pub blocked6: Vec<(Ipv6Net, Held)>,
+}
+
+/// What holds a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The place of its rule in `Entries::rules`: of two with the same prefix the earlier one.
+    pub rule: u16,
+    /// The place of the rule that ends last, of all that hold the prefix; `None`: one of them has no end.
+    pub end: Option<u16>,
+    pub is_member: bool,
 }
 
 /// Identifies a rule of a database in the kernel. It stays the same over reloads as long as the rule's source does.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleKey {
     Rule(Source),
+    /// Members of the cluster without an end.
     Cluster,
+    /// One with an end.
+    Member(Source),
     RegionalNetwork,
     Internet,
+    /// Added by `allow`.
+    Temporary(IpNet),
+    Block(IpNet),
 }
 
 impl RuleKey {
@@ -52,14 +74,28 @@ impl RuleKey {
             Self::Rule(Source::Cidr(prefix)) => prefix.to_string(),
             Self::Rule(Source::Region(name)) => format!("@{name}"),
             Self::Cluster => "cluster".into(),
+            Self::Member(Source::Cidr(prefix)) => format!("={prefix}"),
+            Self::Member(Source::Region(name)) => format!("&{name}"),
             Self::RegionalNetwork => "regional network".into(),
             Self::Internet => "internet".into(),
+            Self::Temporary(prefix) => format!("+{prefix}"),
+            Self::Block(prefix) => format!("!{prefix}"),
         }
+    }
+
+    /// Whether a text is a block's.
+    pub fn is_block(text: &str) -> bool {
+        text.starts_with('!')
+    }
+
+    /// Whether a text is that of a cluster's member with an end.
+    pub fn is_member(text: &str) -> bool {
+        text.starts_with(['=', '&'])
     }
 
     /// Whether TLS is not forced on what it allows: what a cluster says to itself.
     pub fn is_exempt(&self) -> bool {
-        *self == Self::Cluster
+        matches!(self, Self::Cluster | Self::Member(_))
     }
 }
 
@@ -67,7 +103,10 @@ impl std::fmt::Display for RuleKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Rule(source) => source.fmt(f),
-            key => f.write_str(&key.text()),
+            Self::Member(source) => write!(f, "cluster member {source}"),
+            Self::Temporary(prefix) => write!(f, "temporary rule {prefix}"),
+            Self::Block(prefix) => write!(f, "block {prefix}"),
+            Self::Cluster | Self::RegionalNetwork | Self::Internet => f.write_str(&self.text()),
         }
     }
 }
@@ -86,9 +125,11 @@ impl Entries {
     /// Prefixes that each of `rules` gives. One that an earlier rule gives too counts there.
     pub fn prefixes_by_rule(&self) -> Vec<usize> {
         let mut counts = vec![0; self.rules.len()];
-        let rules = self.v4.iter().map(|&(_, rule)| rule);
-        for rule in rules.chain(self.v6.iter().map(|&(_, rule)| rule)) {
-            counts[rule as usize] += 1;
+        let held = self.v4.iter().map(|&(_, held)| held);
+        let held = held.chain(self.v6.iter().map(|&(_, held)| held));
+        let held = held.chain(self.blocked4.iter().map(|&(_, held)| held));
+        for held in held.chain(self.blocked6.iter().map(|&(_, held)| held)) {
+            counts[held.rule as usize] += 1;
         }
         counts
     }
@@ -101,23 +142,23 @@ impl Compiled {
     }
 }
 
-/// Compiles a policy as it is at the instant `now`.
-pub fn compile(policy: &Policy, regions: &Regions, now: Timestamp) -> Compiled {
+/// Compiles a policy as it is at one time.
+pub fn compile(policy: &Policy, regions: &Regions, timed: &Timed) -> Compiled {
     let mut compiled = Compiled::default();
     for database in &policy.databases {
-        let entries = compile_database(policy, database, regions, now, &mut compiled);
+        let entries = compile_database(policy, database, regions, timed, &mut compiled);
         warn_of_width(database, &entries, &mut compiled.warnings);
         compiled.databases.insert(database.name.clone(), entries);
     }
     compiled
 }
 
-/// One database; its expired rules become warnings, the next expiry is noted in `compiled`.
+/// One database; its rules that have ended become warnings, the next end is noted in `compiled`.
 fn compile_database(
     policy: &Policy,
     database: &Database,
     regions: &Regions,
-    now: Timestamp,
+    timed: &Timed,
     compiled: &mut Compiled,
 ) -> Entries {
     let mut entries = Entries {
@@ -129,82 +170,142 @@ fn compile_database(
         rules: Vec::new(),
         v4: Vec::new(),
         v6: Vec::new(),
+        blocked4: Vec::new(),
+        blocked6: Vec::new(),
     };
-    let mut is_in_force = |what: String, rule: &Rule| {
-        if is_expired(rule, now) {
+    let name = &database.name;
+    // The end of a rule: `Err` where it has ended.
+    let mut end = |key: &RuleKey, rule: &Rule, what: String| {
+        let Some(expires) = rule.expires else {
+            return Ok(None);
+        };
+        let end = timed.ends.of(name, key, expires, timed.now);
+        if end <= timed.now.boot {
             compiled.warnings.push(format!(
-                "database {}, {what}: {} has expired and allows nobody",
-                database.name, rule.source
+                "database {name}, {what}: {} has expired and allows nobody",
+                rule.source
             ));
-            return false;
+            return Err(());
         }
-        compiled.next_expiry = [compiled.next_expiry, rule.expires]
-            .into_iter()
-            .flatten()
-            .min();
-        true
+        Ok(Some(end))
     };
     // The cluster first: it stays allowed, and exempt, whatever rule names its addresses too.
-    if !database.cluster.is_empty() {
-        let members = database.cluster.iter();
-        let members = members.filter(|member| is_in_force("cluster".into(), member));
-        let members: Vec<IpNet> = members
-            .flat_map(|member| prefixes(&member.source, regions))
-            .copied()
-            .collect();
-        add(&mut entries, RuleKey::Cluster, &members);
+    let mut permanent = Vec::new();
+    for member in &database.cluster {
+        let key = RuleKey::Member(member.source.clone());
+        match end(&key, member, "cluster".into()) {
+            Ok(None) => permanent.extend(held(member, regions)),
+            Ok(end) => add(&mut entries, key, end, &held(member, regions)),
+            Err(()) => {}
+        }
+    }
+    if !permanent.is_empty() {
+        add(&mut entries, RuleKey::Cluster, None, &permanent);
     }
     match &database.model {
         Model::Dedicated { rules } => {
             for (number, rule) in (1..).zip(rules) {
-                if is_in_force(format!("rule {number}"), rule) {
-                    let key = RuleKey::Rule(rule.source.clone());
-                    add(&mut entries, key, prefixes(&rule.source, regions));
+                let key = RuleKey::Rule(rule.source.clone());
+                if let Ok(end) = end(&key, rule, format!("rule {number}")) {
+                    add(&mut entries, key, end, &held(rule, regions));
                 }
             }
         }
         Model::Shared { internet } => {
             if !policy.regional_network.is_empty() {
-                add(
-                    &mut entries,
-                    RuleKey::RegionalNetwork,
-                    &policy.regional_network,
-                );
+                let key = RuleKey::RegionalNetwork;
+                add(&mut entries, key, None, &policy.regional_network);
             }
             if *internet {
                 let everybody = [Ipv4Net::default().into(), Ipv6Net::default().into()];
-                add(&mut entries, RuleKey::Internet, &everybody);
+                add(&mut entries, RuleKey::Internet, None, &everybody);
             }
         }
     }
-    // Stable, so that of two rules with the same prefix the first keeps it.
-    entries.v4.sort_by_key(|&(prefix, _)| prefix);
-    entries.v4.dedup_by_key(|&mut (prefix, _)| prefix);
-    entries.v6.sort_by_key(|&(prefix, _)| prefix);
-    entries.v6.dedup_by_key(|&mut (prefix, _)| prefix);
+    for rule in timed.in_force(database) {
+        let source = std::slice::from_ref(&rule.source);
+        match rule.kind {
+            Kind::Allow => {
+                let key = RuleKey::Temporary(rule.source);
+                add(&mut entries, key, Some(rule.end), source);
+            }
+            Kind::Block => {
+                let held = Held::new(&mut entries, RuleKey::Block(rule.source), Some(rule.end));
+                match rule.source {
+                    IpNet::V4(source) => entries.blocked4.push((source, held)),
+                    IpNet::V6(source) => entries.blocked6.push((source, held)),
+                }
+            }
+        }
+    }
+    let ends: Vec<_> = entries.rules.iter().map(|&(_, end)| end).collect();
+    arrange(&mut entries.v4, &ends, |a, b| a.contains(b));
+    arrange(&mut entries.v6, &ends, |a, b| a.contains(b));
+    arrange(&mut entries.blocked4, &ends, |a, b| a.contains(b));
+    arrange(&mut entries.blocked6, &ends, |a, b| a.contains(b));
+    let next = ends.into_iter().flatten().min();
+    compiled.next_end = [compiled.next_end, next].into_iter().flatten().min();
     entries
 }
 
-/// Whether the rule no longer allows at the instant `now`.
-pub fn is_expired(rule: &Rule, now: Timestamp) -> bool {
-    rule.expires.is_some_and(|expires| expires <= now)
-}
-
-fn prefixes<'a>(source: &'a Source, regions: &'a Regions) -> &'a [IpNet] {
-    match source {
-        Source::Cidr(prefix) => std::slice::from_ref(prefix),
-        Source::Region(name) => regions.get(name).map_or(&[], |prefixes| prefixes),
+impl Held {
+    /// Appends a rule, and returns what it holds.
+    fn new(entries: &mut Entries, key: RuleKey, end: Option<BootTime>) -> Self {
+        let rule = entries.rules.len() as u16;
+        let is_member = key.is_exempt();
+        entries.rules.push((key, end));
+        Self {
+            rule,
+            end: end.map(|_| rule),
+            is_member,
+        }
     }
 }
 
 /// Appends a rule and what it allows; sorting and duplicates come last.
-fn add(entries: &mut Entries, key: RuleKey, prefixes: &[IpNet]) {
-    let rule = entries.rules.len() as u16;
-    entries.rules.push(key);
+fn add(entries: &mut Entries, key: RuleKey, end: Option<BootTime>, prefixes: &[IpNet]) {
+    let held = Held::new(entries, key, end);
     for prefix in prefixes {
         match prefix {
-            IpNet::V4(prefix) => entries.v4.push((*prefix, rule)),
-            IpNet::V6(prefix) => entries.v6.push((*prefix, rule)),
+            IpNet::V4(prefix) => entries.v4.push((*prefix, held)),
+            IpNet::V6(prefix) => entries.v6.push((*prefix, held)),
+        }
+    }
+}
+
+/// Sorts prefixes, and gives each the latest end of all rules that hold it: a trie finds only the longest prefix of a
+/// source, and a rule of few sources that has ended must not hide one of many that is in force.
+pub(crate) fn arrange<N: Ord + Copy>(
+    held: &mut Vec<(N, Held)>,
+    ends: &[Option<BootTime>],
+    holds: impl Fn(&N, &N) -> bool,
+) {
+    // `None`, no end, is the latest.
+    let later = |one: Option<u16>, other: Option<u16>| {
+        let by_end = |&place: &u16| ends[usize::from(place)];
+        let (one, other) = (one?, other?);
+        [one, other].into_iter().max_by_key(by_end)
+    };
+    // Stable, so that of two rules with the same prefix the first keeps it.
+    held.sort_by_key(|&(prefix, held)| (prefix, !held.is_member));
+    held.dedup_by(|(next, same), (prefix, kept)| {
+        let is_same = next == prefix && same.is_member == kept.is_member;
+        if is_same {
+            kept.end = later(kept.end, same.end);
+        }
+        is_same
+    });
+    if held.iter().all(|(_, held)| held.end.is_none()) {
+        return;
+    }
+    for is_member in [true, false] {
+        let mut outer: Vec<(N, Option<u16>)> = Vec::new();
+        for (prefix, held) in held.iter_mut().filter(|(_, h)| h.is_member == is_member) {
+            while outer.pop_if(|(outer, _)| !holds(outer, prefix)).is_some() {}
+            if let Some(&(_, end)) = outer.last() {
+                held.end = later(held.end, end);
+            }
+            outer.push((*prefix, held.end));
         }
     }
 }
@@ -264,8 +365,16 @@ fn width(ranges: impl Iterator<Item = (u128, u128)>) -> Option<u128> {
 mod tests {
     use filter_common::MAX_NAME;
 
+    use jiff::Timestamp;
+
     use super::*;
-    use crate::policy::{Listed, Mode};
+    use crate::{
+        clock::Now,
+        policy::{Listed, Mode},
+    };
+
+    /// In nanoseconds.
+    const DAY: u64 = 24 * 60 * 60 * 1_000_000_000;
 
     fn database(model: Model) -> Database {
         Database {
@@ -296,8 +405,18 @@ mod tests {
     fn cidr(text: &str) -> Rule {
         Rule {
             source: Source::Cidr(text.parse().unwrap()),
+            except: vec![],
             label: None,
             expires: None,
+        }
+    }
+
+    /// By a rule without an end.
+    fn held(rule: u16) -> Held {
+        Held {
+            rule,
+            end: None,
+            is_member: false,
         }
     }
 
@@ -305,9 +424,19 @@ mod tests {
         text.parse().unwrap()
     }
 
+    /// At the start of 2026, a day after a boot.
+    fn timed(policy: &Policy) -> Timed {
+        let now = Now {
+            boot: BootTime(DAY),
+            steady: at("2026-01-01T00:00:00Z"),
+            wall: at("2026-01-01T00:00:00Z"),
+        };
+        Timed::of(policy, now)
+    }
+
     fn dedicated(rules: Vec<Rule>) -> Compiled {
         let policy = policy(vec![database(Model::Dedicated { rules })]);
-        compile(&policy, &Regions::new(), at("2026-01-01T00:00:00Z"))
+        compile(&policy, &Regions::new(), &timed(&policy))
     }
 
     #[test]
@@ -367,7 +496,7 @@ mod tests {
         let compiled = dedicated(vec![past, later, soon]);
         let entries = &compiled.databases["orders"];
         assert_eq!(entries.v4.len(), 2);
-        assert_eq!(compiled.next_expiry, Some(at("2026-02-01T00:00:00Z")));
+        assert_eq!(compiled.next_end, Some(BootTime(32 * DAY)));
         assert!(compiled.warnings[0].contains("rule 1: 192.0.2.0/24 has expired"));
     }
 
@@ -388,11 +517,43 @@ mod tests {
             "2001:db8::/32".parse().unwrap(),
         ];
         let regions = Regions::from([("office".into(), office.into())]);
-        let compiled = compile(&with_region, &regions, at("2026-01-01T00:00:00Z"));
+        let compiled = compile(&with_region, &regions, &timed(&with_region));
         let entries = &compiled.databases["orders"];
-        assert_eq!(entries.rules[0], RuleKey::Cluster);
+        assert_eq!(entries.rules[0], (RuleKey::Cluster, None));
         assert_eq!(entries.prefixes_by_rule(), [1, 1, 1]);
-        assert_eq!(entries.v4[1], ("192.0.2.0/24".parse().unwrap(), 1));
+        assert_eq!(entries.v4[1], ("192.0.2.0/24".parse().unwrap(), held(1)));
+    }
+
+    /// Otherwise a rule of few sources that ended would hide one of many that is in force.
+    #[test]
+    fn prefix_lasts_as_long_as_any_rule_that_holds_it() {
+        let until = |text: &str, month: u8| Rule {
+            expires: Some(at(&format!("2026-{month:02}-01T00:00:00Z"))),
+            ..cidr(text)
+        };
+        let compiled = dedicated(vec![
+            until("192.0.2.1/32", 2),
+            until("192.0.2.0/24", 4),
+            until("192.0.2.0/28", 3),
+            cidr("198.51.100.0/24"),
+            until("198.51.100.1/32", 2),
+            until("203.0.113.1/32", 2),
+        ]);
+        let ends: Vec<_> = compiled.databases["orders"]
+            .v4
+            .iter()
+            .map(|(prefix, held)| (prefix.to_string(), held.rule, held.end))
+            .collect();
+        let expected = [
+            ("192.0.2.0/24", 1, Some(1)),
+            ("192.0.2.0/28", 2, Some(1)),
+            ("192.0.2.1/32", 0, Some(1)),
+            ("198.51.100.0/24", 3, None),
+            ("198.51.100.1/32", 4, None),
+            ("203.0.113.1/32", 5, Some(5)),
+        ];
+        let expected = expected.map(|(prefix, rule, end)| (prefix.to_owned(), rule, end));
+        assert_eq!(ends, expected);
     }
 
     #[test]
@@ -406,10 +567,15 @@ mod tests {
             member("10.1.2.3/32", "2026-01-01T00:00:00Z"),
             member("10.1.2.4/32", "2026-02-01T00:00:00Z"),
         ];
-        let compiled = compile(&policy, &Regions::new(), at("2026-01-01T00:00:00Z"));
+        let compiled = compile(&policy, &Regions::new(), &timed(&policy));
         let entries = &compiled.databases["orders"];
-        assert_eq!(entries.v4, [("10.1.2.4/32".parse().unwrap(), 0)]);
-        assert_eq!(compiled.next_expiry, Some(at("2026-02-01T00:00:00Z")));
+        let member = Held {
+            end: Some(0),
+            is_member: true,
+            ..held(0)
+        };
+        assert_eq!(entries.v4, [("10.1.2.4/32".parse().unwrap(), member)]);
+        assert_eq!(compiled.next_end, Some(BootTime(32 * DAY)));
         let expected = ["database orders, cluster: 10.1.2.3/32 has expired and allows nobody"];
         assert_eq!(compiled.warnings, expected);
     }
@@ -418,12 +584,15 @@ mod tests {
     fn shared_database_is_open_to_the_regional_network_and_with_internet_to_everybody() {
         let closed = policy(vec![database(Model::Shared { internet: false })]);
         let open = policy(vec![database(Model::Shared { internet: true })]);
-        let now = at("2026-01-01T00:00:00Z");
-        let entries = |policy| compile(policy, &Regions::new(), now).databases["orders"].clone();
-        assert_eq!(entries(&closed).v4, [("10.0.0.0/8".parse().unwrap(), 0)]);
+        let entries =
+            |policy| compile(policy, &Regions::new(), &timed(policy)).databases["orders"].clone();
+        assert_eq!(
+            entries(&closed).v4,
+            [("10.0.0.0/8".parse().unwrap(), held(0))]
+        );
         assert_eq!(entries(&closed).v6, []);
-        assert_eq!(entries(&open).v4[0], (Ipv4Net::default(), 1));
-        assert_eq!(entries(&open).v6, [(Ipv6Net::default(), 1)]);
+        assert_eq!(entries(&open).v4[0], (Ipv4Net::default(), held(1)));
+        assert_eq!(entries(&open).v6, [(Ipv6Net::default(), held(1))]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::{Body, to_bytes},
     extract::{Query, State},
     http::{Request, StatusCode},
@@ -14,7 +14,6 @@ use axum::{
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use jiff::Timestamp;
 use serde::Deserialize;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -24,12 +23,14 @@ use tokio::{
 use tower_service::Service as _;
 
 use crate::{
+    clock::Clock,
     enforcer::{Handle, Observed},
     event::{self, Event, ReloadOptions, Reply},
     log::Entry,
     policy_file::MAX_LENGTH,
     report,
     snapshot::Snapshot,
+    temporary::By,
 };
 
 /// Connections at a time. More wait: descriptors for the checks must be left.
@@ -41,6 +42,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time allowed to a client to send a body, and to read the answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Longest description of a change of the temporary rules, in bytes.
+const MAX_CHANGE: usize = 8 << 10;
+
 /// Pause after an error of `accept`, such as no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -50,6 +54,7 @@ struct Shared {
     events: UnboundedSender<Event>,
     snapshot: watch::Receiver<Snapshot>,
     enforcer: Handle,
+    clock: Clock,
 }
 
 impl Shared {
@@ -86,11 +91,13 @@ impl Server {
         events: UnboundedSender<Event>,
         snapshot: watch::Receiver<Snapshot>,
         enforcer: Handle,
+        clock: Clock,
     ) -> Self {
         let router = router(Shared {
             events,
             snapshot,
             enforcer,
+            clock,
         });
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let accepting = tokio::spawn(accept(listener, router.clone(), connections.clone()));
@@ -136,10 +143,12 @@ async fn accept(listener: UnixListener, router: Router, connections: Arc<Semapho
 
 /// Serves one request. A client that sends slowly or does not read is given up.
 async fn serve(stream: UnixStream, router: Router) {
+    let by = client(&stream);
     let answered = Arc::new(Notify::new());
     let noted = answered.clone();
-    let service = service_fn(move |request: Request<Incoming>| {
+    let service = service_fn(move |mut request: Request<Incoming>| {
         let (mut router, answered) = (router.clone(), noted.clone());
+        request.extensions_mut().insert(by.clone());
         async move {
             let response = router.call(request.map(Body::new)).await;
             answered.notify_one();
@@ -189,6 +198,7 @@ fn router(shared: Shared) -> Router {
         .route("/plan", get(plan).post(plan_text))
         .route("/reload", post(reload))
         .route("/refresh", post(refresh))
+        .route("/temporary", post(temporary))
         .route("/detach", post(detach))
         .with_state(shared)
 }
@@ -218,7 +228,7 @@ async fn rules(
     Query(query): Query<DatabaseQuery>,
 ) -> Answer<Vec<report::Rule>> {
     let observed = shared.observe(false).await?;
-    let rules = observed.rules(query.database.as_deref(), Timestamp::now())?;
+    let rules = observed.rules(query.database.as_deref(), shared.clock.now())?;
     Ok(Json(rules))
 }
 
@@ -324,6 +334,37 @@ async fn refresh(
         reply,
     });
     Ok(Json(refreshed.await?))
+}
+
+async fn temporary(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Option<By>>,
+    body: Body,
+) -> Answer<report::Temporary> {
+    let read = tokio::time::timeout(CLIENT_TIMEOUT, to_bytes(body, MAX_CHANGE)).await;
+    let body = read
+        .context("read the change: it took too long to arrive")?
+        .context("read the change")?;
+    let change = serde_json::from_slice(&body).context("read the change")?;
+    let changed = shared.ask(|reply| event::Request::Temporary { change, by, reply });
+    Ok(Json(changed.await?))
+}
+
+/// The client of a connection, from the kernel and /proc.
+fn client(stream: &UnixStream) -> Option<By> {
+    let credentials = stream.peer_cred().ok()?;
+    let read = |file: &str| {
+        let text = std::fs::read_to_string(format!("/proc/{}/{file}", credentials.pid()?)).ok()?;
+        Some(text.trim().to_owned())
+    };
+    // The kernel's number for nobody who logged in.
+    let login_uid = read("loginuid").and_then(|uid| uid.parse().ok());
+    Some(By {
+        uid: credentials.uid(),
+        login_uid: login_uid.filter(|&uid| uid != u32::MAX),
+        pid: credentials.pid(),
+        command: read("comm"),
+    })
 }
 
 /// Answers with the names of the interfaces that are no longer filtered.

@@ -86,7 +86,8 @@ pub async fn run(options: Options) -> Result<()> {
     let started = enforce(opened, &options, clock, &watcher).await?;
     let (mut agent, effects) = Agent::start(started, clock.now());
     let (publish, snapshot) = watch::channel(agent.snapshot());
-    let mut server = control::Server::start(listener, events.clone(), snapshot, enforcer.clone());
+    let mut server =
+        control::Server::start(listener, events.clone(), snapshot, enforcer.clone(), clock);
 
     let mut ticks = tokio::time::interval(CHECK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -38,7 +38,9 @@ use crate::{
         self, Committed, Desired, Facts, InForce, Occasion, Refused, counted, describe_attachment,
         list,
     },
-    report, verify,
+    report,
+    temporary::InKernel,
+    verify,
 };
 
 /// Time that a job may take before the thread counts as stuck: a million prefixes take a few seconds.
@@ -266,6 +268,7 @@ impl Enforcer {
         self.drops.restart(&committed.restarted);
         self.in_force.file = file;
         self.in_force.compiled = committed.compiled.clone();
+        self.in_force.timed = committed.timed.clone();
         if !is_change {
             let policy = &self.in_force.file.policy;
             self.in_force.remembered.update(policy, &host, |_| true);
@@ -304,6 +307,7 @@ impl Enforcer {
             file,
             compiled,
             remembered,
+            ..
         } = &self.in_force;
         let prefixes: usize = compiled.databases.values().map(|e| e.prefixes()).sum();
         let coverage = Coverage::of(&file.policy, remembered, &host);
@@ -549,6 +553,11 @@ impl Enforcer {
         self.in_force.check_database(database)?;
         self.collect_drops()?;
         Ok(self.drops.report(&self.filter.counts()?, database))
+    }
+
+    /// Rules and blocks with an end, as the kernel holds them.
+    pub fn ends(&self) -> Vec<InKernel> {
+        self.filter.ends()
     }
 
     /// Stops filtering. Returns the names of the interfaces that are no longer filtered.

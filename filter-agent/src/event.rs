@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
-use jiff::Timestamp;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -16,6 +15,7 @@ use crate::{
     region::answer::Answer,
     report,
     store::Write,
+    temporary::{By, Change, Timed},
 };
 
 /// Everything that happens.
@@ -77,6 +77,11 @@ pub enum Request {
         accept: bool,
         reply: Reply<Vec<report::Refreshed>>,
     },
+    Temporary {
+        change: Change,
+        by: Option<By>,
+        reply: Reply<report::Temporary>,
+    },
     Detach {
         reply: Reply<Vec<String>>,
     },
@@ -133,6 +138,5 @@ pub enum Effect {
 pub struct Order {
     pub file: Arc<PolicyFile>,
     pub prefixes: compile::Regions,
-    /// Rules that end by then are left out.
-    pub at: Timestamp,
+    pub timed: Timed,
 }

@@ -28,6 +28,7 @@ mod saves;
 pub mod snapshot;
 mod start;
 pub mod store;
+pub mod temporary;
 mod threads;
 mod verify;
 mod whole_file;

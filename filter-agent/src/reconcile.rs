@@ -23,6 +23,7 @@ use crate::{
     policy::{Mode, Policy, differences},
     policy_file::PolicyFile,
     protection, report,
+    temporary::Timed,
 };
 
 /// A policy with its regions' prefixes, ready to be enforced.
@@ -30,6 +31,7 @@ use crate::{
 pub struct Desired {
     pub file: Arc<PolicyFile>,
     pub compiled: Arc<Compiled>,
+    pub timed: Arc<Timed>,
     /// From the time at which the file was read, in milliseconds.
     pub compiled_ms: f64,
 }
@@ -39,6 +41,7 @@ pub struct Desired {
 pub struct InForce {
     pub file: Arc<PolicyFile>,
     pub compiled: Arc<Compiled>,
+    pub timed: Arc<Timed>,
     /// Interfaces that the entries of `interfaces` stand for.
     pub remembered: Remembered,
 }
@@ -91,6 +94,7 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Committed {
     pub report: report::Plan,
+    pub timed: Arc<Timed>,
     pub compiled: Arc<Compiled>,
     pub enforced: report::Enforced,
     /// Lines for the log.
@@ -357,9 +361,13 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
             accepted: desired.file.accepted,
             compiled_ms: desired.compiled_ms,
             enforced_ms: desired.file.since.elapsed().as_secs_f64() * 1000.0,
-            next_expiry: desired.compiled.next_expiry,
+            next_expiry: desired
+                .compiled
+                .next_end
+                .map(|end| desired.timed.now.date_of(end)),
         },
         compiled: desired.compiled,
+        timed: desired.timed,
         report,
         entries,
         restarted,

@@ -3,10 +3,10 @@
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
-use crate::kernel::difference::Difference;
+use crate::{kernel::difference::Difference, temporary::By};
 
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Status {
@@ -96,7 +96,34 @@ pub struct Rule {
     pub expires: Option<Timestamp>,
     pub expired: bool,
     pub prefixes: usize,
+    /// Packets that it allowed, or that it blocked.
     pub hits: u64,
+    #[serde(default)]
+    pub origin: Origin,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub except: Vec<IpNet>,
+    /// Seconds until it ends.
+    #[serde(default)]
+    pub left: Option<u64>,
+    /// Whether it is not in force, since the database has no room for it.
+    #[serde(default)]
+    pub suspended: bool,
+    #[serde(default)]
+    pub added: Option<Timestamp>,
+    #[serde(default)]
+    pub by: Option<By>,
+}
+
+/// Where a rule comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    #[default]
+    File,
+    /// Added by `allow`.
+    Temporary,
+    /// Added by `block`.
+    Block,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -174,6 +201,11 @@ pub struct Explanation {
     pub rule: Option<String>,
     pub label: Option<String>,
     pub expires: Option<Timestamp>,
+    /// Seconds until the rule or the block ends.
+    #[serde(default)]
+    pub left: Option<u64>,
+    #[serde(default)]
+    pub by: Option<By>,
     /// The interface through which packets of this source come, where that is not filtered: loopback for the host's own
     /// addresses.
     #[serde(default)]
@@ -234,6 +266,51 @@ pub struct Reloaded {
     pub verified: Verified,
     /// Errors after the policy was enforced.
     pub errors: Vec<String>,
+}
+
+/// A change of the temporary rules.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Temporary {
+    pub database: String,
+    pub action: Action,
+    pub source: IpNet,
+    pub label: Option<String>,
+    pub until: Option<Timestamp>,
+    /// What the operator may not expect.
+    pub notes: Vec<String>,
+    pub difference: Difference,
+    /// Errors after it was in force.
+    pub errors: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    Allowed,
+    Blocked,
+    Revoked,
+}
+
+/// `database orders: 203.0.113.9/32 allowed until 2026-12-31T18:00:00Z`.
+impl std::fmt::Display for Temporary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            database,
+            source,
+            until,
+            ..
+        } = self;
+        let action = match self.action {
+            Action::Allowed => "allowed",
+            Action::Blocked => "blocked",
+            Action::Revoked => "is no longer allowed or blocked for a time",
+        };
+        write!(f, "database {database}: {source} {action}")?;
+        match until {
+            Some(until) => write!(f, " until {}", until.round(Unit::Second).unwrap_or(*until)),
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Debug, Deserialize, Serialize)]

@@ -13,6 +13,7 @@ use crate::{
     log::Entry,
     region::state::State,
     store::{Confirmed, Record, Write},
+    temporary::Kept,
 };
 
 /// How often a set that stays the same is written to disk, for the time it was confirmed.
@@ -21,12 +22,18 @@ const SAVE_AGAIN: Duration = Duration::from_mins(10);
 /// Pause before a set that could not be written is written again.
 const RETRY: Duration = Duration::from_mins(1);
 
+/// How often the time that is left of rules is written to disk: a reboot without notice may lengthen them by as much.
+const LEFT_INTERVAL: Duration = Duration::from_mins(1);
+
 #[derive(Debug)]
 pub struct Saves {
     /// The confirmed policy that was given to the store last.
     confirmed: Option<Confirmed>,
-    /// Whether that one is on its way to disk.
-    is_confirming: bool,
+    /// The ends and temporary rules that were given to the store last, and when.
+    temporary: Kept,
+    temporary_at: Timestamp,
+    /// Records of which one kind there is that are on their way to disk.
+    under_way: BTreeSet<Record>,
     /// When each region's set was given to the store last.
     regions: BTreeMap<String, Timestamp>,
     /// Why records are not on disk.
@@ -34,15 +41,18 @@ pub struct Saves {
 }
 
 impl Saves {
-    /// `confirmed`: as it is on disk. `regions`: those whose set is on disk.
+    /// `confirmed` and `temporary`: as on disk. `regions`: those whose set is on disk.
     pub fn new(
         confirmed: Option<Confirmed>,
+        temporary: Kept,
         regions: impl Iterator<Item = String>,
         now: Timestamp,
     ) -> Self {
         Self {
             confirmed,
-            is_confirming: false,
+            temporary,
+            temporary_at: now,
+            under_way: BTreeSet::new(),
             regions: regions.map(|name| (name, now)).collect(),
             errors: BTreeMap::new(),
         }
@@ -61,20 +71,43 @@ impl Saves {
             machine: None,
         };
         self.confirmed = Some(confirmed.clone());
-        self.is_confirming = true;
+        self.under_way.insert(Record::Confirmed);
         Some(Write::Confirmed(Some(confirmed)))
     }
 
-    /// The write that keeps no policy for the next start.
-    pub fn forget(&mut self) -> Write {
-        self.confirmed = None;
-        self.is_confirming = true;
-        Write::Confirmed(None)
+    /// The write that keeps the ends and temporary rules for the next start; `None`: they are on disk. `now`: also for
+    /// the time that is left, which is written each minute else.
+    pub fn temporary(&mut self, kept: Kept, now: Timestamp, at_once: bool) -> Option<Write> {
+        let is_same = kept.holds_the_same(&self.temporary);
+        let failed = self.error(&Record::Temporary).is_some();
+        let is_old = self.temporary_at + LEFT_INTERVAL <= now;
+        let is_due = !is_same || (at_once || is_old) && (failed || !kept.is_empty());
+        if !is_due {
+            return None;
+        }
+        self.temporary = kept.clone();
+        self.temporary_at = now;
+        self.under_way.insert(Record::Temporary);
+        Some(Write::Temporary(kept))
     }
 
-    /// Whether the confirmed policy, or its removal, is on its way to disk.
-    pub fn is_confirming(&self) -> bool {
-        self.is_confirming
+    /// The latest date that the host's clock had when the temporary rules were written.
+    pub fn latest_clock(&self) -> Timestamp {
+        self.temporary.clock
+    }
+
+    /// The writes that keep neither a policy nor temporary rules for the next start.
+    pub fn forget(&mut self) -> [Write; 2] {
+        self.confirmed = None;
+        self.temporary = Kept::default();
+        self.under_way
+            .extend([Record::Confirmed, Record::Temporary]);
+        [Write::Confirmed(None), Write::Temporary(Kept::default())]
+    }
+
+    /// Whether the confirmed policy or the temporary rules, or their removal, are on their way to disk.
+    pub fn is_under_way(&self, record: &Record) -> bool {
+        self.under_way.contains(record)
     }
 
     /// The write of a region's set, if it changed or its time on disk is old.
@@ -114,10 +147,13 @@ impl Saves {
     pub fn written(&mut self, write: &Write, result: Result<()>) -> Option<Entry> {
         let record = &write.record();
         // A version that was overtaken says nothing about the latest one.
-        if let Write::Confirmed(written) = write
-            && *written == self.confirmed
-        {
-            self.is_confirming = false;
+        let is_latest = match write {
+            Write::Confirmed(written) => *written == self.confirmed,
+            Write::Temporary(written) => *written == self.temporary,
+            Write::Region { .. } | Write::Regions(_) => false,
+        };
+        if is_latest {
+            self.under_way.remove(record);
         }
         let entry = |entry: Entry| match record {
             Record::Region(name) => entry.with("REGION", name),
@@ -131,6 +167,7 @@ impl Saves {
                     Record::Region(name) => {
                         format!("region {name}: its set is kept on disk again")
                     }
+                    Record::Temporary => "temporary rules are kept for the next start again".into(),
                     Record::Regions => "the sets of unused regions are removed".into(),
                 })))
             }
@@ -138,6 +175,11 @@ impl Saves {
                 let error = match record {
                     Record::Confirmed if *write != Write::Confirmed(None) => {
                         format!("the policy in force is not kept for the next start: {error:#}")
+                    }
+                    Record::Temporary => {
+                        format!(
+                            "temporary rules and ends are not kept for the next start: {error:#}"
+                        )
                     }
                     Record::Region(name) => format!("region {name}: {error:#}"),
                     Record::Confirmed | Record::Regions => format!("{error:#}"),

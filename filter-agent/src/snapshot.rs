@@ -8,7 +8,7 @@ use jiff::{Timestamp, Unit};
 
 use crate::{
     clock::Now,
-    compile::{RuleKey, is_expired},
+    compile::RuleKey,
     enforcer::Observed,
     host::coverage::{Coverage, address_warnings, describe_missing},
     log::Entry,
@@ -17,6 +17,7 @@ use crate::{
     reconcile::{InForce, counted, list, unlisted},
     region::state::{Change, Regions, State},
     report,
+    temporary::Kind,
 };
 
 /// Prefixes that one line of the log lists; the rest are only counted.
@@ -279,15 +280,11 @@ impl Observed {
         databases.collect()
     }
 
-    /// The rules with their hits. Rules that have expired are listed too: they are in the file.
+    /// The rules with their hits. Rules that have ended and temporary rules that are suspended are listed too.
     ///
     /// # Errors
     /// A database that the policy does not have.
-    pub fn rules(
-        &self,
-        database: Option<&str>,
-        now: Timestamp,
-    ) -> anyhow::Result<Vec<report::Rule>> {
+    pub fn rules(&self, database: Option<&str>, now: Now) -> anyhow::Result<Vec<report::Rule>> {
         let in_force = &self.in_force;
         in_force.check_database(database)?;
         let mut rules = Vec::new();
@@ -297,43 +294,88 @@ impl Observed {
                 continue;
             };
             let prefixes = entries.prefixes_by_rule();
-            let line = |key: &RuleKey, number: Option<usize>, rule: Option<&Rule>| {
-                let place = entries.rules.iter().position(|rule| rule == key);
+            let line = |key: &RuleKey| {
+                let place = entries.rules.iter().position(|(rule, _)| rule == key);
                 let hits = self.hits.get(&(database.name.clone(), key.text()));
+                let end = place.and_then(|place| entries.rules[place].1);
                 report::Rule {
                     database: database.name.clone(),
-                    number,
+                    number: None,
                     source: key.to_string(),
-                    label: rule.and_then(|rule| rule.label.clone()),
-                    expires: rule.and_then(|rule| rule.expires),
-                    expired: rule.is_some_and(|rule| is_expired(rule, now)),
+                    label: None,
+                    expires: None,
+                    expired: end.is_some_and(|end| end <= now.boot),
                     prefixes: place.map_or(0, |place| prefixes[place]),
                     hits: hits.copied().unwrap_or_default(),
+                    origin: report::Origin::File,
+                    except: Vec::new(),
+                    left: end.map(|end| end.since(now.boot).as_secs()),
+                    suspended: false,
+                    added: None,
+                    by: None,
                 }
             };
-            for key in &entries.rules {
-                let mut rule = line(key, None, None);
+            let written = |key: RuleKey, number: Option<usize>, rule: &Rule| report::Rule {
+                number,
+                label: rule.label.clone(),
+                expires: rule.expires,
+                expired: rule.expires.is_some_and(|at| {
+                    in_force.timed.ends.of(&database.name, &key, at, now) <= now.boot
+                }),
+                except: rule.except.clone(),
+                ..line(&key)
+            };
+            let permanent = database.cluster.iter().filter(|m| m.expires.is_none());
+            let labels: Vec<&str> = permanent.filter_map(|m| m.label.as_deref()).collect();
+            for (key, _) in &entries.rules {
                 match key {
-                    RuleKey::Rule(_) => continue,
                     // One rule to the kernel, however many members it has.
-                    RuleKey::Cluster => {
-                        let members = database.cluster.iter();
-                        let members: Vec<&Rule> = members.filter(|m| !is_expired(m, now)).collect();
-                        let labels: Vec<&str> =
-                            members.iter().filter_map(|m| m.label.as_deref()).collect();
-                        rule.label = (!labels.is_empty()).then(|| labels.join(", "));
-                        rule.expires = members.iter().filter_map(|m| m.expires).min();
-                    }
-                    RuleKey::RegionalNetwork | RuleKey::Internet => {}
-                }
-                rules.push(rule);
-            }
-            if let Model::Dedicated { rules: written } = &database.model {
-                for (number, rule) in (1..).zip(written) {
-                    let key = RuleKey::Rule(rule.source.clone());
-                    rules.push(line(&key, Some(number), Some(rule)));
+                    RuleKey::Cluster => rules.push(report::Rule {
+                        label: (!labels.is_empty()).then(|| labels.join(", ")),
+                        ..line(key)
+                    }),
+                    RuleKey::RegionalNetwork | RuleKey::Internet => rules.push(line(key)),
+                    RuleKey::Rule(_)
+                    | RuleKey::Member(_)
+                    | RuleKey::Temporary(_)
+                    | RuleKey::Block(_) => {}
                 }
             }
+            let ending = database.cluster.iter().filter(|m| m.expires.is_some());
+            rules.extend(ending.map(|m| written(RuleKey::Member(m.source.clone()), None, m)));
+            if let Model::Dedicated { rules: listed } = &database.model {
+                rules.extend((1..).zip(listed).map(|(number, rule)| {
+                    written(RuleKey::Rule(rule.source.clone()), Some(number), rule)
+                }));
+            }
+            let temporary = in_force.timed.temporary.iter();
+            rules.extend(
+                temporary
+                    .filter(|t| t.database == database.name)
+                    .map(|rule| {
+                        let (key, origin) = match rule.kind {
+                            Kind::Allow => {
+                                (RuleKey::Temporary(rule.source), report::Origin::Temporary)
+                            }
+                            Kind::Block => (RuleKey::Block(rule.source), report::Origin::Block),
+                        };
+                        report::Rule {
+                            source: rule.source.to_string(),
+                            label: rule.label.clone(),
+                            expires: Some(rule.until),
+                            expired: rule.end <= now.boot,
+                            origin,
+                            left: Some(rule.end.since(now.boot).as_secs()),
+                            suspended: in_force
+                                .timed
+                                .suspended(&in_force.file.policy)
+                                .any(|s| s == rule),
+                            added: Some(rule.added),
+                            by: rule.by.clone(),
+                            ..line(&key)
+                        }
+                    }),
+            );
         }
         Ok(rules)
     }

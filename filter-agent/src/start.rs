@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use jiff::Timestamp;
 
 use crate::{
-    clock::{Clock, Now},
+    clock::{Clock, Now, boot_id},
     compile::{Compiled, compile},
     enforcer::{Checked, Enforcer, Handle},
     event::Order,
@@ -29,6 +29,7 @@ use crate::{
         state::{self as region, Regions, State},
     },
     store::{self, Confirmed},
+    temporary::{Ends, InKernel, Kept, Temporary, Timed},
     threads,
 };
 
@@ -55,14 +56,19 @@ pub struct Started {
     pub regions: Regions,
     /// Regions whose set is not what is on disk.
     pub unsaved: BTreeSet<String>,
+    pub timed: Timed,
     pub committed: Committed,
     pub checked: Checked,
     /// As it is on disk.
     pub confirmed: Option<Confirmed>,
+    /// The same of temporary rules and ends.
+    pub kept: Kept,
     /// Why the policy file is not the policy in force.
     pub instead_of_file: Option<String>,
     /// Why the confirmed policy could not be read, to compare the file with.
     pub unreadable: Option<String>,
+    /// Why what was kept of temporary rules could not be read.
+    pub unkept: Option<String>,
 }
 
 /// Policies that a start may enforce, and what the last agent left on disk.
@@ -74,6 +80,8 @@ struct Choice {
     before: Option<Policy>,
     /// Why what is kept cannot be read: the file cannot be compared with it.
     unreadable: Option<String>,
+    /// Whether what is kept is of another machine.
+    is_foreign: bool,
 }
 
 impl Choice {
@@ -125,6 +133,7 @@ impl Choice {
             before: before.as_ref().map(|before| before.policy.clone()),
             confirmed,
             unreadable,
+            is_foreign: false,
         };
         let name = options.policy.display();
         // Where something is pinned it was in force on this host, whatever its machine-id is now.
@@ -142,6 +151,7 @@ impl Choice {
                 Entry::warning(text).log();
                 choice.before = None;
                 choice.confirmed = None;
+                choice.is_foreign = true;
                 choice.candidates.push_back((file, None));
                 None
             }
@@ -217,6 +227,7 @@ pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<
     let in_force = InForce {
         file: first.clone(),
         compiled: Arc::new(Compiled::default()),
+        timed: Arc::new(Timed::of(&first.policy, clock.now())),
         remembered: choice
             .confirmed
             .as_ref()
@@ -258,7 +269,15 @@ pub async fn enforce(
         mut confirmed,
         before,
         unreadable,
+        is_foreign,
     } = choice;
+    let (kept, unkept) = match read_temporary(options, is_foreign).await {
+        Ok(kept) => (kept, None),
+        Err(error) => (Kept::default(), Some(format!("{error:#}"))),
+    };
+    let held = enforcer.call(|enforcer| enforcer.ends()).await?;
+    let restored = kept.clone().restore(boot_id().as_deref(), clock.now());
+    let (ends, temporary) = in_kernel(restored, before.as_ref(), held, clock.now());
     // It is written anew, with the machine of now.
     if confirmed
         .as_ref()
@@ -268,7 +287,7 @@ pub async fn enforce(
     }
     let occasion = Occasion::Start { before };
     let mut refused = None;
-    let (file, instead_of_file, committed, checked) = loop {
+    let (file, instead_of_file, timed, committed, checked) = loop {
         let Some((file, reason)) = candidates.pop_front() else {
             return Err(refused.unwrap_or_else(|| anyhow!("there is no policy to enforce")));
         };
@@ -279,8 +298,9 @@ pub async fn enforce(
         let order = Order {
             file: file.clone(),
             prefixes: region::prefixes(&regions),
-            at: clock.now().wall,
+            timed: timed(&ends, &temporary, &file.policy, clock.now()),
         };
+        let started = order.timed.clone();
         let desired = compile_order(order).await?;
         let occasion = occasion.clone();
         let committed = enforcer
@@ -296,7 +316,7 @@ pub async fn enforce(
                     let file = options.policy.display();
                     format!("{file} is not enforced: {error:#}")
                 }));
-                break (file, reason, committed, checked);
+                break (file, reason, started, committed, checked);
             }
             // What the maps hold must be known before another policy is tried.
             Err(error) if error.kernel == Kernel::Unknown => return Err(error.error),
@@ -308,12 +328,60 @@ pub async fn enforce(
         file,
         regions,
         unsaved,
+        timed,
         committed,
         checked,
         confirmed,
+        kept,
         instead_of_file,
         unreadable,
+        unkept,
     })
+}
+
+/// The temporary rules and ends that were kept on this machine.
+async fn read_temporary(options: &Options, is_foreign: bool) -> Result<Kept> {
+    if is_foreign {
+        return Ok(Kept::default());
+    }
+    let directory = options.state_dir.clone();
+    let path = store::temporary_path(&directory);
+    let what = "read the temporary rules that were kept";
+    let read = move || store::read_temporary(&directory);
+    let kept = threads::run_within(&threads::POLICIES, READ_TIMEOUT, what, &path, read).await;
+    Ok(kept?.unwrap_or_default())
+}
+
+/// What was kept, with what the kernel holds: an agent that was killed, or that could not write to disk, has left the rest
+/// there. `before`: the policy whose rules are in the kernel.
+fn in_kernel(
+    (mut ends, mut temporary): (Ends, Vec<Temporary>),
+    before: Option<&Policy>,
+    held: Vec<InKernel>,
+    now: Now,
+) -> (Ends, Vec<Temporary>) {
+    if let Some(before) = before {
+        ends.adopt(before, &held, now);
+    }
+    for found in held.iter().filter_map(|rule| rule.temporary(now)) {
+        match temporary.iter_mut().find(|rule| rule.is_same(&found)) {
+            Some(rule) => rule.end = found.end,
+            None => temporary.push(found),
+        }
+    }
+    (ends, temporary)
+}
+
+fn timed(ends: &Ends, temporary: &[Temporary], policy: &Policy, now: Now) -> Timed {
+    let kept = Timed {
+        now,
+        ends: ends.with(policy, now),
+        temporary: temporary.to_vec(),
+    };
+    Timed {
+        temporary: kept.of_policy(policy),
+        ..kept
+    }
 }
 
 /// Compiles on a thread of its own: long lists take a while.
@@ -322,8 +390,9 @@ pub async fn enforce(
 /// No thread, or a compiler that panicked.
 pub async fn compile_order(order: Order) -> Result<Desired> {
     let compiled = threads::run_on_thread("compile", move || {
-        let compiled = Arc::new(compile(&order.file.policy, &order.prefixes, order.at));
+        let compiled = Arc::new(compile(&order.file.policy, &order.prefixes, &order.timed));
         Desired {
+            timed: Arc::new(order.timed),
             compiled_ms: order.file.since.elapsed().as_secs_f64() * 1000.0,
             compiled,
             file: order.file,

@@ -21,7 +21,9 @@ use nix::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
-use crate::{host::coverage::Remembered, policy::RegionSource, region::state::Set};
+use crate::{
+    clock::boot_id, host::coverage::Remembered, policy::RegionSource, region::state::Set, temporary,
+};
 
 /// Time allowed to an agent that is ending to let go of the state directory: the kernel takes back its locks one after
 /// the other, and frees its maps between them.
@@ -68,6 +70,8 @@ fn machine() -> Option<String> {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Record {
     Confirmed,
+    /// Ends of rules, and temporary rules.
+    Temporary,
     /// A region's last good set.
     Region(String),
     /// The regions of which anything is kept.
@@ -78,6 +82,7 @@ impl Record {
     fn path(&self, directory: &Path) -> PathBuf {
         match self {
             Self::Confirmed => confirmed_path(directory),
+            Self::Temporary => temporary_path(directory),
             Self::Region(name) => region_path(directory, name),
             Self::Regions => directory.join("regions"),
         }
@@ -89,6 +94,7 @@ impl Record {
 pub enum Write {
     /// `None`: no policy is kept any more.
     Confirmed(Option<Confirmed>),
+    Temporary(temporary::Kept),
     Region {
         name: String,
         source: Box<RegionSource>,
@@ -102,6 +108,7 @@ impl Write {
     pub fn record(&self) -> Record {
         match self {
             Self::Confirmed(_) => Record::Confirmed,
+            Self::Temporary(_) => Record::Temporary,
             Self::Region { name, .. } => Record::Region(name.clone()),
             Self::Regions(_) => Record::Regions,
         }
@@ -281,6 +288,10 @@ pub fn confirmed_path(directory: &Path) -> PathBuf {
     directory.join("confirmed.json")
 }
 
+pub fn temporary_path(directory: &Path) -> PathBuf {
+    directory.join("temporary.json")
+}
+
 fn region_path(directory: &Path, name: &str) -> PathBuf {
     directory.join("regions").join(format!("{name}.json"))
 }
@@ -293,6 +304,14 @@ pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
     read(&confirmed_path(directory), decode_confirmed)
 }
 
+/// The ends and temporary rules that were kept; `None`: none were.
+///
+/// # Errors
+/// As `read_confirmed`.
+pub fn read_temporary(directory: &Path) -> Result<Option<temporary::Kept>> {
+    read(&temporary_path(directory), unseal)
+}
+
 /// The set that was kept of a region; `None`: none was.
 ///
 /// # Errors
@@ -303,7 +322,7 @@ pub fn read_region(directory: &Path, name: &str, source: &RegionSource) -> Resul
     })
 }
 
-/// Removes the confirmed policy, if one is kept, where no agent runs.
+/// Removes the confirmed policy and temporary rules, if any are kept, where no agent runs.
 ///
 /// # Errors
 /// A file that stays: the next start could enforce it. An agent that runs.
@@ -323,7 +342,8 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
             taken => break taken?,
         }
     };
-    write(directory, &Write::Confirmed(None))
+    write(directory, &Write::Confirmed(None))?;
+    write(directory, &Write::Temporary(temporary::Kept::default()))
 }
 
 fn write(directory: &Path, write: &Write) -> Result<()> {
@@ -345,6 +365,17 @@ fn write(directory: &Path, write: &Write) -> Result<()> {
                     path.display()
                 )
             })
+        }
+        Write::Temporary(kept) if kept.is_empty() => {
+            let path = temporary_path(directory);
+            remove(&path).with_context(|| format!("remove {}", path.display()))
+        }
+        Write::Temporary(kept) => {
+            let kept = temporary::Kept {
+                boot_id: boot_id(),
+                ..kept.clone()
+            };
+            write_file(directory, &temporary_path(directory), &seal(&kept)?)
         }
         Write::Region { name, source, set } => {
             let text = encode(name, source, set)?;

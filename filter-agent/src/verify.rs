@@ -7,12 +7,14 @@ use filter_common::Reason;
 use jiff::Timestamp;
 
 use crate::{
-    compile::{RuleKey, is_expired},
+    clock::{BootTime, since_boot},
+    compile::RuleKey,
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
     policy::{Model, Rule, Source},
     reconcile::{InForce, list},
     report,
+    temporary::{By, Kind},
 };
 
 /// Runs the attached program on probe packets, and compares what is attached with what should be. `round`: of many
@@ -27,7 +29,8 @@ pub fn verify(
     round: u64,
 ) -> Result<report::Verified> {
     let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
-    let probes = probe::probes(&in_force.compiled, round);
+    let now = BootTime::default().after(since_boot());
+    let probes = probe::probes(&in_force.compiled, now, round);
     for probe in &probes {
         let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
         let judged = filter.judge(&probe.database, probe.source, probe.monitor)?;
@@ -91,8 +94,11 @@ pub fn explain(
         );
         let rule = judged
             .rule_text
-            .and_then(|text| entries.rules.iter().find(|rule| rule.text() == text));
-        let written = rule.and_then(|key| in_force.written(name, key, source));
+            .and_then(|text| entries.rules.iter().find(|(key, _)| key.text() == text));
+        let (rule, end) = rule.map_or((None, None), |(key, end)| (Some(key), *end));
+        let now = BootTime::default().after(since_boot());
+        let described = rule.and_then(|key| in_force.describe(name, key, source));
+        let described = described.unwrap_or_default();
         explanations.push(report::Explanation {
             database: name.clone(),
             source,
@@ -101,8 +107,10 @@ pub fn explain(
             reason: judged.reason.name().into(),
             force_tls: entries.tls.is_some() && !judged.exempt,
             rule: rule.map(ToString::to_string),
-            label: written.and_then(|rule| rule.label.clone()),
-            expires: written.and_then(|rule| rule.expires),
+            label: described.label,
+            expires: described.expires,
+            left: end.map(|end| end.since(now).as_secs()),
+            by: described.by,
             unfiltered: unfiltered.map(str::to_owned),
         });
     }
@@ -127,32 +135,61 @@ impl InForce {
         Ok(())
     }
 
-    /// The rule of the policy file behind a key, or the member of a cluster that holds the source.
-    fn written(&self, database: &str, key: &RuleKey, address: IpAddr) -> Option<&Rule> {
+    /// What was written about the rule behind a key: of the cluster about the member that holds the source.
+    fn describe(&self, database: &str, key: &RuleKey, address: IpAddr) -> Option<Described> {
+        let temporary = |kind, source| {
+            let mut rules = self.timed.temporary.iter();
+            let rule = rules.find(|rule| {
+                rule.database == database && rule.kind == kind && rule.source == source
+            })?;
+            Some(Described {
+                label: rule.label.clone(),
+                expires: Some(rule.until),
+                by: rule.by.clone(),
+            })
+        };
         let databases = &self.file.policy.databases;
-        let database = databases.iter().find(|written| written.name == database)?;
-        match (&database.model, key) {
+        let written = databases.iter().find(|written| written.name == database)?;
+        let holds = |member: &&Rule| match &member.source {
+            Source::Cidr(prefix) => prefix.contains(&address),
+            Source::Region(_) => false,
+        };
+        let rule = match (&written.model, key) {
+            (_, RuleKey::Temporary(source)) => return temporary(Kind::Allow, *source),
+            (_, RuleKey::Block(source)) => return temporary(Kind::Block, *source),
             (Model::Dedicated { rules }, RuleKey::Rule(source)) => {
                 rules.iter().find(|rule| rule.source == *source)
             }
+            (_, RuleKey::Member(source)) => written
+                .cluster
+                .iter()
+                .find(|member| member.source == *source),
             (_, RuleKey::Cluster) => {
-                let holding = database
+                let members = written
                     .cluster
                     .iter()
-                    .filter_map(|member| match &member.source {
-                        Source::Cidr(prefix)
-                            if prefix.contains(&address)
-                                && !is_expired(member, Timestamp::now()) =>
-                        {
-                            Some((prefix.prefix_len(), member))
-                        }
-                        _ => None,
-                    });
-                holding
-                    .max_by_key(|&(length, _)| length)
-                    .map(|(_, member)| member)
+                    .filter(|member| member.expires.is_none());
+                members
+                    .filter(holds)
+                    .max_by_key(|member| match &member.source {
+                        Source::Cidr(prefix) => prefix.prefix_len(),
+                        Source::Region(_) => 0,
+                    })
             }
             _ => None,
-        }
+        }?;
+        Some(Described {
+            label: rule.label.clone(),
+            expires: rule.expires,
+            by: None,
+        })
     }
+}
+
+/// What is known of a rule beside its prefixes.
+#[derive(Default)]
+struct Described {
+    label: Option<String>,
+    expires: Option<Timestamp>,
+    by: Option<By>,
 }

@@ -2,8 +2,7 @@
 
 use core::ptr::{read_volatile, write_volatile};
 
-/// Not the id of any rule, whatever the bits beside it: no rule allows the source.
-pub const NO_RULE: u32 = u32::MAX;
+use crate::NO_RULE;
 
 /// The tag of an entry that is being written. No port guard has all bits set.
 const BEING_WRITTEN: u64 = u64::MAX;
@@ -16,7 +15,7 @@ pub struct CacheEntry {
     source: [u64; 2],
     /// The `Port`, with the family. Never zero, which is what an entry begins with: no guard is.
     tag: u64,
-    /// As in the tries, or `NO_RULE`.
+    /// A `RuleValue`, or `NO_RULE`.
     rule: u32,
     /// Samples taken of the sources of this place.
     taken: u32,

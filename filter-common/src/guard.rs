@@ -22,6 +22,8 @@ impl Guard {
     const UNENFORCED: u32 = 1 << 23;
     const TLS_MONITOR: u32 = 1 << 24;
     const PROXIED: u32 = 1 << 25;
+    const CLUSTER: u32 = 1 << 26;
+    const BLOCKS: u32 = 1 << 27;
 
     pub const fn new(slot: u16, monitor: bool) -> Self {
         Self((slot as u32) << Self::SLOT_SHIFT | monitor as u32)
@@ -59,9 +61,29 @@ impl Guard {
         Self(self.0 | Self::WIDE)
     }
 
-    /// The same guard, whatever the database allows.
-    pub const fn of_any_width(self) -> Self {
-        Self(self.0 & !Self::WIDE)
+    /// The same guard for a database that has a cluster.
+    pub const fn with_cluster(self) -> Self {
+        Self(self.0 | Self::CLUSTER)
+    }
+
+    /// The same guard for a database that has blocks.
+    pub const fn with_blocks(self) -> Self {
+        Self(self.0 | Self::BLOCKS)
+    }
+
+    /// The same guard, with a cluster also where another guard of the database has one.
+    pub const fn with_cluster_of(self, other: Self) -> Self {
+        Self(self.0 | other.0 & Self::CLUSTER)
+    }
+
+    /// The same guard, with blocks also where another guard of the database has them.
+    pub const fn with_blocks_of(self, other: Self) -> Self {
+        Self(self.0 | other.0 & Self::BLOCKS)
+    }
+
+    /// The same guard, whatever sources the database allows.
+    pub const fn of_any_sources(self) -> Self {
+        Self(self.0 & !(Self::WIDE | Self::CLUSTER | Self::BLOCKS))
     }
 
     /// The same guard for a port whose database depends on the local address.
@@ -135,6 +157,14 @@ impl Guard {
     /// Whether the database allows prefixes that the prefix Bloom filter does not hold.
     pub const fn is_wide(self) -> bool {
         self.0 & Self::WIDE != 0
+    }
+
+    pub const fn has_cluster(self) -> bool {
+        self.0 & Self::CLUSTER != 0
+    }
+
+    pub const fn has_blocks(self) -> bool {
+        self.0 & Self::BLOCKS != 0
     }
 
     /// Whether the port stays open where nothing judges its connections.

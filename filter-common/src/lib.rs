@@ -4,14 +4,16 @@
 mod cache;
 mod guard;
 pub mod opening;
+mod value;
 
-pub use cache::{CacheEntry, EntryPointer, NO_RULE};
+pub use cache::{CacheEntry, EntryPointer};
 pub use guard::{Guard, Port};
+pub use value::{BAD_SOURCE, NO_RULE, RuleValue};
 
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 6 } else { 5 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 7 } else { 6 };
 
 /// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes and rows of
 /// counters of another length.
@@ -38,9 +40,15 @@ pub const ANY_SLOT: u16 = 0;
 /// Rules in one database's allowlist.
 pub const MAX_RULES: usize = 30;
 
-/// Rule ids in the kernel: for each slot the allowlist, the cluster, the regional network and the
-/// Internet.
-pub const RULE_IDS: u32 = SLOTS * (MAX_RULES as u32 + 3);
+/// Temporary blocks of one database.
+pub const MAX_BLOCKS: usize = 30;
+
+/// Rule ids in the kernel: for each slot the allowlist, the blocks, the cluster, the regional network and the
+/// Internet. A `RuleValue` has 15 bits for them.
+pub const RULE_IDS: u32 = SLOTS * (MAX_RULES + MAX_BLOCKS + 3) as u32;
+
+/// Prefixes that each trie of blocks has room for: those of every database, old and new together.
+pub const BLOCKED_PREFIXES: u32 = SLOTS * MAX_BLOCKS as u32;
 
 /// Longest name of a database or a region, in bytes.
 pub const MAX_NAME: usize = 60;
@@ -136,9 +144,6 @@ pub struct Answer {
     pub length: u32,
     pub bytes: [u8; ANSWER_LENGTH],
 }
-
-/// In the value of an allowed prefix, beside the id of its rule: TLS is not forced on it.
-pub const EXEMPT: u32 = 1 << 31;
 
 /// A segment's source and destination address, in words, which are copied faster than bytes: as in the header;
 /// IPv4 as IPv4-mapped IPv6.
@@ -300,22 +305,20 @@ pub const fn mapped(v4: [u8; 4]) -> [u8; 16] {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
 }
 
-/// Data of an LPM key: the database, always matched whole, then the source address.
+/// Data of an LPM key: the section, always matched whole, then the source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct Source4 {
-    /// Database slot, big endian.
-    pub slot: [u8; 4],
+    pub section: Section,
     /// Network byte order.
     pub address: [u8; 4],
 }
 
-/// Data of an LPM key: the database, always matched whole, then the source address.
+/// Data of an LPM key: the section, always matched whole, then the source address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct Source6 {
-    /// Database slot, big endian.
-    pub slot: [u8; 4],
+    pub section: Section,
     /// Network byte order.
     pub address: [u8; 16],
 }
@@ -346,19 +349,49 @@ pub const fn bloom_place(first: u32, is_v4: bool) -> (u32, usize, u64) {
     ((hash >> 51) as u32, (hash >> 48 & 7) as usize, bits)
 }
 
-/// Bits of the database in front of the address in an LPM key.
-pub const SLOT_BITS: u32 = 32;
+/// Bits of the section in front of the address in an LPM key.
+pub const SECTION_BITS: u32 = 32;
 
-/// The slot as it stands in an LPM key.
-pub const fn slot_key(slot: u16) -> [u8; 4] {
-    (slot as u32).to_be_bytes()
+/// A part of a trie that is searched by itself: what one database's rules allow, or its cluster. As in the key: the slot
+/// in the last two bytes, big endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct Section(pub [u8; 4]);
+
+impl Section {
+    /// Prefixes that a database's rules allow, or that its blocks hold.
+    pub const fn rules(slot: u16) -> Self {
+        Self((slot as u32).to_be_bytes())
+    }
+
+    /// Prefixes of a database's cluster, which no rule and no block changes.
+    pub const fn cluster(slot: u16) -> Self {
+        Self((1 << 16 | slot as u32).to_be_bytes())
+    }
+
+    pub const fn is_cluster(self) -> bool {
+        self.0[1] != 0
+    }
+
+    pub const fn slot(self) -> u16 {
+        u16::from_be_bytes([self.0[2], self.0[3]])
+    }
+
+    /// The same section of a database in another slot.
+    pub const fn with_slot(self, slot: u16) -> Self {
+        if self.is_cluster() {
+            Self::cluster(slot)
+        } else {
+            Self::rules(slot)
+        }
+    }
 }
 
 /// Why a packet for a protected port got its verdict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u32)]
 pub enum Reason {
-    /// An allowed prefix holds the source. Such packets are counted as hits of their rule; the counter
+    /// An allowed prefix holds the source, and has not ended. Such packets are counted as hits of their rule; the counter
     /// of this reason holds those of rules that were removed.
     Allowed = 0,
     /// No allowed prefix holds the source.
@@ -386,10 +419,12 @@ pub enum Reason {
     TlsUnenforced = 11,
     /// TLS is forced behind a PROXY header, and the connection does not begin with one.
     NoProxyHeader = 12,
+    /// A block holds the source, which a rule would allow.
+    Blocked = 13,
 }
 
 impl Reason {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Allowed,
         Self::NotAllowed,
         Self::BadSource,
@@ -403,6 +438,7 @@ impl Reason {
         Self::TlsUnclear,
         Self::TlsUnenforced,
         Self::NoProxyHeader,
+        Self::Blocked,
     ];
 
     /// The name in output and metrics.
@@ -421,6 +457,7 @@ impl Reason {
             Self::TlsUnclear => "tls-unclear",
             Self::TlsUnenforced => "tls-unenforced",
             Self::NoProxyHeader => "no-proxy-header",
+            Self::Blocked => "blocked",
         }
     }
 }
@@ -467,7 +504,7 @@ impl CounterRow {
         let (length, first_fate) = match layout {
             0..=3 => (16, 12),
             4 => (32, 27),
-            5 => (32, 24),
+            5 | 6 => (32, 24),
             // Of the build that tests upgrade to.
             _ => (64, 50),
         };
@@ -630,6 +667,8 @@ const _: () = {
     assert!(size_of::<Client>() == 24);
     assert!(size_of::<Judgement>() == 40);
     assert!(size_of::<Sample>() == 32);
+    // Every id, one more for its end, and neither `NO_RULE` nor `BAD_SOURCE`.
+    assert!(RULE_IDS + 1 < 0x7fff);
     // Room for more reasons and fates.
     assert!(Reason::ALL.len() as u32 + 10 <= COUNTER_ROW.first_fate);
     assert!(COUNTER_ROW.first_stage() + (Stage::ALL.len() as u32) < COUNTER_ROW.length);
@@ -646,6 +685,8 @@ mod pod {
     unsafe impl aya::Pod for Port {}
     // SAFETY: as above.
     unsafe impl aya::Pod for LocalKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for RuleValue {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Source4 {}
     // SAFETY: as above.

@@ -42,7 +42,7 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
         Outcome::NotConcerned => XDP_PASS,
         Outcome::LaterFragment => XDP_PASS,
         Outcome::Allowed { guard, rule, .. } => {
-            rules::count_allowed(guard, rule);
+            rules::count_hit(guard, rule);
             XDP_PASS
         }
         Outcome::Dropped {
@@ -50,8 +50,8 @@ fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
             reason,
             sampled,
         } => {
-            rules::count(guard, reason as u32);
-            rules::sample(ctx, packet, guard, reason as u32, Some(sampled));
+            rules::count(guard, reason);
+            rules::sample(ctx, packet, guard, reason, Some(sampled));
             if guard.is_monitor() {
                 XDP_PASS
             } else {

@@ -8,15 +8,16 @@ use core::{
 use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP},
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, lpm_trie::Key},
+    helpers::generated::bpf_ktime_get_boot_ns,
     macros::btf_map,
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, Address, BLOOM_LINES, BloomLine, CACHED_SOURCES, COUNTERS, CacheEntry,
-    DEFAULT_MAX_PREFIXES, EXEMPT, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS, MONITORED_SHIFT,
-    NO_RULE, Name, PORTS, Port, Protocol, RULE_IDS, Reason, SAMPLE_PLACES, SAMPLE_RING_BYTES,
-    SAMPLES_GRANTED, SLOT_BITS, SLOTS, Sample, Source4, Source6, Stage, bloom_place,
-    is_bad_source4, is_bad_source6, mapped, port_index, slot_key,
+    ANY_SLOT, Address, BAD_SOURCE, BLOCKED_PREFIXES, BLOOM_LINES, BloomLine, CACHED_SOURCES,
+    COUNTERS, CacheEntry, DEFAULT_MAX_PREFIXES, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS,
+    MONITORED_SHIFT, NO_RULE, Name, PORTS, Port, Protocol, RULE_IDS, Reason, RuleValue,
+    SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SECTION_BITS, SLOTS, Sample, Section,
+    Source4, Source6, Stage, bloom_place, is_bad_source4, is_bad_source6, mapped, port_index,
 };
 
 use crate::{
@@ -41,11 +42,20 @@ static LOCAL_GUARDS: HashMap<
 /// `Protocol::monitored_bit`.
 #[btf_map]
 static PROTOCOLS: Array<u32, 1> = Array::new();
-/// Allowed prefixes to the id of the rule that allows, and whether it is exempt from TLS.
+/// Allowed prefixes, those of clusters in sections of their own. The longest that holds a source says when the last of
+/// all rules that hold it ends.
 #[btf_map]
-static ALLOWED4: LpmTrie<Source4, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
+static ALLOWED4: LpmTrie<Source4, RuleValue, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
 #[btf_map]
-static ALLOWED6: LpmTrie<Source6, u32, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
+static ALLOWED6: LpmTrie<Source6, RuleValue, { DEFAULT_MAX_PREFIXES as usize }> = LpmTrie::new();
+/// Blocked prefixes. Tries of their own: there is room for a block, however many prefixes are allowed.
+#[btf_map]
+static BLOCKED4: LpmTrie<Source4, RuleValue, { BLOCKED_PREFIXES as usize }> = LpmTrie::new();
+#[btf_map]
+static BLOCKED6: LpmTrie<Source6, RuleValue, { BLOCKED_PREFIXES as usize }> = LpmTrie::new();
+/// When a rule or a block ends, by its id, in nanoseconds since boot. The agent need not run at that time.
+#[btf_map]
+static ENDS: Array<u64, { RULE_IDS as usize }> = Array::new();
 /// The prefix Bloom filter of every database's allowed prefixes: most of a flood from forged sources does not
 /// match, and needs no look-up in a trie, whose cost grows with its size.
 #[btf_map]
@@ -82,9 +92,6 @@ static PROBES: Array<u64, { (COUNTERS + filter_common::HITS) as usize }> = Array
 #[unsafe(no_mangle)]
 static mut GRANTED: u32 = 0;
 
-/// As `NO_RULE`, for a source that no host may have. Every rule's id is lower.
-const BAD_SOURCE: u32 = u32::MAX - 1;
-
 /// Set in the tag of an IPv6 source. Port guards do not use the bit.
 const V6: u64 = 1 << 31;
 
@@ -99,7 +106,8 @@ pub enum Outcome {
     },
     Dropped {
         guard: Guard,
-        reason: Reason,
+        /// The number of a `Reason`: where it stays a number, the verifier follows one path for all.
+        reason: u32,
         /// Whether a sample of it is taken.
         sampled: bool,
     },
@@ -112,10 +120,11 @@ pub enum Outcome {
 
 #[inline(always)]
 fn dropped(guard: Guard, reason: Reason) -> Outcome {
+    let reason = reason as u32;
     Outcome::Dropped {
         guard,
         reason,
-        sampled: take_at(reason as u32),
+        sampled: take_at(reason),
     }
 }
 
@@ -245,15 +254,39 @@ pub fn is_forced(port: u16) -> bool {
 /// Whether TLS is not forced on a source.
 #[inline(always)]
 pub fn is_exempt(guard: Guard, is_v4: bool, source: &Address) -> bool {
-    let slot = slot_key(guard.slot());
-    let rule = if is_v4 {
+    if !guard.has_cluster() {
+        return false;
+    }
+    let section = Section::cluster(guard.slot());
+    let value = if is_v4 {
         let address = source[3].to_ne_bytes();
-        ALLOWED4.get(&Key::new(SLOT_BITS + 32, Source4 { slot, address }))
+        value_in(
+            &ALLOWED4,
+            &Key::new(SECTION_BITS + 32, Source4 { section, address }),
+        )
     } else {
         let address = bytes_of(source);
-        ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
+        value_in(
+            &ALLOWED6,
+            &Key::new(SECTION_BITS + 128, Source6 { section, address }),
+        )
     };
-    rule.is_some_and(|rule| rule & EXEMPT != 0)
+    is_in_force(value)
+}
+
+/// Whether a value is of a rule or a block that has not ended.
+#[inline(always)]
+fn is_in_force(value: u32) -> bool {
+    value < RuleValue::FIRST_WITH_END || value != NO_RULE && lasts(value)
+}
+
+/// Whether a value that has an end still holds. Only packets that such a value decides read the clock.
+#[inline(always)]
+fn lasts(value: u32) -> bool {
+    let end = RuleValue(value).end().and_then(|rule| ENDS.get(rule));
+    // SAFETY: the helper takes nothing (5.8).
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    end.is_some_and(|&end| end > now)
 }
 
 #[inline(always)]
@@ -264,26 +297,25 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
     let Some(entry) = cache_entry(source) else {
         return dropped(guard, Reason::NoPolicy);
     };
-    let rule = match entry.rule(source, tag) {
-        Some(rule) => rule,
-        None => rule_of(source, tag, entry),
+    let value = match entry.rule(source, tag) {
+        Some(value) if value < RuleValue::FIRST_WITH_END || value == NO_RULE => value,
+        _ => value_of(source, tag, entry),
     };
-    if rule < BAD_SOURCE {
-        Outcome::Allowed {
+    if value < RuleValue::FIRST_BLOCKED {
+        let value = RuleValue(value);
+        return Outcome::Allowed {
             guard,
-            rule: rule & !EXEMPT,
-            force_tls: guard.engine() != 0 && rule & EXEMPT == 0,
-        }
-    } else {
-        Outcome::Dropped {
-            guard,
-            reason: if rule == NO_RULE {
-                Reason::NotAllowed
-            } else {
-                Reason::BadSource
-            },
-            sampled: take(entry.taken()),
-        }
+            rule: value.rule(),
+            force_tls: guard.engine() != 0 && !value.is_exempt(),
+        };
+    }
+    if value < BAD_SOURCE {
+        count_hit(guard, RuleValue(value).rule());
+    }
+    Outcome::Dropped {
+        guard,
+        reason: RuleValue(value).reason(),
+        sampled: take(entry.taken()),
     }
 }
 
@@ -303,13 +335,22 @@ const fn place(source: [u64; 2], places: u32) -> u32 {
     (hash >> (64 - places.trailing_zeros())) as u32
 }
 
-/// The id of the rule that allows a source that is not in the verdict cache, with `EXEMPT`; or `NO_RULE`,
-/// or `BAD_SOURCE`. Writes it to `entry`.
+/// The value for a source that is not in the verdict cache, or has a value with an end there; or `BAD_SOURCE`. Writes it to
+/// the cache.
 ///
-/// A cached verdict holds for its whole epoch, so the epoch has to be read before the maps are: also on
+/// A cached value holds until its end, but not beyond its epoch, so the epoch has to be read before the maps are: also on
 /// CPUs that reorder reads.
+///
+/// Inlined, as all that comes before the last decision: where the verifier of Linux 6.1 looks for what a value depends on,
+/// and meets a call, it takes every number as relevant, and follows four times as many paths.
 #[inline(always)]
-fn rule_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
+fn value_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
+    // After the end of a block or of a cluster's member a rule decides.
+    if let Some(value) = entry.rule([high, low], tag)
+        && lasts(value)
+    {
+        return value;
+    }
     let is_v4 = tag & V6 == 0;
     let (first, is_bad) = if is_v4 {
         (low as u32, is_bad_source4(u32::from_be(low as u32)))
@@ -329,25 +370,65 @@ fn rule_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
     }
     let line = PREFIX_BLOOM.get(line | zero as u32);
     let may_match = line.is_some_and(|line| line[word] & bits == bits);
+    let guard = Port(tag).guard();
     // Only databases with prefixes too short for the Bloom filter may allow the source then.
-    if !may_match && !Port(tag).guard().is_wide() {
+    if !may_match && !guard.is_wide() {
         if entry.is_free(tag) {
             entry.remember([high, low], tag, NO_RULE, || ());
         }
         return NO_RULE;
     }
     barrier(entry.tag());
-    let slot = slot_key(Port(tag).guard().slot());
-    let rule = if is_v4 {
+    let section = Section::cluster(guard.slot());
+    let value = if is_v4 {
         let address = (low as u32).to_ne_bytes();
-        ALLOWED4.get(&Key::new(SLOT_BITS + 32, Source4 { slot, address }))
+        let mut key = Key::new(SECTION_BITS + 32, Source4 { section, address });
+        let rules = |key: &mut Key<Source4>| key.data.section = Section::rules(guard.slot());
+        decide(guard, &mut key, &ALLOWED4, &BLOCKED4, rules)
     } else {
         let address = octets([high, low]);
-        ALLOWED6.get(&Key::new(SLOT_BITS + 128, Source6 { slot, address }))
+        let mut key = Key::new(SECTION_BITS + 128, Source6 { section, address });
+        let rules = |key: &mut Key<Source6>| key.data.section = Section::rules(guard.slot());
+        decide(guard, &mut key, &ALLOWED6, &BLOCKED6, rules)
     };
-    let rule = rule.copied().unwrap_or(NO_RULE);
-    entry.remember([high, low], tag, rule, || ());
-    rule
+    entry.remember([high, low], tag, value, || ());
+    value
+}
+
+/// The value for a source that may be allowed. `key`: of the cluster; `rules` makes it one of the rules, in its place on the
+/// stack.
+#[inline(always)]
+fn decide<K, const ALLOWED: usize>(
+    guard: Guard,
+    key: &mut Key<K>,
+    allowed: &LpmTrie<K, RuleValue, ALLOWED>,
+    blocked: &LpmTrie<K, RuleValue, { BLOCKED_PREFIXES as usize }>,
+    rules: impl FnOnce(&mut Key<K>),
+) -> u32 {
+    if guard.has_cluster() {
+        let value = value_in(allowed, key);
+        if is_in_force(value) {
+            return value;
+        }
+    }
+    rules(key);
+    let value = value_in(allowed, key);
+    if !is_in_force(value) {
+        return NO_RULE;
+    }
+    if guard.has_blocks() {
+        let block = value_in(blocked, key);
+        if is_in_force(block) {
+            return block;
+        }
+    }
+    value
+}
+
+/// The value of the longest prefix that holds a source.
+#[inline(always)]
+fn value_in<K, const M: usize>(trie: &LpmTrie<K, RuleValue, M>, key: &Key<K>) -> u32 {
+    trie.get(key).map_or(NO_RULE, |value| value.0)
 }
 
 /// Adds nothing to a word, in one instruction (kernel 5.12) that no CPU reorders with reads and writes.
@@ -383,9 +464,9 @@ fn octets(halves: [u64; 2]) -> [u8; 16] {
     ]
 }
 
-/// Counts a packet that is allowed, by `rule`.
+/// Counts a packet that `rule` allows, or that a block drops.
 #[inline(always)]
-pub fn count_allowed(guard: Guard, rule: u32) {
+pub fn count_hit(guard: Guard, rule: u32) {
     increment(HITS.get_ptr_mut(guard.hit(rule)));
 }
 

@@ -14,13 +14,14 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{Ebpf, programs::Xdp};
 use aya_obj::programs::XdpAttachType;
 use filter_agent::{
+    clock::Clock,
     compile::{Regions, compile},
     kernel::filter::Filter,
     policy,
+    temporary::Timed,
 };
 use filter_tests::net::{Net, succeed};
 use ipnet::IpNet;
-use jiff::Timestamp;
 
 use crate::traffic::{self, PORT, TLS_PORT};
 
@@ -280,8 +281,11 @@ databases:
         let parsed = policy::parse(&text).map_err(|problems| anyhow::anyhow!("{problems:?}"));
         let (policy, _) = parsed.context("read the benchmark's policy")?;
         let regions: Regions = BTreeMap::from([("r".to_owned(), Arc::from(networks))]);
-        self.filter
-            .apply(&compile(&policy, &regions, Timestamp::now()))?;
+        self.filter.apply(&compile(
+            &policy,
+            &regions,
+            &Timed::of(&policy, Clock::start().now()),
+        ))?;
         Ok(())
     }
 }

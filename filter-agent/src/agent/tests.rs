@@ -16,6 +16,7 @@ use crate::{
     kernel::difference::Difference,
     region::answer::{Answer, Found},
     report::{Enforced, Verified},
+    temporary::Kept,
 };
 
 const START: i64 = 1_767_225_600;
@@ -23,6 +24,7 @@ const START: i64 = 1_767_225_600;
 fn at(seconds: i64) -> Now {
     let time = Timestamp::from_second(START + seconds).unwrap();
     Now {
+        boot: BootTime(1_000_000_000 * (1_000 + seconds) as u64),
         steady: time,
         wall: time,
     }
@@ -67,7 +69,7 @@ fn checked() -> Checked {
 }
 
 fn committed(order: &Order) -> Committed {
-    let compiled = compile(&order.file.policy, &order.prefixes, order.at);
+    let compiled = compile(&order.file.policy, &order.prefixes, &order.timed);
     Committed {
         report: plan(),
         enforced: Enforced {
@@ -75,9 +77,10 @@ fn committed(order: &Order) -> Committed {
             accepted: order.file.accepted,
             compiled_ms: 0.0,
             enforced_ms: 0.0,
-            next_expiry: compiled.next_expiry,
+            next_expiry: compiled.next_end.map(|end| order.timed.now.date_of(end)),
         },
         compiled: Arc::new(compiled),
+        timed: Arc::new(order.timed.clone()),
         entries: Vec::new(),
         restarted: BTreeSet::new(),
         errors: Vec::new(),
@@ -96,14 +99,17 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
     let order = Order {
         file: file.clone(),
         prefixes: region::prefixes(&regions),
-        at: at(0).wall,
+        timed: Timed::of(&file.policy, at(0)),
     };
     Started {
         path: "/etc/policy.yaml".into(),
         file,
         regions,
         unsaved: BTreeSet::new(),
+        timed: order.timed.clone(),
         committed: committed(&order),
+        kept: Kept::default(),
+        unkept: None,
         checked: checked(),
         confirmed: None,
         instead_of_file: None,
@@ -273,6 +279,7 @@ impl World {
         let more = Duration::from_secs(seconds as u64);
         self.now.steady += more;
         self.now.wall += more;
+        self.now.boot = self.now.boot.after(more);
         self.send(Event::Tick);
     }
 

@@ -3,7 +3,7 @@
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
-use jiff::SignedDuration;
+use jiff::{Span, SpanRelativeTo};
 
 /// Drops, in the kernel, every packet to a database port that no rule allows.
 #[derive(Parser)]
@@ -46,6 +46,20 @@ pub(super) struct Timeout {
     /// Time for the agent to answer, such as 30s; it may wait for the look-ups of regions.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = time_limit)]
     pub(super) timeout: Duration,
+}
+
+#[derive(Args)]
+pub(super) struct Temporary {
+    /// Database, as the policy names it.
+    pub(super) database: String,
+    /// Prefix, such as 203.0.113.0/24; an address alone is that one host.
+    pub(super) source: String,
+    /// How long, such as 30m, 2h or 3d.
+    #[arg(long = "for", value_name = "DURATION", value_parser = lasting)]
+    pub(super) lasting: Option<Duration>,
+    /// Why, for those who read `rules` later.
+    #[arg(long)]
+    pub(super) label: Option<String>,
 }
 
 #[derive(Args)]
@@ -112,6 +126,35 @@ pub(super) enum Command {
         allow_unprotect: bool,
         #[command(flatten)]
         timeout: Timeout,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Allow a source for a time, in addition to the policy file. It ends by itself, whether or not the agent runs.
+    Allow {
+        #[command(flatten)]
+        temporary: Temporary,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Block a source for a time, whatever rule allows it. Members of the database's cluster are not blocked.
+    Block {
+        #[command(flatten)]
+        temporary: Temporary,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// End what `allow` or `block` did for a source. Rules of the policy file stay.
+    Revoke {
+        /// Database.
+        database: String,
+        /// Source, as it was allowed or blocked.
+        source: String,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -208,12 +251,19 @@ pub(super) enum Command {
     },
 }
 
-/// A duration of the command line, of at most an hour.
-fn time_limit(text: &str) -> Result<Duration, String> {
-    let duration: SignedDuration = text
+/// A duration of the command line. Days have 24 hours.
+fn lasting(text: &str) -> Result<Duration, String> {
+    let span: Span = text
         .parse()
-        .map_err(|_| "is not a valid duration, such as 60s or 2m")?;
-    let duration = Duration::try_from(duration).map_err(|_| "a duration must not be negative")?;
+        .map_err(|_| "is not a valid duration, such as 60s, 2m or 3d")?;
+    let duration = span.to_duration(SpanRelativeTo::days_are_24_hours());
+    let duration = duration.map_err(|_| "write it in days, hours, minutes and seconds")?;
+    Ok(Duration::try_from(duration).map_err(|_| "a duration must not be negative")?)
+}
+
+/// As `lasting`, of at most an hour.
+fn time_limit(text: &str) -> Result<Duration, String> {
+    let duration = lasting(text)?;
     if duration > Duration::from_hours(1) {
         return Err("at most 1h".into());
     }

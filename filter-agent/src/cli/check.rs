@@ -18,6 +18,7 @@ use crate::{
         print::{print_warnings, with_addresses, with_monitor},
         readable,
     },
+    clock::Clock,
     compile::compile,
     host::{
         self,
@@ -35,6 +36,7 @@ use crate::{
         state::{self as region, Regions},
     },
     store,
+    temporary::Timed,
 };
 
 #[derive(Serialize)]
@@ -91,7 +93,7 @@ pub(super) async fn check(
     let compiled = compile(
         &loaded.policy,
         &region::prefixes(&regions),
-        Timestamp::now(),
+        &Timed::of(&loaded.policy, Clock::start().now()),
     );
     let host = host::interfaces().await?;
     let mut warnings = loaded.warnings(&compiled);
@@ -186,7 +188,11 @@ pub(super) async fn check(
             addresses: database.addresses.clone(),
             model: database.model.name().into(),
             monitor: database.monitor,
-            rules: entries.rules.iter().map(ToString::to_string).collect(),
+            rules: entries
+                .rules
+                .iter()
+                .map(|(key, _)| key.to_string())
+                .collect(),
             prefixes: entries.prefixes(),
         }
     });

@@ -14,6 +14,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
+use serde_json::{Value, json};
 
 use crate::{
     daemon::{self, Options},
@@ -22,7 +23,7 @@ use crate::{
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
 };
 
-use args::{Cli, Command, Socket, Timeout};
+use args::{Cli, Command, Output, Socket, Temporary, Timeout};
 use check::check;
 use client::{Agent, encode};
 use detach::{detach, tell_what_is_left};
@@ -31,7 +32,7 @@ use enforced::{enforced, print_enforcement, wait_for};
 use output::failure_if;
 use print::{
     print_explanations, print_plan, print_refreshed, print_regions, print_reloaded, print_rules,
-    print_status,
+    print_status, print_temporary,
 };
 
 /// Returns the definition of the commands, for the manual page and completions.
@@ -140,6 +141,25 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let failed = !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty();
             return Ok(failure_if(failed));
         }
+        Command::Allow {
+            temporary,
+            socket,
+            output,
+        } => return change_temporary("allow", temporary, &socket, &output).await,
+        Command::Block {
+            temporary,
+            socket,
+            output,
+        } => return change_temporary("block", temporary, &socket, &output).await,
+        Command::Revoke {
+            database,
+            source,
+            socket,
+            output,
+        } => {
+            let change = json!({ "revoke": { "database": database, "source": source } });
+            return send_temporary(change, &socket, &output).await;
+        }
         Command::Status {
             enforced: true,
             wait,
@@ -230,4 +250,47 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => return detach(yes, &socket.socket, &bpffs.bpffs, &state_dir.state_dir).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn change_temporary(
+    action: &str,
+    temporary: Temporary,
+    socket: &Socket,
+    output: &Output,
+) -> Result<ExitCode> {
+    let Temporary {
+        database,
+        source,
+        lasting,
+        label,
+    } = temporary;
+    let Some(lasting) = lasting else {
+        let message = match action {
+            "allow" => format!(
+                "a rule without an end belongs into the policy file, under `rules:` of {database}: \
+                 `- cidr: {source}`; for a time: `--for 2h`"
+            ),
+            _ => format!(
+                "a block needs an end, such as `--for 2h`; for good, take {source} out of the rules of {database} in the \
+                 policy file, or except it: `except: [{source}]`"
+            ),
+        };
+        Cli::command()
+            .error(clap::error::ErrorKind::MissingRequiredArgument, message)
+            .exit();
+    };
+    let wanted = json!({
+        "database": database,
+        "source": source,
+        "seconds": lasting.as_secs(),
+        "label": label,
+    });
+    send_temporary(json!({ action: wanted }), socket, output).await
+}
+
+async fn send_temporary(change: Value, socket: &Socket, output: &Output) -> Result<ExitCode> {
+    let agent = Agent::new(&socket.socket);
+    let done: report::Temporary = agent.post("/temporary", change.to_string()).await?;
+    output.print(&done, print_temporary)?;
+    Ok(failure_if(!done.errors.is_empty()))
 }

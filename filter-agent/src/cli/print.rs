@@ -1,12 +1,14 @@
 //! The texts that commands print.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use ipnet::IpNet;
 
 use crate::{
     cli::output::{LISTED, age, list, or, print_table, table, until},
-    report::{self, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
+    policy::spelled,
+    report::{self, Explanation, Origin, Plan, Refreshed, Reloaded, Rule, Status},
+    temporary::By,
 };
 
 pub(super) fn with_addresses(ports: &[String], addresses: &[IpAddr]) -> String {
@@ -276,18 +278,36 @@ pub(super) fn print_rules(rules: &[Rule]) {
         let expires = rule.expires.map(|expires| expires.to_string());
         let expires = match (expires, rule.expired) {
             (Some(expires), true) => format!("{expires} (expired)"),
-            (Some(expires), false) => expires,
+            (Some(expires), false) => match rule.left {
+                _ if rule.suspended => {
+                    format!("{expires} (suspended: no room beside the policy's)")
+                }
+                Some(left) => format!("{expires} ({} left)", spelled(Duration::from_secs(left))),
+                None => expires,
+            },
             (None, _) => "-".into(),
         };
+        let number = match (rule.origin, rule.number) {
+            (Origin::Temporary, _) => "temporary".into(),
+            (Origin::Block, _) => "block".into(),
+            (Origin::File, Some(number)) => number.to_string(),
+            (Origin::File, None) => "-".into(),
+        };
+        let label = rule.label.clone();
+        let except = (!rule.except.is_empty()).then(|| {
+            let except: Vec<String> = rule.except.iter().map(ToString::to_string).collect();
+            format!("except {}", except.join(", "))
+        });
+        let by = rule.by.as_ref().map(by);
+        let notes: Vec<String> = label.into_iter().chain(except).chain(by).collect();
         table.add_row([
             rule.database.clone(),
-            rule.number
-                .map_or_else(|| "-".into(), |number| number.to_string()),
+            number,
             rule.source.clone(),
             rule.prefixes.to_string(),
             rule.hits.to_string(),
             expires,
-            rule.label.clone().unwrap_or_default(),
+            notes.join("; "),
         ]);
     }
     if rules.is_empty() {
@@ -367,23 +387,29 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
         } else {
             "is dropped"
         };
-        let label = verdict.label.as_ref().map(|label| format!(" ({label})"));
-        let label = label.unwrap_or_default();
+        let by = verdict.by.as_ref().map(by);
+        let notes: Vec<String> = verdict.label.clone().into_iter().chain(by).collect();
+        let label = match notes.is_empty() {
+            true => String::new(),
+            false => format!(" ({})", notes.join("; ")),
+        };
         let expires = verdict.expires.map(|at| format!(", until {at}"));
         let expires = expires.unwrap_or_default();
+        let is_blocked = verdict.reason == "blocked";
+        let action_of = if is_blocked { "dropped" } else { "allowed" };
         let why = match &verdict.rule {
-            Some(rule) => format!("allowed by {rule}{label}{expires}"),
+            Some(rule) => format!("{action_of} by {rule}{label}{expires}"),
             None => match verdict.reason.as_str() {
                 "bad-source" => "no packet may come from this address".into(),
                 _ => "no rule allows it".into(),
             },
         };
-        let monitor = if verdict.monitor && verdict.rule.is_none() {
+        let monitor = if verdict.monitor && (verdict.rule.is_none() || is_blocked) {
             ", but the database is only monitored"
         } else {
             ""
         };
-        let tls = match verdict.force_tls && verdict.rule.is_some() {
+        let tls = match verdict.force_tls && verdict.rule.is_some() && !is_blocked {
             true => ", if the connection begins with TLS",
             false => "",
         };
@@ -395,6 +421,26 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
         };
         println!("{database}: {source} {action}: {why}{tls}{monitor}{way}");
     }
+}
+
+/// The client that added a rule: `added by uid 0 (logged in as 1000), filter-agent`.
+fn by(by: &By) -> String {
+    let login = by.login_uid.map(|uid| format!(" (logged in as {uid})"));
+    let command = by.command.as_ref().map(|command| format!(", {command}"));
+    format!(
+        "added by uid {}{}{}",
+        by.uid,
+        login.unwrap_or_default(),
+        command.unwrap_or_default()
+    )
+}
+
+pub(super) fn print_temporary(done: &report::Temporary) {
+    println!("{done}");
+    done.notes.iter().for_each(|note| println!("note: {note}"));
+    done.errors
+        .iter()
+        .for_each(|error| println!("error: {error}"));
 }
 
 #[cfg(test)]

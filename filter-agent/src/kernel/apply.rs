@@ -7,7 +7,7 @@ use anyhow::{Error, Result, anyhow, ensure};
 use crate::{
     compile::Compiled,
     kernel::{
-        counters::Counter, difference::Difference, filter::Filter, image::Image, maps::Allowed,
+        counters::Counter, difference::Difference, filter::Filter, image::Image, maps::Tries,
         steps::Step,
     },
 };
@@ -199,7 +199,7 @@ impl Filter {
             && let Some(prefixes) = prefixes()
         {
             let (first, second) = prefixes.split_at(group.len() / 2);
-            let mut allowed = Allowed::open(&self.pinned_maps)?;
+            let mut allowed = Tries::open(&self.pinned_maps)?;
             let written = thread::scope(|scope| {
                 let second = scope.spawn(move || second.iter().try_for_each(|s| allowed.write(s)));
                 let first = first.iter().try_for_each(|s| self.maps.allowed.write(s));

@@ -11,13 +11,16 @@ use filter_common::{
     ANY_SLOT, COUNTER_ROW, COUNTERS, CounterRow, Fate, Name, Reason, Stage, hit_index,
 };
 
-use crate::kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps, pins::exists};
+use crate::{
+    compile::RuleKey,
+    kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps, pins::exists},
+};
 
 /// Packets by database (`None`: aimed at no database in particular), reason, and whether the reason
 /// was only counted, not enforced.
 pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
 
-/// Packets allowed, by database and text of the rule's key.
+/// Packets that a rule allowed or a block dropped, by database and text of the rule's key.
 pub type Hits = BTreeMap<(String, String), u64>;
 
 /// Connections by database, fate, and whether the fate was only monitored.
@@ -44,7 +47,7 @@ impl Maps {
                     let index = COUNTER_ROW.reason(*slot as u16, reason, monitored);
                     let mut packets = self.count(&self.counts, index, index)?;
                     if reason == Reason::Allowed {
-                        let rules = image.rules.iter();
+                        let rules = image.rules.iter().filter(|(_, rule)| allows(rule));
                         for (id, _) in rules.filter(|(_, rule)| u32::from(rule.slot) == *slot) {
                             packets += self.hits_of(*id, monitored)?;
                         }
@@ -244,6 +247,10 @@ impl Maps {
             let (Some(rule), None) = (change.old, change.new) else {
                 continue;
             };
+            // Packets that a block dropped are counted by their reason as well.
+            if !allows(&rule) {
+                continue;
+            }
             for monitored in [false, true] {
                 let from = hit_index(change.key, monitored);
                 let index = COUNTER_ROW.reason(rule.slot, Reason::Allowed, monitored);
@@ -276,6 +283,11 @@ impl Maps {
             .set(counter.index, counter.probes, 0)
             .context("write a counter")
     }
+}
+
+/// Whether a rule in the kernel allows, rather than blocks.
+fn allows(rule: &Name) -> bool {
+    rule.text().is_none_or(|text| !RuleKey::is_block(text))
 }
 
 /// The counters of a slot of another layout, by its index there and in this layout.

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
-use filter_common::{Guard, Protocol};
+use filter_common::{Guard, Protocol, RuleValue, Section};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +23,11 @@ pub struct DatabaseDifference {
     pub added: Vec<IpNet>,
     /// Prefixes that are no longer allowed.
     pub removed: Vec<IpNet>,
+    /// Prefixes that become blocked, and that no longer are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocked: Vec<IpNet>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unblocked: Vec<IpNet>,
     /// Ports that become guarded, or whose guard changes.
     pub guarded: Vec<String>,
     pub unguarded: Vec<String>,
@@ -48,19 +53,18 @@ impl Image {
             .slots
             .iter_mut()
             .for_each(|(old, _)| *old = slot(*old as u16).into());
-        image
-            .allowed4
-            .iter_mut()
-            .for_each(|((old, _), _)| *old = slot(*old));
-        image
-            .allowed6
-            .iter_mut()
-            .for_each(|((old, _), _)| *old = slot(*old));
+        let section = |old: &mut Section| *old = old.with_slot(slot(old.slot()));
+        for list in [&mut image.allowed4, &mut image.blocked4] {
+            list.iter_mut().for_each(|((old, _), _)| section(old));
+            list.sort_unstable_by_key(|&(key, _)| key);
+        }
+        for list in [&mut image.allowed6, &mut image.blocked6] {
+            list.iter_mut().for_each(|((old, _), _)| section(old));
+            list.sort_unstable_by_key(|&(key, _)| key);
+        }
         image.locals.iter_mut().for_each(|(_, old)| guard(old));
         image.ports.iter_mut().for_each(|(_, old)| guard(old));
         image.slots.sort_unstable_by_key(|&(slot, _)| slot);
-        image.allowed4.sort_unstable_by_key(|&(key, _)| key);
-        image.allowed6.sort_unstable_by_key(|&(key, _)| key);
         Cow::Owned(image)
     }
 
@@ -80,19 +84,31 @@ impl Image {
             let name = name(new, slot).or_else(|| name(&old, slot));
             name.unwrap_or_else(|| format!("(slot {slot})"))
         };
-        let mut of_prefix = |slot, prefix: IpNet, added: bool, removed: bool| {
+        let of_prefixes = [
+            changed(&old.allowed4, &new.allowed4),
+            changed(&old.allowed6, &new.allowed6),
+        ];
+        for (slot, prefix, is_added) in of_prefixes.into_iter().flatten() {
             let database = databases.entry(database(slot)).or_default();
-            if added && !removed {
-                database.added.push(prefix);
-            } else if removed && !added {
-                database.removed.push(prefix);
-            }
-        };
-        for Change { key, old, new } in changes(&old.allowed4, &new.allowed4) {
-            of_prefix(key.0, key.1.into(), new.is_some(), old.is_some());
+            let list = if is_added {
+                &mut database.added
+            } else {
+                &mut database.removed
+            };
+            list.push(prefix);
         }
-        for Change { key, old, new } in changes(&old.allowed6, &new.allowed6) {
-            of_prefix(key.0, key.1.into(), new.is_some(), old.is_some());
+        let of_blocks = [
+            changed(&old.blocked4, &new.blocked4),
+            changed(&old.blocked6, &new.blocked6),
+        ];
+        for (slot, prefix, is_added) in of_blocks.into_iter().flatten() {
+            let database = databases.entry(database(slot)).or_default();
+            let list = if is_added {
+                &mut database.blocked
+            } else {
+                &mut database.unblocked
+            };
+            list.push(prefix);
         }
         let mut of_guards = |old: Option<Guard>, new: Option<Guard>, text: &str| {
             let described = |guard: Guard| {
@@ -114,7 +130,7 @@ impl Image {
         };
         for Change { key, old, new } in changes(&old.ports, &new.ports) {
             let guards = [old, new].map(|guard| {
-                let guard = guard.map(Guard::of_any_width);
+                let guard = guard.map(Guard::of_any_sources);
                 guard.filter(|guard| !guard.is_by_address())
             });
             of_guards(guards[0], guards[1], &port_text(key));
@@ -122,12 +138,38 @@ impl Image {
         for Change { key, old, new } in changes(&old.locals, &new.locals) {
             let address = std::net::Ipv6Addr::from(key.address).to_canonical();
             let text = format!("{address} {}", port_text(key.port));
-            let [old, new] = [old, new].map(|guard| guard.map(Guard::of_any_width));
+            let [old, new] = [old, new].map(|guard| guard.map(Guard::of_any_sources));
             of_guards(old, new, &text);
         }
         databases.retain(|_, database| *database != DatabaseDifference::default());
         Difference { databases }
     }
+}
+
+/// Prefixes of a slot that come, or go: not those that another of its sections has as well.
+fn changed<N: Ord + Copy + Into<IpNet>>(
+    old: &[((Section, N), RuleValue)],
+    new: &[((Section, N), RuleValue)],
+) -> Vec<(u16, IpNet, bool)> {
+    let is_held = |list: &[((Section, N), RuleValue)], slot, prefix| {
+        [Section::rules(slot), Section::cluster(slot)]
+            .iter()
+            .any(|&section| {
+                let place = list.binary_search_by_key(&(section, prefix), |&(key, _)| key);
+                place.is_ok()
+            })
+    };
+    let changes = changes(old, new).into_iter().filter_map(|change| {
+        let (section, prefix) = change.key;
+        let slot = section.slot();
+        let (is_new, is_old) = (is_held(new, slot, prefix), is_held(old, slot, prefix));
+        (is_new != is_old).then(|| (slot, prefix.into(), is_new))
+    });
+    let mut changed: Vec<_> = changes.collect();
+    // What comes to both sections, or goes from both.
+    changed.sort_unstable();
+    changed.dedup();
+    changed
 }
 
 /// `tcp/5432`.

@@ -1,6 +1,7 @@
 //! The filter: the loaded program, its maps, and what they hold.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -13,19 +14,23 @@ use aya::{
     programs::Xdp,
 };
 use filter_common::{
-    ANSWER_LENGTH, COUNTER_ROW, COUNTERS, DEFAULT_MAX_PREFIXES, EXEMPT, LAYOUT, Reason, hit_index,
+    ANSWER_LENGTH, COUNTER_ROW, COUNTERS, DEFAULT_MAX_PREFIXES, LAYOUT, Name, Reason, RuleValue,
+    hit_index,
 };
 use nix::fcntl::Flock;
 
-use crate::kernel::{
-    counters::{Counts, Fates, Hits},
-    hook,
-    image::Image,
-    layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_connections},
-    maps::Maps,
-    pins::{adopt_new_links, base, layouts, lock, own_directory},
-    program::{OBJECT, check_kernel, load_error, program},
-    samples::Dropped,
+use crate::{
+    kernel::{
+        counters::{Counts, Fates, Hits},
+        hook,
+        image::Image,
+        layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_connections},
+        maps::Maps,
+        pins::{adopt_new_links, base, layouts, lock, own_directory},
+        program::{OBJECT, check_kernel, load_error, program},
+        samples::Dropped,
+    },
+    temporary::InKernel,
 };
 
 const XDP_PASS: u32 = 2;
@@ -180,11 +185,15 @@ impl Filter {
     /// counts again. `judged`: how the frame should be counted.
     pub fn probe(&mut self, frame: &[u8], judged: &Judged) -> Result<bool> {
         let passed = self.run_packet(frame)?.passes();
-        let counter = match judged.rule {
-            Some(id) => COUNTERS + hit_index(id, judged.monitor),
-            None => COUNTER_ROW.reason(judged.slot, judged.reason, judged.monitor),
-        };
-        self.maps.record_probe(counter).context("record a probe")?;
+        // A packet that a block drops is counted by both.
+        let hit = judged
+            .rule
+            .map(|id| COUNTERS + hit_index(id, judged.monitor));
+        let reason = (judged.reason != Reason::Allowed)
+            .then(|| COUNTER_ROW.reason(judged.slot, judged.reason, judged.monitor));
+        for counter in hit.into_iter().chain(reason) {
+            self.maps.record_probe(counter).context("record a probe")?;
+        }
         Ok(passed)
     }
 
@@ -194,20 +203,22 @@ impl Filter {
             .image
             .slot(database)
             .with_context(|| format!("find database {database} in the kernel"))?;
-        let rule = self.maps.allowed.find(slot, source)?;
-        let exempt = rule.is_some_and(|rule| rule & EXEMPT != 0);
-        let rule = rule.map(|rule| rule & !EXEMPT);
+        let value = self.maps.value(slot, source)?;
+        let exempt = value.is_some_and(RuleValue::is_exempt);
         let bad = match source {
             IpAddr::V4(source) => filter_common::is_bad_source4(source.to_bits()),
             IpAddr::V6(source) => filter_common::is_bad_source6(source.to_bits()),
         };
-        let (reason, rule) = match rule {
+        let (reason, rule) = match value {
             _ if bad => (Reason::BadSource, None),
             None => (Reason::NotAllowed, None),
+            Some(value) if value.0 >= RuleValue::FIRST_BLOCKED => {
+                (Reason::Blocked, Some(value.rule()))
+            }
             Some(_) if !exempt && !self.is_judged && self.image.closes_unenforced(slot) => {
                 (Reason::TlsUnenforced, None)
             }
-            Some(id) => (Reason::Allowed, Some(id)),
+            Some(value) => (Reason::Allowed, Some(value.rule())),
         };
         let place = rule.map(|id| self.image.rules.binary_search_by_key(&id, |&(id, _)| id));
         let name = place
@@ -221,6 +232,22 @@ impl Filter {
             exempt,
             rule_text: name.and_then(|name| Some(name.text()?.to_owned())),
         })
+    }
+
+    /// Rules and blocks with an end.
+    pub fn ends(&self) -> Vec<InKernel> {
+        let names: BTreeMap<u32, Name> = self.image.rules.iter().copied().collect();
+        let ends = self.image.ends.iter().filter_map(|(id, end)| {
+            let rule = names.get(id)?;
+            let slot = u32::from(rule.slot);
+            let (_, database) = self.image.slots.iter().find(|(found, _)| *found == slot)?;
+            Some(InKernel {
+                database: database.text()?.to_owned(),
+                rule: rule.text()?.to_owned(),
+                end: *end,
+            })
+        });
+        ends.collect()
     }
 
     /// Packets counted since the maps were made, the agent's own probes taken out.
@@ -262,7 +289,7 @@ pub struct Judged {
     pub slot: u16,
     pub reason: Reason,
     pub monitor: bool,
-    /// Id of the rule that allows the source.
+    /// Id of the rule that allows the source, or of the block that holds it.
     pub rule: Option<u32>,
     /// Whether the source is exempt from TLS.
     pub exempt: bool,

@@ -10,12 +10,19 @@ use std::{
 
 use anyhow::{Result, bail};
 use filter_common::{
-    BLOOM_LINES, BLOOM_SHORTEST, BloomLine, EXEMPT, Guard, LocalKey, Name, RULE_IDS, SLOTS, mapped,
-    port_index,
+    BLOOM_LINES, BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, RULE_IDS, RuleValue, SLOTS,
+    Section, mapped, port_index,
 };
-use ipnet::{Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::{compile::Compiled, kernel::bloom::add_ranges};
+use crate::{
+    clock::BootTime,
+    compile::{Compiled, Entries, Held},
+    kernel::bloom::add_ranges,
+};
+
+/// The content of a trie.
+pub type Prefixes<N> = Vec<((Section, N), RuleValue)>;
 
 /// The content of every map that decides a verdict, and the names of slots and rules. Each list is
 /// sorted by key, no two alike.
@@ -25,10 +32,14 @@ pub struct Image {
     pub slots: Vec<(u32, Name)>,
     /// Rule id to the text of its `RuleKey`.
     pub rules: Vec<(u32, Name)>,
-    /// Database slot and prefix to the id of the rule that allows it, with `EXEMPT` where TLS is not
-    /// forced on it.
-    pub allowed4: Vec<((u16, Ipv4Net), u32)>,
-    pub allowed6: Vec<((u16, Ipv6Net), u32)>,
+    /// Rule id to the end of the rule, where it has one.
+    pub ends: Vec<(u32, BootTime)>,
+    /// The rule that allows a prefix, and when that ends.
+    pub allowed4: Prefixes<Ipv4Net>,
+    pub allowed6: Prefixes<Ipv6Net>,
+    /// The block that holds a prefix, and when that ends.
+    pub blocked4: Prefixes<Ipv4Net>,
+    pub blocked6: Prefixes<Ipv6Net>,
     /// The prefix Bloom filter: the lines that are not all zeros.
     pub bloom: Vec<(u32, BloomLine)>,
     pub locals: Vec<(LocalKey, Guard)>,
@@ -70,7 +81,7 @@ impl Image {
             };
             image.slots.push((slot.into(), name));
             let mut rules = Vec::with_capacity(entries.rules.len());
-            for rule in &entries.rules {
+            for (rule, end) in &entries.rules {
                 let text = rule.text();
                 let id = match ids.get(&(slot, text.as_str())) {
                     Some(&id) => id,
@@ -82,15 +93,42 @@ impl Image {
                 let Some(name) = Name::new(slot, &text) else {
                     bail!("rule {rule} does not fit the kernel's field");
                 };
-                rules.push(if rule.is_exempt() { id | EXEMPT } else { id });
+                rules.push(id);
                 image.rules.push((id, name));
+                image.ends.extend(end.map(|end| (id, end)));
             }
-            let v4 = entries.v4.iter();
-            let v4 = v4.map(|&(prefix, rule)| ((slot, prefix), rules[rule as usize]));
+            let value = |held: Held| {
+                let rule = rules[usize::from(held.rule)];
+                let (section, value) = if held.is_member {
+                    (Section::cluster(slot), RuleValue::allowed(rule).exempt())
+                } else {
+                    (Section::rules(slot), RuleValue::allowed(rule))
+                };
+                (section, until_end(value, held, &rules))
+            };
+            let v4 = entries.v4.iter().map(|&(prefix, held)| {
+                let (section, value) = value(held);
+                ((section, prefix), value)
+            });
             image.allowed4.extend(v4);
-            let v6 = entries.v6.iter();
-            let v6 = v6.map(|&(prefix, rule)| ((slot, prefix), rules[rule as usize]));
+            let v6 = entries.v6.iter().map(|&(prefix, held)| {
+                let (section, value) = value(held);
+                ((section, prefix), value)
+            });
             image.allowed6.extend(v6);
+            let block = |held: Held| {
+                let block = RuleValue::blocked(rules[usize::from(held.rule)]);
+                until_end(block, held, &rules)
+            };
+            let section = Section::rules(slot);
+            let v4 = entries.blocked4.iter();
+            image
+                .blocked4
+                .extend(v4.map(|&(prefix, held)| ((section, prefix), block(held))));
+            let v6 = entries.blocked6.iter();
+            image
+                .blocked6
+                .extend(v6.map(|&(prefix, held)| ((section, prefix), block(held))));
             image.protocols |= if entries.monitor {
                 entries.protocol.monitored_bit()
             } else {
@@ -99,11 +137,19 @@ impl Image {
             let v4 = entries.v4.iter().map(|(prefix, _)| prefix.prefix_len());
             let v6 = entries.v6.iter().map(|(prefix, _)| prefix.prefix_len());
             let is_wide = v4.chain(v6).any(|length| length < BLOOM_SHORTEST);
+            let has_blocks = !entries.blocked4.is_empty() || !entries.blocked6.is_empty();
+            let has_cluster = entries.rules.iter().any(|(rule, _)| rule.is_exempt());
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
                 let mut guard = Guard::new(slot, entries.monitor);
                 if is_wide {
                     guard = guard.wide();
+                }
+                if has_cluster {
+                    guard = guard.with_cluster();
+                }
+                if has_blocks {
+                    guard = guard.with_blocks();
                 }
                 if let Some(tls) = entries.tls {
                     guard = guard.with_tls(tls.engine, tls.cancel_in_clear);
@@ -136,9 +182,12 @@ impl Image {
         image.ports.extend(ports);
         image.slots.sort_unstable_by_key(|&(slot, _)| slot);
         image.rules.sort_unstable_by_key(|&(id, _)| id);
+        image.ends.sort_unstable_by_key(|&(id, _)| id);
         // Stable sorts: nearly sorted already, one run for each database.
         image.allowed4.sort_by_key(|&(key, _)| key);
         image.allowed6.sort_by_key(|&(key, _)| key);
+        image.blocked4.sort_by_key(|&(key, _)| key);
+        image.blocked6.sort_by_key(|&(key, _)| key);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
         let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
         let v4 = v4.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
@@ -191,11 +240,15 @@ impl Image {
 
     /// Slots of databases that take a port of an address over from another, or lose one to another.
     /// They need new slots: while a slot holds what the old and the new policy allow, a port that
-    /// changes hands would be open to what only the other port's old or new rules allow.
+    /// changes hands would be open to what only the other port's old or new rules allow. So do databases whose blocks
+    /// change together with the places where they apply: for an instant the old blocks would apply to the new places.
     fn moving(&self, compiled: &Compiled, slots: &BTreeMap<&str, u16>) -> BTreeSet<u16> {
         let mut moving = BTreeSet::new();
         for (database, entries) in &compiled.databases {
             let own = slots.get(database.as_str()).copied();
+            moving.extend(own.filter(|&slot| {
+                self.blocks(slot) != blocks(entries) && self.places(slot) != places(entries)
+            }));
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
                 let place = self.ports.binary_search_by_key(&port, |&(port, _)| port);
@@ -225,11 +278,45 @@ impl Image {
         moving
     }
 
+    /// The blocked prefixes of a slot.
+    fn blocks(&self, slot: u16) -> BTreeSet<IpNet> {
+        let is_own = |section: &Section| section.slot() == slot;
+        let v4 = self
+            .blocked4
+            .iter()
+            .filter(|((section, _), _)| is_own(section));
+        let v6 = self
+            .blocked6
+            .iter()
+            .filter(|((section, _), _)| is_own(section));
+        let v4 = v4.map(|((_, prefix), _)| IpNet::V4(*prefix));
+        v4.chain(v6.map(|((_, prefix), _)| IpNet::V6(*prefix)))
+            .collect()
+    }
+
+    /// The ports of a slot, with their local addresses where they have any, and whether they are only monitored.
+    fn places(&self, slot: u16) -> BTreeSet<(u32, Option<[u8; 16]>, bool)> {
+        let ports = self
+            .ports
+            .iter()
+            .filter(|(_, guard)| !guard.is_by_address());
+        let ports = ports.map(|&(port, guard)| (port, None, guard));
+        let locals = self.locals.iter();
+        let locals = locals.map(|(local, guard)| (local.port, Some(local.address), *guard));
+        let own = ports
+            .chain(locals)
+            .filter(|(.., guard)| guard.slot() == slot);
+        own.map(|(port, address, guard)| (port, address, guard.is_monitor()))
+            .collect()
+    }
+
     /// Slots that no map mentions. A crashed agent may have left entries of a slot without a name.
     fn free_slots(&self) -> impl Iterator<Item = u16> {
         let slots = self.slots.iter().map(|&(slot, _)| slot as u16);
-        let slots = slots.chain(self.allowed4.iter().map(|&((slot, _), _)| slot));
-        let slots = slots.chain(self.allowed6.iter().map(|&((slot, _), _)| slot));
+        let slots = slots.chain(self.allowed4.iter().map(|((section, _), _)| section.slot()));
+        let slots = slots.chain(self.allowed6.iter().map(|((section, _), _)| section.slot()));
+        let slots = slots.chain(self.blocked4.iter().map(|((section, _), _)| section.slot()));
+        let slots = slots.chain(self.blocked6.iter().map(|((section, _), _)| section.slot()));
         let slots = slots.chain(self.ports.iter().map(|(_, guard)| guard.slot()));
         let slots = slots.chain(self.locals.iter().map(|(_, guard)| guard.slot()));
         // A table, not a set: there may be a million prefixes, and this runs at every reload.
@@ -242,6 +329,47 @@ impl Image {
     fn free_ids(&self) -> impl Iterator<Item = u32> {
         let used: BTreeSet<u32> = self.rules.iter().map(|&(id, _)| id).collect();
         (0..RULE_IDS).filter(move |id| !used.contains(id))
+    }
+}
+
+fn blocks(entries: &Entries) -> BTreeSet<IpNet> {
+    let v4 = entries
+        .blocked4
+        .iter()
+        .map(|&(prefix, _)| IpNet::V4(prefix));
+    v4.chain(
+        entries
+            .blocked6
+            .iter()
+            .map(|&(prefix, _)| IpNet::V6(prefix)),
+    )
+    .collect()
+}
+
+fn places(entries: &Entries) -> BTreeSet<(u32, Option<[u8; 16]>, bool)> {
+    let addresses: Vec<_> = match entries.addresses.is_empty() {
+        true => vec![None],
+        false => entries
+            .addresses
+            .iter()
+            .map(|&address| Some(local_address(address)))
+            .collect(),
+    };
+    let ports = entries.ports.iter();
+    let ports = ports.map(|&port| port_index(entries.protocol, port));
+    ports
+        .flat_map(|port| {
+            addresses
+                .iter()
+                .map(move |&address| (port, address, entries.monitor))
+        })
+        .collect()
+}
+
+fn until_end(value: RuleValue, held: Held, rules: &[u32]) -> RuleValue {
+    match held.end {
+        Some(rule) => value.until_end_of(rules[usize::from(rule)]),
+        None => value,
     }
 }
 

@@ -5,10 +5,10 @@ use std::{collections::BTreeMap, fs, path::Path};
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{MapData, MapInfo, MapType};
 use filter_common::{
-    ANSWERS, Address, Answer, BLOOM_LINES, BloomLine, COUNTERS, Client, Connection, Guard,
-    HANDSHAKES, HITS, Judgement, LAYOUT, LOCAL_NETWORKS, LocalKey, MAX_LOCALS, Name, OUTSIDERS,
-    PORTS, PUBLISHED, Port, Published, REFUSALS, RULE_IDS, Refusal, SLOTS, SYNS, Source4, Source6,
-    Syn,
+    ANSWERS, Address, Answer, BLOCKED_PREFIXES, BLOOM_LINES, BloomLine, COUNTERS, Client,
+    Connection, Guard, HANDSHAKES, HITS, Judgement, LAYOUT, LOCAL_NETWORKS, LocalKey, MAX_LOCALS,
+    Name, OUTSIDERS, PORTS, PUBLISHED, Port, Published, REFUSALS, RULE_IDS, Refusal, SLOTS, SYNS,
+    Source4, Source6, Syn,
 };
 
 use crate::kernel::pins::{exists, layouts, pinned_interfaces};
@@ -57,6 +57,13 @@ const fn trie(name: &'static str, source: usize) -> Shape {
     }
 }
 
+const fn blocks(name: &'static str, source: usize) -> Shape {
+    Shape {
+        entries: Some(BLOCKED_PREFIXES),
+        ..trie(name, source)
+    }
+}
+
 const fn per_cpu(name: &'static str, entries: u32) -> Shape {
     Shape {
         map_type: MapType::PerCpuArray,
@@ -78,7 +85,7 @@ const fn lru(name: &'static str, key: usize, value: usize, entries: u32) -> Shap
     }
 }
 
-pub(super) const SHAPES: [Shape; 24] = [
+pub(super) const SHAPES: [Shape; 27] = [
     array("PORT_GUARDS", size_of::<Port>(), PORTS),
     Shape {
         name: "LOCAL_GUARDS",
@@ -91,6 +98,9 @@ pub(super) const SHAPES: [Shape; 24] = [
     array("PROTOCOLS", 4, 1),
     trie("ALLOWED4", size_of::<Source4>()),
     trie("ALLOWED6", size_of::<Source6>()),
+    blocks("BLOCKED4", size_of::<Source4>()),
+    blocks("BLOCKED6", size_of::<Source6>()),
+    array("ENDS", 8, RULE_IDS),
     array("PREFIX_BLOOM", size_of::<BloomLine>(), BLOOM_LINES),
     array("EPOCH", 4, 1),
     per_cpu("COUNTS", COUNTERS),

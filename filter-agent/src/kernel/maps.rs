@@ -7,30 +7,35 @@ use std::{
     os::fd::AsFd as _,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Error, Result, ensure};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use filter_common::{
     Address, Answer, BLOOM_LINES, BloomLine, Engine, Existing, Guard, LocalKey, MAX_LOCALS, Name,
-    PORTS, Port, RULE_IDS, SLOT_BITS, SLOTS, Source4, Source6, mapped, slot_key,
+    PORTS, Port, RULE_IDS, RuleValue, SECTION_BITS, SLOTS, Section, Source4, Source6, mapped,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::kernel::{
-    answer::answer,
-    change::Change,
-    image::Image,
-    layout::PinnedMaps,
-    steps::{PrefixStep, Step},
+use crate::{
+    clock::{BootTime, since_boot},
+    kernel::{
+        answer::answer,
+        change::Change,
+        image::{Image, Prefixes},
+        layout::PinnedMaps,
+        steps::{PrefixStep, Step},
+    },
 };
 
 pub(super) struct Maps {
     pub(super) ports: Array<MapData, Port>,
     pub(super) locals: HashMap<MapData, LocalKey, Guard>,
     pub(super) protocols: Array<MapData, u32>,
-    pub(super) allowed: Allowed,
+    pub(super) allowed: Tries,
+    pub(super) blocked: Tries,
+    ends: Array<MapData, u64>,
     pub(super) bloom: Array<MapData, BloomLine>,
     pub(super) epoch: Array<MapData, u32>,
     pub(super) counts: PerCpuArray<MapData, u64>,
@@ -63,10 +68,15 @@ impl Maps {
             ports: typed(ebpf, "PORT_GUARDS")?,
             locals: typed(ebpf, "LOCAL_GUARDS")?,
             protocols: typed(ebpf, "PROTOCOLS")?,
-            allowed: Allowed {
+            blocked: Tries {
+                v4: typed(ebpf, "BLOCKED4")?,
+                v6: typed(ebpf, "BLOCKED6")?,
+            },
+            allowed: Tries {
                 v4: typed(ebpf, "ALLOWED4")?,
                 v6: typed(ebpf, "ALLOWED6")?,
             },
+            ends: typed(ebpf, "ENDS")?,
             bloom: typed(ebpf, "PREFIX_BLOOM")?,
             epoch: typed(ebpf, "EPOCH")?,
             counts: typed(ebpf, "COUNTS")?,
@@ -116,6 +126,10 @@ impl Maps {
             if name != Name::FREE {
                 image.rules.push((id, name));
             }
+            let end = self.ends.get(&id, 0)?;
+            if end != 0 {
+                image.ends.push((id, BootTime(end)));
+            }
         }
         for index in 0..PORTS {
             let guard = self.ports.get(&index, 0)?.guard();
@@ -132,30 +146,9 @@ impl Maps {
         for entry in self.locals.iter() {
             image.locals.push(entry?);
         }
-        for entry in self.allowed.v4.iter() {
-            let (key, id) = entry?;
-            let Source4 { slot, address } = key.data();
-            let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
-            // Only this agent writes the map, and only prefixes.
-            if let Ok(prefix) = Ipv4Net::new(address.into(), length) {
-                image
-                    .allowed4
-                    .push(((u32::from_be_bytes(slot) as u16, prefix), id));
-            }
-        }
-        for entry in self.allowed.v6.iter() {
-            let (key, id) = entry?;
-            let Source6 { slot, address } = key.data();
-            let length = key.prefix_len().saturating_sub(SLOT_BITS) as u8;
-            if let Ok(prefix) = Ipv6Net::new(address.into(), length) {
-                image
-                    .allowed6
-                    .push(((u32::from_be_bytes(slot) as u16, prefix), id));
-            }
-        }
+        (image.allowed4, image.allowed6) = self.allowed.read()?;
+        (image.blocked4, image.blocked6) = self.blocked.read()?;
         image.locals.sort_unstable_by_key(|&(key, _)| key);
-        image.allowed4.sort_unstable_by_key(|&(key, _)| key);
-        image.allowed6.sort_unstable_by_key(|&(key, _)| key);
         Ok(image)
     }
 
@@ -267,7 +260,12 @@ impl Maps {
                 .rule_names
                 .set(change.key, change.new.unwrap_or(Name::FREE), 0)
                 .with_context(|| format!("write the name of rule {}", change.key)),
+            Step::End(Change { key, new, .. }) => self
+                .ends
+                .set(key, new.unwrap_or_default().0, 0)
+                .with_context(|| format!("write the end of rule {key}")),
             Step::Prefix(ref step) => self.allowed.write(step),
+            Step::Block(ref step) => self.blocked.write(step),
             Step::Bloom(ref change) => self
                 .bloom
                 .set(change.key, change.new.unwrap_or_default(), 0)
@@ -298,14 +296,38 @@ impl Maps {
     }
 }
 
-/// The prefixes of every database, by address family.
-pub(super) struct Allowed {
-    v4: LpmTrie<MapData, Source4, u32>,
-    v6: LpmTrie<MapData, Source6, u32>,
+impl Maps {
+    /// The value that decides on a source at a database now, as the packet path finds it; `None`: no rule allows it.
+    pub(super) fn value(&self, slot: u16, source: IpAddr) -> Result<Option<RuleValue>> {
+        let now = BootTime::default().after(since_boot());
+        let in_force = |value: Option<RuleValue>| {
+            let Some(rule) = value.and_then(RuleValue::end) else {
+                return Ok(value);
+            };
+            let end = self.ends.get(&rule, 0).context("read the end of a rule")?;
+            Ok::<_, Error>(value.filter(|_| BootTime(end) > now))
+        };
+        let member = self.allowed.find(Section::cluster(slot), source)?;
+        if let Some(member) = in_force(member)? {
+            return Ok(Some(member));
+        }
+        let section = Section::rules(slot);
+        let Some(rule) = in_force(self.allowed.find(section, source)?)? else {
+            return Ok(None);
+        };
+        let block = in_force(self.blocked.find(section, source)?)?;
+        Ok(Some(block.unwrap_or(rule)))
+    }
 }
 
-impl Allowed {
-    /// Opens the tries again, for a second writer thread.
+/// Allowed or blocked prefixes of every database, by address family.
+pub(super) struct Tries {
+    v4: LpmTrie<MapData, Source4, RuleValue>,
+    v6: LpmTrie<MapData, Source6, RuleValue>,
+}
+
+impl Tries {
+    /// Opens the tries of allowed prefixes again, for a second writer thread.
     pub(super) fn open(maps: &PinnedMaps) -> Result<Self> {
         let open = |name: &str| {
             let map = maps.get(name).context("find it")?;
@@ -319,26 +341,49 @@ impl Allowed {
         })
     }
 
+    /// Reads both, each sorted by key.
+    fn read(&self) -> Result<(Prefixes<Ipv4Net>, Prefixes<Ipv6Net>), MapError> {
+        let (mut v4, mut v6) = (Vec::new(), Vec::new());
+        // Only this agent writes the maps, and only prefixes.
+        for entry in self.v4.iter() {
+            let (key, value) = entry?;
+            let Source4 { section, address } = key.data();
+            let length = key.prefix_len().saturating_sub(SECTION_BITS) as u8;
+            let prefix = Ipv4Net::new(address.into(), length);
+            v4.extend(prefix.map(|prefix| ((section, prefix), value)));
+        }
+        for entry in self.v6.iter() {
+            let (key, value) = entry?;
+            let Source6 { section, address } = key.data();
+            let length = key.prefix_len().saturating_sub(SECTION_BITS) as u8;
+            let prefix = Ipv6Net::new(address.into(), length);
+            v6.extend(prefix.map(|prefix| ((section, prefix), value)));
+        }
+        v4.sort_unstable_by_key(|&(key, _)| key);
+        v6.sort_unstable_by_key(|&(key, _)| key);
+        Ok((v4, v6))
+    }
+
     pub(super) fn write(&mut self, step: &PrefixStep) -> Result<()> {
         match *step {
             PrefixStep::V4(Change { key, new, .. }) => {
-                let (slot, prefix) = key;
-                write_prefix(&mut self.v4, &source4(slot, prefix), new)
+                let (section, prefix) = key;
+                write_prefix(&mut self.v4, &source4(section, prefix), new)
                     .with_context(|| format!("write prefix {prefix}"))
             }
             PrefixStep::V6(Change { key, new, .. }) => {
-                let (slot, prefix) = key;
-                write_prefix(&mut self.v6, &source6(slot, prefix), new)
+                let (section, prefix) = key;
+                write_prefix(&mut self.v6, &source6(section, prefix), new)
                     .with_context(|| format!("write prefix {prefix}"))
             }
         }
     }
 
-    /// The value of the longest prefix of a slot that contains a source.
-    pub(super) fn find(&self, slot: u16, source: IpAddr) -> Result<Option<u32>> {
+    /// The value of the longest prefix of a section that holds a source.
+    pub(super) fn find(&self, section: Section, source: IpAddr) -> Result<Option<RuleValue>> {
         let found = match source {
-            IpAddr::V4(source) => self.v4.get(&source4(slot, Ipv4Net::from(source)), 0),
-            IpAddr::V6(source) => self.v6.get(&source6(slot, Ipv6Net::from(source)), 0),
+            IpAddr::V4(source) => self.v4.get(&source4(section, source.into()), 0),
+            IpAddr::V6(source) => self.v6.get(&source6(section, source.into()), 0),
         };
         absent_is_none(found).context("look the source up in the kernel")
     }
@@ -347,18 +392,18 @@ impl Allowed {
 /// Writes one entry and reads it back: inserts into a trie have been seen to fail under memory
 /// pressure, and a batch of them to be lost (kernel 6.18).
 fn write_prefix<K: aya::Pod>(
-    trie: &mut LpmTrie<MapData, K, u32>,
+    trie: &mut LpmTrie<MapData, K, RuleValue>,
     key: &Key<K>,
-    new: Option<u32>,
+    new: Option<RuleValue>,
 ) -> Result<()> {
-    let Some(id) = new else {
+    let Some(value) = new else {
         absent_is_none(trie.remove(key))?;
         return Ok(());
     };
-    trie.insert(key, id, 0)?;
+    trie.insert(key, value, 0)?;
     // The longest match of a prefix that is in the trie is that prefix.
     ensure!(
-        trie.get(key, 0)? == id,
+        trie.get(key, 0)? == value,
         "the kernel does not hold what was written"
     );
     Ok(())
@@ -376,18 +421,14 @@ fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError>
     }
 }
 
-fn source4(slot: u16, prefix: Ipv4Net) -> Key<Source4> {
-    let source = Source4 {
-        slot: slot_key(slot),
-        address: prefix.network().octets(),
-    };
-    Key::new(SLOT_BITS + u32::from(prefix.prefix_len()), source)
+fn source4(section: Section, prefix: Ipv4Net) -> Key<Source4> {
+    let address = prefix.network().octets();
+    let source = Source4 { section, address };
+    Key::new(SECTION_BITS + u32::from(prefix.prefix_len()), source)
 }
 
-fn source6(slot: u16, prefix: Ipv6Net) -> Key<Source6> {
-    let source = Source6 {
-        slot: slot_key(slot),
-        address: prefix.network().octets(),
-    };
-    Key::new(SLOT_BITS + u32::from(prefix.prefix_len()), source)
+fn source6(section: Section, prefix: Ipv6Net) -> Key<Source6> {
+    let address = prefix.network().octets();
+    let source = Source6 { section, address };
+    Key::new(SECTION_BITS + u32::from(prefix.prefix_len()), source)
 }

@@ -1,10 +1,17 @@
 //! Packets that show what the attached program does with a policy. Pure.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
+};
 
 use filter_common::{Protocol, is_bad_source4, is_bad_source6};
+use ipnet::IpNet;
 
-use crate::compile::{Compiled, Entries};
+use crate::{
+    clock::BootTime,
+    compile::{Compiled, Entries, Held},
+};
 
 pub struct Probe {
     pub database: String,
@@ -20,10 +27,15 @@ pub struct Probe {
 /// Probes of one round: one sends a few hundred packets, however many ports the policy has.
 pub const MAX_PROBES: usize = 512;
 
+/// Time that a round of probes may take.
+const MARGIN: Duration = Duration::from_secs(5);
+
 /// Returns probes of each database: of every port and address family one source that must pass and one that
 /// must not, as far as the policy has such sources. At most `MAX_PROBES`, shared equally by the
 /// databases: where a database has more, each `round` returns the next of them in turn.
-pub fn probes(compiled: &Compiled, round: u64) -> Vec<Probe> {
+///
+/// A prefix whose rule ends within a moment of `now`, and a source that is blocked, are not probed as allowed.
+pub fn probes(compiled: &Compiled, now: BootTime, round: u64) -> Vec<Probe> {
     let mut probes = Vec::new();
     let share = MAX_PROBES / compiled.databases.len().max(1);
     for (name, entries) in &compiled.databases {
@@ -39,10 +51,28 @@ pub fn probes(compiled: &Compiled, round: u64) -> Vec<Probe> {
                 (first.to_bits(), last.to_bits())
             })
         };
+        let lasts = |held: &Held| {
+            let end = held.end.and_then(|rule| entries.rules[usize::from(rule)].1);
+            end.is_none_or(|end| end > now.after(MARGIN))
+        };
+        let lasting4 = v4().zip(&entries.v4).filter(|(_, (_, held))| lasts(held));
+        let lasting6 = v6().zip(&entries.v6).filter(|(_, (_, held))| lasts(held));
+        let free4 = |bits| {
+            source4(bits).filter(|source| {
+                let mut blocked = entries.blocked4.iter();
+                !blocked.any(|(prefix, _)| IpNet::V4(*prefix).contains(source))
+            })
+        };
+        let free6 = |bits| {
+            source6(bits).filter(|source| {
+                let mut blocked = entries.blocked6.iter();
+                !blocked.any(|(prefix, _)| IpNet::V6(*prefix).contains(source))
+            })
+        };
         let sources = [
-            (inside(v4(), source4), true),
+            (inside(lasting4.map(|(range, _)| range), free4), true),
             (outside(v4(), 1 << 24, source4), false),
-            (inside(v6(), source6), true),
+            (inside(lasting6.map(|(range, _)| range), free6), true),
             // Above ::/64: below it are IPv4-mapped and other special addresses.
             (outside(v6(), 1 << 64, source6), false),
         ];
@@ -88,11 +118,11 @@ fn source6(bits: u128) -> Option<IpAddr> {
 /// An address of one of the ranges.
 fn inside(
     mut ranges: impl Iterator<Item = (u128, u128)>,
-    source: fn(u128) -> Option<IpAddr>,
+    source: impl Fn(u128) -> Option<IpAddr>,
 ) -> Option<IpAddr> {
     ranges.find_map(|(first, last)| {
         let middle = (first + (last - first) / 2).saturating_add(1).min(last);
-        [first, middle, last].into_iter().find_map(source)
+        [first, middle, last].into_iter().find_map(&source)
     })
 }
 
@@ -196,15 +226,26 @@ mod tests {
     use crate::compile::RuleKey;
 
     fn compiled(v4: &[&str], v6: &[&str]) -> Compiled {
-        let v4 = v4.iter().map(|text| (text.parse::<Ipv4Net>().unwrap(), 0));
-        let v6 = v6.iter().map(|text| (text.parse::<Ipv6Net>().unwrap(), 0));
+        let held = Held {
+            rule: 0,
+            end: None,
+            is_member: false,
+        };
+        let v4 = v4
+            .iter()
+            .map(|text| (text.parse::<Ipv4Net>().unwrap(), held));
+        let v6 = v6
+            .iter()
+            .map(|text| (text.parse::<Ipv6Net>().unwrap(), held));
         let entries = Entries {
             protocol: Protocol::Tcp,
             ports: vec![5432],
             addresses: vec![],
             monitor: false,
             tls: None,
-            rules: vec![RuleKey::Cluster],
+            rules: vec![(RuleKey::Internet, None)],
+            blocked4: vec![],
+            blocked6: vec![],
             v4: v4.collect(),
             v6: v6.collect(),
         };
@@ -215,7 +256,7 @@ mod tests {
     }
 
     fn sources(v4: &[&str], v6: &[&str]) -> Vec<(String, bool)> {
-        let probes = probes(&compiled(v4, v6), 0);
+        let probes = probes(&compiled(v4, v6), BootTime(0), 0);
         probes
             .iter()
             .map(|probe| (probe.source.to_string(), probe.allowed))
@@ -266,7 +307,7 @@ mod tests {
         let mut seen = BTreeSet::new();
         let rounds = (2000 * 4_usize).div_ceil(MAX_PROBES / 2);
         for round in 0..rounds as u64 {
-            let probes = probes(&compiled, round);
+            let probes = probes(&compiled, BootTime(0), round);
             assert!(probes.len() <= MAX_PROBES);
             let shop = probes.iter().filter(|probe| probe.database == "shop");
             assert_eq!(shop.count(), 4);

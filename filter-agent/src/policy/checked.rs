@@ -108,6 +108,8 @@ pub enum Model {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rule {
     pub source: Source,
+    /// Networks of the source that this rule does not allow; another may.
+    pub except: Vec<IpNet>,
     pub label: Option<String>,
     /// From then on the rule allows nobody.
     pub expires: Option<Timestamp>,

@@ -195,16 +195,18 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     settings
 }
 
-/// The label and the end of a rule: `"office", until 2026-12-31T18:00:00Z`.
+/// The label, the exceptions and the end of a rule: `"office", except 192.0.2.1/32, until 2026-12-31T18:00:00Z`.
 fn describe(rule: &Rule) -> String {
     let Rule {
         source: _,
+        except,
         label,
         expires,
     } = rule;
     let label = label.as_ref().map(|label| format!("{label:?}"));
     let expires = expires.map(|at| format!("until {at}"));
-    let said: Vec<String> = label.into_iter().chain(expires).collect();
+    let except = (!except.is_empty()).then(|| format!("except {}", list(except)));
+    let said: Vec<String> = label.into_iter().chain(except).chain(expires).collect();
     said.join(", ")
 }
 
@@ -266,6 +268,11 @@ databases:
                 "label: office",
                 "label: Lyon",
                 "~ database orders: rule 203.0.113.0/24: \"office\" -> \"Lyon\"",
+            ),
+            (
+                "label: office",
+                "label: office, except: [203.0.113.66/32]",
+                "~ database orders: rule 203.0.113.0/24: \"office\" -> \"office\", except 203.0.113.66/32",
             ),
             ("[eth0]", "[eth0]\nmode: native", "~ mode: auto -> native"),
             (

@@ -11,7 +11,7 @@ mod secret_url;
 pub use checked::{Database, Listed, Mode, Model, Policy, Rule, Source, Tls};
 pub use difference::differences;
 pub use duration::spelled;
-pub use prefix::parse_cidr;
+pub use prefix::{parse_cidr, without};
 pub use read::{Problem, parse};
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
 pub use secret_url::{SecretUrl, redacted};

@@ -1,4 +1,4 @@
-//! Parses prefixes as the policy and lists spell them.
+//! Prefixes: parsed as the policy and lists spell them, and with exceptions taken out.
 
 use std::net::IpAddr;
 
@@ -69,5 +69,69 @@ fn is_never_a_source(prefix: &IpNet) -> bool {
             (single && prefix.prefix_len() >= 127)
                 || (first.is_multicast() && prefix.prefix_len() >= 8)
         }
+    }
+}
+
+/// The prefixes that hold what `prefixes` do and `except` does not.
+pub fn without(prefixes: &[IpNet], except: &[IpNet]) -> Vec<IpNet> {
+    let mut rest = prefixes.to_vec();
+    for hole in except {
+        // Prefixes that the hole does not touch stay in place.
+        let mut split = Vec::new();
+        rest.retain(|prefix| {
+            let is_outer = prefix.contains(hole) && prefix != hole;
+            if is_outer {
+                split.push(*prefix);
+            }
+            !is_outer && !hole.contains(prefix)
+        });
+        for prefix in split {
+            rest.extend(around(prefix, hole));
+        }
+    }
+    rest
+}
+
+/// The parts of a prefix outside a longer one that it contains: at each length the half without it.
+fn around(prefix: IpNet, hole: &IpNet) -> impl Iterator<Item = IpNet> {
+    (prefix.prefix_len() + 1..=hole.prefix_len()).filter_map(move |length| {
+        let inner = IpNet::new(hole.network(), length).ok()?.trunc();
+        let halves = inner.supernet()?.subnets(length).ok()?;
+        halves.into_iter().find(|half| *half != inner)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exceptions_are_taken_out_and_nothing_else() {
+        let mut random = fastrand::Rng::with_seed(3);
+        for _ in 0..2_000 {
+            let mut prefix = |shortest| {
+                let length = random.u8(shortest..=32);
+                let address = 0xc000_0200 | random.u32(..256);
+                IpNet::from(Ipv4Net::new_assert(address.into(), length).trunc())
+            };
+            let prefixes: Vec<IpNet> = (0..3).map(|_| prefix(22)).collect();
+            let except: Vec<IpNet> = (0..3).map(|_| prefix(23)).collect();
+            let rest = without(&prefixes, &except);
+            for address in 0xc000_0000_u32..0xc000_0500 {
+                let address = IpAddr::from(std::net::Ipv4Addr::from_bits(address));
+                let holds = |prefixes: &[IpNet]| prefixes.iter().any(|p| p.contains(&address));
+                let expected = holds(&prefixes) && !holds(&except);
+                assert_eq!(
+                    holds(&rest),
+                    expected,
+                    "{address} of {prefixes:?} {except:?}"
+                );
+            }
+        }
+        let v6: IpNet = "2001:db8::/32".parse().unwrap();
+        let hole: IpNet = "2001:db8::1/128".parse().unwrap();
+        assert_eq!(without(&[v6], &[hole]).len(), 96);
+        // Of another family.
+        assert_eq!(without(&[v6], &["32.0.0.0/8".parse().unwrap()]), [v6]);
     }
 }

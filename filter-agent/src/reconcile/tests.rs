@@ -1,9 +1,7 @@
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
-
 use super::*;
-use crate::compile::compile;
+use crate::{clock::Clock, compile::compile};
 
 fn file(interfaces: &str, databases: &str) -> Arc<PolicyFile> {
     let text = format!("interfaces: [{interfaces}]\ndatabases: [{databases}]\n");
@@ -13,9 +11,11 @@ fn file(interfaces: &str, databases: &str) -> Arc<PolicyFile> {
 const ORDERS: &str = "{name: orders, port: 5432, model: dedicated, force_tls: false, rules: []}";
 
 fn desired(file: &Arc<PolicyFile>) -> Desired {
-    let compiled = compile(&file.policy, &BTreeMap::new(), Timestamp::UNIX_EPOCH);
+    let timed = Timed::of(&file.policy, Clock::start().now());
+    let compiled = compile(&file.policy, &BTreeMap::new(), &timed);
     Desired {
         file: file.clone(),
+        timed: Arc::new(timed),
         compiled: Arc::new(compiled),
         compiled_ms: 0.0,
     }

@@ -56,6 +56,7 @@ fn setup() -> Setup {
     let file = PolicyFile::parse(&path, text.into()).expect("a policy");
     let snapshot = Snapshot {
         now: Now {
+            boot: BootTime::default(),
             steady: now(),
             wall: now(),
         },

@@ -176,12 +176,21 @@ fn check_compiled(policy: &Policy) {
     let regions: compile::Regions = used
         .map(|name| (name.clone(), PREFIXES.as_slice().into()))
         .collect();
-    let compiled = compile(policy, &regions, now());
+    let timed = Timed::of(policy, clock_now());
+    let compiled = compile(policy, &regions, &timed);
     assert_eq!(compiled.databases.len(), policy.databases.len());
-    assert!(compiled.next_expiry.is_none_or(|expiry| expiry > now()));
+    assert!(compiled.next_end.is_none_or(|end| end > timed.now.boot));
     for entries in compiled.databases.values() {
-        assert!(entries.v4.is_sorted_by(|(a, _), (b, _)| a < b));
-        assert!(entries.v6.is_sorted_by(|(a, _), (b, _)| a < b));
+        assert!(
+            entries
+                .v4
+                .is_sorted_by_key(|&(prefix, held)| (prefix, !held.is_member))
+        );
+        assert!(
+            entries
+                .v6
+                .is_sorted_by_key(|&(prefix, held)| (prefix, !held.is_member))
+        );
         let rules = entries.rules.len();
         let counted = entries.prefixes_by_rule();
         assert_eq!(
@@ -196,7 +205,7 @@ fn check_compiled(policy: &Policy) {
     assert_eq!(image.allowed4.len() + image.allowed6.len(), entries);
     // The same again changes nothing.
     assert_eq!(Image::of(&compiled, &image).ok().as_ref(), Some(&image));
-    for probe in probes(&compiled, 1) {
+    for probe in probes(&compiled, timed.now.boot, 1) {
         let entries = &compiled.databases[&probe.database];
         let matched = match probe.source {
             std::net::IpAddr::V4(source) => entries.v4.iter().any(|(p, _)| p.contains(&source)),

@@ -4,7 +4,7 @@ use filter_common::{Protocol, bloom_place};
 
 use super::*;
 use crate::{
-    compile::{Entries, RuleKey},
+    compile::{Entries, Held, RuleKey, arrange},
     kernel::{
         change::Change,
         difference::{DatabaseDifference, Difference},
@@ -18,12 +18,17 @@ use crate::{
 struct Kernel {
     slots: BTreeMap<u32, Name>,
     rules: BTreeMap<u32, Name>,
-    allowed4: BTreeMap<(u16, Ipv4Net), u32>,
-    allowed6: BTreeMap<(u16, Ipv6Net), u32>,
+    ends: BTreeMap<u32, BootTime>,
+    allowed4: BTreeMap<(Section, Ipv4Net), RuleValue>,
+    allowed6: BTreeMap<(Section, Ipv6Net), RuleValue>,
+    blocked4: BTreeMap<(Section, Ipv4Net), RuleValue>,
+    blocked6: BTreeMap<(Section, Ipv6Net), RuleValue>,
     bloom: BTreeMap<u32, BloomLine>,
     locals: BTreeMap<LocalKey, Guard>,
     ports: BTreeMap<u32, Guard>,
     protocols: u32,
+    /// The time at which packets are judged.
+    now: BootTime,
 }
 
 impl Kernel {
@@ -42,6 +47,9 @@ impl Kernel {
             Step::Rule(change) => put(&mut self.rules, change),
             Step::Prefix(PrefixStep::V4(change)) => put(&mut self.allowed4, change),
             Step::Prefix(PrefixStep::V6(change)) => put(&mut self.allowed6, change),
+            Step::End(change) => put(&mut self.ends, change),
+            Step::Block(PrefixStep::V4(change)) => put(&mut self.blocked4, change),
+            Step::Block(PrefixStep::V6(change)) => put(&mut self.blocked6, change),
             Step::Bloom(change) => put(&mut self.bloom, change),
             Step::Local(change) => put(&mut self.locals, change),
             Step::Port(change) => put(&mut self.ports, change),
@@ -59,6 +67,9 @@ impl Kernel {
         Image {
             slots: list(&self.slots),
             rules: list(&self.rules),
+            ends: list(&self.ends),
+            blocked4: list(&self.blocked4),
+            blocked6: list(&self.blocked6),
             allowed4: list(&self.allowed4),
             allowed6: list(&self.allowed6),
             bloom: list(&self.bloom),
@@ -82,8 +93,25 @@ impl Kernel {
         } else {
             guard
         };
-        let mut allowed = self.allowed4.keys();
-        let allowed = allowed.any(|(slot, net)| *slot == guard.slot() && net.contains(&source));
+        let in_force = |value: Option<RuleValue>| {
+            value.filter(|value| value.end().is_none_or(|rule| self.ends[&rule] > self.now))
+        };
+        let found = |section| {
+            let held = self.allowed4.iter();
+            let held = held.filter(|((of, net), _)| *of == section && net.contains(&source));
+            let longest = held.max_by_key(|((_, net), _)| net.prefix_len());
+            in_force(longest.map(|(_, value)| *value)).is_some()
+        };
+        let blocked = || {
+            let section = Section::rules(guard.slot());
+            let held = self.blocked4.iter();
+            let held = held.filter(|((of, net), _)| *of == section && net.contains(&source));
+            let longest = held.max_by_key(|((_, net), _)| net.prefix_len());
+            in_force(longest.map(|(_, value)| *value)).is_some()
+        };
+        let is_member = guard.has_cluster() && found(Section::cluster(guard.slot()));
+        let by_rules = || found(Section::rules(guard.slot()));
+        let allowed = is_member || by_rules() && !(guard.has_blocks() && blocked());
         let (line, word, bits) = bloom_place(source.to_bits().to_be(), true);
         let line = self.bloom.get(&line);
         let may_match = line.is_some_and(|line| line[word] & bits == bits);
@@ -99,7 +127,7 @@ fn source(random: &mut fastrand::Rng) -> Ipv4Addr {
 }
 
 /// Up to three databases that share no port of an address, open to parts of 192.0.2.0/28.
-fn compiled(random: &mut fastrand::Rng) -> Compiled {
+fn compiled(random: &mut fastrand::Rng, now: BootTime) -> Compiled {
     let mut compiled = Compiled::default();
     let mut free: Vec<(u16, Option<Ipv4Addr>)> = PORTS
         .iter()
@@ -116,36 +144,54 @@ fn compiled(random: &mut fastrand::Rng) -> Compiled {
         let Some((port, local)) = free.pop().filter(|_| random.u8(..4) > 0) else {
             continue;
         };
-        let mut v4: Vec<(Ipv4Net, u16)> = (0..random.u16(..5))
-            .map(|rule| {
-                let length = match random.u8(..8) {
-                    0 => random.u8(..8),
-                    1 => random.u8(20..28),
-                    _ => random.u8(28..=32),
-                };
-                let net = Ipv4Net::new(source(random), length).unwrap();
-                (net.trunc(), rule)
-            })
-            .collect();
-        v4.sort();
-        v4.dedup_by_key(|&mut (net, _)| net);
-        let rules: Vec<RuleKey> = v4
-            .iter()
-            .map(|&(net, _)| RuleKey::Rule(Source::Cidr(net.into())))
-            .collect();
-        for (place, (_, rule)) in v4.iter_mut().enumerate() {
-            *rule = place as u16;
-        }
-        let entries = Entries {
+        let prefix = |random: &mut fastrand::Rng| {
+            let length = match random.u8(..8) {
+                0 => random.u8(..8),
+                1 => random.u8(20..28),
+                _ => random.u8(28..=32),
+            };
+            Ipv4Net::new_assert(source(random), length).trunc()
+        };
+        let mut entries = Entries {
             protocol: Protocol::Tcp,
             ports: vec![port],
             addresses: local.map(IpAddr::from).into_iter().collect(),
             monitor: random.u8(..4) == 0,
             tls: None,
-            rules,
-            v4,
+            rules: vec![],
+            v4: vec![],
             v6: vec![],
+            blocked4: vec![],
+            blocked6: vec![],
         };
+        for _ in 0..random.u16(..7) {
+            let net = prefix(random);
+            let end = [None, None, Some(30), Some(150), Some(250)][random.usize(..5)];
+            let end = end.map(|left| now.0 + left);
+            let key = match random.u8(..4) {
+                0 => RuleKey::Member(Source::Cidr(net.into())),
+                1 => RuleKey::Block(net.into()),
+                _ => RuleKey::Rule(Source::Cidr(net.into())),
+            };
+            if entries.rules.iter().all(|(other, _)| *other != key) {
+                let end = end.map(BootTime);
+                entries.rules.push((key.clone(), end));
+                let rule = entries.rules.len() as u16 - 1;
+                let held = Held {
+                    rule,
+                    end: end.map(|_| rule),
+                    is_member: key.is_exempt(),
+                };
+                let list = match key {
+                    RuleKey::Block(_) => &mut entries.blocked4,
+                    _ => &mut entries.v4,
+                };
+                list.push((net, held));
+            }
+        }
+        let ends: Vec<_> = entries.rules.iter().map(|&(_, end)| end).collect();
+        arrange(&mut entries.v4, &ends, |a, b| a.contains(b));
+        arrange(&mut entries.blocked4, &ends, |a, b| a.contains(b));
         compiled.databases.insert(name.into(), entries);
     }
     compiled
@@ -162,9 +208,11 @@ fn packets() -> impl Iterator<Item = (Ipv4Addr, Ipv4Addr, u16)> {
 fn at_every_step_what_both_policies_pass_passes_and_what_both_drop_is_dropped() {
     let mut random = fastrand::Rng::with_seed(1);
     let mut kernel = Kernel::default();
-    for _ in 0..500 {
+    for round in 0..500 {
+        // What ended is in the kernel until the next change.
+        kernel.now = BootTime(100 * round);
         let held = kernel.image();
-        let new = Image::of(&compiled(&mut random), &held).unwrap();
+        let new = Image::of(&compiled(&mut random, kernel.now), &held).unwrap();
         let before = kernel.clone();
         let mut after = kernel.clone();
         let mut steps = held.steps_to(&new);
@@ -199,12 +247,23 @@ fn one(name: &str, prefixes: &[&str]) -> (String, Entries) {
         addresses: vec![],
         monitor: false,
         tls: None,
-        rules: rules.map(|net| RuleKey::Rule(Source::Cidr(net))).collect(),
+        rules: rules
+            .map(|net| (RuleKey::Rule(Source::Cidr(net)), None))
+            .collect(),
         v4: (0..)
             .zip(prefixes)
-            .map(|(i, text)| (text.parse().unwrap(), i))
+            .map(|(rule, text)| {
+                let held = Held {
+                    rule,
+                    end: None,
+                    is_member: false,
+                };
+                (text.parse().unwrap(), held)
+            })
             .collect(),
         v6: vec![],
+        blocked4: vec![],
+        blocked6: vec![],
     };
     (name.into(), entries)
 }
@@ -239,7 +298,10 @@ fn slots_and_rule_ids_stay_with_their_names_and_are_not_reused_at_once() {
 #[test]
 fn slot_that_only_entries_without_a_name_use_is_not_given_away() {
     let torn = Image {
-        allowed4: vec![((1, "0.0.0.0/0".parse().unwrap()), 0)],
+        allowed4: vec![(
+            (Section::rules(1), "0.0.0.0/0".parse().unwrap()),
+            RuleValue::allowed(0),
+        )],
         ..Image::default()
     };
     let image = Image::of(&only(one("a", &[])), &torn).unwrap();

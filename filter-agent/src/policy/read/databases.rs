@@ -13,13 +13,16 @@ use serde_yaml::Value;
 
 use crate::policy::{
     checked::{Database, Model, Rule, Source, Tls},
-    prefix::parse_cidr,
+    prefix::{parse_cidr, without},
     read::reader::{At, Reader, check_name},
     region::Region,
 };
 
 /// Longest label of a rule, in characters.
 const MAX_LABEL: usize = 100;
+
+/// Exceptions of one rule.
+const MAX_EXCEPTIONS: usize = 30;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -84,6 +87,8 @@ impl From<RawEngine> for Engine {
 struct RawRule {
     cidr: Option<String>,
     region: Option<String>,
+    #[serde(default)]
+    except: Vec<String>,
     label: Option<String>,
     expires: Option<String>,
 }
@@ -355,6 +360,7 @@ impl Reader<'_> {
                     Ok(_) => RawRule {
                         cidr: Some(text),
                         region: None,
+                        except: Vec::new(),
                         label: None,
                         expires: None,
                     },
@@ -411,13 +417,41 @@ impl Reader<'_> {
                 self.problem(&at, message);
             }
             sources.entry(source.clone()).or_insert(number);
+            let except = self.except(&at, &source, &raw.except);
             rules.push(Rule {
                 source,
+                except,
                 label: raw.label,
                 expires,
             });
         }
         rules
+    }
+
+    /// The exceptions of a rule, each inside its prefix; what a region holds changes.
+    fn except(&mut self, at: &At, source: &Source, texts: &[String]) -> Vec<IpNet> {
+        let list = at.key("except");
+        if texts.len() > MAX_EXCEPTIONS {
+            let message = format!("{} exceptions; at most {MAX_EXCEPTIONS}", texts.len());
+            self.problem(&list, message);
+        }
+        let mut except = Vec::new();
+        for (index, text) in texts.iter().enumerate() {
+            match (parse_cidr(text), source) {
+                (Ok(hole), Source::Cidr(prefix)) if !prefix.contains(&hole) => {
+                    let message = format!("{hole} is not inside {prefix}");
+                    self.problem(&list.index(index), message);
+                }
+                (Ok(hole), _) => except.push(hole),
+                (Err(message), _) => self.problem(&list.index(index), message),
+            }
+        }
+        if let Source::Cidr(prefix) = source
+            && without(&[*prefix], &except).is_empty()
+        {
+            self.problem(&list, format!("nothing is left of {prefix}"));
+        }
+        except
     }
 
     fn source(

@@ -1,0 +1,60 @@
+//! Temporary rules and blocks: added, revoked, and kept on disk.
+
+use super::{Agent, Cause};
+use crate::{
+    enforcer::Checked,
+    event::{Effect, Reply},
+    late::Late,
+    log::Entry,
+    reconcile::Committed,
+    region::state as region,
+    report,
+    temporary::{By, Change, Kept},
+};
+
+impl Agent {
+    pub(super) fn change_temporary(
+        &mut self,
+        change: Change,
+        by: Option<By>,
+        reply: Reply<report::Temporary>,
+    ) {
+        let prefixes = region::prefixes(&self.regions);
+        let timed = self.timed.at(self.now);
+        match timed.changed(&self.file, &prefixes, change, by) {
+            Ok((timed, done)) => {
+                let cause = Cause::Temporary { done, reply };
+                self.change_timed(self.regions.clone(), timed, cause);
+            }
+            Err(error) => reply.send(Err(error)),
+        }
+    }
+
+    pub(super) fn temporary_changed(
+        &mut self,
+        mut done: report::Temporary,
+        committed: Committed,
+        checked: Checked,
+        reply: Reply<report::Temporary>,
+    ) {
+        self.log(Entry::info(done.to_string()).with("DATABASE", done.database.clone()));
+        self.log_all(committed.entries);
+        self.checked(checked);
+        done.difference = committed.report.difference;
+        done.errors = committed.errors;
+        // Whoever is told that it is in force finds it in force after a reboot.
+        let late = Late::temporary(done, reply, self.now.steady);
+        if self.saves.is_under_way(&late.record()) {
+            self.late.push(late);
+        } else {
+            self.answer(late);
+        }
+    }
+
+    /// Has the ends of rules and the temporary rules written to disk, if they changed or the time on disk is old.
+    pub(super) fn keep_temporary(&mut self, at_once: bool) {
+        let kept = Kept::of(&self.timed, self.now, self.saves.latest_clock());
+        let write = self.saves.temporary(kept, self.now.steady, at_once);
+        self.effects.extend(write.map(Effect::Save));
+    }
+}
