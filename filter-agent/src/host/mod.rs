@@ -4,6 +4,7 @@ pub mod coverage;
 pub mod driver;
 pub mod nat;
 pub mod settings;
+pub mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
