@@ -317,6 +317,7 @@ impl Agent {
             (Aim::Reload(Reload { options, reply }), Ok(regions)) => {
                 let occasion = Occasion::Reload {
                     allow_unprotect: options.allow_unprotect,
+                    max_cut: options.max_cut,
                 };
                 let cause = Cause::Reload {
                     file: file.clone(),

@@ -7,7 +7,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     clock::BootTime,
-    policy::{Database, Model, Policy, Rule, Source, Tls},
+    policy::{Database, Model, OnRemoval, Policy, Rule, Source, Tls},
     temporary::{Kind, Timed, held},
 };
 
@@ -32,6 +32,7 @@ pub struct Entries {
     pub addresses: Vec<IpAddr>,
     pub monitor: bool,
     pub tls: Option<Tls>,
+    pub on_removal: OnRemoval,
     /// Rules and blocks, with their ends.
     pub rules: Vec<(RuleKey, Option<BootTime>)>,
     /// Allowed prefixes, sorted. Two alike are the cluster's and the rules', in this order.
@@ -167,6 +168,7 @@ fn compile_database(
         addresses: database.addresses.clone(),
         monitor: database.monitor,
         tls: database.tls,
+        on_removal: database.on_removal,
         rules: Vec::new(),
         v4: Vec::new(),
         v6: Vec::new(),
@@ -385,6 +387,7 @@ mod tests {
             model,
             tls: None,
             monitor: false,
+            on_removal: OnRemoval::Reset,
             cluster: vec![],
         }
     }

@@ -302,6 +302,7 @@ struct ReloadQuery {
     existing: bool,
     #[serde(default)]
     allow_unprotect: bool,
+    max_cut: Option<usize>,
 }
 
 async fn reload(
@@ -311,6 +312,7 @@ async fn reload(
     let options = ReloadOptions {
         existing: query.existing,
         allow_unprotect: query.allow_unprotect,
+        max_cut: query.max_cut,
     };
     let reloaded = shared.ask(|reply| event::Request::Reload { options, reply });
     Ok(Json(reloaded.await?))

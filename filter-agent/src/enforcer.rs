@@ -1,11 +1,12 @@
 //! The thread that owns the filter. It alone writes to the kernel, one job after another, so that the main loop
 //! never waits for the kernel. Between jobs it checks and repairs what is attached.
 
+mod cut;
 mod tls;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    io, mem,
     net::IpAddr,
     path::Path,
     sync::{
@@ -17,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 use tokio::sync::oneshot;
 
@@ -27,6 +28,7 @@ use crate::{
         Interface, Netlink,
         coverage::{Coverage, Pinned, Remembered, describe_missing},
         settings::Settings,
+        sockets::Sockets,
     },
     kernel::{
         counters::{Counts, Fates, Hits},
@@ -49,9 +51,13 @@ const STUCK_AFTER: Duration = Duration::from_secs(60);
 /// Time allowed for a list of the host's interfaces. A look that was given up is an error.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Sources that a refusal names whose connections would be cut off.
+const MAX_NAMED_CUTS: usize = 5;
+
 pub struct Enforcer {
     filter: Filter,
     netlink: NetlinkReader,
+    sockets: Sockets,
     in_force: InForce,
     verified: report::Verified,
     /// Indexes of the interfaces that were filtered when all was looked at last.
@@ -155,6 +161,7 @@ impl Enforcer {
         let now = Timestamp::now();
         Ok(Self {
             netlink: NetlinkReader::open()?,
+            sockets: Sockets::open()?,
             drops: Drops::since(now, filter.counts()?),
             filter,
             in_force,
@@ -223,9 +230,12 @@ impl Enforcer {
         let host = self.netlink.interfaces()?;
         let occasion = Occasion::Reload {
             allow_unprotect: true,
+            max_cut: None,
         };
         let plan = self.prepare(desired, &occasion, &host)?;
+        let compiled = plan.compiled();
         let mut report = plan.report;
+        self.find_cut(&compiled, &mut report);
         if !plan.unguarded.is_empty() {
             let why = reconcile::describe_unguarded(&plan.unguarded);
             report.warnings.push(format!("a reload is refused: {why}"));
@@ -252,13 +262,21 @@ impl Enforcer {
             host
         };
         let file = desired.file.clone();
-        let plan = self.prepare(desired, occasion, &host)?;
+        let mut plan = self.prepare(desired, occasion, &host)?;
+        let compiled = plan.compiled();
+        self.find_cut(&compiled, &mut plan.report);
+        if let Occasion::Reload {
+            max_cut: Some(most),
+            ..
+        } = *occasion
+        {
+            refuse_cut(&plan.report, most)?;
+        }
         let mut entries = Vec::new();
         if !is_change {
             self.note_host(&file.policy, &host, &mut entries);
         }
         // Before the first connection to a port where TLS is forced now.
-        let compiled = plan.compiled();
         if compiled.forces_tls() {
             self.hold_tls(&compiled, true, &mut entries);
             let counted = self.count_existing(&compiled);
@@ -267,12 +285,13 @@ impl Enforcer {
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
         self.drops.restart(&committed.restarted);
         self.in_force.file = file;
-        self.in_force.compiled = committed.compiled.clone();
+        let before = mem::replace(&mut self.in_force.compiled, committed.compiled.clone());
         self.in_force.timed = committed.timed.clone();
         if !is_change {
             let policy = &self.in_force.file.policy;
             self.in_force.remembered.update(policy, &host, |_| true);
         }
+        self.reset_cut(&before, &committed.report, &mut entries);
         self.hold_tls(&committed.compiled, false, &mut entries);
         self.look_for_lost(&mut entries);
         self.verify(&mut entries);
@@ -572,6 +591,27 @@ impl Enforcer {
         let filtered = filtered.filter(|interface| indexes.contains(&interface.index));
         Ok(filtered.map(|interface| interface.name).collect())
     }
+}
+
+/// # Errors
+/// More open connections would be cut off, or it is not known how many.
+fn refuse_cut(plan: &report::Plan, most: usize) -> Result<()> {
+    if let Some(unknown) = plan.cut_unknown.first() {
+        bail!("it is not known how many open connections it would cut off: {unknown}");
+    }
+    let connections: usize = plan.cut.iter().map(|cut| cut.connections).sum();
+    ensure!(
+        connections <= most,
+        "it would cut off {}, more than {most}: {}",
+        counted(connections, "open connection", "open connections"),
+        list(plan.cut.iter().take(MAX_NAMED_CUTS).map(|cut| {
+            format!(
+                "{} of {} at database {}",
+                cut.connections, cut.source, cut.database
+            )
+        }))
+    );
+    Ok(())
 }
 
 fn is_absent(error: &anyhow::Error) -> bool {

@@ -93,6 +93,8 @@ pub struct ReloadOptions {
     pub existing: bool,
     /// Leave unguarded what the policy in force guards and the new one does not.
     pub allow_unprotect: bool,
+    /// Refuse a change that cuts off more open connections.
+    pub max_cut: Option<usize>,
 }
 
 /// An effect to carry out for the agent.

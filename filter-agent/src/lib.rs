@@ -5,6 +5,7 @@ pub mod cli;
 pub mod clock;
 pub mod compile;
 pub mod control;
+mod cut;
 pub mod daemon;
 pub mod drops;
 pub mod enforcer;

@@ -54,6 +54,8 @@ pub enum Occasion {
     Reload {
         /// Whether the new policy may leave unguarded what the one in force guards.
         allow_unprotect: bool,
+        /// How many open connections the change may cut off; `None`: any number.
+        max_cut: Option<usize>,
     },
     /// Of regions, or an end of rules: the policy is the one in force.
     Change,
@@ -199,6 +201,8 @@ pub fn prepare(
         attached: Vec::new(),
         detached: Vec::new(),
         warnings: Vec::new(),
+        cut: Vec::new(),
+        cut_unknown: Vec::new(),
     };
     if let Occasion::Change = occasion {
         return Ok(Plan {
@@ -238,6 +242,7 @@ pub fn prepare(
     let unguarded = unguarded.unwrap_or_default();
     if let Occasion::Reload {
         allow_unprotect: false,
+        ..
     } = occasion
     {
         ensure!(unguarded.is_empty(), describe_unguarded(&unguarded));

@@ -1,12 +1,12 @@
 //! The agent's answers to requests, which the commands print.
 
-use std::{collections::BTreeMap, net::IpAddr, path::PathBuf};
+use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
-use crate::{kernel::difference::Difference, temporary::By};
+use crate::{kernel::difference::Difference, policy::spelled, reconcile::counted, temporary::By};
 
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Status {
@@ -257,6 +257,50 @@ pub struct Plan {
     /// Interfaces that will no longer be filtered.
     pub detached: Vec<String>,
     pub warnings: Vec<String>,
+    /// Open connections whose source loses its access.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cut: Vec<Cut>,
+    /// Why open connections are not known, or not all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cut_unknown: Vec<String>,
+}
+
+/// Connections of one source that a change cuts off.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Cut {
+    pub database: String,
+    /// The rule that allowed the source.
+    pub rule: String,
+    pub source: IpAddr,
+    pub connections: usize,
+    /// Seconds since the longest idle of them received data; the kernel keeps no time of a connection's beginning.
+    pub idle: Option<u64>,
+    /// Whether the server's side is reset.
+    pub reset: bool,
+}
+
+/// `database orders: 3 connections of 203.0.113.9, which 203.0.113.0/24 allowed, are cut off and reset`.
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let connections = counted(self.connections, "connection", "connections");
+        let Self {
+            database,
+            rule,
+            source,
+            ..
+        } = self;
+        write!(
+            f,
+            "database {database}: {connections} of {source}, allowed by {rule}"
+        )?;
+        if let Some(idle) = self.idle {
+            write!(f, ", idle for up to {}", spelled(Duration::from_secs(idle)))?;
+        }
+        f.write_str(match self.reset {
+            true => ": cut off and reset",
+            false => ": cut off, and left to the server (on_removal: keep)",
+        })
+    }
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -279,6 +323,10 @@ pub struct Temporary {
     /// What the operator may not expect.
     pub notes: Vec<String>,
     pub difference: Difference,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cut: Vec<Cut>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cut_unknown: Vec<String>,
     /// Errors after it was in force.
     pub errors: Vec<String>,
 }

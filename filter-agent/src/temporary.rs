@@ -225,6 +225,8 @@ impl Timed {
             until: Some(rule.until),
             notes,
             difference: Default::default(),
+            cut: Vec::new(),
+            cut_unknown: Vec::new(),
             errors: Vec::new(),
         };
         self.temporary.push(rule);
@@ -311,6 +313,8 @@ impl Timed {
             until: None,
             notes: Vec::new(),
             difference: Default::default(),
+            cut: Vec::new(),
+            cut_unknown: Vec::new(),
             errors: Vec::new(),
         })
     }

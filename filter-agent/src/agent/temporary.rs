@@ -41,6 +41,8 @@ impl Agent {
         self.log_all(committed.entries);
         self.checked(checked);
         done.difference = committed.report.difference;
+        done.cut = committed.report.cut;
+        done.cut_unknown = committed.report.cut_unknown;
         done.errors = committed.errors;
         // Whoever is told that it is in force finds it in force after a reboot.
         let late = Late::temporary(done, reply, self.now.steady);

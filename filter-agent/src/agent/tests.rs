@@ -52,6 +52,8 @@ fn plan() -> report::Plan {
         attached: Vec::new(),
         detached: Vec::new(),
         warnings: Vec::new(),
+        cut: Vec::new(),
+        cut_unknown: Vec::new(),
     }
 }
 

@@ -124,6 +124,9 @@ pub(super) enum Command {
         /// Enforce the file even if it no longer protects a database, port, address or interface that is protected now.
         #[arg(long)]
         allow_unprotect: bool,
+        /// Refuse the change if it would cut off more open connections than this. `plan` lists them.
+        #[arg(long, value_name = "NUMBER")]
+        max_cut: Option<usize>,
         #[command(flatten)]
         timeout: Timeout,
         #[command(flatten)]

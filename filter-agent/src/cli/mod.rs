@@ -125,11 +125,16 @@ async fn execute(command: Command) -> Result<ExitCode> {
         Command::Reload {
             existing,
             allow_unprotect,
+            max_cut,
             timeout,
             socket,
             output,
         } => {
-            let path = format!("/reload?existing={existing}&allow_unprotect={allow_unprotect}");
+            let max_cut = max_cut
+                .map(|most| format!("&max_cut={most}"))
+                .unwrap_or_default();
+            let path =
+                format!("/reload?existing={existing}&allow_unprotect={allow_unprotect}{max_cut}");
             let agent = patient(&socket, timeout);
             let reloaded: Reloaded = agent.post(&path, String::new()).await?;
             output.print(&reloaded, |reloaded| {

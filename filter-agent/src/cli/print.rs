@@ -86,6 +86,8 @@ pub(super) fn print_plan(plan: &Plan) {
         list("-", "protect ", &ranges(&database.unguarded));
         list("+", "", &database.added);
         list("-", "", &database.removed);
+        list("+", "block ", &database.blocked);
+        list("-", "block ", &database.unblocked);
     }
     for setting in &plan.settings {
         same = false;
@@ -94,7 +96,20 @@ pub(super) fn print_plan(plan: &Plan) {
     if same {
         println!("no difference: the kernel enforces {}", plan.file.display());
     }
+    print_cut(&plan.cut, &plan.cut_unknown);
     print_warnings(&plan.warnings);
+}
+
+fn print_cut(cut: &[report::Cut], unknown: &[String]) {
+    for cut in cut.iter().take(LISTED) {
+        println!("{cut}");
+    }
+    if let Some(more) = cut.len().checked_sub(LISTED).filter(|&more| more > 0) {
+        println!("and connections of {more} more sources");
+    }
+    unknown
+        .iter()
+        .for_each(|why| println!("open connections: {why}"));
 }
 
 pub(super) fn print_reloaded(reloaded: &Reloaded) {
@@ -437,6 +452,7 @@ fn by(by: &By) -> String {
 
 pub(super) fn print_temporary(done: &report::Temporary) {
     println!("{done}");
+    print_cut(&done.cut, &done.cut_unknown);
     done.notes.iter().for_each(|note| println!("note: {note}"));
     done.errors
         .iter()

@@ -14,7 +14,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_sock_diag::{
     AF_INET, AF_INET6, IPPROTO_TCP, SockDiagDestroy, SockDiagMessage, TCP_CLOSE_WAIT, TCP_CLOSING,
-    TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK,
+    TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_FIN_WAIT2, TCP_LAST_ACK, TCP_LISTEN,
     inet::{
         ExtensionFlags, InetRequest, InetResponse, InetResponseHeader, SocketId, StateFlags,
         nlas::Nla,
@@ -67,6 +67,19 @@ pub enum Destroyed {
     Unsupported,
 }
 
+#[cfg(test)]
+impl Connection {
+    /// One that no kernel listed.
+    pub fn between(local: SocketAddr, peer: SocketAddr) -> Self {
+        Self {
+            local,
+            peer,
+            idle: Some(Duration::from_secs(peer.port().into())),
+            id: SocketId::new_v4(),
+        }
+    }
+}
+
 /// A sock_diag socket. Requests block the calling thread.
 pub struct Sockets {
     /// Stays open between requests: a host that runs out of descriptors must not stop them.
@@ -97,6 +110,7 @@ impl Sockets {
         let deadline = Instant::now() + TIMEOUT;
         let mut list = List {
             ports,
+            listening: BTreeSet::new(),
             connections: Vec::new(),
         };
         for family in [AF_INET, AF_INET6] {
@@ -113,6 +127,29 @@ impl Sockets {
         connections.sort_by_key(|connection| connection.id.cookie);
         connections.dedup_by_key(|connection| connection.id.cookie);
         Ok(connections)
+    }
+
+    /// The local ports, of these, on which a process listens.
+    ///
+    /// # Errors
+    /// As `connections`.
+    pub fn listening(&mut self, ports: &BTreeSet<u16>) -> Result<BTreeSet<u16>> {
+        let deadline = Instant::now() + TIMEOUT;
+        let mut list = List {
+            ports,
+            listening: BTreeSet::new(),
+            connections: Vec::new(),
+        };
+        for family in [AF_INET, AF_INET6] {
+            let mut request = dump_request(family, 0);
+            request.states = StateFlags::LISTEN;
+            let request = SockDiagMessage::InetRequest(request);
+            let dump = self.request(request, NLM_F_DUMP, deadline, |datagram| {
+                list.read(datagram)
+            });
+            dump.context("list the host's listening sockets")?;
+        }
+        Ok(list.listening)
     }
 
     /// Ends a connection: exactly the one that was listed, never another one between the same ports.
@@ -270,6 +307,7 @@ fn family(id: &SocketId) -> u8 {
 /// The connections of dumps, as far as they were received.
 struct List<'a> {
     ports: &'a BTreeSet<u16>,
+    listening: BTreeSet<u16>,
     connections: Vec<Connection>,
 }
 
@@ -306,6 +344,10 @@ impl List<'_> {
 
     fn take(&mut self, response: InetResponse) -> Result<()> {
         let InetResponse { header, nlas } = response;
+        if header.state == TCP_LISTEN && self.ports.contains(&header.socket_id.source_port) {
+            self.listening.insert(header.socket_id.source_port);
+            return Ok(());
+        }
         if !self.ports.contains(&header.socket_id.source_port) || !is_held(&header) {
             return Ok(());
         }

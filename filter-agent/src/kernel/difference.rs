@@ -33,6 +33,13 @@ pub struct DatabaseDifference {
     pub unguarded: Vec<String>,
 }
 
+impl DatabaseDifference {
+    /// Whether a source may lose its access.
+    pub fn takes_access(&self) -> bool {
+        !self.removed.is_empty() || !self.blocked.is_empty()
+    }
+}
+
 impl Image {
     /// This image with the slots that `new` gives to the same databases.
     fn renumbered(&self, new: &Self) -> Cow<'_, Self> {

@@ -243,6 +243,7 @@ mod tests {
             addresses: vec![],
             monitor: false,
             tls: None,
+            on_removal: crate::policy::OnRemoval::Reset,
             rules: vec![(RuleKey::Internet, None)],
             blocked4: vec![],
             blocked6: vec![],

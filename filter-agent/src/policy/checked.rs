@@ -78,9 +78,22 @@ pub struct Database {
     pub tls: Option<Tls>,
     /// Count packets that would be dropped, and pass them.
     pub monitor: bool,
+    /// What becomes of the connections of a source that loses its access.
+    pub on_removal: OnRemoval,
     /// Members of its own cluster: always allowed, and exempt from forced TLS. Of regions only those whose prefixes the
     /// operator writes (`file`, `prefixes`).
     pub cluster: Vec<Rule>,
+}
+
+/// What becomes of the connections that a change cuts off: their packets are dropped in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnRemoval {
+    /// The server's side is reset, so that it is free at once.
+    #[default]
+    Reset,
+    /// The server's side is left to its own time limits.
+    Keep,
 }
 
 /// How TLS is forced on a database.

@@ -10,7 +10,7 @@ use std::{
 use filter_common::Engine;
 
 use crate::policy::{
-    checked::{Database, Model, Policy, Rule, Tls},
+    checked::{Database, Model, OnRemoval, Policy, Rule, Tls},
     duration::spelled,
     region::{Guards, Region, RegionSource},
 };
@@ -150,6 +150,7 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
         model,
         tls,
         monitor,
+        on_removal,
         cluster,
     } = database;
     let mut settings = BTreeMap::new();
@@ -161,6 +162,11 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     set("addresses", list(addresses));
     set("model", model.name().into());
     set("monitor", monitor.to_string());
+    let on_removal = match on_removal {
+        OnRemoval::Reset => "reset",
+        OnRemoval::Keep => "keep",
+    };
+    set("on_removal", on_removal.into());
     set("force_tls", tls.is_some().to_string());
     if let Some(tls) = tls {
         let Tls {
@@ -273,6 +279,11 @@ databases:
                 "label: office",
                 "label: office, except: [203.0.113.66/32]",
                 "~ database orders: rule 203.0.113.0/24: \"office\" -> \"office\", except 203.0.113.66/32",
+            ),
+            (
+                "    rules:",
+                "    on_removal: keep\n    rules:",
+                "~ database orders: on_removal: reset -> keep",
             ),
             ("[eth0]", "[eth0]\nmode: native", "~ mode: auto -> native"),
             (

@@ -8,7 +8,7 @@ mod read;
 mod region;
 mod secret_url;
 
-pub use checked::{Database, Listed, Mode, Model, Policy, Rule, Source, Tls};
+pub use checked::{Database, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls};
 pub use difference::differences;
 pub use duration::spelled;
 pub use prefix::{parse_cidr, without};

@@ -63,6 +63,7 @@ fn prepare_with(
 
 const RELOAD: Occasion = Occasion::Reload {
     allow_unprotect: false,
+    max_cut: None,
 };
 
 #[test]
@@ -117,6 +118,7 @@ fn nothing_is_detached_while_an_entry_has_no_interface() {
     };
     let allow = Occasion::Reload {
         allow_unprotect: true,
+        max_cut: None,
     };
     let plan = prepare_with(&file("eth0", ORDERS), &allow, &facts, &[]).unwrap();
     assert_eq!(plan.report.detached, ["eth1"]);

@@ -69,6 +69,7 @@ fn read(datagram: &[u8]) -> Result<(bool, Vec<Connection>)> {
     let mut list = List {
         ports: &BTreeSet::from([5432]),
         connections: Vec::new(),
+        listening: BTreeSet::new(),
     };
     let is_done = list.read(datagram)?;
     Ok((is_done, list.connections))

@@ -158,6 +158,7 @@ fn compiled(random: &mut fastrand::Rng, now: BootTime) -> Compiled {
             addresses: local.map(IpAddr::from).into_iter().collect(),
             monitor: random.u8(..4) == 0,
             tls: None,
+            on_removal: crate::policy::OnRemoval::Reset,
             rules: vec![],
             v4: vec![],
             v6: vec![],
@@ -247,6 +248,7 @@ fn one(name: &str, prefixes: &[&str]) -> (String, Entries) {
         addresses: vec![],
         monitor: false,
         tls: None,
+        on_removal: crate::policy::OnRemoval::Reset,
         rules: rules
             .map(|net| (RuleKey::Rule(Source::Cidr(net)), None))
             .collect(),

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use serde_yaml::Value;
 
 use crate::policy::{
-    checked::{Database, Model, Rule, Source, Tls},
+    checked::{Database, Model, OnRemoval, Rule, Source, Tls},
     prefix::{parse_cidr, without},
     read::reader::{At, Reader, check_name},
     region::Region,
@@ -53,6 +53,7 @@ pub(super) struct RawDatabase {
     cancel_in_clear: Option<bool>,
     proxy_protocol: Option<ProxyProtocol>,
     monitor: Option<RawMonitor>,
+    on_removal: Option<OnRemoval>,
     cluster: Option<Vec<RawMember>>,
     rules: Option<Vec<Value>>,
     internet: Option<bool>,
@@ -220,6 +221,10 @@ impl Reader<'_> {
             let message = "proxy_protocol is for databases where TLS is forced";
             self.problem(&at.key("proxy_protocol"), message);
         }
+        if raw.on_removal.is_some() && !tcp {
+            let message = "on_removal is for databases on tcp: udp has no connections";
+            self.problem(&at.key("on_removal"), message);
+        }
         let postgresql = matches!(raw.engine, Some(RawEngine::Postgresql));
         if raw.cancel_in_clear.is_some() && !(force_tls && postgresql) {
             let message = "cancel_in_clear is for postgresql databases where TLS is forced";
@@ -265,6 +270,7 @@ impl Reader<'_> {
             model,
             tls,
             monitor: matches!(raw.monitor, Some(RawMonitor::Everything(true))),
+            on_removal: raw.on_removal.unwrap_or_default(),
             cluster,
         })
     }

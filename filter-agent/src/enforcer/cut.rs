@@ -1,0 +1,135 @@
+//! Open connections whose source loses its access: found before a change, and reset after it.
+
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::{Enforcer, unfiltered};
+use crate::{
+    clock::{BootTime, since_boot},
+    compile::Compiled,
+    cut::{self, cut},
+    host::sockets::{Connection, Destroyed, Sockets},
+    kernel::difference::Difference,
+    log::Entry,
+    policy::OnRemoval,
+    report,
+};
+
+/// Time allowed to reset connections: each time they are listed one may be missing (see `Sockets`).
+const RESET_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Error of the checks: connections cannot be reset.
+const RESET: &str = "reset connections";
+
+impl Enforcer {
+    /// Adds to a plan the open connections that it would cut off.
+    pub(super) fn find_cut(&mut self, after: &Compiled, plan: &mut report::Plan) {
+        if !takes_access(&plan.difference) {
+            return;
+        }
+        match self.cut_connections(after) {
+            Ok(cut) => plan.cut = cut,
+            Err(error) => plan.cut_unknown.push(format!("{error:#}")),
+        }
+        plan.cut_unknown.extend(self.elsewhere(&plan.difference));
+    }
+
+    fn cut_connections(&mut self, after: &Compiled) -> Result<Vec<report::Cut>> {
+        let before = self.in_force.compiled.clone();
+        let connections = list(&mut self.sockets, &before)?;
+        let host = self.netlink.interfaces()?;
+        let ours = self.filter.program_id()?;
+        let is_filtered = |source| unfiltered(source, &host, ours).is_none();
+        let found = cut(&before, after, &connections, now(), is_filtered);
+        Ok(cut::report(&found))
+    }
+
+    /// Databases that lose sources and whose ports no process of this network namespace listens on: their connections are
+    /// in other namespaces, as those of containers.
+    fn elsewhere(&mut self, difference: &Difference) -> Vec<String> {
+        let compiled = self.in_force.compiled.clone();
+        let ports = cut::ports(&compiled);
+        let listening = self.sockets.listening(&ports).unwrap_or_default();
+        let databases = difference
+            .databases
+            .iter()
+            .filter(|(_, change)| change.takes_access());
+        let elsewhere = databases.filter_map(|(name, _)| {
+            let entries = compiled.databases.get(name)?;
+            let is_here = entries.ports.iter().any(|port| listening.contains(port));
+            (!is_here).then(|| {
+                format!(
+                    "database {name}: its open connections are not known: no process in the agent's network namespace \
+                     listens on its ports (a container's published port?)"
+                )
+            })
+        });
+        elsewhere.collect()
+    }
+
+    /// Resets the connections of sources that `before` allowed, and that what is in force does not.
+    pub(super) fn reset_cut(
+        &mut self,
+        before: &Compiled,
+        plan: &report::Plan,
+        entries: &mut Vec<Entry>,
+    ) {
+        if !takes_access(&plan.difference) {
+            return;
+        }
+        entries.extend(cut::entries(&plan.cut));
+        let reset = self.reset(before);
+        self.note(RESET, reset, entries);
+    }
+
+    fn reset(&mut self, before: &Compiled) -> Result<()> {
+        let after = self.in_force.compiled.clone();
+        let host = self.netlink.interfaces()?;
+        let ours = self.filter.program_id()?;
+        let is_filtered = |source: IpAddr| unfiltered(source, &host, ours).is_none();
+        let deadline = Instant::now() + RESET_TIMEOUT;
+        loop {
+            let connections = list(&mut self.sockets, before)?;
+            let mut found = cut(before, &after, &connections, now(), is_filtered);
+            found.retain(|cut| cut.on_removal == OnRemoval::Reset);
+            if found.is_empty() {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{} connections of sources that are no longer allowed are still open",
+                found.len()
+            );
+            for cut in found {
+                ensure!(
+                    self.sockets.destroy(cut.connection)? != Destroyed::Unsupported,
+                    "this kernel cannot reset connections (CONFIG_INET_DIAG_DESTROY): those of sources that are no longer \
+                     allowed stay open at the server until its own time limits; their packets are dropped"
+                );
+            }
+        }
+    }
+}
+
+fn now() -> BootTime {
+    BootTime::default().after(since_boot())
+}
+
+/// Whether a change may cut any connection.
+fn takes_access(difference: &Difference) -> bool {
+    difference
+        .databases
+        .values()
+        .any(|change| change.takes_access())
+}
+
+fn list(sockets: &mut Sockets, before: &Compiled) -> Result<Vec<Connection>> {
+    let ports: BTreeSet<u16> = cut::ports(before);
+    let connections = sockets.connections(&ports);
+    connections.context("find the connections that the change cuts off")
+}
