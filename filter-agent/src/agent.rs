@@ -61,8 +61,8 @@ enum Cause {
     },
     Time {
         changes: Vec<(String, Change)>,
-        /// When the rules that are taken out ended.
-        ended: Option<Timestamp>,
+        /// Lines for the log about rules and blocks that have ended.
+        ended: Vec<Entry>,
     },
     Temporary {
         done: report::Temporary,
@@ -433,11 +433,7 @@ impl Agent {
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
                     Cause::Time { changes, ended } => {
-                        if let Some(ended) = ended {
-                            self.log(Entry::info(format!(
-                                "rules that expired at {ended} no longer allow anybody"
-                            )));
-                        }
+                        self.log_all(ended);
                         self.log_all(committed.entries);
                         for (name, change) in changes {
                             self.log(describe(&name, &change));
@@ -480,9 +476,9 @@ impl Agent {
                 self.region_done(&name, before.as_ref(), Change::default(), &waiters);
             }
             Cause::Time { ended, .. } => {
-                let what = match ended {
-                    Some(_) => "take out expired rules",
-                    None => "take out what is allowed no longer",
+                let what = match ended.is_empty() {
+                    false => "take out rules that have ended",
+                    true => "take out what is allowed no longer",
                 };
                 let error = format!("{what}: {}", refused.describe_alone());
                 self.retry_later(error, not_taken_back);
@@ -591,15 +587,16 @@ impl Agent {
         }
         let is_due = |state: &State| state.next_tick().is_some_and(|next| next <= now);
         let due = self.regions.values().any(is_due);
-        let ended = self.next_end.filter(|&next| next <= self.now.boot);
-        let ended = ended.map(|end| self.now.date_of(end));
+        let has_ended = self.next_end.is_some_and(|next| next <= self.now.boot);
+        let ended = self.timed.ended(self.now.boot);
         let mut timed = self.timed.at(self.now);
+        timed.drop_ended();
         let is_nearer = timed.ends.bring_nearer(self.now);
         let must_repair = self
             .stuck
             .as_ref()
             .is_some_and(|stuck| stuck.not_taken_back);
-        if due || ended.is_some() || is_nearer || must_repair {
+        if due || has_ended || is_nearer || must_repair {
             let mut regions = self.regions.clone();
             let mut changes = Vec::new();
             for (name, state) in &mut regions {

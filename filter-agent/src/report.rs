@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
-use jiff::{Timestamp, Unit};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{kernel::difference::Difference, policy::spelled, reconcile::counted, temporary::By};
@@ -351,13 +351,10 @@ impl std::fmt::Display for Temporary {
         let action = match self.action {
             Action::Allowed => "allowed",
             Action::Blocked => "blocked",
-            Action::Revoked => "is no longer allowed or blocked for a time",
+            Action::Revoked => "revoked",
         };
         write!(f, "database {database}: {source} {action}")?;
-        match until {
-            Some(until) => write!(f, " until {}", until.round(Unit::Second).unwrap_or(*until)),
-            None => Ok(()),
-        }
+        until.map_or(Ok(()), |until| write!(f, " until {until}"))
     }
 }
 

@@ -5,12 +5,13 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 use anyhow::{Error, Result, anyhow, bail, ensure};
 use filter_common::{MAX_BLOCKS, MAX_RULES};
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::{BootTime, Now},
     compile::{Regions, RuleKey},
+    log::Entry,
     policy::{Database, Model, Policy, Rule, Source, parse_cidr, spelled, without},
     policy_file::PolicyFile,
     reconcile::list,
@@ -111,6 +112,46 @@ impl Timed {
         }
     }
 
+    /// Forgets temporary rules that have ended.
+    pub fn drop_ended(&mut self) {
+        let now = self.now.boot;
+        self.temporary.retain(|rule| rule.end > now);
+    }
+
+    /// Lines for the log about the rules and blocks that ended from then on until `now`.
+    pub fn ended(&self, now: BootTime) -> Vec<Entry> {
+        let is_new = |end: BootTime| self.now.boot < end && end <= now;
+        let temporary = self.temporary.iter().filter(|rule| is_new(rule.end));
+        let temporary = temporary.map(
+            |Temporary {
+                 database,
+                 kind,
+                 source,
+                 ..
+             }| {
+                let text = match kind {
+                    Kind::Allow => {
+                        format!("database {database}: temporary rule {source} has ended")
+                    }
+                    Kind::Block => format!("database {database}: block {source} has ended"),
+                };
+                (database, text)
+            },
+        );
+        let dated = self.ends.iter().filter(|(_, end)| is_new(*end));
+        let dated = dated.map(|(Dated { database, rule, .. }, _)| {
+            let rule = rule.trim_start_matches(['=', '&', '@']);
+            (
+                database,
+                format!("database {database}: the rule of {rule} has expired"),
+            )
+        });
+        let lines = temporary.chain(dated);
+        lines
+            .map(|(database, text)| Entry::info(text).with("DATABASE", database))
+            .collect()
+    }
+
     /// The temporary rules of databases that a policy has, and filters by source.
     pub fn of_policy(&self, policy: &Policy) -> Vec<Temporary> {
         let has = |rule: &&Temporary| {
@@ -134,8 +175,7 @@ impl Timed {
         by: Option<By>,
     ) -> Result<(Self, report::Temporary)> {
         let mut timed = self.clone();
-        // Those that have ended are gone.
-        timed.temporary.retain(|rule| rule.end > self.now.boot);
+        timed.drop_ended();
         let done = match change {
             Change::Allow(wanted) => timed.add(file, regions, Kind::Allow, wanted, by)?,
             Change::Block(wanted) => timed.add(file, regions, Kind::Block, wanted, by)?,
@@ -204,6 +244,13 @@ impl Timed {
                 database.name
             ),
         }
+        let end = self.now.boot.after(lasting);
+        // For people, who read no fractions of seconds.
+        let until = self
+            .now
+            .date_of(end)
+            .round(Unit::Second)
+            .unwrap_or(Timestamp::MAX);
         let rule = Temporary {
             database: database.name.clone(),
             kind,
@@ -211,8 +258,8 @@ impl Timed {
             label,
             added: self.now.wall,
             by,
-            end: self.now.boot.after(lasting),
-            until: self.now.date_of(self.now.boot.after(lasting)),
+            end,
+            until,
         };
         let done = report::Temporary {
             database: rule.database.clone(),
@@ -299,8 +346,11 @@ impl Timed {
         let database = dedicated(&file.policy, database)?;
         let source = parse_source(source)?;
         let is_meant = |rule: &Temporary| rule.database == database.name && rule.source == source;
-        let labels = self.temporary.iter().filter(|rule| is_meant(rule));
-        let label = labels.filter_map(|rule| rule.label.clone()).next();
+        let label = self
+            .temporary
+            .iter()
+            .filter(|rule| is_meant(rule))
+            .find_map(|rule| rule.label.clone());
         if !self.temporary.iter().any(is_meant) {
             bail!(self.not_temporary(file, database, source));
         }

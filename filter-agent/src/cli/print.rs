@@ -411,9 +411,9 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
         let expires = verdict.expires.map(|at| format!(", until {at}"));
         let expires = expires.unwrap_or_default();
         let is_blocked = verdict.reason == "blocked";
-        let action_of = if is_blocked { "dropped" } else { "allowed" };
         let why = match &verdict.rule {
-            Some(rule) => format!("{action_of} by {rule}{label}{expires}"),
+            Some(rule) if is_blocked => format!("{rule}{label}{expires}"),
+            Some(rule) => format!("allowed by {rule}{label}{expires}"),
             None => match verdict.reason.as_str() {
                 "bad-source" => "no packet may come from this address".into(),
                 _ => "no rule allows it".into(),
