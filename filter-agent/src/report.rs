@@ -100,7 +100,7 @@ pub struct Rule {
     pub hits: u64,
     #[serde(default)]
     pub origin: Origin,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub except: Vec<IpNet>,
     /// Seconds until it ends.
     #[serde(default)]
@@ -258,10 +258,10 @@ pub struct Plan {
     pub detached: Vec<String>,
     pub warnings: Vec<String>,
     /// Open connections whose source loses its access.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub cut: Vec<Cut>,
     /// Why open connections are not known, or not all of them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub cut_unknown: Vec<String>,
 }
 
@@ -323,9 +323,9 @@ pub struct Temporary {
     /// What the operator may not expect.
     pub notes: Vec<String>,
     pub difference: Difference,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub cut: Vec<Cut>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub cut_unknown: Vec<String>,
     /// Errors after it was in force.
     pub errors: Vec<String>,

@@ -24,9 +24,9 @@ pub struct DatabaseDifference {
     /// Prefixes that are no longer allowed.
     pub removed: Vec<IpNet>,
     /// Prefixes that become blocked, and that no longer are.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub blocked: Vec<IpNet>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub unblocked: Vec<IpNet>,
     /// Ports that become guarded, or whose guard changes.
     pub guarded: Vec<String>,
