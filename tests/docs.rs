@@ -733,7 +733,10 @@ fn every_field_of_the_json_is_described_and_no_other() {
         ("explain", &["explain", "192.0.2.1"]),
         ("drops", &["drops"]),
         ("plan", &["plan"]),
-        ("temporary", &["allow", "orders", "203.0.113.99", "--for", "1h"]),
+        (
+            "temporary",
+            &["allow", "orders", "203.0.113.99", "--for", "1h"],
+        ),
         ("refresh", &["refresh", "office"]),
         ("check", &["check", path, "--host"]),
         ("reload", &["reload"]),

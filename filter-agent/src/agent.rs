@@ -39,7 +39,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 enum UnderWay {
     Change {
         regions: Regions,
-        timed: Timed,
+        timed: Box<Timed>,
         cause: Cause,
     },
     Detach {
@@ -65,7 +65,7 @@ enum Cause {
         ended: Vec<Entry>,
     },
     Temporary {
-        done: report::Temporary,
+        done: Box<report::Temporary>,
         reply: Reply<report::Temporary>,
     },
 }
@@ -378,7 +378,7 @@ impl Agent {
         };
         self.under_way = Some(UnderWay::Change {
             regions,
-            timed,
+            timed: timed.into(),
             cause,
         });
         self.effects.push(Effect::Commit {
@@ -416,7 +416,7 @@ impl Agent {
                 let before = mem::replace(&mut self.regions, regions);
                 self.enforced.next_expiry = committed.enforced.next_expiry;
                 self.next_end = committed.compiled.next_end;
-                self.timed = timed;
+                self.timed = *timed;
                 self.keep_temporary(false);
                 match cause {
                     Cause::Reload { file, asked, reply } => {

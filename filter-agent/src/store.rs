@@ -309,7 +309,7 @@ pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
 /// # Errors
 /// As `read_confirmed`.
 pub fn read_temporary(directory: &Path) -> Result<Option<temporary::Kept>> {
-    read(&temporary_path(directory), unseal)
+    read(&temporary_path(directory), decode_temporary)
 }
 
 /// The set that was kept of a region; `None`: none was.
@@ -468,6 +468,12 @@ fn identity(source: &RegionSource) -> Result<String> {
 /// # Errors
 /// Why the text is not what was written of a confirmed policy.
 pub fn decode_confirmed(text: &[u8]) -> Result<Confirmed> {
+    unseal(text)
+}
+
+/// # Errors
+/// A text that is not what was written of temporary rules and ends.
+pub fn decode_temporary(text: &[u8]) -> Result<temporary::Kept> {
     unseal(text)
 }
 

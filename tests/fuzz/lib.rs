@@ -3,6 +3,7 @@
 use std::sync::LazyLock;
 
 use filter_agent::{
+    clock::{BootTime, Now},
     policy::{self, Policy, Region, parse_cidr},
     region::{
         answer::{Answer, Found},
@@ -21,6 +22,15 @@ pub fn plant(condition: bool) {
 /// The instant at which everything happens.
 pub fn now() -> Timestamp {
     Timestamp::constant(1_790_000_000, 0)
+}
+
+/// The same, a thousand seconds after a boot.
+pub fn clock() -> Now {
+    Now {
+        boot: BootTime(1_000_000_000_000),
+        steady: now(),
+        wall: now(),
+    }
 }
 
 /// A valid policy.

@@ -23,6 +23,7 @@ impl Agent {
         let timed = self.timed.at(self.now);
         match timed.changed(&self.file, &prefixes, change, by) {
             Ok((timed, done)) => {
+                let done = done.into();
                 let cause = Cause::Temporary { done, reply };
                 self.change_timed(self.regions.clone(), timed, cause);
             }
@@ -32,7 +33,7 @@ impl Agent {
 
     pub(super) fn temporary_changed(
         &mut self,
-        mut done: report::Temporary,
+        mut done: Box<report::Temporary>,
         committed: Committed,
         checked: Checked,
         reply: Reply<report::Temporary>,
@@ -45,7 +46,7 @@ impl Agent {
         done.cut_unknown = committed.report.cut_unknown;
         done.errors = committed.errors;
         // Whoever is told that it is in force finds it in force after a reboot.
-        let late = Late::temporary(done, reply, self.now.steady);
+        let late = Late::temporary(*done, reply, self.now.steady);
         if self.saves.is_under_way(&late.record()) {
             self.late.push(late);
         } else {

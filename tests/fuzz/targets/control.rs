@@ -7,7 +7,7 @@ use std::{cell::LazyCell, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::anyhow;
 use filter_agent::{
-    clock::Now,
+    clock::{BootTime, Clock, Now},
     control::Server,
     enforcer::Handle,
     event::{Event, Request},
@@ -15,6 +15,7 @@ use filter_agent::{
     region::state::Regions,
     report,
     snapshot::Snapshot,
+    temporary::Change,
 };
 use filter_fuzz::{now, plant};
 use tempfile::TempDir;
@@ -77,7 +78,13 @@ fn setup() -> Setup {
     let server = runtime.block_on(async {
         let listener = UnixListener::bind(folder.path().join("socket")).expect("a socket");
         let (handle, _) = Handle::new();
-        Server::start(listener, events, watch::channel(snapshot).1, handle)
+        Server::start(
+            listener,
+            events,
+            watch::channel(snapshot).1,
+            handle,
+            Clock::start(),
+        )
     });
     Setup {
         runtime,
@@ -137,6 +144,7 @@ enum Asked {
     Refresh {
         other: bool,
     },
+    Temporary(Change),
     Detach,
 }
 
@@ -161,6 +169,11 @@ fn refuse(request: Request) -> Asked {
                 other: accept && region.as_deref() != Some("office"),
             }
         }
+        Request::Temporary { change, by, reply } => {
+            reply.send(Err(refusal()));
+            assert!(by.is_some_and(|by| by.pid.is_some()));
+            Asked::Temporary(change)
+        }
         Request::Detach { reply } => {
             reply.send(Err(refusal()));
             Asked::Detach
@@ -179,6 +192,7 @@ fn check(sent: &[u8], received: &[u8], asked: &[Asked]) {
             Asked::Plan(Some(_)) => ("POST", "plan"),
             Asked::Reload(_) => ("POST", "reload"),
             Asked::Refresh { .. } => ("POST", "refresh"),
+            Asked::Temporary(_) => ("POST", "temporary"),
             Asked::Detach => ("POST", "detach"),
         };
         let line = request.lines().next().unwrap_or_default();

@@ -6,14 +6,16 @@
 use std::sync::LazyLock;
 
 use filter_agent::{
+    clock::BootTime,
     host::{Interface, coverage::Coverage},
     policy::{Policy, Region},
     policy_file::PolicyFile,
     protection,
     region::state::{Set, State},
     store,
+    temporary::Kept,
 };
-use filter_fuzz::{check_in_force, now, plant, policy};
+use filter_fuzz::{check_in_force, clock, now, plant, policy};
 use serde_json::{json, value::RawValue};
 
 /// Regions as `lib.rs` judges them, but for their sources, `retire_after` and `max_age`.
@@ -34,7 +36,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
         return;
     };
     let region = |name: &str| POLICY.regions[name].clone();
-    match choice % 4 {
+    match choice % 8 {
         0 => {
             if let Ok(confirmed) = store::decode_confirmed(text) {
                 check_confirmed(&confirmed);
@@ -44,7 +46,7 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
             }
         }
         1 | 2 => {
-            let name = if choice % 4 == 1 { "file" } else { "list" };
+            let name = if choice % 8 == 1 { "file" } else { "list" };
             let region = region(name);
             let source = serde_json::to_string(&region.source).expect("it is written");
             let source = json!(source);
@@ -55,6 +57,14 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
             };
             if let Ok(set) = store::decode(&file, name, &region.source) {
                 check_set(region, set);
+            }
+        }
+        4 => {
+            let Some(file) = sealed(text, |record| record.get().to_owned()) else {
+                return;
+            };
+            if let Ok(kept) = store::decode_temporary(&file) {
+                check_temporary(kept);
             }
         }
         _ => {
@@ -73,6 +83,27 @@ fn sealed(text: &[u8], kept: impl Fn(&RawValue) -> String) -> Option<Vec<u8>> {
     let kept = kept(serde_json::from_slice(text).ok()?);
     let crc = crc32fast::hash(kept.as_bytes());
     Some(format!("{{\"crc32\":{crc},\"kept\":{kept}}}").into_bytes())
+}
+
+/// In another boot nothing lasts longer than what was left, and no longer than its date says.
+fn check_temporary(kept: Kept) {
+    let now = clock();
+    let (_, same) = kept.clone().restore(kept.boot_id.as_deref(), now);
+    let (ends, other) = kept.clone().restore(None, now);
+    let left = |end: BootTime| end.since(kept.boot);
+    for (dated, end) in ends.iter() {
+        assert!(end <= now.boot_time_of(dated.expires).max(now.boot));
+    }
+    for rule in &other {
+        assert!(rule.end > now.boot && rule.end <= now.boot_time_of(rule.until));
+        let before = kept.temporary.iter().filter(|before| before.is_same(rule));
+        assert!(
+            before
+                .into_iter()
+                .any(|before| rule.end <= now.boot.after(left(before.end)))
+        );
+    }
+    assert!(kept.boot_id.is_none() || same.iter().all(|rule| rule.end > now.boot));
 }
 
 fn check_set(region: Region, set: Set) {

@@ -12,9 +12,10 @@ use filter_agent::{
     policy_file::{self, PolicyFile},
     protection,
     region::state,
+    temporary::Timed,
 };
 use filter_common::{MAX_DATABASES, MAX_RULES};
-use filter_fuzz::{check_prefixes, now, plant};
+use filter_fuzz::{check_prefixes, clock, now, plant};
 use ipnet::IpNet;
 
 /// What every region allows.
@@ -176,7 +177,7 @@ fn check_compiled(policy: &Policy) {
     let regions: compile::Regions = used
         .map(|name| (name.clone(), PREFIXES.as_slice().into()))
         .collect();
-    let timed = Timed::of(policy, clock_now());
+    let timed = Timed::of(policy, clock());
     let compiled = compile(policy, &regions, &timed);
     assert_eq!(compiled.databases.len(), policy.databases.len());
     assert!(compiled.next_end.is_none_or(|end| end > timed.now.boot));
