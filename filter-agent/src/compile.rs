@@ -84,6 +84,18 @@ impl RuleKey {
         }
     }
 
+    /// A text as `Display` has the key.
+    pub fn describe(text: &str) -> String {
+        match text.split_at_checked(1) {
+            Some(("@", region)) => format!("region {region}"),
+            Some(("=", prefix)) => format!("cluster member {prefix}"),
+            Some(("&", region)) => format!("cluster member region {region}"),
+            Some(("+", prefix)) => format!("temporary rule {prefix}"),
+            Some(("!", prefix)) => format!("block {prefix}"),
+            _ => text.to_owned(),
+        }
+    }
+
     /// Whether a text is a block's.
     pub fn is_block(text: &str) -> bool {
         text.starts_with('!')
@@ -596,6 +608,36 @@ mod tests {
         assert_eq!(entries(&closed).v6, []);
         assert_eq!(entries(&open).v4[0], (Ipv4Net::default(), held(1)));
         assert_eq!(entries(&open).v6, [(Ipv6Net::default(), held(1))]);
+    }
+
+    #[test]
+    fn text_of_a_rule_key_is_described_as_the_key() {
+        let prefix: IpNet = "192.0.2.0/24".parse().unwrap();
+        let sources = [Source::Cidr(prefix), Source::Region("office".into())];
+        let members = sources.clone().map(RuleKey::Member);
+        let others = [
+            RuleKey::Cluster,
+            RuleKey::RegionalNetwork,
+            RuleKey::Internet,
+            RuleKey::Temporary(prefix),
+            RuleKey::Block(prefix),
+        ];
+        for key in sources
+            .map(RuleKey::Rule)
+            .into_iter()
+            .chain(members)
+            .chain(others)
+        {
+            assert_eq!(RuleKey::describe(&key.text()), key.to_string());
+            assert_eq!(
+                RuleKey::is_block(&key.text()),
+                matches!(key, RuleKey::Block(_))
+            );
+            assert_eq!(
+                RuleKey::is_member(&key.text()),
+                matches!(key, RuleKey::Member(_))
+            );
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Open connections whose source loses its access. Pure.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
 };
 
@@ -12,6 +12,7 @@ use crate::{
     clock::BootTime,
     compile::{Compiled, Entries, Held, RuleKey},
     host::sockets::Connection,
+    kernel::image::Image,
     log::Entry,
     policy::OnRemoval,
     report,
@@ -24,26 +25,26 @@ const MAX_LOGGED: usize = 20;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cut<'a> {
     pub database: &'a str,
-    pub rule: &'a RuleKey,
+    /// The text of its `RuleKey`.
+    pub rule: &'a str,
     pub connection: &'a Connection,
     pub on_removal: OnRemoval,
 }
 
 /// Finds the connections that a change cuts. `is_filtered`: whether packets of a source come through the filter.
 pub fn cut<'a>(
-    before: &'a Compiled,
+    before: &'a Image,
     after: &Compiled,
     connections: &'a [Connection],
     now: BootTime,
     is_filtered: impl Fn(IpAddr) -> bool,
 ) -> Vec<Cut<'a>> {
     let cut = connections.iter().filter_map(|connection| {
-        let (database, entries) = at(before, connection.local)?;
         let source = connection.peer.ip();
         // What time ended by itself is cut by the change that takes it out.
-        let rule = entries.rule_of(source, None)?;
+        let (database, rule) = before.rule_of(connection.local, source)?;
         let (_, entries) = at(after, connection.local)?;
-        let goes_on = entries.monitor || entries.rule_of(source, Some(now)).is_some();
+        let goes_on = entries.monitor || entries.rule_of(source, now).is_some();
         (!goes_on && is_filtered(source)).then_some(Cut {
             database,
             rule,
@@ -52,14 +53,6 @@ pub fn cut<'a>(
         })
     });
     cut.collect()
-}
-
-/// The ports whose connections a change may cut.
-pub fn ports(compiled: &Compiled) -> BTreeSet<u16> {
-    let tcp = compiled.databases.values();
-    let tcp = tcp.filter(|entries| entries.protocol == Protocol::Tcp);
-    tcp.flat_map(|entries| entries.ports.iter().copied())
-        .collect()
 }
 
 /// The database that a local address and port belong to.
@@ -74,11 +67,11 @@ fn at(compiled: &Compiled, local: SocketAddr) -> Option<(&str, &Entries)> {
 }
 
 impl Entries {
-    /// The rule that allows a source. `now`: only if it has not ended by then, and no block holds the source.
-    fn rule_of(&self, source: IpAddr, now: Option<BootTime>) -> Option<&RuleKey> {
+    /// The rule that allows a source: one that has not ended, of a source that no block holds.
+    fn rule_of(&self, source: IpAddr, now: BootTime) -> Option<&RuleKey> {
         let in_force = |held: &Held| {
             let end = held.end.and_then(|rule| self.rules[usize::from(rule)].1);
-            now.is_none_or(|now| end.is_none_or(|end| end > now))
+            end.is_none_or(|end| end > now)
         };
         let held: Vec<Held> = match source {
             IpAddr::V4(source) => {
@@ -96,15 +89,10 @@ impl Entries {
         if member.is_some() {
             return member.map(rule);
         }
-        let is_blocked = now.is_some()
-            && match source {
-                IpAddr::V4(source) => {
-                    blocked(&self.blocked4, |net| net.contains(&source), in_force)
-                }
-                IpAddr::V6(source) => {
-                    blocked(&self.blocked6, |net| net.contains(&source), in_force)
-                }
-            };
+        let is_blocked = match source {
+            IpAddr::V4(source) => blocked(&self.blocked4, |net| net.contains(&source), in_force),
+            IpAddr::V6(source) => blocked(&self.blocked6, |net| net.contains(&source), in_force),
+        };
         allowed.clone().next().filter(|_| !is_blocked).map(rule)
     }
 }
@@ -135,7 +123,7 @@ fn holding<N: Ord + Copy>(
 
 /// Connections by database, rule and source.
 pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
-    let mut sources: BTreeMap<(&str, &RuleKey, IpAddr), report::Cut> = BTreeMap::new();
+    let mut sources: BTreeMap<(&str, &str, IpAddr), report::Cut> = BTreeMap::new();
     for Cut {
         database,
         rule,
@@ -148,7 +136,7 @@ pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
             .entry((database, rule, source))
             .or_insert_with(|| report::Cut {
                 database: (*database).to_owned(),
-                rule: rule.to_string(),
+                rule: RuleKey::describe(rule),
                 source,
                 connections: 0,
                 idle: None,
@@ -232,7 +220,7 @@ mod tests {
             // Through an interface that is not filtered.
             connection(5432, "192.0.2.200:7"),
         ];
-        let before = compiled(RULES, "", &[], now);
+        let before = Image::of(&compiled(RULES, "", &[], now), &Image::default()).unwrap();
         let after = compiled(rules, more, blocks, now);
         let is_filtered = |source: IpAddr| source.to_string() != "192.0.2.200";
         let time = BootTime(now.boot.0 + passed);
@@ -278,7 +266,7 @@ mod tests {
             connection(5432, "192.0.2.1:3"),
             connection(5432, "192.0.2.1:90"),
         ];
-        let before = compiled(RULES, "", &[], now);
+        let before = Image::of(&compiled(RULES, "", &[], now), &Image::default()).unwrap();
         let after = compiled("[]", ", on_removal: keep", &[], now);
         let found = cut(&before, &after, &connections, now.boot, |_| true);
         let lines: Vec<String> = report(&found).iter().map(ToString::to_string).collect();

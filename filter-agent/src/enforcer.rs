@@ -285,7 +285,8 @@ impl Enforcer {
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
         self.drops.restart(&committed.restarted);
         self.in_force.file = file;
-        let before = mem::replace(&mut self.in_force.compiled, committed.compiled.clone());
+        self.in_force.compiled = committed.compiled.clone();
+        let before = mem::take(&mut committed.before);
         self.in_force.timed = committed.timed.clone();
         if !is_change {
             let policy = &self.in_force.file.policy;

@@ -17,6 +17,7 @@ use crate::{
         apply::{Applied, NotTakenBack, Unknown},
         difference::Difference,
         filter::Filter,
+        image::Image,
         links::{Attached, TakenOver, is_gone},
     },
     log::Entry,
@@ -95,6 +96,8 @@ pub struct Plan {
 /// A change that was made.
 #[derive(Debug)]
 pub struct Committed {
+    /// What the kernel held before.
+    pub before: Image,
     pub report: report::Plan,
     pub timed: Arc<Timed>,
     pub compiled: Arc<Compiled>,
@@ -357,10 +360,12 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         }
     }
     report.difference = applied.difference;
+    let before = applied.before;
     let restarted = applied.restarted;
     let warnings = report.warnings.iter();
     entries.extend(warnings.map(|warning| Entry::warning(warning.clone())));
     Ok(Committed {
+        before,
         enforced: report::Enforced {
             file: desired.file.path.clone(),
             accepted: desired.file.accepted,

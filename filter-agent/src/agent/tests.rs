@@ -13,7 +13,7 @@ use super::*;
 use crate::{
     compile::{self, compile},
     event::Order,
-    kernel::difference::Difference,
+    kernel::{difference::Difference, image::Image},
     region::answer::{Answer, Found},
     report::{Enforced, Verified},
     temporary::Kept,
@@ -73,6 +73,7 @@ fn checked() -> Checked {
 fn committed(order: &Order) -> Committed {
     let compiled = compile(&order.file.policy, &order.prefixes, &order.timed);
     Committed {
+        before: Image::default(),
         report: plan(),
         enforced: Enforced {
             file: order.file.path.clone(),

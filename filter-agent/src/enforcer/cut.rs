@@ -1,7 +1,7 @@
 //! Open connections whose source loses its access: found before a change, and reset after it.
 
 use std::{
-    collections::BTreeSet,
+    mem,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use crate::{
     compile::Compiled,
     cut::{self, cut},
     host::sockets::{Connection, Destroyed, Sockets},
-    kernel::difference::Difference,
+    kernel::{difference::Difference, image::Image},
     log::Entry,
     policy::OnRemoval,
     report,
@@ -40,12 +40,12 @@ impl Enforcer {
     }
 
     fn cut_connections(&mut self, after: &Compiled) -> Result<Vec<report::Cut>> {
-        let before = self.in_force.compiled.clone();
-        let connections = list(&mut self.sockets, &before)?;
         let host = self.netlink.interfaces()?;
         let ours = self.filter.program_id()?;
         let is_filtered = |source| unfiltered(source, &host, ours).is_none();
-        let found = cut(&before, after, &connections, now(), is_filtered);
+        let before = self.filter.image();
+        let connections = list(&mut self.sockets, before)?;
+        let found = cut(before, after, &connections, now(), is_filtered);
         Ok(cut::report(&found))
     }
 
@@ -53,7 +53,7 @@ impl Enforcer {
     /// in other namespaces, as those of containers.
     fn elsewhere(&mut self, difference: &Difference) -> Vec<String> {
         let compiled = self.in_force.compiled.clone();
-        let ports = cut::ports(&compiled);
+        let ports = self.filter.image().tcp_ports();
         let listening = self.sockets.listening(&ports).unwrap_or_default();
         let databases = difference
             .databases
@@ -75,27 +75,30 @@ impl Enforcer {
     /// Resets the connections of sources that `before` allowed, and that what is in force does not.
     pub(super) fn reset_cut(
         &mut self,
-        before: &Compiled,
+        before: &Image,
         plan: &report::Plan,
         entries: &mut Vec<Entry>,
     ) {
         if !takes_access(&plan.difference) {
             return;
         }
-        entries.extend(cut::entries(&plan.cut));
-        let reset = self.reset(before);
+        let reset = self.reset(before, entries);
         self.note(RESET, reset, entries);
     }
 
-    fn reset(&mut self, before: &Compiled) -> Result<()> {
+    fn reset(&mut self, before: &Image, entries: &mut Vec<Entry>) -> Result<()> {
         let after = self.in_force.compiled.clone();
         let host = self.netlink.interfaces()?;
         let ours = self.filter.program_id()?;
         let is_filtered = |source: IpAddr| unfiltered(source, &host, ours).is_none();
         let deadline = Instant::now() + RESET_TIMEOUT;
+        let mut logged = false;
         loop {
             let connections = list(&mut self.sockets, before)?;
             let mut found = cut(before, &after, &connections, now(), is_filtered);
+            if !mem::replace(&mut logged, true) {
+                entries.extend(cut::entries(&cut::report(&found)));
+            }
             found.retain(|cut| cut.on_removal == OnRemoval::Reset);
             if found.is_empty() {
                 return Ok(());
@@ -128,8 +131,7 @@ fn takes_access(difference: &Difference) -> bool {
         .any(|change| change.takes_access())
 }
 
-fn list(sockets: &mut Sockets, before: &Compiled) -> Result<Vec<Connection>> {
-    let ports: BTreeSet<u16> = cut::ports(before);
-    let connections = sockets.connections(&ports);
+fn list(sockets: &mut Sockets, before: &Image) -> Result<Vec<Connection>> {
+    let connections = sockets.connections(&before.tcp_ports());
     connections.context("find the connections that the change cuts off")
 }

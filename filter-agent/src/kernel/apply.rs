@@ -21,7 +21,8 @@ pub struct Applied {
     pub difference: Difference,
     /// Databases whose counters begin at zero with this change: they are new in the kernel.
     pub restarted: BTreeSet<String>,
-    before: Image,
+    /// What the kernel held.
+    pub before: Image,
     replaced: Replaced,
 }
 

@@ -234,6 +234,11 @@ impl Filter {
         })
     }
 
+    /// What the maps hold.
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
     /// Rules and blocks with an end.
     pub fn ends(&self) -> Vec<InKernel> {
         let names: BTreeMap<u32, Name> = self.image.rules.iter().copied().collect();

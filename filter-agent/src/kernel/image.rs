@@ -5,13 +5,13 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use anyhow::{Result, bail};
 use filter_common::{
-    BLOOM_LINES, BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, RULE_IDS, RuleValue, SLOTS,
-    Section, mapped, port_index,
+    BLOOM_LINES, BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, Protocol, RULE_IDS, RuleValue,
+    SLOTS, Section, mapped, port_index,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -236,6 +236,48 @@ impl Image {
     pub fn slot(&self, database: &str) -> Option<u16> {
         let named = |(_, name): &&(u32, Name)| name.text() == Some(database);
         self.slots.iter().find(named).map(|&(slot, _)| slot as u16)
+    }
+
+    /// The database of a TCP connection to a local address, and the text of the rule that holds its source, whether or not
+    /// that has ended.
+    pub fn rule_of(&self, local: SocketAddr, source: IpAddr) -> Option<(&str, &str)> {
+        fn find<K: Ord + Copy, V: Copy>(list: &[(K, V)], key: K) -> Option<V> {
+            let place = list.binary_search_by_key(&key, |&(key, _)| key);
+            place.ok().map(|place| list[place].1)
+        }
+        fn name<K: Ord + Copy>(list: &[(K, Name)], key: K) -> Option<&str> {
+            let place = list.binary_search_by_key(&key, |&(key, _)| key).ok()?;
+            list[place].1.text()
+        }
+        let port = port_index(Protocol::Tcp, local.port());
+        let mut guard = find(&self.ports, port)?;
+        if guard.is_by_address() {
+            let address = local_address(local.ip());
+            guard = find(&self.locals, LocalKey { address, port })?;
+        }
+        let slot = guard.slot();
+        let mut sections = [Section::cluster(slot), Section::rules(slot)].into_iter();
+        let value = sections.find_map(|section| match source {
+            IpAddr::V4(source) => (0..=32).rev().find_map(|length| {
+                let prefix = Ipv4Net::new_assert(source, length).trunc();
+                find(&self.allowed4, (section, prefix))
+            }),
+            IpAddr::V6(source) => (0..=128).rev().find_map(|length| {
+                let prefix = Ipv6Net::new_assert(source, length).trunc();
+                find(&self.allowed6, (section, prefix))
+            }),
+        })?;
+        let database = name(&self.slots, u32::from(slot))?;
+        Some((database, name(&self.rules, value.rule())?))
+    }
+
+    /// The TCP ports that are guarded.
+    pub fn tcp_ports(&self) -> BTreeSet<u16> {
+        let ports = self.ports.iter().map(|&(port, _)| port);
+        let first = port_index(Protocol::Tcp, 0);
+        ports
+            .filter_map(|port| port.checked_sub(first)?.try_into().ok())
+            .collect()
     }
 
     /// Slots of databases that take a port of an address over from another, or lose one to another.

@@ -1,6 +1,6 @@
 use std::net::Ipv4Addr;
 
-use filter_common::{Protocol, bloom_place};
+use filter_common::bloom_place;
 
 use super::*;
 use crate::{
