@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use aya::maps::{Array, Map, MapData};
 use filter_agent::{
     clock::{BootTime, Now},
-    compile::{Regions, compile},
+    compile::compile,
     kernel::{counters::Counts, filter::Filter},
     policy::{self, Policy},
     region::state as region,
+    rules::Regions,
     temporary::{Ends, Temporary, Timed},
 };
 use filter_common::LAYOUT;

@@ -8,10 +8,11 @@ use std::{
 
 use filter_agent::{
     clock::Clock,
-    compile::{Compiled, Regions, compile},
+    compile::{Compiled, compile},
     host::Interface,
     kernel::{difference::Difference, filter::Filter, links::is_gone},
     policy::{self, Mode},
+    rules::Regions,
     temporary::Timed,
 };
 use filter_common::LAYOUT;

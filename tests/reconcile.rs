@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, path::PathBuf, process::Command};
 use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
     clock::{BootTime, Clock},
-    compile::{Compiled, Regions, compile},
+    compile::{Compiled, compile},
     kernel::{
         apply::{NotTakenBack, Unknown},
         difference::Difference,
@@ -13,6 +13,7 @@ use filter_agent::{
         probe::{frame, probes},
     },
     policy,
+    rules::Regions,
     temporary::Timed,
 };
 use filter_common::{LAYOUT, Protocol, Reason, SECTION_BITS, Section, Source4};

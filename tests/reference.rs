@@ -4,8 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use filter_agent::{
-    compile::{Regions, RuleKey},
     policy::{Database, Model, Policy, Rule, Source},
+    rules::{Regions, RuleKey},
     temporary::{Kind, Timed},
 };
 use filter_common::{Protocol, Reason};

@@ -19,7 +19,7 @@ use crate::{
     look_ups::{LookUp, LookUps},
     policy_file::PolicyFile,
     proposals::{Aim, Proposal, Proposals, Reload},
-    reconcile::{Committed, Kernel, Occasion, Refused, list},
+    reconcile::{Committed, Kernel, Occasion, Refused},
     refreshes::Refreshes,
     region::state::{self as region, Change, Regions, State},
     report,
@@ -29,6 +29,7 @@ use crate::{
     start::Started,
     store::{Record, Write},
     temporary::{Ends, Timed},
+    text::list,
 };
 
 /// Longest time between two ticks: the host's clock may be set meanwhile.
@@ -189,7 +190,7 @@ impl Agent {
             return;
         }
         match event {
-            Event::Committed(result) => self.committed(result),
+            Event::Committed(result) => self.committed(*result),
             Event::Detached(result) => self.detached(result),
             Event::Checked(checked) => {
                 self.checked(checked);

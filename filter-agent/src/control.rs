@@ -28,9 +28,8 @@ use crate::{
     event::{self, Event, ReloadOptions, Reply},
     log::Entry,
     policy_file::MAX_LENGTH,
-    report,
+    report::{self, By},
     snapshot::Snapshot,
-    temporary::By,
 };
 
 /// Connections at a time. More wait: descriptors for the checks must be left.

@@ -10,12 +10,13 @@ use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::{
     clock::BootTime,
-    compile::{Compiled, Entries, Held, RuleKey},
+    compile::{Compiled, Entries, Held},
     host::sockets::Connection,
     kernel::image::Image,
     log::Entry,
     policy::OnRemoval,
     report,
+    rules::RuleKey,
 };
 
 /// Sources that one change logs; the rest are only counted.
@@ -171,8 +172,9 @@ mod tests {
     use super::*;
     use crate::{
         clock::{Clock, Now},
-        compile::{Regions, compile},
+        compile::compile,
         policy,
+        rules::Regions,
         temporary::{Kind, Temporary, Timed},
     };
 

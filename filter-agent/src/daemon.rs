@@ -257,10 +257,10 @@ impl Performer {
                                 }
                                 done
                             });
-                            let _ = events.send(Event::Committed(result));
+                            let _ = events.send(Event::Committed(result.into()));
                         }),
                         Err(error) => {
-                            let _ = events.send(Event::Committed(Err(Refused::from(error))));
+                            let _ = events.send(Event::Committed(Err(Refused::from(error)).into()));
                         }
                     }
                 });

@@ -36,12 +36,10 @@ use crate::{
         links::Attached,
     },
     log::Entry,
-    reconcile::{
-        self, Committed, Desired, Facts, InForce, Occasion, Refused, counted, describe_attachment,
-        list,
-    },
+    reconcile::{self, Committed, Desired, Facts, InForce, Occasion, Refused, describe_attachment},
     report,
     temporary::InKernel,
+    text::{counted, list},
     verify,
 };
 

@@ -6,16 +6,16 @@ use anyhow::Result;
 use tokio::sync::oneshot;
 
 use crate::{
-    compile,
     enforcer::Checked,
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused},
     region::answer::Answer,
-    report,
+    report::{self, By},
+    rules,
     store::Write,
-    temporary::{By, Change, Timed},
+    temporary::{Change, Timed},
 };
 
 /// Everything that happens.
@@ -36,7 +36,7 @@ pub enum Event {
     },
     /// A region's file, by its path in the policy.
     FileChanged(PathBuf),
-    Committed(Result<(Committed, Checked), Refused>),
+    Committed(Box<Result<(Committed, Checked), Refused>>),
     Detached(Result<Vec<String>>),
     Checked(Checked),
     Saved {
@@ -139,6 +139,6 @@ pub enum Effect {
 #[derive(Clone, Debug)]
 pub struct Order {
     pub file: Arc<PolicyFile>,
-    pub prefixes: compile::Regions,
+    pub prefixes: rules::Regions,
     pub timed: Timed,
 }

@@ -25,6 +25,7 @@ use crate::{
     policy_file::PolicyFile,
     protection, report,
     temporary::Timed,
+    text::{counted, list},
 };
 
 /// A policy with its regions' prefixes, ready to be enforced.
@@ -494,18 +495,6 @@ pub fn describe_attachment(interface: &Interface, how: &Attached) -> Entry {
         }
     })
     .with("INTERFACE", name.clone())
-}
-
-/// `1 prefix`, `2 prefixes`.
-pub fn counted(count: usize, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
-}
-
-pub fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
-    items
-        .map(|item| item.to_string())
-        .collect::<Vec<_>>()
-        .join(", ")
 }
 
 #[cfg(test)]

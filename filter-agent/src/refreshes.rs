@@ -6,9 +6,9 @@ use anyhow::{Result, bail, ensure};
 
 use crate::{
     event::Reply,
-    reconcile::list,
     region::state::{Change, Regions, State},
     report,
+    text::list,
 };
 
 #[derive(Debug)]

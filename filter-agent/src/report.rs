@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{kernel::difference::Difference, policy::spelled, reconcile::counted, temporary::By};
+use crate::{kernel::difference::Difference, policy::spelled, text::counted};
 
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Status {
@@ -310,6 +310,16 @@ pub struct Reloaded {
     pub verified: Verified,
     /// Errors after the policy was enforced.
     pub errors: Vec<String>,
+}
+
+/// The client of the control socket that asked for a change.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct By {
+    pub uid: u32,
+    /// The user that logged in (`loginuid`), whoever it has become since.
+    pub login_uid: Option<u32>,
+    pub pid: Option<i32>,
+    pub command: Option<String>,
 }
 
 /// A change of the temporary rules.

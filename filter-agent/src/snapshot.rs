@@ -8,16 +8,17 @@ use jiff::{Timestamp, Unit};
 
 use crate::{
     clock::Now,
-    compile::RuleKey,
     enforcer::Observed,
     host::coverage::{Coverage, address_warnings, describe_missing},
     log::Entry,
     policy::{Model, Region, Rule},
     policy_file::PolicyFile,
-    reconcile::{InForce, counted, list, unlisted},
+    reconcile::{InForce, unlisted},
     region::state::{Change, Regions, State},
     report,
+    rules::RuleKey,
     temporary::Kind,
+    text::{counted, list},
 };
 
 /// Prefixes that one line of the log lists; the rest are only counted.

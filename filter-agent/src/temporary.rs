@@ -10,12 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     clock::{BootTime, Now},
-    compile::{Regions, RuleKey},
     log::Entry,
     policy::{Database, Model, Policy, Rule, Source, parse_cidr, spelled, without},
     policy_file::PolicyFile,
-    reconcile::list,
-    report,
+    report::{self, By},
+    rules::{Regions, RuleKey, held},
+    text::list,
 };
 
 /// Shortest and longest time that a temporary rule may be given.
@@ -74,16 +74,6 @@ impl Temporary {
         let key = |rule: &Self| (rule.database.clone(), rule.kind, rule.source);
         key(self) == key(other)
     }
-}
-
-/// The client of the control socket that asked for a change.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-pub struct By {
-    pub uid: u32,
-    /// The user that logged in (`loginuid`), whoever it has become since.
-    pub login_uid: Option<u32>,
-    pub pid: Option<i32>,
-    pub command: Option<String>,
 }
 
 /// The part of what is enforced that depends on time.
@@ -590,15 +580,6 @@ fn parse_source(text: &str) -> Result<IpNet> {
     parse_cidr(&prefix).map_err(Error::msg)
 }
 
-/// The prefixes of a rule of the policy or of a member of a cluster, without its exceptions.
-pub fn held(rule: &Rule, regions: &Regions) -> Vec<IpNet> {
-    let prefixes: &[IpNet] = match &rule.source {
-        Source::Cidr(prefix) => std::slice::from_ref(prefix),
-        Source::Region(name) => regions.get(name).map_or(&[], |prefixes| prefixes),
-    };
-    without(prefixes, &rule.except)
-}
-
 /// The ends and temporary rules as they are on disk.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub struct Kept {
@@ -661,3 +642,6 @@ impl Kept {
         (ends.collect(), temporary.collect())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,13 +8,14 @@ use jiff::Timestamp;
 
 use crate::{
     clock::{BootTime, since_boot},
-    compile::RuleKey,
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
     policy::{Model, Rule, Source},
-    reconcile::{InForce, list},
-    report,
-    temporary::{By, Kind},
+    reconcile::InForce,
+    report::{self, By},
+    rules::RuleKey,
+    temporary::Kind,
+    text::list,
 };
 
 /// Runs the attached program on probe packets, and compares what is attached with what should be. `round`: of many

@@ -14,10 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{Ebpf, programs::Xdp};
 use aya_obj::programs::XdpAttachType;
 use filter_agent::{
-    clock::Clock,
-    compile::{Regions, compile},
-    kernel::filter::Filter,
-    policy,
+    clock::Clock, compile::compile, kernel::filter::Filter, policy, rules::Regions,
     temporary::Timed,
 };
 use filter_tests::net::{Net, succeed};

@@ -8,8 +8,8 @@ use crate::{
     log::Entry,
     reconcile::Committed,
     region::state as region,
-    report,
-    temporary::{By, Change, Kept},
+    report::{self, By},
+    temporary::{Change, Kept},
 };
 
 impl Agent {

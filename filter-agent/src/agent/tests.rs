@@ -11,11 +11,12 @@ use tokio::sync::oneshot;
 
 use super::*;
 use crate::{
-    compile::{self, compile},
+    compile::compile,
     event::Order,
-    kernel::{difference::Difference, image::Image},
+    kernel::difference::Difference,
     region::answer::{Answer, Found},
     report::{Enforced, Verified},
+    rules,
     temporary::Kept,
 };
 
@@ -73,7 +74,7 @@ fn checked() -> Checked {
 fn committed(order: &Order) -> Committed {
     let compiled = compile(&order.file.policy, &order.prefixes, &order.timed);
     Committed {
-        before: Image::default(),
+        before: Default::default(),
         report: plan(),
         enforced: Enforced {
             file: order.file.path.clone(),
@@ -149,7 +150,7 @@ struct World {
     /// The text of the policy file.
     text: String,
     /// The policy and prefixes that the kernel holds; and whether something else than that may be there.
-    kernel: (String, compile::Regions),
+    kernel: (String, rules::Regions),
     is_dirty: bool,
     is_detached: bool,
     disk: BTreeMap<Record, Write>,
@@ -238,11 +239,11 @@ impl World {
                 self.commits += 1;
                 if fail {
                     self.is_dirty |= dirty;
-                    self.send(Event::Committed(Err(refused(dirty))));
+                    self.send(Event::Committed(Err(refused(dirty)).into()));
                 } else {
                     self.is_dirty = false;
                     self.kernel = (order.file.text.clone(), order.prefixes.clone());
-                    self.send(Event::Committed(Ok((committed(&order), checked()))));
+                    self.send(Event::Committed(Ok((committed(&order), checked())).into()));
                 }
             }
             Effect::Plan { reply, .. } => reply.send(Ok(plan())),
@@ -384,7 +385,7 @@ fn what_fails_after_the_commit_refuses_nothing_and_is_not_undone_later() {
     let mut done = committed(&order);
     done.errors = vec!["remove /sys/fs/bpf/filter-agent/v4/link_7: busy".into()];
     world.kernel = (order.file.text.clone(), order.prefixes.clone());
-    world.send(Event::Committed(Ok((done, checked()))));
+    world.send(Event::Committed(Ok((done, checked())).into()));
     world.settle(OFFICE);
     let reloaded = answer.try_recv().unwrap().unwrap();
     assert_eq!(reloaded.errors.len(), 1);

@@ -30,13 +30,13 @@ use crate::{
     kernel::{hook, links, pins, program},
     policy::{Listed, RegionSource},
     policy_file::PolicyFile,
-    reconcile::counted,
     region::{
         lookup,
         state::{self as region, Regions},
     },
     store,
     temporary::Timed,
+    text::counted,
 };
 
 #[derive(Serialize)]

@@ -7,8 +7,7 @@ use ipnet::IpNet;
 use crate::{
     cli::output::{LISTED, age, list, or, print_table, table, until},
     policy::spelled,
-    report::{self, Explanation, Origin, Plan, Refreshed, Reloaded, Rule, Status},
-    temporary::By,
+    report::{self, By, Explanation, Origin, Plan, Refreshed, Reloaded, Rule, Status},
 };
 
 pub(super) fn with_addresses(ports: &[String], addresses: &[IpAddr]) -> String {

@@ -12,8 +12,8 @@ use filter_common::{
 };
 
 use crate::{
-    compile::RuleKey,
     kernel::{change::changes, image::Image, layout::SHAPES, maps::Maps, pins::exists},
+    rules::RuleKey,
 };
 
 /// Packets by database (`None`: aimed at no database in particular), reason, and whether the reason

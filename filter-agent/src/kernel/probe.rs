@@ -223,7 +223,7 @@ mod tests {
     use ipnet::{Ipv4Net, Ipv6Net};
 
     use super::*;
-    use crate::compile::RuleKey;
+    use crate::rules::RuleKey;
 
     fn compiled(v4: &[&str], v6: &[&str]) -> Compiled {
         let held = Held {

@@ -7,12 +7,12 @@ use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::{
     clock::BootTime,
-    compile::RuleKey,
     kernel::{
         bloom::union,
         change::{Change, changes},
         image::Image,
     },
+    rules::RuleKey,
 };
 
 /// One write to one map. Large variants are boxed: nearly all steps of a long list are prefixes.

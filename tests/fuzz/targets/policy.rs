@@ -5,13 +5,14 @@
 use std::{path::Path, sync::LazyLock};
 
 use filter_agent::{
-    compile::{self, compile},
+    compile::compile,
     host::{Interface, coverage::Remembered},
     kernel::{image::Image, probe::probes},
     policy::{self, Model, Policy, Problem, RegionSource, Rule, Source, parse_cidr},
     policy_file::{self, PolicyFile},
     protection,
     region::state,
+    rules,
     temporary::Timed,
 };
 use filter_common::{MAX_DATABASES, MAX_RULES};
@@ -174,7 +175,7 @@ fn check_own_prefixes(prefixes: &[IpNet]) {
 
 fn check_compiled(policy: &Policy) {
     let used = state::used(policy);
-    let regions: compile::Regions = used
+    let regions: rules::Regions = used
         .map(|name| (name.clone(), PREFIXES.as_slice().into()))
         .collect();
     let timed = Timed::of(policy, clock());

@@ -4,13 +4,14 @@ use filter_common::bloom_place;
 
 use super::*;
 use crate::{
-    compile::{Entries, Held, RuleKey, arrange},
+    compile::{Entries, Held, arrange},
     kernel::{
         change::Change,
         difference::{DatabaseDifference, Difference},
         steps::{PrefixStep, Step},
     },
     policy::Source,
+    rules::RuleKey,
 };
 
 /// The maps while steps are written to them, judged as the packet path does.

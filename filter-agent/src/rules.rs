@@ -1,0 +1,140 @@
+//! Rules as the kernel and the policy have them: their keys, and the prefixes that they hold. Pure.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use ipnet::IpNet;
+
+use crate::policy::{Rule, Source, without};
+
+/// Prefixes that each region allows, by its name. A region that is missing allows nobody.
+pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
+
+/// Identifies a rule of a database in the kernel. It stays the same over reloads as long as the rule's source does.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleKey {
+    Rule(Source),
+    /// Members of the cluster without an end.
+    Cluster,
+    /// One with an end.
+    Member(Source),
+    RegionalNetwork,
+    Internet,
+    /// Added by `allow`.
+    Temporary(IpNet),
+    Block(IpNet),
+}
+
+impl RuleKey {
+    /// At most `filter_common::MAX_NAME` + 1 bytes; no two keys alike.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Rule(Source::Cidr(prefix)) => prefix.to_string(),
+            Self::Rule(Source::Region(name)) => format!("@{name}"),
+            Self::Cluster => "cluster".into(),
+            Self::Member(Source::Cidr(prefix)) => format!("={prefix}"),
+            Self::Member(Source::Region(name)) => format!("&{name}"),
+            Self::RegionalNetwork => "regional network".into(),
+            Self::Internet => "internet".into(),
+            Self::Temporary(prefix) => format!("+{prefix}"),
+            Self::Block(prefix) => format!("!{prefix}"),
+        }
+    }
+
+    /// A text as `Display` has the key.
+    pub fn describe(text: &str) -> String {
+        match text.split_at_checked(1) {
+            Some(("@", region)) => format!("region {region}"),
+            Some(("=", prefix)) => format!("cluster member {prefix}"),
+            Some(("&", region)) => format!("cluster member region {region}"),
+            Some(("+", prefix)) => format!("temporary rule {prefix}"),
+            Some(("!", prefix)) => format!("block {prefix}"),
+            _ => text.to_owned(),
+        }
+    }
+
+    /// Whether a text is a block's.
+    pub fn is_block(text: &str) -> bool {
+        text.starts_with('!')
+    }
+
+    /// Whether a text is that of a cluster's member with an end.
+    pub fn is_member(text: &str) -> bool {
+        text.starts_with(['=', '&'])
+    }
+
+    /// Whether TLS is not forced on what it allows: what a cluster says to itself.
+    pub fn is_exempt(&self) -> bool {
+        matches!(self, Self::Cluster | Self::Member(_))
+    }
+}
+
+impl std::fmt::Display for RuleKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Rule(source) => source.fmt(f),
+            Self::Member(source) => write!(f, "cluster member {source}"),
+            Self::Temporary(prefix) => write!(f, "temporary rule {prefix}"),
+            Self::Block(prefix) => write!(f, "block {prefix}"),
+            Self::Cluster | Self::RegionalNetwork | Self::Internet => f.write_str(&self.text()),
+        }
+    }
+}
+
+/// The prefixes of a rule of the policy or of a member of a cluster, without its exceptions.
+pub fn held(rule: &Rule, regions: &Regions) -> Vec<IpNet> {
+    let prefixes: &[IpNet] = match &rule.source {
+        Source::Cidr(prefix) => std::slice::from_ref(prefix),
+        Source::Region(name) => regions.get(name).map_or(&[], |prefixes| prefixes),
+    };
+    without(prefixes, &rule.except)
+}
+
+#[cfg(test)]
+mod tests {
+    use filter_common::MAX_NAME;
+
+    use super::*;
+
+    #[test]
+    fn text_of_a_rule_key_is_described_as_the_key() {
+        let prefix: IpNet = "192.0.2.0/24".parse().unwrap();
+        let sources = [Source::Cidr(prefix), Source::Region("office".into())];
+        let members = sources.clone().map(RuleKey::Member);
+        let others = [
+            RuleKey::Cluster,
+            RuleKey::RegionalNetwork,
+            RuleKey::Internet,
+            RuleKey::Temporary(prefix),
+            RuleKey::Block(prefix),
+        ];
+        for key in sources
+            .map(RuleKey::Rule)
+            .into_iter()
+            .chain(members)
+            .chain(others)
+        {
+            assert_eq!(RuleKey::describe(&key.text()), key.to_string());
+            assert_eq!(
+                RuleKey::is_block(&key.text()),
+                matches!(key, RuleKey::Block(_))
+            );
+            assert_eq!(
+                RuleKey::is_member(&key.text()),
+                matches!(key, RuleKey::Member(_))
+            );
+        }
+    }
+
+    #[test]
+    fn every_rule_key_fits_its_field_in_the_kernel() {
+        let longest = RuleKey::Rule(Source::Region("r".repeat(MAX_NAME)));
+        let name = filter_common::Name::new(1, &longest.text()).unwrap();
+        assert_eq!(name.text(), Some(longest.text().as_str()));
+        let v6 = RuleKey::Rule(Source::Cidr(
+            "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"
+                .parse()
+                .unwrap(),
+        ));
+        assert!(v6.text().len() <= MAX_NAME);
+    }
+}
