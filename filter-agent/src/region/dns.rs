@@ -26,7 +26,10 @@ use ipnet::IpNet;
 
 use crate::{
     policy::{Dns, DnsType, spelled},
-    region::answer::{Found, Missing},
+    region::{
+        answer::{Found, Missing},
+        tls,
+    },
     threads,
 };
 
@@ -51,7 +54,8 @@ pub(super) async fn resolve(dns: &Dns, timeout: Duration) -> Result<Found> {
         Some(file) => {
             let path = file.clone();
             let read = threads::run(&threads::LOOK_UPS, file, move || {
-                Ok(TrustAnchors::from_file(&path)?)
+                // The error's own text has its source.
+                TrustAnchors::from_file(&path).map_err(|error| anyhow!("{error}"))
             });
             read.await
                 .with_context(|| format!("read {}", file.display()))?
@@ -206,7 +210,7 @@ impl<H: DnsHandle> Asked<H> {
                 Err(NetError::Dns(DnsError::Nsec { .. })) => bail!(UNSIGNED),
                 Err(NetError::NoConnections) => bail!("none of the name servers can be reached"),
                 // The error chain repeats its text.
-                Err(error) => bail!("{error}"),
+                Err(error) => bail!(tls::plain(&error.to_string())),
             };
         let known = walk.records.len();
         let incomplete = walk.follow(kind, &answers)?;

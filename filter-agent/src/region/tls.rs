@@ -28,6 +28,23 @@ pub(super) fn none() -> Result<ClientConfig> {
     config(RootCertStore::empty())
 }
 
+/// Replaces what rustls writes for its own users: errors of look-ups quote it.
+pub(super) fn plain(error: &str) -> String {
+    let written = [
+        (
+            "invalid peer certificate: Other(OtherError(CaUsedAsEndEntity))",
+            "the server shows the certificate of an authority as its own: it needs one that the authority signed",
+        ),
+        (
+            "peer closed connection without sending TLS close_notify: \
+             https://docs.rs/rustls/latest/rustls/manual/_03_howto/index.html#unexpected-eof",
+            "it was cut off: the server closed the connection without saying that this is all (TLS close_notify)",
+        ),
+    ];
+    let replaced = |text: String, (written, plain): (&str, &str)| text.replace(written, plain);
+    written.into_iter().fold(error.to_owned(), replaced)
+}
+
 fn config(roots: RootCertStore) -> Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
@@ -58,4 +75,38 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore> {
         }
     }
     Ok(roots)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::{CertificateError, Error, OtherError};
+
+    use super::*;
+
+    #[test]
+    fn errors_of_tls_are_words() {
+        // As webpki returns it.
+        #[derive(Debug)]
+        struct CaUsedAsEndEntity;
+        impl std::fmt::Display for CaUsedAsEndEntity {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("CaUsedAsEndEntity")
+            }
+        }
+        impl std::error::Error for CaUsedAsEndEntity {}
+        let error = OtherError(Arc::new(CaUsedAsEndEntity));
+        let error = Error::InvalidCertificate(CertificateError::Other(error));
+        let text = plain(&format!("error sending request: {error}"));
+        assert!(
+            text.starts_with("error sending request: the server shows"),
+            "{text}"
+        );
+        let text = plain(
+            "a: peer closed connection without sending TLS close_notify: https://docs.rs/rustls/latest/rustls/manual/_03_howto/index.html#unexpected-eof",
+        );
+        assert!(
+            text.starts_with("a: it was cut off: ") && !text.contains("docs.rs"),
+            "{text}"
+        );
+    }
 }
