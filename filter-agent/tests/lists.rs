@@ -181,11 +181,11 @@ fn wrong_lists_are_refused_with_what_is_wrong_and_where() {
             "line 2: \"\\xff\\xfe\" is not UTF-8 text",
         ),
         (&long, "format: text", "line 2: \"9999"),
-        (b"{}", "format: gcp, scope: x", "no prefix that is selected"),
+        (b"{}", "format: gcp, scope: x", "it has no list `prefixes`"),
         (
             b"[]",
             "format: github, key: hooks",
-            "no prefix that is selected",
+            "it has no list `hooks`",
         ),
         (
             b"{\"hooks\":[\"192.0.2.0/24\",7]}",
@@ -508,4 +508,126 @@ fn geofeed_whose_lines_end_in_cr_alone_is_read_whole() {
     let body = b"192.0.2.0/24,FR,,,\r198.51.100.0/24,FR,,,\r203.0.113.0/24,US,,,\r";
     let list = lists::read(body, &select("format: geofeed, country: FR")).unwrap();
     assert_eq!(list.prefixes.len(), 2);
+}
+
+/// An answer of 23 KB, compressed, took more than a GB: each empty object of the text has a place of its own.
+#[test]
+fn json_that_would_take_too_much_memory_is_refused() {
+    let valid = "{\"ip_prefix\":\"192.0.2.0/24\",\"region\":\"eu-west-3\"}";
+    let list = |entries: &str| {
+        format!("{{\"prefixes\":[{entries}{valid}],\"ipv6_prefixes\":[]}}").into_bytes()
+    };
+    let select = select("format: aws, region: eu-west-3");
+    for entry in ["{\"\":0},", "[0],", "{\"a\":[{}]},", "0,", "\"\","] {
+        let body = list(&entry.repeat((16 << 20) / entry.len() - 100));
+        let error = format!("{:#}", lists::read(&body, &select).unwrap_err());
+        assert!(
+            error.contains("more than 96 MiB of memory"),
+            "{entry} {error}"
+        );
+        assert!(error.contains("use a shorter list"), "{entry} {error}");
+    }
+    // As many entries as a region may have prefixes, as their publisher writes them.
+    let entries: String = (0..100_000)
+        .map(|n| {
+            format!(
+                "{{\"ip_prefix\":\"51.{}.{}.{}/32\",\"region\":\"eu-west-3\",\"service\":\"AMAZON\",\
+                 \"network_border_group\":\"eu-west-3\"}},",
+                n >> 16,
+                n >> 8 & 255,
+                n & 255
+            )
+        })
+        .collect();
+    let read = lists::read(&list(&entries), &select).unwrap();
+    assert_eq!(read.prefixes.len(), 100_001);
+    // Each comma of a geofeed takes eight times its memory.
+    let feed = format!("192.0.2.0/24,FR{}\n", ",".repeat(8 << 20));
+    let feed = lists::read(
+        feed.as_bytes(),
+        &self::select("format: geofeed, country: FR"),
+    );
+    assert_eq!(
+        feed.unwrap_err().to_string(),
+        "line 1 is longer than 65536 bytes"
+    );
+}
+
+/// What is selected of a list in a publisher's format is there, or the list is damaged: it was taken in part.
+#[test]
+fn list_whose_selected_part_is_damaged_is_refused() {
+    let aws = "format: aws, region: eu-west-3, service: EC2";
+    let azure = "format: azure, tag: AzureCloud.francecentral";
+    let oracle = "format: oracle, region: eu-paris-1";
+    let damages = [
+        (
+            "aws.json",
+            aws,
+            "\"ip_prefix\": \"15.236.0.0/15\"",
+            "\"x\": 1",
+            "`prefixes`, entry 5: it has neither `ip_prefix`",
+        ),
+        ("aws.json", aws, "\"ipv6_prefix\"", "\"ipv6\"", "neither"),
+        ("aws.json", aws, "\"15.236.0.0/15\"", "null", "is selected"),
+        ("aws.json", aws, "\"ipv6_prefixes\"", "\"x\"", "no list"),
+        (
+            "aws.json",
+            aws,
+            "\"1767225600\"",
+            "-1",
+            "`syncToken` is not",
+        ),
+        ("aws.json", aws, "\"1767225600\"", "\"x\"", "`syncToken` is"),
+        ("aws.json", aws, "\"1767225600\"", "17.5", "`syncToken` is"),
+        (
+            "gcp.json",
+            "format: gcp, scope: europe-west9",
+            "ipv6Prefix",
+            "ipv5Prefix",
+            "neither `ipv4Prefix`",
+        ),
+        ("azure.json", azure, "84", "null", "`changeNumber` is not"),
+        ("oracle.json", oracle, "\"cidr\"", "\"x\"", "has no `cidr`"),
+        ("oracle.json", oracle, "\"cidrs\"", "\"x\"", "list `cidrs`"),
+        (
+            "oracle.json",
+            "format: oracle, region: eu-paris-1, tag: OCI",
+            "\"tags\"",
+            "\"x\"",
+            "no list `tags`",
+        ),
+        (
+            "cloudflare.json",
+            "format: cloudflare",
+            "true",
+            "false",
+            "`success`",
+        ),
+        (
+            "cloudflare.json",
+            "format: cloudflare",
+            "[\"2400:cb00::/32\"]",
+            "null",
+            "no list `ipv6_cidrs`",
+        ),
+    ];
+    for (file, fields, from, to, expected) in damages {
+        let whole = String::from_utf8(sample(file)).unwrap();
+        lists::read(whole.as_bytes(), &select(fields)).unwrap();
+        let damaged = whole.replace(from, to);
+        assert_ne!(damaged, whole, "{from}");
+        let error = lists::read(damaged.as_bytes(), &select(fields)).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains(expected), "{file}: {from} -> {to}: {error}");
+    }
+    let object = b"{\"hooks\":{\"a\":\"192.0.2.0/24\"}}";
+    let error = lists::read(object, &select("format: github, key: hooks")).unwrap_err();
+    assert_eq!(error.to_string(), "it has no list `hooks`");
+    // A second value of the same tag.
+    let twice = b"{\"values\":[\
+        {\"name\":\"a\",\"properties\":{\"addressPrefixes\":[\"192.0.2.0/24\"]}},\
+        {\"name\":\"a\",\"properties\":{\"addressPrefixes\":\"198.51.100.0/24\"}}]}";
+    let error = lists::read(twice, &select("format: azure, tag: a")).unwrap_err();
+    let expected = "`values`, entry 2: it has no list `addressPrefixes`";
+    assert_eq!(format!("{error:#}"), expected);
 }

@@ -8,11 +8,13 @@ use reqwest::{
     header::{self, HeaderMap},
     redirect,
 };
+use tokio::sync::Semaphore;
 
 use crate::{
     policy::Url,
     region::{
         answer::{Answer, Found, Version},
+        encoding::{self, MAX_BODY},
         headers,
         lists::{self, List},
         tls,
@@ -20,9 +22,8 @@ use crate::{
     },
 };
 
-/// Longest body of a published list, decompressed, in bytes: four times the longest that is published
-/// today (Azure's).
-const MAX_BODY: usize = 16 << 20;
+/// Lists parsed at once: parsing takes several times the memory of the text.
+static PARSING: Semaphore = Semaphore::const_new(1);
 
 /// Redirects followed for one list.
 const MAX_REDIRECTS: usize = 5;
@@ -54,6 +55,7 @@ pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer
     let content_type = response.headers().get(header::CONTENT_TYPE);
     let content_type = content_type.and_then(|value| value.to_str().ok());
     let content_type = content_type.unwrap_or_default().to_owned();
+    let encoding = encoding::of(response.headers());
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(without_url)? {
         ensure!(
@@ -62,17 +64,22 @@ pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer
         );
         body.extend_from_slice(&chunk);
     }
-    let is_page = is_web_page(&content_type, &body);
-    // Parsing a long list takes a while, and the agent's loop must not block.
     let select = list.select.clone();
-    let read = tokio::task::spawn_blocking(move || lists::read(&body, &select));
-    let List { prefixes, serial } = match read.await.context("read the list")? {
-        // Some servers call a list a page, too.
-        Err(error) if is_page => Err(error.context(
-            "the server answers with a web page, such as one to log in or one of a proxy, not with a list",
-        )),
-        read => read,
-    }?;
+    let parsing = PARSING.acquire().await.context("wait for other lists")?;
+    // Parsing a long list takes a while, and the agent's loop must not block.
+    let read = tokio::task::spawn_blocking(move || {
+        let body = encoding::decoded(body, &encoding)?;
+        let list = lists::read(&body, &select);
+        drop(parsing);
+        match list {
+            // Some servers call a list a page, too.
+            Err(error) if is_web_page(&content_type, &body) => Err(error.context(
+                "the server answers with a web page, such as one to log in or one of a proxy, not with a list",
+            )),
+            list => list,
+        }
+    });
+    let List { prefixes, serial } = read.await.context("read the list")??;
     Ok(Answer::Found(Found {
         prefixes,
         serial,

@@ -1,20 +1,21 @@
 //! Parses lists of prefixes, as files and publishers write them. Pure.
 
-use std::{fmt, net::IpAddr};
+mod json;
+mod presets;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use std::net::IpAddr;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use ipnet::IpNet;
-use serde::{
-    Deserialize, Deserializer,
-    de::{self, MapAccess, SeqAccess, Visitor},
-};
 use serde_json::Value;
-use serde_json_path::JsonPath;
 
 use crate::policy::{Select, parse_cidr};
 
 /// Characters of a list that an error quotes.
 const QUOTED: usize = 60;
+
+/// Longest line of a geofeed, in bytes: each comma takes eight times its memory.
+const MAX_LINE: usize = 64 << 10;
 
 /// The selected part of a list.
 #[derive(Debug, PartialEq)]
@@ -36,33 +37,38 @@ pub fn read(body: &[u8], select: &Select) -> Result<List> {
             prefixes: lines(body, *unterminated, published)?,
             serial: None,
         },
-        Select::Json { path } => json(body, path, None)?,
+        Select::Json { path } => {
+            let value = json::parse(body)?;
+            from_json(&path.query(&value).all(), None)?
+        }
         Select::Aws { region, service } => {
-            let wanted = equal(&[("region", Some(region)), ("service", service.as_ref())]);
-            let query =
-                format!("$['prefixes','ipv6_prefixes'][?{wanted}]['ip_prefix','ipv6_prefix']");
-            preset(body, &query, Some("syncToken"))?
+            let value = json::parse(body)?;
+            let wanted = [("region", Some(region)), ("service", service.as_ref())];
+            let serial = presets::serial(&value, "syncToken")?;
+            from_json(&presets::aws(&value, &wanted)?, serial)?
         }
         Select::Gcp { scope, service } => {
-            let wanted = equal(&[("scope", Some(scope)), ("service", service.as_ref())]);
-            let query = format!("$.prefixes[?{wanted}]['ipv4Prefix','ipv6Prefix']");
-            preset(body, &query, Some("syncToken"))?
+            let value = json::parse(body)?;
+            let wanted = [("scope", Some(scope)), ("service", service.as_ref())];
+            let serial = presets::serial(&value, "syncToken")?;
+            from_json(&presets::gcp(&value, &wanted)?, serial)?
         }
         Select::Azure { tag } => {
-            let wanted = equal(&[("name", Some(tag))]);
-            let query = format!("$.values[?{wanted}].properties.addressPrefixes[*]");
-            preset(body, &query, Some("changeNumber"))?
+            let value = json::parse(body)?;
+            let serial = presets::serial(&value, "changeNumber")?;
+            from_json(&presets::azure(&value, tag)?, serial)?
         }
-        Select::Cloudflare {} => preset(body, "$.result['ipv4_cidrs','ipv6_cidrs'][*]", None)?,
-        Select::Github { key } => preset(body, &format!("$[{}][*]", literal(key)), None)?,
+        Select::Cloudflare {} => {
+            let value = json::parse(body)?;
+            from_json(&presets::cloudflare(&value)?, None)?
+        }
+        Select::Github { key } => {
+            let value = json::parse(body)?;
+            from_json(&presets::github(&value, key)?, None)?
+        }
         Select::Oracle { region, tag } => {
-            let wanted = equal(&[("region", Some(region))]);
-            let tagged = tag
-                .as_ref()
-                .map(|tag| format!("?@.tags[?@=={}]", literal(tag)));
-            let tagged = tagged.unwrap_or_else(|| "*".into());
-            let query = format!("$.regions[?{wanted}].cidrs[{tagged}].cidr");
-            preset(body, &query, None)?
+            let value = json::parse(body)?;
+            from_json(&presets::oracle(&value, region, tag.as_ref())?, None)?
         }
         Select::Digitalocean {
             country,
@@ -156,10 +162,18 @@ fn quoted(bytes: &[u8]) -> String {
 fn geofeed(body: &[u8], unterminated: bool, wanted: [&Option<String>; 3]) -> Result<Vec<IpNet>> {
     for line in whole_lines(body, unterminated) {
         let (number, line) = line?;
-        // An open quote would make the rest of the list one field. CSV takes a lone CR for a line's end, too.
-        let is_open = |part: &[u8]| part.iter().filter(|&&byte| byte == b'"').count() % 2 != 0;
-        if line.split(|&byte| byte == b'\r').any(is_open) {
-            bail!("line {number}: a quote is not closed");
+        // CSV takes a lone CR for a line's end, too.
+        for part in line.split(|&byte| byte == b'\r') {
+            ensure!(
+                part.len() <= MAX_LINE,
+                "line {number} is longer than {MAX_LINE} bytes"
+            );
+            // An open quote would make the rest of the list one field.
+            let quotes = part.iter().filter(|&&byte| byte == b'"').count();
+            ensure!(
+                quotes.is_multiple_of(2),
+                "line {number}: a quote is not closed"
+            );
         }
     }
     let mut reader = csv::ReaderBuilder::new()
@@ -185,114 +199,18 @@ fn geofeed(body: &[u8], unterminated: bool, wanted: [&Option<String>; 3]) -> Res
     Ok(prefixes)
 }
 
-/// Parses a publisher's list. `query` selects its prefixes; `serial` is the field of its version number.
-fn preset(body: &[u8], query: &str, serial: Option<&str>) -> Result<List> {
-    let path = JsonPath::parse(query).with_context(|| format!("parse {query}"))?;
-    json(body, &path, serial)
-}
-
-/// Returns a JSONPath filter that compares these fields with these values.
-fn equal(fields: &[(&str, Option<&String>)]) -> String {
-    let tests = fields.iter().filter_map(|(field, value)| {
-        let value = literal(value.as_ref()?);
-        Some(format!("@.{field}=={value}"))
-    });
-    tests.collect::<Vec<_>>().join(" && ")
-}
-
-/// Quotes a string for JSONPath, which writes strings as JSON does (RFC 9535 section 2.3.1.1).
-fn literal(text: &str) -> String {
-    Value::from(text).to_string()
-}
-
-fn json(body: &[u8], path: &JsonPath, serial: Option<&str>) -> Result<List> {
-    let Unique(value) = serde_json::from_slice(body).with_context(|| {
-        let begins = quoted(body.trim_ascii_start());
-        format!("read JSON (it begins with {begins})")
-    })?;
-    let mut prefixes = Vec::new();
-    for node in path.query(&value) {
-        let Value::String(text) = node else {
-            let node = node.to_string();
+/// Parses the selected values.
+fn from_json(selected: &[&Value], serial: Option<u64>) -> Result<List> {
+    let prefixes = selected.iter().map(|value| match value {
+        Value::String(text) => parsed(text, published),
+        other => {
+            let other = other.to_string();
             bail!(
                 "{} is selected, and is not a prefix",
-                quoted(node.as_bytes())
-            );
-        };
-        prefixes.push(parsed(text, published)?);
-    }
-    let serial = serial.and_then(|field| match value.get(field)? {
-        Value::String(text) => text.parse().ok(),
-        number => number.as_u64(),
+                quoted(other.as_bytes())
+            )
+        }
     });
+    let prefixes = prefixes.collect::<Result<_>>()?;
     Ok(List { prefixes, serial })
-}
-
-/// A value whose objects have each key once: of two the parser would keep the last, and lose what the first has.
-struct Unique(Value);
-
-impl<'de> Deserialize<'de> for Unique {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(UniqueVisitor).map(Self)
-    }
-}
-
-struct UniqueVisitor;
-
-impl<'de> Visitor<'de> for UniqueVisitor {
-    type Value = Value;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("JSON")
-    }
-
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_string<E>(self, value: String) -> Result<Value, E> {
-        Ok(value.into())
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Value, A::Error> {
-        let mut values = Vec::new();
-        while let Some(Unique(value)) = elements.next_element()? {
-            values.push(value);
-        }
-        Ok(values.into())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
-        let mut object = serde_json::Map::new();
-        while let Some((key, Unique(value))) = entries.next_entry::<String, Unique>()? {
-            if object.contains_key(&key) {
-                let key = quoted(key.as_bytes());
-                return Err(de::Error::custom(format!(
-                    "the key {key} stands twice in an object"
-                )));
-            }
-            object.insert(key, value);
-        }
-        Ok(object.into())
-    }
 }

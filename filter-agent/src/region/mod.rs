@@ -2,6 +2,7 @@
 
 pub mod answer;
 pub mod dns;
+mod encoding;
 pub mod files;
 mod guards;
 pub mod headers;

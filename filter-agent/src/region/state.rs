@@ -468,12 +468,10 @@ impl State {
     /// As long as it has not.
     fn refuse_older(&mut self, found: &Found, now: Timestamp) -> Result<()> {
         let known = self.set.as_ref().and_then(|set| set.serial);
-        let (Some(known), Some(serial)) = (known, found.serial) else {
+        let Some(known) = known.filter(|known| found.serial.is_none_or(|serial| serial < *known))
+        else {
             return Ok(());
         };
-        if serial >= known {
-            return Ok(());
-        }
         let members = &found.prefixes;
         let since = match &self.quarantined {
             Some(quarantined) if quarantined.members == *members => quarantined.since,
@@ -488,9 +486,13 @@ impl State {
         };
         let until = since + self.region.guards.shrink_after;
         let shown = in_seconds(until);
+        let older = match found.serial {
+            Some(serial) => format!("the list's number {serial} is older than {known}, in force"),
+            None => format!("the list has no number, and the one in force has {known}"),
+        };
         ensure!(
             now >= until,
-            "the list's number {serial} is older than {known}, in force: taken if it is still so at {shown}, or now with \
+            "{older}: taken if it is still so at {shown}, or now with \
              `filter-agent refresh REGION --accept`"
         );
         Ok(())

@@ -443,6 +443,11 @@ fn list_that_is_older_is_held() {
         error(&state)
     );
     assert_eq!(allowed(&state), list(&TWO));
+    // Without a number nothing shows that it is newer.
+    state.take(found(&more), false, seconds(30));
+    let expected = "the list has no number, and the one in force has 7: taken if";
+    assert!(error(&state).contains(expected), "{}", error(&state));
+    assert_eq!(allowed(&state), list(&TWO));
     state.take(numbered(&more, 8), false, seconds(40));
     assert_eq!(allowed(&state), list(&more));
 }
