@@ -99,8 +99,34 @@ pub fn redacted(text: &str) -> String {
         let start = rest[..place].trim_end_matches(is_scheme).len();
         let (before, url) = rest.split_at(start);
         let (url, after) = url.split_at(end_of_url(before.chars().next_back(), url));
-        shown.push_str(before);
+        shown.push_str(&without_user(before));
         shown.push_str(&redacted_url(url));
+        rest = after;
+    }
+    shown + &without_user(rest)
+}
+
+/// Leaves out `user:password@` in front of a host without a scheme: from the quote that it begins, or the space before it.
+fn without_user(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once('@') {
+        let is_escaped = |place: usize| before[..place].ends_with('\\');
+        let mut quotes = before.rmatch_indices(['"', '\'', '`']);
+        let quote = quotes.find(|(place, _)| !is_escaped(*place));
+        let start = match quote {
+            Some((place, quote)) => place + quote.len(),
+            None => before
+                .rfind(char::is_whitespace)
+                .map_or(0, |place| place + 1),
+        };
+        if before[start..].contains(':') {
+            shown.push_str(&before[..start]);
+            shown.push_str("...");
+        } else {
+            shown.push_str(before);
+        }
+        shown.push('@');
         rest = after;
     }
     shown + rest
@@ -229,6 +255,16 @@ mod tests {
                 "such as tls://192.0.2.53#name or https://192.0.2.53/dns-query#name",
             ),
             ("://u:p@a.test ://", "://... ://"),
+            // Without a scheme: `dns: 'user:PASS@host'`.
+            (
+                "dns: string \"user:pa \\\" ss@a.test\", expected a list",
+                "dns: string \"...@a.test\", expected a list",
+            ),
+            (
+                "of u:p@a.test and https://u:p@b.test and u:p@c.test",
+                "of ...@a.test and https://b.test/ and ...@c.test",
+            ),
+            ("line 1: noreply@a.test", "line 1: noreply@a.test"),
         ] {
             assert_eq!(redacted(text), shown);
         }

@@ -17,6 +17,7 @@ use crate::{
         encoding::{self, MAX_BODY},
         headers,
         lists::{self, List},
+        secrets::Secrets,
         tls,
         try_later::TryLater,
     },
@@ -31,6 +32,17 @@ const MAX_REDIRECTS: usize = 5;
 /// # Errors
 /// A `TryLater` where the server names a time to come; else why there is no list. The caller's context names the URL.
 pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer> {
+    let mut secrets = Secrets::default();
+    let answer = fetch_with(list, before, &mut secrets).await;
+    answer.map_err(|error| match error.downcast_ref::<TryLater>() {
+        // It quotes nothing of the answer.
+        Some(_) => error,
+        None => anyhow!(secrets.masked(&tls::plain(&format!("{error:#}")))),
+    })
+}
+
+/// As `fetch`. Errors may quote `secrets`, which those of the requests are added to.
+async fn fetch_with(list: &Url, before: Option<&Version>, secrets: &mut Secrets) -> Result<Answer> {
     let client = Client::builder()
         .tls_backend_preconfigured(tls::client(list.ca_file.as_deref()).await?)
         // `request` follows them.
@@ -38,11 +50,11 @@ pub(super) async fn fetch(list: &Url, before: Option<&Version>) -> Result<Answer
         .user_agent(concat!("filter-agent/", env!("CARGO_PKG_VERSION")))
         .build()
         .context("set up the HTTP client")?;
-    let secret = match &list.headers_file {
+    let headers = match &list.headers_file {
         Some(file) => headers::read(file).await?,
         None => HeaderMap::new(),
     };
-    let mut response = request(&client, list, secret, &validators(before)).await?;
+    let mut response = request(&client, list, headers, &validators(before), secrets).await?;
     let status = response.status();
     if status == StatusCode::NOT_MODIFIED && before.is_some() {
         return Ok(Answer::Unchanged { ask_again: None });
@@ -124,21 +136,25 @@ fn validators(before: Option<&Version>) -> HeaderMap {
     headers
 }
 
-/// Requests a list, and follows redirects. From the first that leads to another origin on, the headers in `secret` are
+/// Requests a list, and follows redirects. From the first that leads to another origin on, the operator's `headers` are
 /// not sent. The client's own way of following would send them, and this URL with its query in `Referer`.
 async fn request(
     client: &Client,
     list: &Url,
-    mut secret: HeaderMap,
+    mut headers: HeaderMap,
     validators: &HeaderMap,
+    secrets: &mut Secrets,
 ) -> Result<Response> {
     let mut url = list.url.clone();
     for _ in 0..=MAX_REDIRECTS {
         let request = client
             .get(url.reveal().clone())
             .headers(validators.clone())
-            .headers(secret.clone());
-        let response = request.send().await.map_err(without_url)?;
+            .header(header::ACCEPT_ENCODING, encoding::GZIP)
+            .headers(headers.clone());
+        let request = request.build().map_err(without_url)?;
+        secrets.add(&request, url.reveal());
+        let response = client.execute(request).await.map_err(without_url)?;
         let (301 | 302 | 303 | 307 | 308) = response.status().as_u16() else {
             return Ok(response);
         };
@@ -152,7 +168,7 @@ async fn request(
             _ => bail!("it redirects to {next}, which is not encrypted"),
         }
         if !next.has_same_origin(&url) {
-            secret.clear();
+            headers.clear();
         }
         url = next;
     }

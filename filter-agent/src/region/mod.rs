@@ -9,6 +9,7 @@ pub mod headers;
 pub mod http;
 pub mod lists;
 pub mod lookup;
+mod secrets;
 pub mod state;
 mod tls;
 pub mod try_later;

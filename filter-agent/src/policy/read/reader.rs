@@ -175,10 +175,21 @@ impl Reader<'_> {
     }
 
     pub(super) fn absolute(&mut self, at: &At, field: &str, path: &Path) {
-        if !path.is_absolute() {
-            let message = format!("{field}: {} is not an absolute path", path.display());
-            self.problem(&at.key(field), message);
+        if path.is_absolute() {
+            return;
         }
+        // In its place there may be what belongs into the file: a header with a token, a key.
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+        let text = path.to_string_lossy();
+        let message = match field {
+            "headers_file" => {
+                "headers_file is not an absolute path: it names a file that holds the headers"
+                    .into()
+            }
+            _ if text.chars().all(is_name) => format!("{field}: {text} is not an absolute path"),
+            _ => format!("{field} is not an absolute path"),
+        };
+        self.problem(&at.key(field), message);
     }
 
     pub(super) fn prefixes(&mut self, at: &At, texts: Option<&[String]>) -> Vec<IpNet> {
