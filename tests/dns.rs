@@ -356,6 +356,27 @@ fn records_of_one_type_that_fail_do_not_take_the_other_with_them() {
     fixture.only_the_right_address_gets_in("with A records alone");
 }
 
+/// Its addresses were lost without an error.
+#[test]
+fn name_without_addresses_beside_another_name_keeps_the_last_good_set() {
+    let mut fixture = Fixture::new("dns-no-address", false);
+    let _tamperer = fixture.tamper(|_, _| {});
+    fixture.more = "min_refresh: 1h, max_refresh: 1h".into();
+    let policy = fixture.policy("egress.test, guest");
+    fixture.net.write_policy(&policy);
+    fixture.net.start();
+    assert!(wait_until(|| fixture.region()["confirmed"] != Value::Null));
+    let before = fixture.region()["prefixes"].clone();
+    assert_eq!(before.as_array().unwrap().len(), 2);
+    let zone = ZONE.replace("guest 1 A 198.51.100.7", "guest 1 TXT none");
+    fixture.dns.set(&zone);
+    let output = fixture.net.agent(&["refresh", "x"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("look up guest.test: no addresses"), "{text}");
+    assert_eq!(fixture.region()["prefixes"], before, "{}", fixture.region());
+}
+
 /// What is kept of all names cannot be told from what another name has.
 #[test]
 fn type_of_records_that_fails_for_one_name_and_not_for_another_fails_the_look_up() {

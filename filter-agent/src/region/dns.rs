@@ -98,6 +98,7 @@ impl<H: DnsHandle> Asked<H> {
         let mut failed = Vec::new();
         let mut ttl = u32::MAX;
         for (name, records) in dns.names.iter().zip(try_join_all(results).await?) {
+            let before = found.prefixes.len();
             for record in records.records {
                 ttl = ttl.min(record.ttl);
                 match record.data {
@@ -106,14 +107,14 @@ impl<H: DnsHandle> Asked<H> {
                     _ => {}
                 }
             }
+            // Beside another name's addresses, its own would be lost without an error.
+            ensure!(
+                found.prefixes.len() > before,
+                "look up {name}: no addresses"
+            );
             let of_name = records.failed.into_iter();
             failed.extend(of_name.map(|(kind, error)| (kind, format!("look up {name}: {error}"))));
         }
-        ensure!(
-            !found.prefixes.is_empty(),
-            "look up {}: no addresses",
-            dns.names.join(", ")
-        );
         found.ask_again = Some(Duration::from_secs(ttl.into()));
         for (kind, error) in &failed {
             // The last members are kept for all names together: beside the records of another name it could never be told
