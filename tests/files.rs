@@ -145,6 +145,38 @@ fn list_that_a_program_writes_line_by_line_is_enforced_whole() {
     assert_eq!(region(&net)["failing"], false);
 }
 
+/// Half of a list replaced the kept set at a start, and a program that hung refused every reload.
+#[test]
+fn program_that_hangs_with_the_file_open_keeps_the_set_and_holds_up_no_reload() {
+    let mut net = Net::new("file-hung-writer");
+    let path = file(&net, "192.0.2.1/32\n192.0.2.3/32\n");
+    let text = policy(&path, "max_refresh: 1h");
+    net.write_policy(&text);
+    net.start();
+    let both = ["192.0.2.1/32", "192.0.2.3/32"];
+    assert_eq!(prefixes(&net), both);
+    let kept = net.state_dir().join("regions/x.json");
+    assert!(wait_until(|| kept.exists()));
+    net.terminate();
+    let mut list = File::create(&path).unwrap();
+    writeln!(list, "192.0.2.5/32").unwrap();
+    net.start();
+    wait_for_error(&net, "a program is still writing it");
+    assert_eq!(prefixes(&net), both);
+    net.reload(&text.replace("max_refresh: 1h", "max_refresh: 2h"));
+    wait_for_error(&net, "a program is still writing it");
+    assert_eq!(prefixes(&net), both);
+    drop(list);
+    wait_for_prefixes(&net, &["192.0.2.5/32"]);
+    // Nobody closes the file after truncate(2).
+    fs::write(&path, "192.0.2.5/32\n192.0.2.7/32\n").unwrap();
+    wait_for_prefixes(&net, &["192.0.2.5/32", "192.0.2.7/32"]);
+    nix::unistd::truncate(&path, 13).unwrap();
+    net.reload(&text);
+    assert_eq!(prefixes(&net), ["192.0.2.5/32"]);
+    assert_eq!(region(&net)["failing"], false);
+}
+
 #[test]
 fn link_with_a_hop_in_a_third_directory_is_followed_when_any_hop_changes() {
     let mut net = Net::new("file-hops");

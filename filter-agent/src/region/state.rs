@@ -17,6 +17,7 @@ use crate::{
     policy::{Guards, Model, Policy, Region, RegionSource, Rule, Source, redacted, spelled},
     region::{
         answer::{Answer, Found, Version},
+        files::StillWritten,
         guards::{check, check_each, is_covered, merged, uncovered},
         try_later::TryLater,
     },
@@ -92,8 +93,15 @@ pub fn next(
             None => State::new(region.clone(), now),
         };
         if let Some(answer) = answers.remove(name) {
+            // A program that hangs with the file open must not hold up the rest of the policy.
+            let is_still_written = answer
+                .as_ref()
+                .is_err_and(|error| error.is::<StillWritten>());
+            let keeps_set = is_still_written && state.set.is_some();
             state.take(answer, false, now);
-            if let (true, false, Some(error)) = (state.failing, state.partial, &state.error) {
+            if let (true, false, Some(error)) = (state.failing, state.partial, &state.error)
+                && !keeps_set
+            {
                 errors.push(format!("region {name}: {}", error.text));
             }
         }
@@ -429,7 +437,7 @@ impl State {
         found.prefixes.dedup();
         if let Err(error) = check(&found.prefixes, &self.region.guards) {
             self.quarantined = None;
-            return Err(error);
+            return Err(error.context(self.region.source.to_string()));
         }
         if !accept {
             self.refuse_older(&found, now)?;

@@ -4,8 +4,9 @@ mod read;
 mod table;
 mod walk;
 mod watch;
+mod writers;
 
-pub(super) use read::read;
+pub(super) use read::{StillWritten, read};
 pub use walk::Walk;
 pub use watch::Watcher;
 

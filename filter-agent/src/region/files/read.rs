@@ -1,6 +1,7 @@
 //! Reads a region's file.
 
 use std::{
+    fmt,
     fs::{self, Metadata},
     os::unix::fs::MetadataExt as _,
     path::Path,
@@ -13,7 +14,10 @@ use crate::{
     policy::spelled,
     region::{
         answer::{Answer, Found, Stamp, Version},
-        files::watch::Watcher,
+        files::{
+            watch::{Progress, Watcher},
+            writers::has_writer,
+        },
         lists,
     },
     threads, whole_file,
@@ -24,6 +28,18 @@ const MAX_FILE: u64 = 64 << 20;
 
 /// Reads of a file that changes meanwhile, one after the other.
 const MAX_ATTEMPTS: usize = 3;
+
+/// The error of a file that is not read because it may be half written. A set that is known stays.
+#[derive(Clone, Copy, Debug)]
+pub struct StillWritten;
+
+impl fmt::Display for StillWritten {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a program is still writing it")
+    }
+}
+
+impl std::error::Error for StillWritten {}
 
 /// Reads a file of prefixes, and has its changes announced from before it is read. `before`: the version that is
 /// known.
@@ -48,14 +64,26 @@ pub(in crate::region) async fn read(
 /// Blocks for as long as the file system does.
 fn read_now(path: &Path, before: Option<&Version>, watcher: Option<&Watcher>) -> Result<Answer> {
     for _ in 0..MAX_ATTEMPTS {
-        let changes = watcher.map(|watcher| watcher.watch(path));
+        let begun = watcher.map(|watcher| watcher.watch(path));
         let answer = read_once(path, before);
-        let Some(watcher) = watcher else {
+        let Some((watcher, begun)) = watcher.zip(begun) else {
             return answer;
         };
+        let Progress {
+            changes,
+            unfinished,
+        } = watcher.progress(path);
+        // Events report neither writers from before the watch nor the end of truncate(2).
+        if begun.is_new || unfinished {
+            let file = whole_file::open(path).ok();
+            if let Some(has_writer) = file.as_ref().and_then(has_writer) {
+                watcher.settle(path, changes, has_writer);
+                ensure!(!has_writer, StillWritten);
+            }
+        }
         let progress = watcher.progress(path);
-        ensure!(!progress.unfinished, "a program is still writing it");
-        if changes == Some(progress.changes) {
+        ensure!(!progress.unfinished, StillWritten);
+        if begun.changes == progress.changes {
             return answer;
         }
     }

@@ -13,6 +13,10 @@ use inotify::{EventMask, WatchDescriptor, Watches};
 /// Time after which a new name without writes is complete although no writer closed it, as a hard link is.
 pub(super) const CREATION_TIMEOUT: Duration = Duration::from_mins(1);
 
+/// Time after the last write after which a file is complete although no writer closed it, where the kernel does not
+/// report writers: truncate(2) is a write without a writer.
+pub(super) const WRITE_TIMEOUT: Duration = Duration::from_mins(10);
+
 /// A name in a watched directory; `None`: the watched file itself.
 pub(super) type Hop = (WatchDescriptor, Option<OsString>);
 
@@ -41,21 +45,41 @@ pub(super) struct Table {
 pub(super) struct Watched {
     hops: BTreeMap<Hop, Part>,
     pub(super) changes: u64,
-    /// Where the file was changed and not closed since, and when that was first seen.
+    /// Where the file was changed and not closed since, and when it was changed last.
     unfinished: BTreeMap<Hop, Instant>,
 }
 
 impl Watched {
     pub(super) fn is_unfinished(&self, now: Instant) -> bool {
-        let unfinished = |(hop, since): (&Hop, &Instant)| {
-            let (_, name) = hop;
-            name.is_none() || now.duration_since(*since) < CREATION_TIMEOUT
+        let unfinished = |(hop, changed): (&Hop, &Instant)| {
+            let limit = match hop {
+                (_, None) => WRITE_TIMEOUT,
+                (_, Some(_)) => CREATION_TIMEOUT,
+            };
+            now.duration_since(*changed) < limit
         };
         self.unfinished.iter().any(unfinished)
     }
 }
 
 impl Table {
+    /// Notes whether a program has a file open for writing, unless more happened than this number of changes.
+    pub(super) fn settle(&mut self, path: &Path, changes: u64, has_writer: bool) {
+        let Some(file) = self.files.get_mut(path) else {
+            return;
+        };
+        if file.changes != changes {
+            return;
+        }
+        file.unfinished.clear();
+        if has_writer {
+            let own = file.hops.keys().filter(|(_, name)| name.is_none());
+            file.unfinished = own.map(|hop| (hop.clone(), Instant::now())).collect();
+            // Announced when it is closed.
+            self.changed.remove(path);
+        }
+    }
+
     /// Replaces the way to a file.
     pub(super) fn replace(&mut self, path: &Path, hops: BTreeMap<Hop, Part>) {
         let file = self.files.entry(path.to_owned()).or_default();
@@ -128,7 +152,7 @@ impl Table {
             file.changes += 1;
             if *part == Part::File && begins {
                 let hop = (wd.clone(), name.clone());
-                file.unfinished.entry(hop).or_insert_with(Instant::now);
+                file.unfinished.insert(hop, Instant::now());
                 // Announced when it is closed.
                 self.changed.remove(path);
             } else {

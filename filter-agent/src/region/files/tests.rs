@@ -217,3 +217,45 @@ async fn pipes_and_devices_are_refused() {
     let error = setup.read(Path::new("/dev/zero")).await.unwrap_err();
     assert_eq!(error, "read /dev/zero: it is not a regular file");
 }
+
+/// truncate(2) is announced as a write, and nobody closes the file after it: the region was unfinished for ever.
+#[tokio::test]
+async fn file_that_is_truncated_from_outside_is_read_again() {
+    let setup = setup();
+    let path = setup.path("list");
+    setup.write("list", "192.0.2.1/32\n192.0.2.2/32\n");
+    setup.read(&path).await.unwrap();
+    nix::unistd::truncate(&path, 13).unwrap();
+    assert_eq!(setup.read(&path).await, Ok(vec!["192.0.2.1/32".into()]));
+    // While a program has it open, it is not: that one may write on.
+    let writer = OpenOptions::new().append(true).open(&path).unwrap();
+    nix::unistd::truncate(&path, 13).unwrap();
+    setup.write("other", "");
+    nix::unistd::truncate(&path, 0).unwrap();
+    let error = setup.read(&path).await.unwrap_err();
+    assert!(error.ends_with("a program is still writing it"), "{error}");
+    drop(writer);
+    assert_eq!(setup.read(&path).await, Ok(Vec::new()));
+}
+
+/// No event is reported of writes before the first watch: at a start half of a file was taken.
+#[tokio::test]
+async fn file_that_was_being_written_before_it_is_watched_is_not_read() {
+    let mut setup = setup();
+    let path = setup.path("list");
+    let mut file = File::create(&path).unwrap();
+    writeln!(file, "192.0.2.1/32").unwrap();
+    for _ in 0..2 {
+        let error = read(&path, LIMIT, None, Some(&setup.watcher)).await;
+        let error = error.unwrap_err();
+        assert!(error.is::<StillWritten>(), "{error:#}");
+        assert_eq!(setup.announced(), None);
+    }
+    writeln!(file, "192.0.2.2/32").unwrap();
+    drop(file);
+    assert_eq!(setup.announced().as_ref(), Some(&path));
+    assert_eq!(setup.read(&path).await.unwrap().len(), 2);
+    // A program that opens a file which is watched, and writes nothing, keeps nobody from reading it.
+    let _idle = OpenOptions::new().append(true).open(&path).unwrap();
+    assert_eq!(setup.read(&path).await.unwrap().len(), 2);
+}

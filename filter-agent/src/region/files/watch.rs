@@ -47,6 +47,15 @@ struct Shared {
     logged: AtomicBool,
 }
 
+/// A watch that was begun, or renewed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Begun {
+    /// Changes announced before.
+    pub(super) changes: u64,
+    /// Whether nothing is known of earlier writes.
+    pub(super) is_new: bool,
+}
+
 /// How far a file is, by the events so far.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Progress {
@@ -71,12 +80,16 @@ impl Watcher {
         }
     }
 
-    /// Watches a file, or what is new on the way to it. Blocks for as long as the file systems on the way do. Returns
-    /// how many of its changes were announced so far.
+    /// Watches a file, or what is new on the way to it. Blocks for as long as the file systems on the way do.
     ///
     /// A name that cannot be watched is left out.
-    pub fn watch(&self, path: &Path) -> u64 {
-        let Some(shared) = &self.0 else { return 0 };
+    pub fn watch(&self, path: &Path) -> Begun {
+        let Some(shared) = &self.0 else {
+            return Begun {
+                changes: 0,
+                is_new: true,
+            };
+        };
         // Earlier events are not about this read. The thread that takes events finds an error, too, and logs it.
         let _ = shared.take_events();
         shared.table().adding += 1;
@@ -93,10 +106,14 @@ impl Watcher {
             .log();
         }
         let mut table = shared.table();
+        let is_new = !table.files.contains_key(path);
         table.replace(path, hops);
         table.adding -= 1;
         table.remove_unused(&mut watches);
-        table.files[path].changes
+        Begun {
+            changes: table.files[path].changes,
+            is_new,
+        }
     }
 
     /// Stops watching other files than these.
@@ -128,6 +145,14 @@ impl Watcher {
             changes: file.changes,
             unfinished: file.is_unfinished(Instant::now()),
         })
+    }
+
+    /// Notes whether a program has the file open for writing, as it was found after so many changes.
+    pub(super) fn settle(&self, path: &Path, changes: u64, has_writer: bool) {
+        if let Some(shared) = &self.0 {
+            let _ = shared.take_events();
+            shared.table().settle(path, changes, has_writer);
+        }
     }
 }
 
@@ -284,7 +309,7 @@ mod tests {
     use futures_util::{FutureExt as _, StreamExt as _};
 
     use super::*;
-    use crate::region::files::table::CREATION_TIMEOUT;
+    use crate::region::files::table::{CREATION_TIMEOUT, WRITE_TIMEOUT};
 
     #[test]
     fn lost_events_announce_every_file() {
@@ -336,6 +361,8 @@ mod tests {
         let mut file = fs::OpenOptions::new().append(true).open(&path).unwrap();
         io::Write::write_all(&mut file, b"192.0.2.2/32\n").unwrap();
         assert!(is_unfinished(later));
+        // Where the kernel reports no writers there is no other end of truncate(2).
+        assert!(!is_unfinished(Instant::now() + 2 * WRITE_TIMEOUT));
         drop(file);
         assert!(!is_unfinished(Instant::now()));
     }

@@ -452,6 +452,46 @@ fn list_that_is_older_is_held() {
     assert_eq!(allowed(&state), list(&more));
 }
 
+/// Errors of guards did not say of which file or list.
+#[test]
+fn answer_that_breaks_a_guard_is_named() {
+    for (source, begins) in [
+        ("file: /etc/office.txt", "file /etc/office.txt: "),
+        ("url: 'https://u:p@a.test/'", "url https://a.test/: "),
+        (DNS, "dns egress.example.net: "),
+    ] {
+        let mut state = State::new(region(source), seconds(0));
+        state.take(found(&["10.0.0.0/8"]), false, seconds(0));
+        let expected = format!("{begins}10.0.0.0/8 is private");
+        assert!(error(&state).starts_with(&expected), "{}", error(&state));
+    }
+}
+
+/// A program that hung with the file open refused every reload.
+#[test]
+fn file_that_is_still_written_refuses_a_reload_only_where_no_set_is_known() {
+    let text = "interfaces: [eth0]\nregions: {x: {file: /x}}\ndatabases:\n- {name: a, port: 1, model: dedicated, \
+                force_tls: false, rules: [{region: x}]}\n";
+    let (policy, _) = policy::parse(text).unwrap();
+    let answers = || {
+        BTreeMap::from([(
+            "x".to_owned(),
+            Err(anyhow!(StillWritten).context("read /x")),
+        )])
+    };
+    let error = next(&policy, &Regions::new(), answers(), seconds(0)).unwrap_err();
+    let expected = "region x: read /x: a program is still writing it";
+    assert_eq!(error.to_string(), expected);
+    let good = BTreeMap::from([("x".to_owned(), found(&TWO))]);
+    let known = next(&policy, &Regions::new(), good, seconds(0)).unwrap();
+    let regions = next(&policy, &known, answers(), seconds(1)).unwrap();
+    assert_eq!(allowed(&regions["x"]), list(&TWO));
+    assert!(regions["x"].failing);
+    // Any other error refuses it.
+    let other = BTreeMap::from([("x".to_owned(), Err(anyhow!("other")))]);
+    assert!(next(&policy, &known, other, seconds(1)).is_err());
+}
+
 #[test]
 fn adjacent_and_covered_prefixes_are_merged_and_the_members_are_remembered() {
     let mut state = State::new(region(DNS), seconds(0));
