@@ -18,6 +18,15 @@ use crate::policy::{
 /// Everything that a policy says: of itself (`""`), of each region and of each database, by field.
 type Settings = BTreeMap<String, BTreeMap<String, String>>;
 
+/// Settings of a database that mean something only while TLS is forced.
+const OF_FORCED_TLS: [&str; 5] = [
+    "engine",
+    "cancel_in_clear",
+    "monitor: tls",
+    "tls_unenforced",
+    "proxy_protocol",
+];
+
 /// Lists the differences from `before` to `after`: `+ PLACE`, `- PLACE`, or `~ PLACE: OLD -> NEW`. Of a region or database
 /// that one of them lacks only its name.
 pub fn differences(before: &Policy, after: &Policy) -> Vec<String> {
@@ -27,13 +36,20 @@ pub fn differences(before: &Policy, after: &Policy) -> Vec<String> {
         differ.then(|| format!("~ region {name}: the secrets of its URL"))
     });
     let mut lines: Vec<String> = secrets.collect();
+    lines.extend(moves(before, after));
     let [before, after] = [before, after].map(settings);
     let of: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     for of in of {
         match (before.get(of), after.get(of)) {
             (Some(old), Some(new)) => {
                 let fields: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
-                let changed = fields.into_iter().filter_map(|field| {
+                // Of a database where TLS is no longer forced these say nothing, whatever the file has.
+                let is_void = |field: &String| {
+                    let forced = new.get("force_tls").is_none_or(|forced| forced == "true");
+                    !forced && OF_FORCED_TLS.contains(&field.as_str())
+                };
+                let fields = fields.into_iter().filter(|field| !is_void(field));
+                let changed = fields.filter_map(|field| {
                     let place = match of.as_str() {
                         "" => field.clone(),
                         of => format!("{of}: {field}"),
@@ -47,6 +63,75 @@ pub fn differences(before: &Policy, after: &Policy) -> Vec<String> {
         }
     }
     lines
+}
+
+/// Lists the databases, rules and members of clusters that have another place among those that stay: of two that hold the
+/// same prefix the first counts.
+fn moves(before: &Policy, after: &Policy) -> Vec<String> {
+    let place = |place: &str, (old, new): (usize, usize)| {
+        format!("~ {place}: place {} -> {}", old + 1, new + 1)
+    };
+    let names = |policy: &Policy| -> Vec<String> {
+        let names = policy.databases.iter().map(|database| &database.name);
+        names.map(|name| format!("database {name}")).collect()
+    };
+    let databases = moved(&names(before), &names(after));
+    let mut lines: Vec<String> = databases
+        .into_iter()
+        .map(|(database, places)| place(&database, places))
+        .collect();
+    for new in &after.databases {
+        let is_same = |old: &&Database| old.name == new.name;
+        let Some(old) = before.databases.iter().find(is_same) else {
+            continue;
+        };
+        let [(old_rules, old_cluster), (new_rules, new_cluster)] = [old, new].map(|database| {
+            let rules = match &database.model {
+                Model::Dedicated { rules } => named("rule", rules),
+                Model::Shared { .. } => Vec::new(),
+            };
+            (rules, named("cluster", &database.cluster))
+        });
+        let cluster = moved(&old_cluster, &new_cluster);
+        for (of, places) in moved(&old_rules, &new_rules).into_iter().chain(cluster) {
+            lines.push(place(&format!("database {}: {of}", new.name), places));
+        }
+    }
+    lines
+}
+
+fn named(kind: &str, rules: &[Rule]) -> Vec<String> {
+    let named = rules.iter().map(|rule| format!("{kind} {}", rule.source));
+    named.collect()
+}
+
+/// Returns the fewest items that were moved, with their places before and after. The others have kept their order: they are
+/// the longest such sequence.
+fn moved(before: &[String], after: &[String]) -> Vec<(String, (usize, usize))> {
+    let place = |items: &[String], item: &String| items.iter().position(|other| other == item);
+    let stay = before.iter().enumerate();
+    let stay: Vec<(usize, usize)> = stay
+        .filter(|(old, item)| place(before, item) == Some(*old))
+        .filter_map(|(old, item)| Some((old, place(after, item)?)))
+        .collect();
+    // For each item the length of the longest sequence that ends with it, and the item before it.
+    let mut longest: Vec<(usize, Option<usize>)> = Vec::new();
+    for (index, (_, new)) in stay.iter().enumerate() {
+        let earlier = (0..index).filter(|&earlier| stay[earlier].1 < *new);
+        let best = earlier.max_by_key(|&earlier| longest[earlier].0);
+        longest.push((best.map_or(1, |best| longest[best].0 + 1), best));
+    }
+    let mut in_order = BTreeSet::new();
+    let mut next = (0..stay.len()).max_by_key(|&index| longest[index].0);
+    while let Some(index) = next {
+        in_order.insert(index);
+        next = longest[index].1;
+    }
+    let is_moved = |(index, _): &(usize, (usize, usize))| !in_order.contains(index);
+    let moved = stay.into_iter().enumerate().filter(is_moved);
+    moved
+        .map(|(_, places)| (before[places.0].clone(), places))
+        .collect()
 }
 
 fn changed(place: &str, old: Option<&String>, new: Option<&String>) -> Option<String> {
@@ -347,5 +432,56 @@ databases:
             let more = usize::from(to.contains("shop"));
             assert_eq!(lines.len(), 1 + more, "{lines:#?}");
         }
+    }
+
+    /// `plan` said that there is no difference, although `explain` and `rules` name another rule.
+    #[test]
+    fn rules_and_databases_that_are_moved_are_a_line_each() {
+        let rule = |n: u8| format!("      - {{cidr: 192.0.2.{n}/32}}\n");
+        let database = |name: &str, port: u8, rules: &[u8]| {
+            let rules: String = rules.iter().map(|&n| rule(n)).collect();
+            format!(
+                "  - name: {name}\n    port: {port}\n    model: dedicated\n    force_tls: false\n    cluster: \
+                 [10.0.0.1/32, 10.0.0.2/32]\n    rules:\n{rules}"
+            )
+        };
+        let policy = |databases: [String; 2]| {
+            let text = format!("interfaces: [eth0]\ndatabases:\n{}", databases.concat());
+            parse(&text).unwrap().0
+        };
+        let [a, b] = [database("a", 1, &[1, 2, 3, 4]), database("b", 2, &[1])];
+        let before = policy([a.clone(), b.clone()]);
+        let after = |rules: &[u8]| policy([database("a", 1, rules), b.clone()]);
+        assert_eq!(
+            differences(&before, &after(&[4, 1, 2, 3])),
+            ["~ database a: rule 192.0.2.4/32: place 4 -> 1"]
+        );
+        assert_eq!(
+            differences(&before, &after(&[2, 1, 3, 4])).len(),
+            1,
+            "two that changed places"
+        );
+        // Those after one that is gone, or new, were not moved.
+        assert_eq!(
+            differences(&before, &after(&[9, 2, 3, 4])),
+            [
+                "- database a: rule 192.0.2.1/32",
+                "+ database a: rule 192.0.2.9/32"
+            ]
+        );
+        let cluster = a.replace("10.0.0.1/32, 10.0.0.2/32", "10.0.0.2/32, 10.0.0.1/32");
+        let lines = differences(&before, &policy([cluster, b.clone()]));
+        assert!(
+            lines.len() == 1 && lines[0].contains("cluster 10.0.0."),
+            "{lines:?}"
+        );
+        let lines = differences(&before, &policy([b, a]));
+        assert!(lines.len() == 1 && lines[0].contains("place "), "{lines:?}");
+    }
+
+    #[test]
+    fn end_of_forced_tls_removes_nothing_that_the_file_still_has() {
+        let lines = lines("    rules:", "    force_tls: false\n    rules:");
+        assert_eq!(lines, ["~ database orders: force_tls: true -> false"]);
     }
 }
