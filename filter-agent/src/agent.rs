@@ -243,6 +243,9 @@ impl Agent {
         self.refreshes = Refreshes::default();
         // What is left of each rule, for a start after a reboot.
         self.keep_temporary(true);
+        for name in self.saves.unwritten_regions() {
+            self.save_region(&name, true);
+        }
     }
 
     // Proposals: a reload or a plan, until it is decided.
@@ -639,7 +642,7 @@ impl Agent {
 
     /// Returns whether the confirmed policy is on its way to disk.
     fn checked(&mut self, checked: Checked) -> bool {
-        for name in self.saves.failed_regions() {
+        for name in self.saves.unwritten_regions() {
             self.save_region(&name, false);
         }
         if self.saves.error(&Record::Regions).is_some() {

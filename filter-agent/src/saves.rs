@@ -19,6 +19,9 @@ use crate::{
 /// How often a set that stays the same is written to disk, for the time it was confirmed.
 const SAVE_AGAIN: Duration = Duration::from_mins(10);
 
+/// How often at most a set that look-ups change is written to disk: a name that rotates through a pool changes at each.
+const CHANGE_INTERVAL: Duration = Duration::from_mins(1);
+
 /// Pause before a set that could not be written is written again.
 const RETRY: Duration = Duration::from_mins(1);
 
@@ -36,6 +39,10 @@ pub struct Saves {
     under_way: BTreeSet<Record>,
     /// When each region's set was given to the store last.
     regions: BTreeMap<String, Timestamp>,
+    /// When each region's set was written last because a look-up changed it.
+    changed: BTreeMap<String, Timestamp>,
+    /// Regions whose set changed since it was given to the store.
+    waiting: BTreeSet<String>,
     /// Why records are not on disk.
     errors: BTreeMap<Record, String>,
 }
@@ -54,6 +61,8 @@ impl Saves {
             temporary_at: now,
             under_way: BTreeSet::new(),
             regions: regions.map(|name| (name, now)).collect(),
+            changed: BTreeMap::new(),
+            waiting: BTreeSet::new(),
             errors: BTreeMap::new(),
         }
     }
@@ -110,6 +119,26 @@ impl Saves {
         self.under_way.contains(record)
     }
 
+    /// The write of a region's set that a look-up changed, or whose time on disk is old. A set that changes again and again
+    /// is written each minute only; `region` writes it then, or at the end.
+    pub fn looked_up(
+        &mut self,
+        name: &str,
+        state: &State,
+        changed: bool,
+        now: Timestamp,
+    ) -> Option<Write> {
+        let is_recent = |last: &Timestamp| *last + CHANGE_INTERVAL > now;
+        if changed && self.changed.get(name).is_some_and(is_recent) {
+            self.waiting.insert(name.into());
+            return None;
+        }
+        if changed {
+            self.changed.insert(name.into(), now);
+        }
+        self.region(name, state, changed, now)
+    }
+
     /// The write of a region's set, if it changed or its time on disk is old.
     pub fn region(
         &mut self,
@@ -122,11 +151,19 @@ impl Saves {
         let pause = if failed { RETRY } else { SAVE_AGAIN };
         let is_old = |saved: &Timestamp| *saved + pause <= now;
         let set = state.set.as_ref()?;
-        let is_due = changed || self.regions.get(name).is_none_or(is_old);
+        let waits = self.waiting.contains(name)
+            && self
+                .changed
+                .get(name)
+                .is_none_or(|last| *last + CHANGE_INTERVAL <= now);
+        let is_due = changed || waits || self.regions.get(name).is_none_or(is_old);
         if !is_due || state.region.is_constant() {
             return None;
         }
         self.regions.insert(name.into(), now);
+        if self.waiting.remove(name) {
+            self.changed.insert(name.into(), now);
+        }
         Some(Write::Region {
             name: name.into(),
             source: state.region.source.clone().into(),
@@ -137,6 +174,8 @@ impl Saves {
     /// The write that leaves nothing of other regions: it would be out of date when a rule names one again.
     pub fn keep_only(&mut self, names: BTreeSet<String>) -> Write {
         self.regions.retain(|name, _| names.contains(name));
+        self.changed.retain(|name, _| names.contains(name));
+        self.waiting.retain(|name| names.contains(name));
         let is_gone =
             |record: &Record| matches!(record, Record::Region(name) if !names.contains(name));
         self.errors.retain(|record, _| !is_gone(record));
@@ -196,16 +235,57 @@ impl Saves {
         self.errors.get(record)
     }
 
-    /// Regions whose set could not be written.
-    pub fn failed_regions(&self) -> Vec<String> {
+    /// Regions whose set on disk is not the latest: it changed again, or could not be written.
+    pub fn unwritten_regions(&self) -> BTreeSet<String> {
         let failed = self.errors.keys().filter_map(|record| match record {
             Record::Region(name) => Some(name.clone()),
             _ => None,
         });
-        failed.collect()
+        failed.chain(self.waiting.iter().cloned()).collect()
     }
 
     pub fn errors(&self) -> impl Iterator<Item = &String> {
         self.errors.values()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::parse;
+
+    /// A name that rotates through a pool had its set written at every look-up.
+    #[test]
+    fn set_that_changes_at_every_look_up_is_written_each_minute_and_at_the_end() {
+        let text = "interfaces: [eth0]\nregions: {x: {dns: [x.test]}}\ndatabases: []\n";
+        let (policy, _) = parse(text).unwrap();
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let mut state = State::new(policy.regions["x"].clone(), at(0));
+        let mut saves = Saves::new(None, Kept::default(), ["x".to_owned()].into_iter(), at(0));
+        let mut written = Vec::new();
+        for second in 0..150 {
+            let prefixes = vec![format!("192.0.2.{second}/32").parse().unwrap()];
+            let found = crate::region::answer::Found {
+                prefixes,
+                ..Default::default()
+            };
+            let found = crate::region::answer::Answer::Found(found);
+            let changed = !state.take(Ok(found), false, at(second)).is_empty();
+            assert!(changed);
+            let write = saves.looked_up("x", &state, changed, at(second));
+            // As the agent does at each check.
+            let unwritten = saves.unwritten_regions();
+            let again = unwritten.iter().filter_map(|name| {
+                assert!(write.is_none());
+                saves.region(name, &state, false, at(second))
+            });
+            let again: Vec<Write> = again.collect();
+            written.extend(write.into_iter().chain(again).map(|_| second));
+        }
+        assert_eq!(written, [0, 60, 120]);
+        assert_eq!(saves.unwritten_regions(), ["x".to_owned()].into());
+        // At the end.
+        assert!(saves.region("x", &state, true, at(150)).is_some());
+        assert!(saves.unwritten_regions().is_empty());
     }
 }

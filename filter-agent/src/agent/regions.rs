@@ -100,7 +100,15 @@ impl Agent {
             let entry = describe_result(name, before, state, self.now);
             self.effects.extend(entry.map(Effect::Log));
         }
-        self.save_region(name, !change.is_empty());
+        let changed = !change.is_empty();
+        if waiters.is_empty() && !self.is_ending {
+            let state = self.regions.get(name);
+            let write = state.and_then(|s| self.saves.looked_up(name, s, changed, self.now.steady));
+            self.effects.extend(write.map(Effect::Save));
+        } else {
+            // The operator asked for it, or nothing comes after it.
+            self.save_region(name, changed);
+        }
         self.refreshes
             .done(name, self.regions.get(name), &change, waiters);
     }

@@ -210,6 +210,8 @@ fn sets_that_could_not_be_removed_are_removed_later() {
 #[test]
 fn set_that_could_not_be_written_is_written_again() {
     let mut world = settled();
+    // Changes within a minute wait.
+    world.now.steady += Duration::from_secs(60);
     world.send(Event::FileChanged("/etc/office.txt".into()));
     let is_set = |effect: &Effect| matches!(effect, Effect::Save(Write::Region { .. }));
     while !world.effects.is_empty() {
@@ -223,4 +225,19 @@ fn set_that_could_not_be_written_is_written_again() {
     world.send(Event::Checked(checked()));
     world.settle("203.0.113.2/32");
     assert!(world.agent.snapshot().unsaved.is_empty());
+}
+
+/// A change within a minute of another waits, and was not on disk after a stop.
+#[test]
+fn set_that_waits_is_written_at_the_end() {
+    let mut world = settled();
+    let is_set = |effect: &Effect| matches!(effect, Effect::Save(Write::Region { .. }));
+    for prefix in ["203.0.113.2/32", "203.0.113.3/32"] {
+        world.send(Event::FileChanged("/etc/office.txt".into()));
+        while !world.effects.is_empty() {
+            world.perform(0, prefix, false, false);
+        }
+    }
+    world.send(Event::Terminate);
+    assert!(world.find(is_set).is_some());
 }
