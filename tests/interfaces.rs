@@ -292,6 +292,35 @@ fn what_surrounds_a_guarded_port_is_warned_of() {
     );
 }
 
+/// `iptables-save` of nftables does not list what the kernel keeps for the older tool, and of a range of ports only the
+/// first was considered.
+#[test]
+fn nat_rules_of_iptables_legacy_and_to_a_range_of_ports_are_warned_of() {
+    let net = Net::new("legacy-nat");
+    net.write_policy(&policy(
+        "eth0",
+        "auto",
+        &[dedicated("orders", 40000, &ALLOWED, "")],
+    ));
+    let rule =
+        "-t nat -A PREROUTING -p tcp --dport 15432 -j DNAT --to-destination 10.0.0.1:39999-40001";
+    for tool in ["iptables-legacy", "iptables-nft"] {
+        let change = |rule: &str| {
+            let mut command = Command::new(tool);
+            command.args(rule.split(' '));
+            assert!(
+                net.db.run(|| command.status().unwrap()).success(),
+                "{tool} {rule}"
+            );
+        };
+        change(rule);
+        let checked = net.agent_text(&["check", net.policy_path().to_str().unwrap(), "--host"]);
+        let nat = "a NAT rule of this host leads packets from port 15432 to 40000, which is port 40000 of database orders";
+        assert!(checked.contains(nat), "{tool}: {checked}");
+        change(&rule.replace("-A", "-D"));
+    }
+}
+
 #[test]
 fn check_of_the_host_tells_what_attaching_would_meet_and_touches_nothing() {
     let mut net = Net::new("check-host");

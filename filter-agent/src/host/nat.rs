@@ -14,7 +14,8 @@ struct Redirect {
     protocol: Option<Protocol>,
     /// Ports before NAT; empty: all, or not understood.
     from: Vec<RangeInclusive<u16>>,
-    to: u16,
+    /// Ports after NAT, each of which packets may get.
+    to: RangeInclusive<u16>,
 }
 
 /// Warnings of rules by which a database is reached past its filter. Needs root.
@@ -22,8 +23,15 @@ pub fn warnings(policy: &Policy) -> Vec<String> {
     let mut redirects = Vec::new();
     let mut warnings = Vec::new();
     const NFT: &str = "nft --json list ruleset";
-    // Not `-t nat`, which would have the kernel make that table.
-    for command in [NFT, "iptables-save", "ip6tables-save"] {
+    // Not `-t nat`, which would have the kernel make that table. Where `iptables-save` is nftables' it does not list the
+    // rules that the kernel keeps for the older tool.
+    for command in [
+        NFT,
+        "iptables-save",
+        "ip6tables-save",
+        "iptables-legacy-save",
+        "ip6tables-legacy-save",
+    ] {
         let mut words = command.split(' ');
         let tool = words.next().unwrap_or_default();
         match Command::new(tool).args(words).output() {
@@ -62,8 +70,11 @@ fn past_the_filter(redirect: &Redirect, policy: &Policy) -> Option<String> {
             .is_none_or(|protocol| protocol == database.protocol);
         is_meant && database.ports.contains(&port)
     };
-    let mut databases = policy.databases.iter();
-    let database = databases.find(|database| guards(database, redirect.to))?;
+    let mut databases = policy.databases.iter().filter_map(|database| {
+        let mut to = redirect.to.clone();
+        Some((database, to.find(|&port| guards(&database, port))?))
+    });
+    let (database, to) = databases.next()?;
     let is_guarded = |port: u16| {
         policy
             .databases
@@ -87,9 +98,9 @@ fn past_the_filter(redirect: &Redirect, policy: &Policy) -> Option<String> {
         format!("port {}", open.join(", "))
     };
     Some(format!(
-        "a NAT rule of this host leads packets from {open} to {}, which is port {} of database {}: they are not filtered \
+        "a NAT rule of this host leads packets from {open} to {to}, which is port {to} of database {}: they are not filtered \
          unless the ports before NAT are in `ports`",
-        redirect.to, redirect.to, database.name
+        database.name
     ))
 }
 
@@ -107,7 +118,7 @@ fn of_rule(statements: &[Value]) -> Option<Redirect> {
         let target = ["redirect", "dnat"]
             .into_iter()
             .find_map(|name| statement.get(name));
-        u16::try_from(target?["port"].as_u64()?).ok()
+        ports_of(&target?["port"])
     })?;
     let mut redirect = Redirect {
         protocol: None,
@@ -158,7 +169,10 @@ fn of_line(line: &str) -> Option<Redirect> {
         "DNAT" => after("--to-destination")?.rsplit_once(':')?.1,
         _ => return None,
     };
-    let to = u16::from_str(to.split('-').next()?).ok()?;
+    // `5432`, `5432-5439`, or `5432-5439/15432` with the port that the first is for.
+    let to = to.split('/').next()?;
+    let (first, last) = to.split_once('-').unwrap_or((to, to));
+    let to = u16::from_str(first).ok()?..=u16::from_str(last).ok()?;
     let range = |text: &str| {
         let (first, last) = text.split_once(':').unwrap_or((text, text));
         Some(first.parse().ok()?..=last.parse().ok()?)
@@ -191,11 +205,20 @@ mod tests {
 -A DOCKER -p udp -m udp --dport 53 -j DNAT --to-destination 172.17.0.3:53
 -A X -p tcp -m multiport --dports 7000:7010,7020 -j DNAT --to-destination [fd00::2]:5432
 -A Y -p tcp ! --dport 22 -j DNAT --to-destination 10.0.0.2:5432-5439
+-A Z -p tcp -m tcp --dport 9000 -j DNAT --to-destination 10.0.0.2:5430-5439/9000
 -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
 COMMIT
 ";
 
     fn redirect(protocol: Option<Protocol>, from: &[(u16, u16)], to: u16) -> Redirect {
+        redirect_to(protocol, from, to..=to)
+    }
+
+    fn redirect_to(
+        protocol: Option<Protocol>,
+        from: &[(u16, u16)],
+        to: RangeInclusive<u16>,
+    ) -> Redirect {
         Redirect {
             protocol,
             from: from.iter().map(|&(first, last)| first..=last).collect(),
@@ -211,7 +234,8 @@ COMMIT
             redirect(tcp, &[(5433, 5433)], 5432),
             redirect(Some(Protocol::Udp), &[(53, 53)], 53),
             redirect(tcp, &[(7000, 7010), (7020, 7020)], 5432),
-            redirect(tcp, &[], 5432),
+            redirect_to(tcp, &[], 5432..=5439),
+            redirect_to(tcp, &[(9000, 9000)], 5430..=5439),
         ];
         assert_eq!(of_iptables(IPTABLES), expected);
     }
@@ -235,6 +259,7 @@ COMMIT
                 dport(r#"{"set": [1, {"range": [2, 5]}]}"#)
             )),
             rule(r#"{"masquerade": null}"#),
+            rule(r#"{"dnat": {"addr": "10.0.0.2", "port": {"range": [5430, 5439]}}}"#),
             rule(r#"{"dnat": {"addr": "10.0.0.2", "port": 5432}}"#),
         ];
         let text = format!(
@@ -245,6 +270,7 @@ COMMIT
         let expected = [
             redirect(tcp, &[(15432, 15432)], 5432),
             redirect(tcp, &[(1, 1), (2, 5)], 5432),
+            redirect_to(None, &[], 5430..=5439),
             redirect(None, &[], 5432),
         ];
         assert_eq!(of_nftables(&text).unwrap(), expected);
@@ -270,8 +296,10 @@ COMMIT
             redirect(tcp, &[(15432, 15432)], 5432),
             redirect(None, &[], 5432),
             redirect(tcp, &[(5433, 5434)], 5432),
+            // Only the first port of a range was considered.
+            redirect_to(tcp, &[(15432, 15432)], 5430..=5432),
         ];
-        let expected = ["port 15432", "other ports", "port 5433-5434"];
+        let expected = ["port 15432", "other ports", "port 5433-5434", "port 15432"];
         for (redirect, expected) in warned.iter().zip(expected) {
             let warning = past(redirect).unwrap();
             let expected = format!(
