@@ -136,14 +136,16 @@ const MOST_NAMED: usize = 3;
 
 impl Coverage {
     pub fn of(policy: &Policy, remembered: &Remembered, host: &[Interface]) -> Self {
-        // A policy without databases attaches to no interface.
+        let mut ignored = policy.ignored_interfaces.clone();
+        // A policy without databases attaches to no interface. Those that it lists are not missing in it.
         let entries = if policy.databases.is_empty() {
+            ignored.extend(policy.interfaces.iter().cloned());
             &[][..]
         } else {
             &policy.interfaces
         };
         Self {
-            ignored: policy.ignored_interfaces.clone(),
+            ignored,
             ..Self::of_entries(entries, remembered, host)
         }
     }
@@ -532,5 +534,24 @@ mod tests {
         assert!(grouped.starts_with(expected), "{grouped}");
         assert_eq!(warnings("ignore_interfaces: ['veth*']", 120).len(), 1);
         assert!(warnings("ignore_interfaces: ['veth*', 'tun*']", 120).is_empty());
+    }
+
+    /// It was warned that a listed interface is not listed.
+    #[test]
+    fn interfaces_of_a_policy_without_databases_are_listed_ones() {
+        let (policy, _) = parse("interfaces: ['veth*', default]\ndatabases: []\n").unwrap();
+        let host = ["veth0", "eth0", "eth1"].map(|name| Interface {
+            name: name.into(),
+            ethernet: true,
+            up: true,
+            default_route: name == "eth0",
+            ..Interface::default()
+        });
+        let coverage = Coverage::of(&policy, &Remembered::default(), &host);
+        let warnings = coverage.warnings(&host);
+        assert!(
+            warnings.len() == 1 && warnings[0].starts_with("interface eth1 is not"),
+            "{warnings:?}"
+        );
     }
 }
