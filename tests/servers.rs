@@ -516,6 +516,8 @@ location = /rate-limit {{
 }}
 location = /loop {{ return 302 https://{name}/loop; }}
 location = /list {{ {faults} }}
+location = /echo {{ return 200 '$arg_of$http_x_token$http_authorization$request_uri\n'; }}
+location ~ [.]gz$ {{ gzip off; add_header Content-Encoding gzip; }}
 location = /bomb {{ gzip off; add_header Content-Encoding gzip; alias {place}/bomb.gz; }}
 location ~ ^/(slow|endless|cut)$ {{
     gzip off; proxy_buffering off; proxy_pass http://{};

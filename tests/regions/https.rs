@@ -5,6 +5,7 @@ use std::{
     fs,
     os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use filter_tests::{
@@ -477,6 +478,149 @@ fn secrets_of_a_region_are_shown_nowhere() {
     for line in &net.log {
         assert!(!line.contains("s3cret"), "{line}");
     }
+}
+
+/// A server that returns what it was sent had the token in `status` and in the journal.
+#[test]
+fn secrets_that_a_server_returns_are_not_shown() {
+    let mut net = Net::new("https-echo");
+    let (web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    let headers = headers_file(&net, "s3cret-token");
+    let with = |url: &str| {
+        let (ca, headers) = (ca.display(), headers.display());
+        policy(&format!(
+            "  x: {{url: '{url}', ca_file: {ca}, headers_file: {headers}, min_refresh: 1h, max_refresh: 1h}}"
+        ))
+    };
+    net.write_policy(&with("https://lists.test/list"));
+    net.start();
+    wait_for_prefixes(&net, "x", &GOOD);
+    for url in [
+        "https://lists.test/echo",
+        "https://user:s3cret-password@lists.test/echo",
+        "https://lists.test/echo?s3cret-query",
+        "https://lists.test/echo?of=s3cret-value",
+    ] {
+        net.write_policy(&with(url));
+        for arguments in [
+            &["reload"][..],
+            &["check", net.policy_path().to_str().unwrap(), "--resolve"],
+        ] {
+            let output = net.agent(arguments);
+            let shown = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+            assert!(shown.contains("is not a prefix"), "{shown}");
+            assert!(
+                !shown.contains("s3cret") && !shown.contains("dXNlc"),
+                "{shown}"
+            );
+        }
+    }
+}
+
+/// Of the members of a gzip file only the first was read, and a small one became a GB of values.
+#[test]
+fn compressed_list_is_taken_whole_and_within_bounds() {
+    let mut net = Net::new("https-gzip");
+    let (web, _resolv, ca) = web(&mut net);
+    let compress = |text: &str| {
+        let plain = net.dir().join("plain");
+        fs::write(&plain, text).unwrap();
+        let gzip = Command::new("gzip").arg("-c").arg(plain).output().unwrap();
+        gzip.stdout
+    };
+    let members = ["192.0.2.1\n", "192.0.2.3\n"].map(compress).concat();
+    web.put("members.gz", &members);
+    web.put("garbage.gz", &[members.as_slice(), b"garbage"].concat());
+    let entries = "{\"\":0},".repeat(400_000);
+    let bomb = format!("{{\"prefixes\":[{entries}{{\"cidr\":\"192.0.2.5\"}}]}}");
+    web.put("bomb.gz", &compress(&bomb));
+    let region = |name: &str, file: &str, select: &str| {
+        format!(
+            "  {name}: {{url: 'https://lists.test/{file}.gz', ca_file: {}, min_refresh: 1h, max_refresh: 1h{select}}}\n",
+            ca.display()
+        )
+    };
+    let json = ", select: {format: json, path: '$.prefixes[*].cidr'}";
+    let mut regions = region("whole", "members", "") + &region("garbage", "garbage", "");
+    for number in 0..6 {
+        regions += &region(&format!("bomb{number}"), "bomb", json);
+    }
+    let rules: Vec<String> = [
+        "whole", "garbage", "bomb0", "bomb1", "bomb2", "bomb3", "bomb4", "bomb5",
+    ]
+    .map(|name| format!("{{region: {name}}}"))
+    .into();
+    net.write_policy(&policy_with_rules(&regions, &rules.join(", ")));
+    net.start();
+    let status = || net.agent_json(&["status"]);
+    let errors = || {
+        let errors = status()["errors"].as_array().unwrap().clone();
+        errors
+            .iter()
+            .map(|e| e.as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert!(
+        wait_until(|| errors().iter().filter(|e| e.contains("96 MiB")).count() == 6),
+        "{:#?}",
+        errors()
+    );
+    assert!(wait_until(|| errors().iter().any(|e| e
+        .contains("region garbage ")
+        && e.contains("behind its end"))));
+    assert_eq!(prefixes(&net, "whole"), ["192.0.2.1/32", "192.0.2.3/32"]);
+    let memory = fs::read_to_string(format!("/proc/{}/status", status()["pid"])).unwrap();
+    let peak = memory
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
+    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(peak < 320 << 10, "{peak} kB");
+}
+
+/// `check --resolve` printed nothing but the error.
+#[test]
+fn region_that_fails_hides_nothing_else_of_a_check() {
+    let mut net = Net::new("https-check");
+    let (web, _resolv, ca) = web(&mut net);
+    web.put("list", GOOD_LIST);
+    let good = url(&ca, "min_refresh: 1h, max_refresh: 1h");
+    let bad = "  y: {url: 'https://lists.test/500', ca_file: /nowhere}";
+    let unsigned = "  z: {dns: [lists.test], dnssec: require, trust_anchor: /nowhere}";
+    let regions = format!("{good}\n{bad}\n{unsigned}");
+    let rules = "{region: x}, {region: y}, {region: z}";
+    net.write_policy(&policy_with_rules(&regions, rules));
+    let path = net.policy_path();
+    let path = path.to_str().unwrap();
+    let output = net.agent(&["check", path, "--resolve", "--host"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    for expected in [
+        "orders    tcp/5432",
+        "region x (url https://lists.test/list): 3 prefixes",
+        "INTERFACE",
+        "error: region y: fetch https://lists.test/500: ",
+        // A file that is not there was not warned of.
+        "region y: ca_file /nowhere cannot be read: No such file",
+        "region z: trust_anchor /nowhere cannot be read: No such file",
+        // Once.
+        "error: region z: read /nowhere: io error: No such file or directory (os error 2)\n",
+    ] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    assert!(!text.contains("was not looked up"), "{text}");
+    let output = net.agent(&["check", path, "--resolve", "--json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let error = json["errors"][0].as_str().unwrap();
+    assert!(error.starts_with("region y: "), "{json}");
+    assert_eq!(json["regions"][0]["prefixes"].as_array().unwrap().len(), 3);
+    // No last good set is spoken of where there is none.
+    net.start();
+    let output = net.agent(&["refresh", "y"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("; it allows nobody\n"), "{text}");
 }
 
 /// Fault C19.

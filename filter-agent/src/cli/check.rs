@@ -49,7 +49,7 @@ struct Checked {
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<Vec<Driver>>,
     warnings: Vec<String>,
-    /// Why a start on this host would be refused; only examined with `--host`.
+    /// Regions that failed, and why a start on this host would be refused, which is only examined with `--host`.
     errors: Vec<String>,
 }
 
@@ -89,7 +89,9 @@ pub(super) async fn check(
     };
     ask.retain(|name, _| resolve || is_file(name));
     let answers = lookup::ask_all(&loaded.policy, ask).await;
-    let regions = region::next(&loaded.policy, &known, answers, Timestamp::now())?;
+    let now = Timestamp::now();
+    // One region that fails must not hide what the others have.
+    let (regions, mut errors) = region::next_and_errors(&loaded.policy, &known, answers, now)?;
     let compiled = compile(
         &loaded.policy,
         &region::prefixes(&regions),
@@ -110,7 +112,9 @@ pub(super) async fn check(
         let error = state.error.as_ref()?;
         Some(format!("region {name}: {}", error.text))
     }));
-    let unknown = regions.iter().filter(|(_, state)| state.set.is_none());
+    let unknown = regions
+        .iter()
+        .filter(|(_, state)| state.set.is_none() && state.error.is_none());
     warnings.extend(unknown.map(|(name, state)| {
         let source = &state.region.source;
         format!("region {name} ({source}) was not looked up: use --resolve")
@@ -123,7 +127,6 @@ pub(super) async fn check(
         Some((_, state_dir)) => store::read_confirmed(state_dir),
         None => Ok(None),
     };
-    let mut errors = Vec::new();
     let remembered = match kept {
         Ok(kept) => kept.unwrap_or_default().interfaces,
         Err(error) => {

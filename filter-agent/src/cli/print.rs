@@ -378,6 +378,9 @@ pub(super) fn print_refreshed(refreshed: &[Refreshed]) {
                     "{name}: error: {error}; the rest of the result is in force, {prefixes} with what is kept"
                 )
             }
+            Some(error) if region.prefixes == 0 => {
+                println!("{name}: error: {error}; it allows nobody")
+            }
             Some(error) => {
                 println!("{name}: error: {error}; the last good set of {prefixes} stays in force")
             }

@@ -10,6 +10,7 @@ use std::{
 use crate::{
     policy::{Policy, RegionSource},
     region::{files::Walk, headers},
+    whole_file,
 };
 
 /// Directories that the unit hides (`ProtectHome`, `PrivateTmp`).
@@ -49,6 +50,29 @@ pub(super) fn warnings(file: &Path, policy: &Policy) -> Vec<String> {
         .collect();
     for file in named {
         warn(file, true);
+    }
+    // The others are read by `check` itself, or examined below.
+    let of_look_ups = policy.regions.iter().flat_map(|(name, region)| {
+        let files: Vec<(&str, &PathBuf)> = match &region.source {
+            RegionSource::Dns(dns) => {
+                let anchor = dns.trust_anchor.iter().map(|file| ("trust_anchor", file));
+                let ca_file = dns.ca_file.iter().map(|file| ("ca_file", file));
+                anchor.chain(ca_file).collect()
+            }
+            RegionSource::Url(url) => url.ca_file.iter().map(|file| ("ca_file", file)).collect(),
+            RegionSource::File(_) | RegionSource::Prefixes(_) => Vec::new(),
+        };
+        files
+            .into_iter()
+            .map(move |(field, file)| (name, field, file))
+    });
+    for (name, field, file) in of_look_ups {
+        if let Err(error) = whole_file::open(file) {
+            let file = file.display();
+            warnings.push(format!(
+                "region {name}: {field} {file} cannot be read: {error:#}"
+            ));
+        }
     }
     for (name, region) in &policy.regions {
         let RegionSource::Url(list) = &region.source else {

@@ -74,9 +74,24 @@ fn kept<'a>(region: &Region, known: Option<&'a State>) -> Option<&'a State> {
 pub fn next(
     policy: &Policy,
     known: &Regions,
-    mut answers: BTreeMap<String, Result<Answer>>,
+    answers: BTreeMap<String, Result<Answer>>,
     now: Timestamp,
 ) -> Result<Regions> {
+    let (regions, errors) = next_and_errors(policy, known, answers, now)?;
+    ensure!(errors.is_empty(), "{}", errors.join("\n"));
+    Ok(regions)
+}
+
+/// As `next`. What failed is returned as well, a line for each region, and is among the regions as it was known.
+///
+/// # Errors
+/// A rule names a region that there is not.
+pub fn next_and_errors(
+    policy: &Policy,
+    known: &Regions,
+    mut answers: BTreeMap<String, Result<Answer>>,
+    now: Timestamp,
+) -> Result<(Regions, Vec<String>)> {
     let mut regions = Regions::new();
     let mut errors = Vec::new();
     for name in used(policy) {
@@ -107,8 +122,7 @@ pub fn next(
         }
         regions.insert(name.clone(), state);
     }
-    ensure!(errors.is_empty(), "{}", errors.join("\n"));
-    Ok(regions)
+    Ok((regions, errors))
 }
 
 /// Returns the prefixes that each region allows.
