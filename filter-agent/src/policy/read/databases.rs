@@ -479,7 +479,9 @@ impl Reader<'_> {
                 if !regions.contains_key(&name) {
                     let known: Vec<&str> = regions.keys().map(String::as_str).collect();
                     let known = known.join(", ");
-                    let message = format!("no region {name:?} is defined; there are {known}");
+                    let place = if at.rule.is_none() { "cluster: " } else { "" };
+                    let message =
+                        format!("{place}no region {name:?} is defined; there are {known}");
                     self.problem(&at.key("region"), message);
                     return None;
                 }

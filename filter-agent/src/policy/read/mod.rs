@@ -122,7 +122,8 @@ enum RawInterface {
 #[serde(deny_unknown_fields)]
 struct RawWithMode {
     name: String,
-    mode: Mode,
+    /// Checked apart: an error within an untagged entry says nothing of its field.
+    mode: String,
 }
 
 #[derive(Deserialize)]
@@ -158,7 +159,15 @@ impl Reader<'_> {
             match interface {
                 RawInterface::Name(name) => names.push(name),
                 RawInterface::WithMode(RawWithMode { name, mode }) => {
-                    modes.insert(name.clone(), mode);
+                    match serde_yaml::from_value::<Mode>(Value::String(mode)) {
+                        Ok(mode) => {
+                            modes.insert(name.clone(), mode);
+                        }
+                        Err(error) => {
+                            let at = at.index(names.len());
+                            self.problem(&at.key("mode"), format!("mode: {error}"));
+                        }
+                    }
                     names.push(name);
                 }
             }

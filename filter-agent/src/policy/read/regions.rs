@@ -33,7 +33,7 @@ struct RawRegion {
     private: Option<bool>,
     max_prefixes: Option<i64>,
     allow_empty: Option<bool>,
-    shortest: Option<Vec<String>>,
+    shortest: Option<Vec<RawScalar>>,
     max_shrink: Option<RawScalar>,
     shrink_after: Option<RawScalar>,
     retire_after: Option<RawScalar>,
@@ -67,11 +67,12 @@ enum RawDnssec {
 }
 
 /// Prefix lengths of IPv4 and IPv6, each written as `/6`.
-fn lengths(texts: &[String]) -> Option<[u8; 2]> {
+fn lengths(texts: &[RawScalar]) -> Option<[u8; 2]> {
     let [v4, v6] = texts else {
         return None;
     };
-    let length = |text: &str, most| {
+    let length = |text: &RawScalar, most| {
+        let text = text.to_string();
         let length = text.strip_prefix('/')?.parse().ok()?;
         (1..=most).contains(&length).then_some(length)
     };
