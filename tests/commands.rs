@@ -81,7 +81,7 @@ fn members_of_a_cluster_have_labels_and_ends() {
     let text = explain("10.1.2.4");
     assert_eq!(
         text,
-        "orders: 10.1.2.4 passes: allowed by cluster (replicas), until 2100-01-01T00:00:00Z\n"
+        "orders: 10.1.2.4 passes: allowed by cluster member 10.1.0.0/16 (replicas), until 2100-01-01T00:00:00Z\n"
     );
     for source in ["10.1.2.3", "192.0.2.7"] {
         let text = explain(source);
@@ -91,9 +91,12 @@ fn members_of_a_cluster_have_labels_and_ends() {
         );
     }
     let rules = net.agent_json(&["rules"]);
-    assert_eq!(rules[0]["label"], "replicas");
-    assert_eq!(rules[0]["expires"], "2100-01-01T00:00:00Z");
-    assert_eq!(rules[0]["prefixes"], 3);
+    assert_eq!(rules[0]["source"], "cluster");
+    assert_eq!(rules[0]["prefixes"], 2);
+    assert_eq!(rules[1]["source"], "cluster member 10.1.0.0/16");
+    assert_eq!(rules[1]["label"], "replicas");
+    assert_eq!(rules[1]["expires"], "2100-01-01T00:00:00Z");
+    assert_eq!(rules[1]["prefixes"], 1);
     // The region is followed.
     fs::write(&replicas, "192.0.2.8/32\n").unwrap();
     assert!(wait_until(
