@@ -8,14 +8,19 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{Ebpf, programs::Xdp};
 use aya_obj::programs::XdpAttachType;
 use filter_agent::{
-    clock::Clock, compile::compile, kernel::filter::Filter, policy, rules::Regions,
-    temporary::Timed,
+    clock::Clock,
+    compile::compile,
+    kernel::filter::Filter,
+    policy,
+    rules::Regions,
+    temporary::{Kind, Temporary, Timed},
 };
 use filter_tests::net::{Net, succeed};
 use ipnet::IpNet;
@@ -260,6 +265,16 @@ impl Programs {
 
     /// Has the filter allow these networks and no others. `databases`: how many there are beside.
     pub fn allow(&mut self, networks: &[IpNet], databases: u16) -> Result<()> {
+        self.allow_with(networks, databases, &[])
+    }
+
+    /// `allow`, with temporary rules and blocks of an hour.
+    pub fn allow_with(
+        &mut self,
+        networks: &[IpNet],
+        databases: u16,
+        temporary: &[(Kind, IpNet)],
+    ) -> Result<()> {
         let rules = "model: dedicated, rules: [{region: r}]";
         let mut text = format!(
             "interfaces: [eth0]
@@ -278,11 +293,23 @@ databases:
         let parsed = policy::parse(&text).map_err(|problems| anyhow::anyhow!("{problems:?}"));
         let (policy, _) = parsed.context("read the benchmark's policy")?;
         let regions: Regions = BTreeMap::from([("r".to_owned(), Arc::from(networks))]);
-        self.filter.apply(&compile(
-            &policy,
-            &regions,
-            &Timed::of(&policy, Clock::start().now()),
-        ))?;
+        let now = Clock::start().now();
+        let end = now.boot.after(Duration::from_hours(1));
+        let temporary = temporary.iter().map(|&(kind, source)| Temporary {
+            database: "d".into(),
+            kind,
+            source,
+            label: None,
+            added: now.wall,
+            by: None,
+            end,
+            until: now.date_of(end),
+        });
+        let timed = Timed {
+            temporary: temporary.collect(),
+            ..Timed::of(&policy, now)
+        };
+        self.filter.apply(&compile(&policy, &regions, &timed))?;
         Ok(())
     }
 }

@@ -10,6 +10,7 @@ mod traffic;
 
 use std::{
     env, fs,
+    net::IpAddr,
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -17,7 +18,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, ValueEnum, builder::RangedU64ValueParser};
-use filter_agent::kernel::filter::Filter;
+use filter_agent::{kernel::filter::Filter, temporary::Kind};
 use filter_tests::bpffs::Bpffs;
 use ipnet::IpNet;
 use nix::{
@@ -145,6 +146,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         programs.allow(&of_size(&networks, few), 120)?;
         per_packet(&mut report, &programs, &plan, few, ", 122 databases")?;
         judged(&mut report, &programs, &plan)?;
+        ending(&mut report, &mut programs, &plan, &of_size(&networks, few))?;
     }
     if wants(Part::Live) {
         let rivals: &[Guard] = if arguments.no_rivals {
@@ -263,6 +265,61 @@ fn judged(report: &mut Report, programs: &Programs, plan: &Plan) -> Result<()> {
         &over,
     ));
     Ok(())
+}
+
+/// Rules with an end, and blocks.
+fn ending(
+    report: &mut Report,
+    programs: &mut Programs,
+    plan: &Plan,
+    networks: &[IpNet],
+) -> Result<()> {
+    let frames = traffic::frames();
+    let frame = |wanted: &str| {
+        let mut frames = frames
+            .iter()
+            .filter(|(name, family, _)| (*name, *family) == (wanted, "IPv4"));
+        frames
+            .next()
+            .map(|(.., frame)| frame.clone())
+            .context("find a frame")
+    };
+    let (allowed, denied) = (frame("allowed")?, frame("denied")?);
+    let one =
+        |frame: &[u8]| IpNet::from(IpAddr::from([frame[26], frame[27], frame[28], frame[29]]));
+    let cases: [(&str, &[(Kind, IpNet)], &[u8]); 4] = [
+        (
+            "until an end: allowed",
+            &[(Kind::Allow, one(&denied))],
+            &denied,
+        ),
+        (
+            "with a block: blocked",
+            &[(Kind::Block, one(&allowed))],
+            &allowed,
+        ),
+        (
+            "with a block of another: allowed",
+            &[(Kind::Block, one(&denied))],
+            &allowed,
+        ),
+        (
+            "with a block of another: denied",
+            &[(Kind::Block, one(&allowed))],
+            &denied,
+        ),
+    ];
+    for (name, temporary, frame) in cases {
+        programs.allow_with(networks, 0, temporary)?;
+        let over = over_the_floor(programs, plan, frame)?;
+        report.record(Measure::new(
+            "per packet",
+            format!("{name}, IPv4"),
+            "ns",
+            &over,
+        ));
+    }
+    programs.allow(networks, 0)
 }
 
 /// Every kind of traffic at every host, in turns.
