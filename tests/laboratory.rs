@@ -439,7 +439,18 @@ impl Laboratory {
             return;
         };
         // The agent writes what it keeps after it is ready.
-        let files = || [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
+        // Kept as long as the policy has a rule with an end.
+        let policy = fs::read_to_string(self.net.policy_path()).unwrap();
+        let ends = policy
+            .contains("expires:")
+            .then(|| self.net.state_dir().join("temporary.json"));
+        let files = || {
+            let mut found = [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
+            ends.iter().for_each(|ends| {
+                found[1].remove(ends);
+            });
+            found
+        };
         let mut found = files();
         let deadline = Instant::now() + Duration::from_secs(2);
         while found != *clean && Instant::now() < deadline {
