@@ -25,6 +25,8 @@ use rules::Outcome;
 
 /// Loaded as XDP *frags*: without it the kernel refuses to attach above an MTU of about a page.
 #[xdp(frags)]
+// Into the function that the macro makes around it: as one of its own it costs each packet a call.
+#[inline(always)]
 pub fn filter(ctx: XdpContext) -> u32 {
     // One after the other: what follows is compiled for each by itself.
     if let Some(packet) = parse::plain4(&ctx) {
