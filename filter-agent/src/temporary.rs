@@ -571,7 +571,10 @@ fn dedicated<'a>(policy: &'a Policy, name: &str) -> Result<&'a Database> {
 }
 
 /// A prefix, or an address alone: that one host.
-fn parse_source(text: &str) -> Result<IpNet> {
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn parse_source(text: &str) -> Result<IpNet> {
     let host: Result<IpAddr, _> = text.parse();
     let prefix = host.map_or_else(
         |_| text.to_owned(),

@@ -21,6 +21,7 @@ use crate::{
     log,
     policy_file::PolicyFile,
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
+    temporary::parse_source,
 };
 
 use args::{Cli, Command, Output, Socket, Temporary, Timeout};
@@ -270,6 +271,8 @@ async fn change_temporary(
         label,
     } = temporary;
     let Some(lasting) = lasting else {
+        // As the policy file spells it, which takes no bare address.
+        let source = parse_source(&source).map_or(source, |prefix| prefix.to_string());
         let message = match action {
             "allow" => format!(
                 "a rule without an end belongs into the policy file, under `rules:` of {database}: \
