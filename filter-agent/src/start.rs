@@ -369,6 +369,8 @@ fn in_kernel(
             None => temporary.push(found),
         }
     }
+    // The kernel holds those that ended while no agent ran, too.
+    temporary.retain(|rule| rule.end > now.boot);
     (ends, temporary)
 }
 
