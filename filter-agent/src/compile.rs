@@ -90,6 +90,9 @@ pub fn compile(policy: &Policy, regions: &Regions, timed: &Timed) -> Compiled {
         warn_of_width(database, &entries, &mut compiled.warnings);
         compiled.databases.insert(database.name.clone(), entries);
     }
+    // They are taken out at their end, too.
+    let suspended = timed.suspended(policy).map(|rule| rule.end);
+    compiled.next_end = compiled.next_end.into_iter().chain(suspended).min();
     compiled
 }
 
