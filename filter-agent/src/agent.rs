@@ -94,6 +94,8 @@ pub struct Agent {
     saves: Saves,
     instead_of_file: Option<String>,
     unreadable: Option<String>,
+    /// Why the temporary rules that were kept could not be read; until a reload.
+    unkept: Option<String>,
     late: Vec<Late>,
     is_ready: bool,
     is_detached: bool,
@@ -140,6 +142,7 @@ impl Agent {
             saves,
             instead_of_file,
             unreadable,
+            unkept,
             late: Vec::new(),
             is_ready: false,
             is_detached: false,
@@ -156,7 +159,8 @@ impl Agent {
         }
         agent.forget_unused();
         agent.checked(checked);
-        let unread = agent.unreadable.clone().into_iter().chain(unkept);
+        let unread = [agent.unreadable.clone(), agent.unkept.clone()];
+        let unread = unread.into_iter().flatten();
         for error in committed.errors.into_iter().chain(unread) {
             agent.log(Entry::error(error));
         }
@@ -520,6 +524,7 @@ impl Agent {
         self.enforced = committed.enforced;
         self.instead_of_file = None;
         self.unreadable = None;
+        self.unkept = None;
         // What was asked before is overtaken, or about a region that is no longer what it was.
         let regions = &self.regions;
         let ended = self.look_ups.end(|name| {
@@ -748,7 +753,7 @@ impl Agent {
             enforced: self.enforced.clone(),
             regions: self.regions.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
-            unsaved: self.saves.errors().cloned().collect(),
+            unsaved: self.saves.errors().chain(&self.unkept).cloned().collect(),
         }
     }
 
