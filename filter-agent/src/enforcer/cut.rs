@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use filter_common::Protocol;
 
 use super::{Enforcer, unfiltered};
 use crate::{
@@ -60,7 +61,9 @@ impl Enforcer {
             .iter()
             .filter(|(_, change)| change.takes_access());
         let elsewhere = databases.filter_map(|(name, _)| {
-            let entries = compiled.databases.get(name)?;
+            // Only TCP has connections.
+            let entries = compiled.databases.get(name);
+            let entries = entries.filter(|entries| entries.protocol == Protocol::Tcp)?;
             let is_here = entries.ports.iter().any(|port| listening.contains(port));
             (!is_here).then(|| {
                 format!(
