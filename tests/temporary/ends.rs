@@ -1,0 +1,120 @@
+//! Ends of rules: the kernel keeps them, with an agent and without one.
+
+use std::time::{Duration, Instant};
+
+use filter_tests::net::{
+    ALLOWED4, CLIENT4, Connection, DENIED4, Hammer, NEIGHBOURS, Net, Protected, wait_until,
+};
+use jiff::{SignedDuration, Timestamp};
+use serde_json::json;
+
+use crate::host::{
+    ALLOWED, Client, DB, DENIED, MEMBER, PORT, connect_all, kept_sources, orders, rule, sources,
+    temporary,
+};
+
+/// Sources that a rule allows all the time, and that none ever allows.
+const STEADY: &str = "203.0.113.11/32";
+const NEVER: std::net::IpAddr = std::net::IpAddr::V4(CLIENT4);
+
+#[test]
+fn rules_and_blocks_end_without_an_agent_and_nobody_else_notices() {
+    let policy = orders(&[ALLOWED, STEADY], "");
+    let watched = [ALLOWED, STEADY, DENIED, MEMBER];
+    let mut net = Net::enforcing("ends-alone", &[Protected::tcp(PORT, &watched)], &policy);
+    let _echo = net.echo(PORT);
+    let allowed = Hammer::allowed(&net.client, &[(NEIGHBOURS[1], DB)]);
+    let denied = Hammer::denied(&net.client, &[(NEVER, DB)]);
+    let mut steady = Client::open(&net, NEIGHBOURS[1]);
+
+    // `expires:` ends as `allow` does.
+    let end = Timestamp::now() + SignedDuration::from_secs(3);
+    let member = format!("{{cidr: {MEMBER}, expires: '{end}'}}, {{cidr: '{STEADY}'}}");
+    net.reload(&policy.replace(&format!("{{cidr: '{STEADY}'}}"), &member));
+    let begun = Instant::now();
+    let done = net.agent_json(&["allow", "orders", DENIED, "--for", "3s"]);
+    assert_eq!(
+        done["difference"]["databases"]["orders"]["added"],
+        json!([DENIED])
+    );
+    let done = net.agent_json(&["block", "orders", ALLOWED, "--for", "3s"]);
+    assert_eq!(
+        done["difference"]["databases"]["orders"]["blocked"],
+        json!([ALLOWED])
+    );
+    net.kill();
+    let unblocked = wait_until(|| net.connect(ALLOWED4.into(), DB) == Connection::Accepted);
+    assert!(unblocked, "a block outlives its end");
+    assert!(
+        begun.elapsed() >= Duration::from_secs(3),
+        "a block ends early"
+    );
+    let out = [DENIED4.into(), NEIGHBOURS[0]].map(|source| (source, DB));
+    let silent = [Connection::Silence; 2];
+    assert!(
+        wait_until(|| net.connect_all(&out) == silent),
+        "a rule outlives its end"
+    );
+    net.watch(&[Protected::tcp(PORT, &[ALLOWED, STEADY])]);
+    assert_eq!(net.connect_all(&out), silent);
+    steady.assert_alive();
+
+    // The next agent finds nothing of what has ended.
+    net.start();
+    assert_eq!(sources(&net), Vec::<String>::new());
+    assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+    assert_eq!(net.connect_all(&out), silent);
+    assert!(wait_until(|| kept_sources(&net).is_empty()));
+    steady.assert_alive();
+    assert!(allowed.attempts() > 0 && denied.attempts() > 0);
+    allowed.stop();
+    denied.stop();
+}
+
+#[test]
+fn ended_rule_is_taken_out_by_the_agent_and_its_connections_are_reset() {
+    let watched = [ALLOWED, DENIED];
+    let policy = orders(&[ALLOWED], "");
+    let mut net = Net::enforcing("ends-agent", &[Protected::tcp(PORT, &watched)], &policy);
+    let _echo = net.echo(PORT);
+    let mut steady = Client::open(&net, ALLOWED4);
+    // Until the end is late enough for this machine to connect before it.
+    for lasting in ["2s", "10s", "60s"] {
+        net.agent_text(&["allow", "orders", DENIED, "--for", lasting]);
+        if net.connect(DENIED4.into(), DB) == Connection::Accepted {
+            Client::open(&net, DENIED4).assert_reset();
+            break;
+        }
+    }
+    net.wait_for_line("database orders: temporary rule 198.51.100.7/32 has ended");
+    net.watch(&[Protected::tcp(PORT, &[ALLOWED])]);
+    assert!(wait_until(|| temporary(&net).is_empty()));
+    assert!(wait_until(|| kept_sources(&net).is_empty()));
+    assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
+
+    net.agent_text(&["block", "orders", ALLOWED, "--for", "2s"]);
+    steady.assert_reset();
+    net.wait_for_line("database orders: block 203.0.113.10/32 has ended");
+    assert!(wait_until(|| temporary(&net).is_empty()));
+    assert_eq!(connect_all(&net, &[ALLOWED4]), [Connection::Accepted]);
+    assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+}
+
+#[test]
+fn longer_end_that_is_allowed_again_holds_and_a_shorter_one_too() {
+    let policy = orders(&[], "");
+    let mut net = Net::enforcing("ends-again", &[Protected::tcp(PORT, &[DENIED])], &policy);
+    let _echo = net.echo(PORT);
+    net.agent_text(&["allow", "orders", DENIED, "--for", "1s"]);
+    net.agent_text(&["allow", "orders", DENIED, "--for", "1h"]);
+    let mut client = Client::open(&net, DENIED4);
+    assert!(rule(&net, DENIED)["left"].as_u64() > Some(3000));
+    // Another one ends meanwhile, after the first end of this one.
+    net.agent_text(&["allow", "orders", MEMBER, "--for", "1s"]);
+    net.wait_for_line("database orders: temporary rule 203.0.113.9/32 has ended");
+    assert_eq!(sources(&net), [DENIED]);
+    client.assert_alive();
+    net.agent_text(&["allow", "orders", DENIED, "--for", "1s"]);
+    client.assert_reset();
+    assert!(wait_until(|| temporary(&net).is_empty()));
+}
