@@ -114,3 +114,27 @@ fn longer_end_that_is_allowed_again_holds_and_a_shorter_one_too() {
     client.assert_reset();
     assert!(wait_until(|| temporary(&net).is_empty()));
 }
+
+#[test]
+fn connections_that_lost_their_rule_without_an_agent_are_reset_at_the_next_start() {
+    let both = orders(&[ALLOWED, STEADY], "");
+    let mut net = Net::enforcing("ends-off", &[], &both);
+    let _echo = net.echo(PORT);
+    net.wait_until_confirmed();
+    let mut steady = Client::open(&net, NEIGHBOURS[1]);
+    let mut removed = Client::open(&net, ALLOWED4);
+    net.agent_text(&["allow", "orders", DENIED, "--for", "1h"]);
+    let mut ended = Client::open(&net, DENIED4);
+    net.agent_text(&["allow", "orders", DENIED, "--for", "1s"]);
+    net.kill();
+    let out = || net.connect(DENIED4.into(), DB) == Connection::Silence;
+    assert!(wait_until(out), "a rule outlives its end");
+    net.start();
+    ended.assert_reset();
+    removed.assert_alive();
+    net.terminate();
+    net.write_policy(&orders(&[STEADY], ""));
+    net.start();
+    removed.assert_reset();
+    steady.assert_alive();
+}
