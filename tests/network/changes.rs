@@ -52,7 +52,7 @@ fn rule_ends_when_it_expires() {
             break;
         }
     }
-    net.wait_for_line("the rule of 203.0.113.10/32 has expired");
+    net.wait_for_line("database orders: the rule of 203.0.113.10/32 has expired");
     net.watch(&[Protected::tcp(PORT, &["2001:db8::10/128"])]);
     assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Silence);
     assert_eq!(net.connect(ALLOWED6.into(), DB_V6), Connection::Accepted);
