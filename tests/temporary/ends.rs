@@ -138,3 +138,49 @@ fn connections_that_lost_their_rule_without_an_agent_are_reset_at_the_next_start
     removed.assert_reset();
     steady.assert_alive();
 }
+
+#[test]
+fn rule_or_block_that_ended_hides_no_other_without_an_agent() {
+    // A hole for one host, which only a temporary rule allows.
+    let rules = "{cidr: 203.0.113.0/24, except: [203.0.113.9/32]}";
+    let policy = orders(&[], "").replace("rules: []", &format!("rules: [{rules}]"));
+    let watched = ["203.0.113.0/24", DENIED];
+    let mut net = Net::enforcing("ends-hides", &[Protected::tcp(PORT, &watched)], &policy);
+    let _echo = net.echo(PORT);
+    let hole = [(NEIGHBOURS[0], DB)];
+    assert_eq!(net.connect_all(&hole), [Connection::Silence]);
+    // A shorter rule inside a longer one, the other way round, and the same of blocks.
+    for [action, source, lasting] in [
+        ["allow", ALLOWED, "1s"],
+        ["allow", MEMBER, "1h"],
+        ["allow", "203.0.113.8/31", "1s"],
+        ["allow", "198.51.100.0/24", "1h"],
+        ["allow", DENIED, "1s"],
+        ["block", "198.51.100.0/30", "1s"],
+        ["block", STEADY, "1h"],
+        ["block", "203.0.113.0/24", "2s"],
+        ["block", "203.0.113.8/30", "1s"],
+    ] {
+        net.agent_text(&[action, "orders", source, "--for", lasting]);
+    }
+    net.kill();
+    let inside = || net.connect(ALLOWED4.into(), DB) == Connection::Accepted;
+    assert!(wait_until(inside), "a block outlives its end");
+    // All that lasts for seconds has ended.
+    let all = [
+        ALLOWED4.into(),
+        NEIGHBOURS[0],
+        NEIGHBOURS[1],
+        DENIED4.into(),
+    ];
+    let (yes, no) = (Connection::Accepted, Connection::Silence);
+    let found = net.connect_all(&all.map(|source| (source, DB)));
+    assert_eq!(found, [yes, yes, no, yes]);
+    net.start();
+    assert_eq!(sources(&net).len(), 3);
+    let found = net.connect_all(&all.map(|source| (source, DB)));
+    assert_eq!(found, [yes, yes, no, yes]);
+    net.agent_text(&["revoke", "orders", MEMBER]);
+    assert_eq!(net.connect_all(&hole), [no]);
+    assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
+}
