@@ -43,7 +43,7 @@ pub fn cut<'a>(
     let cut = connections.iter().filter_map(|connection| {
         let source = connection.peer.ip();
         // What time ended by itself is cut by the change that takes it out.
-        let (database, rule) = before.rule_of(connection.local, source)?;
+        let (database, rule) = before.rule_of(connection.local, source, now)?;
         let (_, entries) = at(after, connection.local)?;
         let goes_on = entries.monitor || entries.rule_of(source, now).is_some();
         (!goes_on && is_filtered(source)).then_some(Cut {
@@ -259,6 +259,24 @@ mod tests {
         let member = ", cluster: [192.0.2.1/32]";
         assert_eq!(peers(RULES, member, &blocks, 0), ["[2001:db8::1]:4"]);
         assert_eq!(peers(RULES, "", &blocks, 11), Vec::<String>::new());
+    }
+
+    #[test]
+    fn connections_that_a_block_cut_before_are_not_cut_again() {
+        let now = Clock::start().now();
+        let connections = [
+            connection(5432, "192.0.2.1:1"),
+            connection(5432, "198.51.100.7:2"),
+        ];
+        let before = compiled(RULES, "", &["192.0.2.1/32"], now);
+        let before = Image::of(&before, &Image::default()).unwrap();
+        let after = compiled("[]", "", &["192.0.2.1/32"], now);
+        let found = cut(&before, &after, &connections, now.boot, |_| true);
+        let peers: Vec<String> = found
+            .iter()
+            .map(|c| c.connection.peer.to_string())
+            .collect();
+        assert_eq!(peers, ["198.51.100.7:2"]);
     }
 
     #[test]

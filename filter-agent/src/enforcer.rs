@@ -573,6 +573,12 @@ impl Enforcer {
         Ok(self.drops.report(&self.filter.counts()?, database))
     }
 
+    /// Names of the databases in the kernel.
+    pub fn databases(&self) -> BTreeSet<String> {
+        let names = self.filter.image().slots_by_name().into_keys();
+        names.map(str::to_owned).collect()
+    }
+
     /// Rules and blocks with an end, as the kernel holds them.
     pub fn ends(&self) -> Vec<InKernel> {
         self.filter.ends()

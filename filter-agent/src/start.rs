@@ -275,7 +275,9 @@ pub async fn enforce(
         Ok(kept) => (kept, None),
         Err(error) => (Kept::default(), Some(format!("{error:#}"))),
     };
-    let held = enforcer.call(|enforcer| enforcer.ends()).await?;
+    let held = enforcer
+        .call(|enforcer| (enforcer.databases(), enforcer.ends()))
+        .await?;
     let restored = kept.clone().restore(boot_id().as_deref(), clock.now());
     let (ends, temporary) = in_kernel(restored, before.as_ref(), held, clock.now());
     // It is written anew, with the machine of now.
@@ -357,13 +359,26 @@ async fn read_temporary(options: &Options, is_foreign: bool) -> Result<Kept> {
 fn in_kernel(
     (mut ends, mut temporary): (Ends, Vec<Temporary>),
     before: Option<&Policy>,
-    held: Vec<InKernel>,
+    (databases, held): (BTreeSet<String>, Vec<InKernel>),
     now: Now,
 ) -> (Ends, Vec<Temporary>) {
+    let found: Vec<Temporary> = held.iter().filter_map(|rule| rule.temporary(now)).collect();
     if let Some(before) = before {
         ends.adopt(before, &held, now);
+        // One that the kernel does not hold was revoked, and the disk did not take that; or it is suspended.
+        let kept = Timed {
+            now,
+            ends: Ends::default(),
+            temporary: temporary.clone(),
+        };
+        let suspended: Vec<&Temporary> = kept.suspended(before).collect();
+        temporary.retain(|rule| {
+            !databases.contains(&rule.database)
+                || found.iter().any(|found| found.is_same(rule))
+                || suspended.contains(&rule)
+        });
     }
-    for found in held.iter().filter_map(|rule| rule.temporary(now)) {
+    for found in found {
         match temporary.iter_mut().find(|rule| rule.is_same(&found)) {
             Some(rule) => rule.end = found.end,
             None => temporary.push(found),

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     clock::{BootTime, Now},
     log::Entry,
-    policy::{Database, Model, Policy, Rule, Source, parse_cidr, spelled, without},
+    policy::{Database, Model, Policy, Rule, Source, check_label, parse_cidr, without},
     policy_file::PolicyFile,
     report::{self, By},
     rules::{Regions, RuleKey, held},
@@ -21,9 +21,6 @@ use crate::{
 /// Shortest and longest time that a temporary rule may be given.
 const SHORTEST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_hours(366 * 24);
-
-/// Longest label of a temporary rule, in characters.
-const MAX_LABEL: usize = 100;
 
 /// A change of the temporary rules that a client asks for.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -193,21 +190,23 @@ impl Timed {
         let lasting = Duration::from_secs(seconds);
         ensure!(
             (SHORTEST..=LONGEST).contains(&lasting),
-            "a temporary rule lasts from {} to {}: {} does not; for longer write it into {}",
-            spelled(SHORTEST),
-            spelled(LONGEST),
-            spelled(lasting),
+            "a temporary rule lasts from a second to 366 days: {seconds} s is not such a time; for longer write it into {}",
             file.path.display()
         );
+        let label = label.filter(|label| !label.is_empty());
         if let Some(label) = &label {
-            ensure!(
-                label.chars().count() <= MAX_LABEL && !label.contains(char::is_control),
-                "a label has at most {MAX_LABEL} characters, none a control character"
-            );
+            check_label(label).map_err(Error::msg)?;
         }
         let mut notes = Vec::new();
         match kind {
-            Kind::Allow => self.note_allowed(database, source, regions, &mut notes),
+            Kind::Allow => {
+                if source.prefix_len() == 0 {
+                    notes.push(format!(
+                        "as long as it lasts, filtering is off for all of {source}"
+                    ));
+                }
+                self.note_allowed(database, source, regions, &mut notes);
+            }
             Kind::Block => self.note_cluster(database, source, regions, &mut notes)?,
         }
         let is_same = |rule: &Temporary| {

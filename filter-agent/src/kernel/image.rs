@@ -239,8 +239,13 @@ impl Image {
     }
 
     /// The database of a TCP connection to a local address, and the text of the rule that holds its source, whether or not
-    /// that has ended.
-    pub fn rule_of(&self, local: SocketAddr, source: IpAddr) -> Option<(&str, &str)> {
+    /// that has ended. `None` where a block keeps the source out at the time `now`, too.
+    pub fn rule_of(
+        &self,
+        local: SocketAddr,
+        source: IpAddr,
+        now: BootTime,
+    ) -> Option<(&str, &str)> {
         fn find<K: Ord + Copy, V: Copy>(list: &[(K, V)], key: K) -> Option<V> {
             let place = list.binary_search_by_key(&key, |&(key, _)| key);
             place.ok().map(|place| list[place].1)
@@ -267,6 +272,25 @@ impl Image {
                 find(&self.allowed6, (section, prefix))
             }),
         })?;
+        let lasts = |value: &RuleValue| {
+            let end = value.end().and_then(|rule| find(&self.ends, rule));
+            end.is_none_or(|end| end > now)
+        };
+        let section = Section::rules(slot);
+        let mut blocked4 = self.blocked4.iter().filter(|((of, _), _)| *of == section);
+        let mut blocked6 = self.blocked6.iter().filter(|((of, _), _)| *of == section);
+        let is_blocked = !value.is_exempt()
+            && match source {
+                IpAddr::V4(source) => {
+                    blocked4.any(|((_, net), v)| net.contains(&source) && lasts(v))
+                }
+                IpAddr::V6(source) => {
+                    blocked6.any(|((_, net), v)| net.contains(&source) && lasts(v))
+                }
+            };
+        if is_blocked {
+            return None;
+        }
         let database = name(&self.slots, u32::from(slot))?;
         Some((database, name(&self.rules, value.rule())?))
     }

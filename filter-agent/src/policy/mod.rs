@@ -12,6 +12,6 @@ pub use checked::{Database, Listed, Mode, Model, OnRemoval, Policy, Rule, Source
 pub use difference::differences;
 pub use duration::spelled;
 pub use prefix::{parse_cidr, without};
-pub use read::{Problem, parse};
+pub use read::{Problem, check_label, parse};
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
 pub use secret_url::{SecretUrl, redacted};

@@ -132,6 +132,17 @@ enum ProxyProtocol {
     Required,
 }
 
+/// # Errors
+/// What is wrong with a label.
+pub fn check_label(label: &str) -> Result<(), String> {
+    if label.chars().count() > MAX_LABEL || label.contains(is_control) {
+        return Err(format!(
+            "a label has at most {MAX_LABEL} characters, none a control character"
+        ));
+    }
+    Ok(())
+}
+
 /// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a label that has one
 /// looks like another in a terminal.
 fn is_control(character: char) -> bool {
@@ -397,9 +408,7 @@ impl Reader<'_> {
         let mut rules = Vec::new();
         for (number, (at, raw)) in (1..).zip(raw) {
             let label = raw.label.as_deref().unwrap_or_default();
-            if label.chars().count() > MAX_LABEL || label.contains(is_control) {
-                let message =
-                    format!("a label has at most {MAX_LABEL} characters, none a control character");
+            if let Err(message) = check_label(label) {
                 self.problem(&at.key("label"), message);
             }
             let mut expires = None;

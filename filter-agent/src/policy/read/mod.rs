@@ -15,6 +15,7 @@ use serde_yaml::{Mapping, Value};
 use crate::policy::checked::{DEFAULT_ROUTE, Listed, Mode, Policy};
 
 use databases::RawDatabase;
+pub use databases::check_label;
 pub use reader::Problem;
 use reader::{At, Reader, describe, structural};
 
