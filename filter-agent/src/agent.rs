@@ -209,16 +209,26 @@ impl Agent {
                 self.reload(options, Some(reply));
             }
             Event::Hangup => self.reload(ReloadOptions::default(), None),
-            Event::Request(Request::Plan { text, path, reply }) => {
-                self.propose(Aim::Plan { reply }, path, text);
+            Event::Request(Request::Plan {
+                text,
+                path,
+                caller,
+                reply,
+            }) => {
+                self.propose(Aim::Plan { caller, reply }, path, text);
             }
             Event::Request(Request::Refresh {
                 region,
                 accept,
                 reply,
             }) => self.refresh(region, accept, reply),
-            Event::Request(Request::Temporary { change, by, reply }) => {
-                self.change_temporary(change, by, reply);
+            Event::Request(Request::Temporary {
+                change,
+                caller,
+                by,
+                reply,
+            }) => {
+                self.change_temporary(change, caller, by, reply);
             }
             Event::Request(Request::Detach { reply }) => {
                 self.under_way = Some(UnderWay::Detach { reply });
@@ -326,6 +336,7 @@ impl Agent {
                 let occasion = Occasion::Reload {
                     allow_unprotect: options.allow_unprotect,
                     max_cut: options.max_cut,
+                    caller: options.caller,
                 };
                 let cause = Cause::Reload {
                     file: file.clone(),
@@ -334,13 +345,17 @@ impl Agent {
                 };
                 self.change(file, regions, timed, cause, occasion, options.existing);
             }
-            (Aim::Plan { reply }, Ok(regions)) => {
+            (Aim::Plan { caller, reply }, Ok(regions)) => {
                 let order = Order {
                     file,
                     prefixes: region::prefixes(&regions),
                     timed,
                 };
-                self.effects.push(Effect::Plan { order, reply });
+                self.effects.push(Effect::Plan {
+                    order,
+                    caller,
+                    reply,
+                });
                 self.watch_used();
             }
             (aim, Err(error)) => self.refuse_aim(aim, error),
@@ -349,7 +364,7 @@ impl Agent {
 
     fn refuse_aim(&mut self, aim: Aim, error: anyhow::Error) {
         match aim {
-            Aim::Plan { reply } => {
+            Aim::Plan { reply, .. } => {
                 reply.send(Err(error));
                 self.watch_used();
             }
@@ -399,12 +414,7 @@ impl Agent {
     /// A change of the regions or by time, under the policy in force.
     fn change_regions(&mut self, regions: Regions, cause: Cause) {
         let timed = self.timed.at(self.now);
-        self.change_timed(regions, timed, cause);
-    }
-
-    fn change_timed(&mut self, regions: Regions, timed: Timed, cause: Cause) {
-        let file = self.file.clone();
-        self.change(file, regions, timed, cause, Occasion::Change, false);
+        self.change_timed(regions, timed, cause, None);
     }
 
     fn committed(&mut self, result: Result<(Committed, Checked), Refused>) {
@@ -552,7 +562,7 @@ impl Agent {
         }
         if let Some(reply) = reply {
             let reloaded = report::Reloaded {
-                plan: committed.report,
+                plan: *committed.report,
                 enforced: self.enforced.clone(),
                 verified,
                 errors: committed.errors,
@@ -613,7 +623,7 @@ impl Agent {
                     changes.push((name.clone(), state.tick(now)));
                 }
             }
-            self.change_timed(regions, timed, Cause::Time { changes, ended });
+            self.change_timed(regions, timed, Cause::Time { changes, ended }, None);
         }
     }
 

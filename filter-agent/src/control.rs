@@ -30,6 +30,7 @@ use crate::{
     policy_file::MAX_LENGTH,
     report::{self, By},
     snapshot::Snapshot,
+    temporary::Change,
 };
 
 /// Connections at a time. More wait: descriptors for the checks must be left.
@@ -262,10 +263,20 @@ async fn drops(
     Ok(Json(drops.await.flatten()?))
 }
 
-async fn plan(State(shared): State<Shared>) -> Answer<report::Plan> {
+#[derive(Deserialize)]
+struct CallerQuery {
+    /// The address of who asks; `None`: not known.
+    caller: Option<IpAddr>,
+}
+
+async fn plan(
+    State(shared): State<Shared>,
+    Query(query): Query<CallerQuery>,
+) -> Answer<report::Plan> {
     let plan = shared.ask(|reply| event::Request::Plan {
         text: None,
         path: None,
+        caller: query.caller,
         reply,
     });
     Ok(Json(plan.await?))
@@ -275,6 +286,7 @@ async fn plan(State(shared): State<Shared>) -> Answer<report::Plan> {
 struct PlanQuery {
     /// Names the text in messages.
     file: PathBuf,
+    caller: Option<IpAddr>,
 }
 
 async fn plan_text(
@@ -290,6 +302,7 @@ async fn plan_text(
     let plan = shared.ask(|reply| event::Request::Plan {
         text: Some(text),
         path: Some(query.file),
+        caller: query.caller,
         reply,
     });
     Ok(Json(plan.await?))
@@ -302,6 +315,7 @@ struct ReloadQuery {
     #[serde(default)]
     allow_unprotect: bool,
     max_cut: Option<usize>,
+    caller: Option<IpAddr>,
 }
 
 async fn reload(
@@ -312,6 +326,7 @@ async fn reload(
         existing: query.existing,
         allow_unprotect: query.allow_unprotect,
         max_cut: query.max_cut,
+        caller: query.caller,
     };
     let reloaded = shared.ask(|reply| event::Request::Reload { options, reply });
     Ok(Json(reloaded.await?))
@@ -346,9 +361,23 @@ async fn temporary(
     let body = read
         .context("read the change: it took too long to arrive")?
         .context("read the change")?;
-    let change = serde_json::from_slice(&body).context("read the change")?;
-    let changed = shared.ask(|reply| event::Request::Temporary { change, by, reply });
+    let (change, caller) = read_change(&body).context("read the change")?;
+    let changed = shared.ask(|reply| event::Request::Temporary {
+        change,
+        caller,
+        by,
+        reply,
+    });
     Ok(Json(changed.await?))
+}
+
+/// Reads a change, and the address of who asks for it, which may stand beside it.
+fn read_change(body: &[u8]) -> serde_json::Result<(Change, Option<IpAddr>)> {
+    let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(body)?;
+    let caller = fields.remove("caller").unwrap_or_default();
+    let caller = serde_json::from_value(caller)?;
+    let change = serde_json::from_value(fields.into())?;
+    Ok((change, caller))
 }
 
 /// The client of a connection, from the kernel and /proc.

@@ -69,7 +69,7 @@ fn at(compiled: &Compiled, local: SocketAddr) -> Option<(&str, &Entries)> {
 
 impl Entries {
     /// The rule that allows a source: one that has not ended, of a source that no block holds.
-    fn rule_of(&self, source: IpAddr, now: BootTime) -> Option<&RuleKey> {
+    pub fn rule_of(&self, source: IpAddr, now: BootTime) -> Option<&RuleKey> {
         let in_force = |held: &Held| {
             let end = held.end.and_then(|rule| self.rules[usize::from(rule)].1);
             end.is_none_or(|end| end > now)

@@ -265,11 +265,15 @@ impl Performer {
                     }
                 });
             }
-            Effect::Plan { order, reply } => {
+            Effect::Plan {
+                order,
+                caller,
+                reply,
+            } => {
                 tokio::spawn(async move {
                     match compile_order(order).await {
                         Ok(desired) => enforcer.send(move |enforcer| {
-                            reply.send(enforcer.plan(desired));
+                            reply.send(enforcer.plan(desired, caller));
                         }),
                         Err(error) => reply.send(Err(error)),
                     }

@@ -208,7 +208,7 @@ impl Enforcer {
         host: &[Interface],
     ) -> Result<reconcile::Plan> {
         let pinned = match occasion {
-            Occasion::Change => Vec::new(),
+            Occasion::Change { .. } => Vec::new(),
             _ => self.filter.pinned()?,
         };
         reconcile::prepare(
@@ -224,16 +224,18 @@ impl Enforcer {
     ///
     /// # Errors
     /// As `commit`, as far as it can be known before.
-    pub fn plan(&mut self, desired: Desired) -> Result<report::Plan> {
+    pub fn plan(&mut self, desired: Desired, caller: Option<IpAddr>) -> Result<report::Plan> {
         let host = self.netlink.interfaces()?;
         let occasion = Occasion::Reload {
             allow_unprotect: true,
             max_cut: None,
+            caller,
         };
         let plan = self.prepare(desired, &occasion, &host)?;
         let compiled = plan.compiled();
         let mut report = plan.report;
         self.find_cut(&compiled, &mut report);
+        self.find_lock_out(&compiled, caller, &mut report);
         if !plan.unguarded.is_empty() {
             let why = reconcile::describe_unguarded(&plan.unguarded);
             report.warnings.push(format!("a reload is refused: {why}"));
@@ -251,7 +253,7 @@ impl Enforcer {
         occasion: &Occasion,
     ) -> Result<(Committed, Checked), Refused> {
         // A change of regions only writes maps, and can be made while netlink fails.
-        let is_change = matches!(occasion, Occasion::Change);
+        let is_change = matches!(occasion, Occasion::Change { .. });
         let host = if is_change {
             Vec::new()
         } else {
@@ -263,6 +265,7 @@ impl Enforcer {
         let mut plan = self.prepare(desired, occasion, &host)?;
         let compiled = plan.compiled();
         self.find_cut(&compiled, &mut plan.report);
+        self.find_lock_out(&compiled, occasion.caller(), &mut plan.report);
         if let Occasion::Reload {
             max_cut: Some(most),
             ..

@@ -1,6 +1,6 @@
 //! Events that the agent handles, and effects that it asks for.
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
 use tokio::sync::oneshot;
@@ -69,6 +69,8 @@ pub enum Request {
         text: Option<String>,
         /// The file's name in messages.
         path: Option<PathBuf>,
+        /// The address of who asks, if it is known.
+        caller: Option<IpAddr>,
         reply: Reply<report::Plan>,
     },
     Refresh {
@@ -79,6 +81,7 @@ pub enum Request {
     },
     Temporary {
         change: Change,
+        caller: Option<IpAddr>,
         by: Option<By>,
         reply: Reply<report::Temporary>,
     },
@@ -95,6 +98,8 @@ pub struct ReloadOptions {
     pub allow_unprotect: bool,
     /// Refuse a change that cuts off more open connections.
     pub max_cut: Option<usize>,
+    /// The address of who asks, if it is known.
+    pub caller: Option<IpAddr>,
 }
 
 /// An effect to carry out for the agent.
@@ -116,6 +121,7 @@ pub enum Effect {
     },
     Plan {
         order: Order,
+        caller: Option<IpAddr>,
         reply: Reply<report::Plan>,
     },
     /// Answered by `Detached`.

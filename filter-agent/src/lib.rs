@@ -13,6 +13,7 @@ pub mod event;
 pub mod host;
 pub mod kernel;
 mod late;
+mod lock_out;
 mod log;
 mod look_ups;
 mod notify;

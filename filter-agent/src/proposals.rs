@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -28,7 +29,10 @@ pub struct Proposal {
 #[derive(Debug)]
 pub enum Aim {
     Reload(Reload),
-    Plan { reply: Reply<report::Plan> },
+    Plan {
+        caller: Option<IpAddr>,
+        reply: Reply<report::Plan>,
+    },
 }
 
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 //! without touching the kernel, `commit` does it. Start, restart, reload, region changes and ends of rules all
 //! come here.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use anyhow::{Result, bail, ensure};
 
@@ -58,9 +58,20 @@ pub enum Occasion {
         allow_unprotect: bool,
         /// How many open connections the change may cut off; `None`: any number.
         max_cut: Option<usize>,
+        caller: Option<IpAddr>,
     },
-    /// Of regions, or an end of rules: the policy is the one in force.
-    Change,
+    /// Of regions, of temporary rules, or an end of rules: the policy is the one in force.
+    Change { caller: Option<IpAddr> },
+}
+
+impl Occasion {
+    /// The address of who asked for it, if it is known.
+    pub fn caller(&self) -> Option<IpAddr> {
+        match *self {
+            Self::Start { .. } => None,
+            Self::Reload { caller, .. } | Self::Change { caller } => caller,
+        }
+    }
 }
 
 /// The state of the host and the kernel before a change.
@@ -99,7 +110,7 @@ pub struct Plan {
 pub struct Committed {
     /// What the kernel held before.
     pub before: Image,
-    pub report: report::Plan,
+    pub report: Box<report::Plan>,
     pub timed: Arc<Timed>,
     pub compiled: Arc<Compiled>,
     pub enforced: report::Enforced,
@@ -207,8 +218,9 @@ pub fn prepare(
         warnings: Vec::new(),
         cut: Vec::new(),
         cut_unknown: Vec::new(),
+        lock_out: Vec::new(),
     };
-    if let Occasion::Change = occasion {
+    if let Occasion::Change { .. } = occasion {
         return Ok(Plan {
             report,
             unguarded: Vec::new(),
@@ -379,7 +391,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         },
         compiled: desired.compiled,
         timed: desired.timed,
-        report,
+        report: report.into(),
         entries,
         restarted,
         errors,

@@ -263,6 +263,17 @@ pub struct Plan {
     /// Why open connections are not known, or not all of them.
     #[serde(default)]
     pub cut_unknown: Vec<String>,
+    /// What whoever asked for it can no longer reach.
+    #[serde(default)]
+    pub lock_out: Vec<LockOut>,
+}
+
+/// A database that lets the caller pass before a change, and not after it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct LockOut {
+    pub database: String,
+    /// The rule that allowed the caller. `None`: the database was only monitored.
+    pub rule: Option<String>,
 }
 
 /// Connections of one source that a change cuts off.
@@ -337,6 +348,8 @@ pub struct Temporary {
     pub cut: Vec<Cut>,
     #[serde(default)]
     pub cut_unknown: Vec<String>,
+    #[serde(default)]
+    pub lock_out: Vec<LockOut>,
     /// Errors after it was in force.
     pub errors: Vec<String>,
 }

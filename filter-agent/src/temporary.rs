@@ -263,6 +263,7 @@ impl Timed {
             difference: Default::default(),
             cut: Vec::new(),
             cut_unknown: Vec::new(),
+            lock_out: Vec::new(),
             errors: Vec::new(),
         };
         self.temporary.push(rule);
@@ -354,6 +355,7 @@ impl Timed {
             difference: Default::default(),
             cut: Vec::new(),
             cut_unknown: Vec::new(),
+            lock_out: Vec::new(),
             errors: Vec::new(),
         })
     }

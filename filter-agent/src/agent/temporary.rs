@@ -1,21 +1,24 @@
 //! Temporary rules and blocks: added, revoked, and kept on disk.
 
+use std::net::IpAddr;
+
 use super::{Agent, Cause};
 use crate::{
     enforcer::Checked,
     event::{Effect, Reply},
     late::Late,
     log::Entry,
-    reconcile::Committed,
-    region::state as region,
+    reconcile::{Committed, Occasion},
+    region::state::{self as region, Regions},
     report::{self, By},
-    temporary::{Change, Kept},
+    temporary::{Change, Kept, Timed},
 };
 
 impl Agent {
     pub(super) fn change_temporary(
         &mut self,
         change: Change,
+        caller: Option<IpAddr>,
         by: Option<By>,
         reply: Reply<report::Temporary>,
     ) {
@@ -25,10 +28,23 @@ impl Agent {
             Ok((timed, done)) => {
                 let done = done.into();
                 let cause = Cause::Temporary { done, reply };
-                self.change_timed(self.regions.clone(), timed, cause);
+                self.change_timed(self.regions.clone(), timed, cause, caller);
             }
             Err(error) => reply.send(Err(error)),
         }
+    }
+
+    /// A change of the regions or of the ends, under the policy in force.
+    pub(super) fn change_timed(
+        &mut self,
+        regions: Regions,
+        timed: Timed,
+        cause: Cause,
+        caller: Option<IpAddr>,
+    ) {
+        let file = self.file.clone();
+        let occasion = Occasion::Change { caller };
+        self.change(file, regions, timed, cause, occasion, false);
     }
 
     pub(super) fn temporary_changed(
@@ -44,6 +60,7 @@ impl Agent {
         done.difference = committed.report.difference;
         done.cut = committed.report.cut;
         done.cut_unknown = committed.report.cut_unknown;
+        done.lock_out = committed.report.lock_out;
         done.errors = committed.errors;
         // Whoever is told that it is in force finds it in force after a reboot.
         let late = Late::temporary(*done, reply, self.now.steady);

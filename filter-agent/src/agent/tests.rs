@@ -55,6 +55,7 @@ fn plan() -> report::Plan {
         warnings: Vec::new(),
         cut: Vec::new(),
         cut_unknown: Vec::new(),
+        lock_out: Vec::new(),
     }
 }
 
@@ -75,7 +76,7 @@ fn committed(order: &Order) -> Committed {
     let compiled = compile(&order.file.policy, &order.prefixes, &order.timed);
     Committed {
         before: Default::default(),
-        report: plan(),
+        report: plan().into(),
         enforced: Enforced {
             file: order.file.path.clone(),
             accepted: order.file.accepted,
@@ -633,9 +634,14 @@ fn whatever_happens_the_agents_picture_is_what_the_kernel_holds() {
                 }
                 4 => {
                     let (reply, _) = oneshot::channel();
-                    let (text, path) = (None, None);
+                    let (text, path, caller) = (None, None, None);
                     let reply = Reply(reply);
-                    world.send(Event::Request(Request::Plan { text, path, reply }));
+                    world.send(Event::Request(Request::Plan {
+                        text,
+                        path,
+                        caller,
+                        reply,
+                    }));
                 }
                 5 => world.pass(random.i64(0..90)),
                 6 => world.send(Event::Checked(checked())),

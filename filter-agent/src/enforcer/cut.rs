@@ -16,6 +16,7 @@ use crate::{
     cut::{self, cut},
     host::sockets::{Connection, Destroyed, Sockets},
     kernel::{difference::Difference, image::Image},
+    lock_out::lock_out,
     log::Entry,
     policy::OnRemoval,
     report,
@@ -38,6 +39,27 @@ impl Enforcer {
             Err(error) => plan.cut_unknown.push(format!("{error:#}")),
         }
         plan.cut_unknown.extend(self.elsewhere(&plan.difference));
+    }
+
+    /// Adds to a plan what its caller could no longer reach. Where the interfaces cannot be listed, the caller counts as
+    /// filtered.
+    pub(super) fn find_lock_out(
+        &mut self,
+        after: &Compiled,
+        caller: Option<IpAddr>,
+        plan: &mut report::Plan,
+    ) {
+        let Some(caller) = caller.map(|caller| caller.to_canonical()) else {
+            return;
+        };
+        let host = self.netlink.interfaces();
+        let is_filtered = match (host, self.filter.program_id()) {
+            (Ok(host), Ok(ours)) => unfiltered(caller, &host, ours).is_none(),
+            _ => true,
+        };
+        if is_filtered {
+            plan.lock_out = lock_out(&self.in_force.compiled, after, caller, now());
+        }
     }
 
     fn cut_connections(&mut self, after: &Compiled) -> Result<Vec<report::Cut>> {

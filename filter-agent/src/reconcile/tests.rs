@@ -64,6 +64,7 @@ fn prepare_with(
 const RELOAD: Occasion = Occasion::Reload {
     allow_unprotect: false,
     max_cut: None,
+    caller: None,
 };
 
 #[test]
@@ -119,6 +120,7 @@ fn nothing_is_detached_while_an_entry_has_no_interface() {
     let allow = Occasion::Reload {
         allow_unprotect: true,
         max_cut: None,
+        caller: None,
     };
     let plan = prepare_with(&file("eth0", ORDERS), &allow, &facts, &[]).unwrap();
     assert_eq!(plan.report.detached, ["eth1"]);
@@ -198,7 +200,7 @@ fn change_of_regions_looks_at_no_interface() {
         pinned: &[],
         program_id: 1,
     };
-    let plan = prepare_with(&file, &Occasion::Change, &facts, &[]).unwrap();
+    let plan = prepare_with(&file, &Occasion::Change { caller: None }, &facts, &[]).unwrap();
     assert!(plan.attach.is_empty() && plan.detach.is_empty());
     assert_eq!(plan.report.warnings, [""; 0]);
 }

@@ -169,7 +169,9 @@ fn refuse(request: Request) -> Asked {
                 other: accept && region.as_deref() != Some("office"),
             }
         }
-        Request::Temporary { change, by, reply } => {
+        Request::Temporary {
+            change, by, reply, ..
+        } => {
             reply.send(Err(refusal()));
             assert!(by.is_some_and(|by| by.pid.is_some()));
             Asked::Temporary(change)

@@ -180,9 +180,14 @@ fn files_of_policies_that_are_not_in_force_are_not_watched() {
         assert_eq!(watched, Some(BTreeSet::from([office])));
     };
     let (reply, _) = oneshot::channel();
-    let (text, path) = (Some(other.clone()), None);
+    let (text, path, caller) = (Some(other.clone()), None, None);
     let reply = Reply(reply);
-    world.send(Event::Request(Request::Plan { text, path, reply }));
+    world.send(Event::Request(Request::Plan {
+        text,
+        path,
+        caller,
+        reply,
+    }));
     watched(&mut world, false);
     world.text = other;
     world.reload();
