@@ -22,7 +22,8 @@ if [ "${1-}" = --remove ]; then
         exit 1
     fi
     rm -f /usr/sbin/filter-agent /etc/systemd/system/filter-agent.service \
-        /usr/share/man/man8/filter-agent.8 /usr/share/bash-completion/completions/filter-agent
+        /usr/share/man/man8/filter-agent.8 /usr/share/bash-completion/completions/filter-agent \
+        /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish
     rm -rf /var/lib/filter-agent
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload || true
@@ -37,6 +38,8 @@ mv /usr/sbin/filter-agent.new /usr/sbin/filter-agent
 install -D -m 644 "$here/filter-agent.service" /etc/systemd/system/filter-agent.service
 install -D -m 644 "$here/filter-agent.8" /usr/share/man/man8/filter-agent.8
 install -D -m 644 "$here/filter-agent.bash" /usr/share/bash-completion/completions/filter-agent
+install -D -m 644 "$here/_filter-agent" /usr/share/zsh/site-functions/_filter-agent
+install -D -m 644 "$here/filter-agent.fish" /usr/share/fish/vendor_completions.d/filter-agent.fish
 if [ ! -e /etc/filter-agent/policy.yaml ]; then
     install -D -m 644 "$here/policy.yaml" /etc/filter-agent/policy.yaml
 fi

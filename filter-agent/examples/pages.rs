@@ -3,13 +3,17 @@
 use std::{env, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
-use clap_complete::Shell;
+use clap_complete::env::{Bash, EnvCompleter, Fish, Zsh};
+use filter_agent::cli;
+
+/// Where the packages install the agent: the search path of other users than root may not have it.
+const PROGRAM: &str = "/usr/sbin/filter-agent";
 
 fn main() -> Result<()> {
     let folder = env::args_os().nth(1).context("name a folder")?;
     let folder = PathBuf::from(folder);
     fs::create_dir_all(&folder)?;
-    let mut command = filter_agent::cli::command();
+    let command = cli::command();
     let mut page = Vec::new();
     let manual = clap_mangen::Man::new(command.clone()).section("8");
     manual.render(&mut page)?;
@@ -28,8 +32,21 @@ fn main() -> Result<()> {
           kernel\n.SH SEE ALSO\n/usr/share/doc/filter-agent/\n",
     );
     fs::write(folder.join("filter-agent.8"), page)?;
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut command, "filter-agent", &folder)?;
-    }
+    fs::write(folder.join("filter-agent.bash"), completion(&Bash)?)?;
+    fs::write(folder.join("filter-agent.fish"), completion(&Fish)?)?;
+    let mut zsh = completion(&Zsh)?;
+    // The script only registers a function. Zsh reads it to complete, and the first time, too, wants an answer.
+    zsh.extend_from_slice(
+        b"if [ \"$funcstack[1]\" = _filter-agent ]; then\n    _clap_dynamic_completer_filter_agent \"$@\"\nfi\n",
+    );
+    fs::write(folder.join("_filter-agent"), zsh)?;
     Ok(())
+}
+
+/// The script that has a shell ask the agent's program for completions.
+fn completion(shell: &dyn EnvCompleter) -> Result<Vec<u8>> {
+    let mut script = Vec::new();
+    let name = "filter-agent";
+    shell.write_registration(cli::COMPLETE, name, name, PROGRAM, &mut script)?;
+    Ok(script)
 }

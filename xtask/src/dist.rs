@@ -76,6 +76,8 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("docs/moving.md"),
         &pages.join("filter-agent.8"),
         &pages.join("filter-agent.bash"),
+        &pages.join("_filter-agent"),
+        &pages.join("filter-agent.fish"),
     ];
     for file in files {
         let to = root.join(file.file_name().context("name a file")?);

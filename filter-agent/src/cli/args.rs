@@ -3,7 +3,10 @@
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::ArgValueCompleter;
 use jiff::{Span, SpanRelativeTo};
+
+use crate::cli::complete;
 
 /// Drops, in the kernel, every packet to a database port that no rule allows.
 #[derive(Parser)]
@@ -20,10 +23,12 @@ pub(super) struct PolicyPath {
     pub(super) policy: PathBuf,
 }
 
+pub(super) const SOCKET: &str = "/run/filter-agent/control.sock";
+
 #[derive(Args)]
 pub(super) struct Socket {
     /// Control socket of the agent.
-    #[arg(long, default_value = "/run/filter-agent/control.sock")]
+    #[arg(long, default_value = SOCKET)]
     pub(super) socket: PathBuf,
 }
 
@@ -50,10 +55,6 @@ pub(super) struct Timeout {
 
 #[derive(Args)]
 pub(super) struct Temporary {
-    /// Database, as the policy names it.
-    pub(super) database: String,
-    /// Prefix, such as 203.0.113.0/24; an address alone is that one host.
-    pub(super) source: String,
     /// How long, such as 30m, 2h or 3d.
     #[arg(long = "for", value_name = "DURATION", value_parser = lasting)]
     pub(super) lasting: Option<Duration>,
@@ -136,6 +137,12 @@ pub(super) enum Command {
     },
     /// Allow a source for a time, in addition to the policy file. It ends by itself, whether or not the agent runs.
     Allow {
+        /// Database, as the policy names it.
+        #[arg(add = ArgValueCompleter::new(complete::databases))]
+        database: String,
+        /// Prefix, such as 203.0.113.0/24; an address alone is that one host.
+        #[arg(add = ArgValueCompleter::new(complete::refused))]
+        source: String,
         #[command(flatten)]
         temporary: Temporary,
         #[command(flatten)]
@@ -145,6 +152,12 @@ pub(super) enum Command {
     },
     /// Block a source for a time, whatever rule allows it. Members of the database's cluster are not blocked.
     Block {
+        /// Database, as the policy names it.
+        #[arg(add = ArgValueCompleter::new(complete::databases))]
+        database: String,
+        /// Prefix, such as 203.0.113.0/24; an address alone is that one host.
+        #[arg(add = ArgValueCompleter::new(complete::refused_or_allowed))]
+        source: String,
         #[command(flatten)]
         temporary: Temporary,
         #[command(flatten)]
@@ -155,8 +168,10 @@ pub(super) enum Command {
     /// End what `allow` or `block` did for a source. Rules of the policy file stay.
     Revoke {
         /// Database.
+        #[arg(add = ArgValueCompleter::new(complete::databases))]
         database: String,
         /// Source, as it was allowed or blocked.
+        #[arg(add = ArgValueCompleter::new(complete::temporary))]
         source: String,
         #[command(flatten)]
         socket: Socket,
@@ -187,7 +202,7 @@ pub(super) enum Command {
     /// List the rules, and how many packets each allowed.
     Rules {
         /// Show only this database.
-        #[arg(long)]
+        #[arg(long, add = ArgValueCompleter::new(complete::databases))]
         database: Option<String>,
         #[command(flatten)]
         socket: Socket,
@@ -204,6 +219,7 @@ pub(super) enum Command {
     /// Look up regions now and print what changed. Where a look-up fails, the last good set stays in force.
     Refresh {
         /// Look up only this region.
+        #[arg(add = ArgValueCompleter::new(complete::regions))]
         region: Option<String>,
         /// Accept a result that lost most of its prefixes, or that is older than the last one.
         #[arg(long, requires = "region")]
@@ -218,9 +234,10 @@ pub(super) enum Command {
     /// Print the verdict on packets from a source, and the rule that decides it.
     Explain {
         /// Source address of the packets, such as 203.0.113.10.
+        #[arg(add = ArgValueCompleter::new(complete::refused))]
         source: IpAddr,
         /// Show only this database.
-        #[arg(long)]
+        #[arg(long, add = ArgValueCompleter::new(complete::databases))]
         database: Option<String>,
         #[command(flatten)]
         socket: Socket,
@@ -230,7 +247,7 @@ pub(super) enum Command {
     /// List the sources whose packets were dropped since the agent started.
     Drops {
         /// Show only this database.
-        #[arg(long)]
+        #[arg(long, add = ArgValueCompleter::new(complete::databases))]
         database: Option<String>,
         /// Keep running, and print every second a line for each source whose packets were dropped.
         #[arg(long)]

@@ -16,6 +16,7 @@ use crate::{
         args::Output,
         output::{failure_if, or, print_table, table},
         print::{print_warnings, with_addresses, with_monitor},
+        progress::announced,
         readable,
     },
     clock::Clock,
@@ -88,7 +89,8 @@ pub(super) async fn check(
         matches!(region.source, RegionSource::File(_))
     };
     ask.retain(|name, _| resolve || is_file(name));
-    let answers = lookup::ask_all(&loaded.policy, ask).await;
+    let what = || "waiting for the look-ups of regions: each ends after its `timeout`".to_owned();
+    let answers = announced(what, lookup::ask_all(&loaded.policy, ask)).await;
     let now = Timestamp::now();
     // One region that fails must not hide what the others have.
     let (regions, mut errors) = region::next_and_errors(&loaded.policy, &known, answers, now)?;

@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::{policy::spelled, report};
+use crate::{cli::progress::announced, policy::spelled, report};
 
 /// Time limit of requests that wait for no look-up.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -35,6 +35,8 @@ pub(super) fn encode(value: &str) -> String {
 pub(super) struct Agent<'a> {
     pub(super) socket: &'a Path,
     pub(super) timeout: Duration,
+    /// What may keep it, for people who wait.
+    pub(super) while_it: Option<&'static str>,
 }
 
 impl<'a> Agent<'a> {
@@ -43,6 +45,7 @@ impl<'a> Agent<'a> {
         Self {
             socket,
             timeout: ANSWER_TIMEOUT,
+            while_it: None,
         }
     }
 
@@ -76,7 +79,15 @@ impl<'a> Agent<'a> {
     /// Bounds connecting, the request and the answer together: an agent that is stopped accepts connections as long as
     /// its queue is not full, and one that hangs does not end its answer.
     async fn within_timeout<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
-        let answer = tokio::time::timeout(self.timeout, request).await;
+        let what = || {
+            let what = self.while_it.map(|what| format!(", {what}"));
+            let limit = spelled(self.timeout);
+            format!(
+                "waiting for the agent{}: at most {limit} in all",
+                what.unwrap_or_default()
+            )
+        };
+        let answer = announced(what, tokio::time::timeout(self.timeout, request)).await;
         answer.unwrap_or_else(|_| {
             let (socket, limit) = (self.socket.display(), spelled(self.timeout));
             Err(anyhow!(TimedOut).context(format!(
@@ -172,6 +183,7 @@ mod tests {
         let agent = Agent {
             socket,
             timeout: Duration::from_millis(300),
+            while_it: None,
         };
         let read = agent.get::<Vec<String>>("/rules").await.unwrap_err();
         let change = agent.post::<Vec<String>>("/detach", String::new()).await;
@@ -207,6 +219,7 @@ mod tests {
         let agent = Agent {
             socket: &socket,
             timeout: Duration::from_millis(300),
+            while_it: None,
         };
         let error = format!("{:#}", agent.is_running().await.unwrap_err());
         assert!(error.starts_with("no answer on "), "{error}");

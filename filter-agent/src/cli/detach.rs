@@ -69,6 +69,7 @@ pub(super) async fn detach(
     let agent = Agent {
         socket,
         timeout: DETACH_TIMEOUT,
+        while_it: Some("which removes the filter"),
     };
     // An agent that hangs would attach again when it goes on: then nothing is removed here.
     let names: Vec<String> = if agent.is_running().await? {

@@ -9,13 +9,13 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use serde::Serialize;
 
 use crate::{
-    cli::{client::Agent, output::or},
+    cli::{client::Agent, output::or, progress::announced},
     host::{
         self,
         coverage::{Coverage, describe_missing},
     },
     kernel::pins,
-    policy,
+    policy::{self, spelled},
     report::Status,
     store,
 };
@@ -115,11 +115,20 @@ pub(super) async fn wait_for<T, F: Future<Output = Result<T>>>(
 ) -> Result<T> {
     const PAUSE: Duration = Duration::from_millis(200);
     let deadline = Instant::now() + limit;
-    loop {
-        let found = look().await;
-        if found.is_ok() || Instant::now() + PAUSE > deadline {
-            return found;
+    let what = || {
+        format!(
+            "waiting for the filter to be in force: at most {}",
+            spelled(limit)
+        )
+    };
+    let repeated = async {
+        loop {
+            let found = look().await;
+            if found.is_ok() || Instant::now() + PAUSE > deadline {
+                return found;
+            }
+            tokio::time::sleep(PAUSE).await;
         }
-        tokio::time::sleep(PAUSE).await;
-    }
+    };
+    announced(what, repeated).await
 }

@@ -1,19 +1,23 @@
 //! Commands: arguments, and what each does.
 
 mod args;
+mod caller;
 mod check;
 mod client;
+mod complete;
 mod detach;
 mod drops;
 mod enforced;
 mod output;
 mod print;
+mod progress;
 mod readable;
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
+use clap_complete::CompleteEnv;
 use serde_json::{Value, json};
 
 use crate::{
@@ -25,6 +29,7 @@ use crate::{
 };
 
 use args::{Cli, Command, Output, Socket, Temporary, Timeout};
+use caller::Caller;
 use check::check;
 use client::{Agent, encode};
 use detach::{detach, tell_what_is_left};
@@ -36,6 +41,10 @@ use print::{
     print_status, print_temporary,
 };
 
+/// The variable that asks for completion, in scripts that `clap_complete` writes. Not its usual `COMPLETE`: a service must
+/// start whatever its environment holds.
+pub const COMPLETE: &str = "FILTER_AGENT_COMPLETE";
+
 /// Returns the definition of the commands, for the manual page and completions.
 pub fn command() -> clap::Command {
     Cli::command()
@@ -43,6 +52,13 @@ pub fn command() -> clap::Command {
 
 /// Parses the command line and runs the command. Exits with 2 on wrong usage.
 pub fn main() -> ExitCode {
+    let completion = CompleteEnv::with_factory(command).var(COMPLETE);
+    match completion.try_complete(env::args_os(), env::current_dir().ok().as_deref()) {
+        Ok(false) => {}
+        Ok(true) => return ExitCode::SUCCESS,
+        // The line that is typed is no place for errors.
+        Err(_) => return ExitCode::FAILURE,
+    }
     let command = Cli::parse().command;
     log::install();
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -69,6 +85,7 @@ fn patient(socket: &Socket, timeout: Timeout) -> Agent<'_> {
     Agent {
         socket: &socket.socket,
         timeout: timeout.timeout,
+        while_it: Some("which may look regions up"),
     }
 }
 
@@ -112,16 +129,23 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output,
         } => {
             let agent = patient(&socket, timeout);
+            let caller = Caller::find();
+            let from = caller.query();
             let plan: Plan = match file {
                 // The agent cannot: its sandbox hides home directories, and a pipe belongs to this process.
                 Some(file) => {
                     let file = PolicyFile::read(&file)?;
                     let name = encode(&file.path.to_string_lossy());
-                    agent.post(&format!("/plan?file={name}"), file.text).await?
+                    let path = format!("/plan?file={name}&{from}");
+                    agent.post(&path, file.text).await?
                 }
-                None => agent.get("/plan").await?,
+                None => agent.get(&format!("/plan?{from}")).await?,
             };
-            output.print(&plan, print_plan)?;
+            output.print(&plan, |plan| {
+                print_plan(plan);
+                caller.print(&plan.lock_out);
+            })?;
+            caller.tell_if_unknown();
         }
         Command::Reload {
             existing,
@@ -134,8 +158,11 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let max_cut = max_cut
                 .map(|most| format!("&max_cut={most}"))
                 .unwrap_or_default();
-            let path =
-                format!("/reload?existing={existing}&allow_unprotect={allow_unprotect}{max_cut}");
+            let caller = Caller::find();
+            let from = caller.query();
+            let path = format!(
+                "/reload?existing={existing}&allow_unprotect={allow_unprotect}{max_cut}&{from}"
+            );
             let agent = patient(&socket, timeout);
             let reloaded: Reloaded = agent.post(&path, String::new()).await?;
             output.print(&reloaded, |reloaded| {
@@ -143,20 +170,32 @@ async fn execute(command: Command) -> Result<ExitCode> {
                 if existing {
                     println!("connections that are open are judged by their next packet");
                 }
+                caller.print(&reloaded.plan.lock_out);
             })?;
+            caller.tell_if_unknown();
             let failed = !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty();
             return Ok(failure_if(failed));
         }
         Command::Allow {
+            database,
+            source,
             temporary,
             socket,
             output,
-        } => return change_temporary("allow", temporary, &socket, &output).await,
+        } => {
+            let change = temporary_change("allow", &database, &source, temporary);
+            return send_temporary(change, &socket, &output).await;
+        }
         Command::Block {
+            database,
+            source,
             temporary,
             socket,
             output,
-        } => return change_temporary("block", temporary, &socket, &output).await,
+        } => {
+            let change = temporary_change("block", &database, &source, temporary);
+            return send_temporary(change, &socket, &output).await;
+        }
         Command::Revoke {
             database,
             source,
@@ -258,18 +297,9 @@ async fn execute(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn change_temporary(
-    action: &str,
-    temporary: Temporary,
-    socket: &Socket,
-    output: &Output,
-) -> Result<ExitCode> {
-    let Temporary {
-        database,
-        source,
-        lasting,
-        label,
-    } = temporary;
+/// Exits with 2 where it has no end.
+fn temporary_change(action: &str, database: &str, source: &str, temporary: Temporary) -> Value {
+    let Temporary { lasting, label } = temporary;
     let Some(lasting) = lasting else {
         // As the policy file spells it, which takes no bare address.
         let source = parse_source(&source).map_or(source, |prefix| prefix.to_string());
@@ -293,12 +323,18 @@ async fn change_temporary(
         "seconds": lasting.as_secs(),
         "label": label,
     });
-    send_temporary(json!({ action: wanted }), socket, output).await
+    json!({ action: wanted })
 }
 
-async fn send_temporary(change: Value, socket: &Socket, output: &Output) -> Result<ExitCode> {
+async fn send_temporary(mut change: Value, socket: &Socket, output: &Output) -> Result<ExitCode> {
     let agent = Agent::new(&socket.socket);
+    let caller = Caller::find();
+    change["caller"] = json!(caller.address());
     let done: report::Temporary = agent.post("/temporary", change.to_string()).await?;
-    output.print(&done, print_temporary)?;
+    output.print(&done, |done| {
+        print_temporary(done);
+        caller.print(&done.lock_out);
+    })?;
+    caller.tell_if_unknown();
     Ok(failure_if(!done.errors.is_empty()))
 }
