@@ -15,8 +15,7 @@ pub fn lock_out(
     caller: IpAddr,
     now: BootTime,
 ) -> Vec<report::LockOut> {
-    let passes =
-        |entries: &Entries| entries.monitor || entries.rule_of(caller, now).is_some();
+    let passes = |entries: &Entries| entries.monitor || entries.rule_of(caller, now).is_some();
     let lost = before.databases.iter().filter(|(name, entries)| {
         let goes_on = match after.databases.get(*name) {
             Some(entries) => passes(entries),
@@ -49,8 +48,9 @@ mod tests {
     use super::*;
     use crate::{
         clock::Clock,
-        compile::{Regions, compile},
+        compile::compile,
         policy,
+        rules::Regions,
         temporary::{Kind, Temporary, Timed},
     };
 

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::ArgValueCompleter;
 use jiff::{Span, SpanRelativeTo};
 
-use crate::cli::complete;
+use crate::cli::{client::SOCKET, complete};
 
 /// Drops, in the kernel, every packet to a database port that no rule allows.
 #[derive(Parser)]
@@ -22,8 +22,6 @@ pub(super) struct PolicyPath {
     #[arg(long, default_value = "/etc/filter-agent/policy.yaml")]
     pub(super) policy: PathBuf,
 }
-
-pub(super) const SOCKET: &str = "/run/filter-agent/control.sock";
 
 #[derive(Args)]
 pub(super) struct Socket {

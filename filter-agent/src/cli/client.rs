@@ -11,6 +11,9 @@ use tokio::net::UnixStream;
 
 use crate::{cli::progress::announced, policy::spelled, report};
 
+/// Where the agent's socket is unless the command line says otherwise.
+pub(super) const SOCKET: &str = "/run/filter-agent/control.sock";
+
 /// Time limit of requests that wait for no look-up.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 

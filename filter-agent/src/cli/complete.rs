@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    cli::{args::SOCKET, client::Agent},
+    cli::client::{Agent, SOCKET},
     report::{Drops, Origin, Region, Rule, Status},
 };
 
