@@ -302,7 +302,7 @@ fn temporary_change(action: &str, database: &str, source: &str, temporary: Tempo
     let Temporary { lasting, label } = temporary;
     let Some(lasting) = lasting else {
         // As the policy file spells it, which takes no bare address.
-        let source = parse_source(&source).map_or(source, |prefix| prefix.to_string());
+        let source = parse_source(source).map_or(source.to_owned(), |prefix| prefix.to_string());
         let message = match action {
             "allow" => format!(
                 "a rule without an end belongs into the policy file, under `rules:` of {database}: \

@@ -93,7 +93,10 @@ fn what_cannot_be_is_refused_with_what_to_do() {
             Change::Allow(wanted("127.0.0.1", 60)),
             "is not a valid source",
         ),
-        (Change::Allow(wanted("192.0.2.1", 0)), "lasts from a second to"),
+        (
+            Change::Allow(wanted("192.0.2.1", 0)),
+            "lasts from a second to",
+        ),
         (
             Change::Allow(wanted("192.0.2.1", 400 * 86_400)),
             "write it into /etc/policy.yaml",
