@@ -287,37 +287,18 @@ fn ending(
     let (allowed, denied) = (frame("allowed")?, frame("denied")?);
     let one =
         |frame: &[u8]| IpNet::from(IpAddr::from([frame[26], frame[27], frame[28], frame[29]]));
-    let cases: [(&str, &[(Kind, IpNet)], &[u8]); 4] = [
-        (
-            "until an end: allowed",
-            &[(Kind::Allow, one(&denied))],
-            &denied,
-        ),
-        (
-            "with a block: blocked",
-            &[(Kind::Block, one(&allowed))],
-            &allowed,
-        ),
-        (
-            "with a block of another: allowed",
-            &[(Kind::Block, one(&denied))],
-            &allowed,
-        ),
-        (
-            "with a block of another: denied",
-            &[(Kind::Block, one(&allowed))],
-            &denied,
-        ),
-    ];
-    for (name, temporary, frame) in cases {
-        programs.allow_with(networks, 0, temporary)?;
+    let (allow, block) = ((Kind::Allow, one(&denied)), (Kind::Block, one(&allowed)));
+    let other = (Kind::Block, one(&denied));
+    for (name, temporary, frame) in [
+        ("until an end: allowed", allow, &denied),
+        ("with a block: blocked", block, &allowed),
+        ("with a block of another: allowed", other, &allowed),
+        ("with a block of another: denied", block, &denied),
+    ] {
+        programs.allow_with(networks, 0, &[temporary])?;
         let over = over_the_floor(programs, plan, frame)?;
-        report.record(Measure::new(
-            "per packet",
-            format!("{name}, IPv4"),
-            "ns",
-            &over,
-        ));
+        let name = format!("{name}, IPv4");
+        report.record(Measure::new("per packet", name, "ns", &over));
     }
     programs.allow(networks, 0)
 }
