@@ -274,7 +274,9 @@ fn what_surrounds_a_guarded_port_is_warned_of() {
     }
     assert!(!checked.contains("from port 40000"), "{checked}");
     net.start();
-    assert!(said(&net, &format!("warning: {forwards}")), "{:?}", net.log);
+    for expected in [port, forwards] {
+        assert!(said(&net, &format!("warning: {expected}")), "{:?}", net.log);
+    }
     let status = net.agent_text(&["status"]);
     assert!(
         status.contains(port) && !status.contains("forwards"),

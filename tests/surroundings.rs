@@ -151,9 +151,20 @@ fn policy_that_was_confirmed_on_another_machine_is_ignored() {
         net.log
     );
     net.terminate();
+    // Where the filter is pinned it is this machine, whatever its id is now.
+    machine("2");
+    let before = net.log.len();
+    net.start();
+    let mut log = net.log[before..].iter();
+    assert!(
+        log.any(|line| line.contains("is not enforced")),
+        "{:?}",
+        net.log
+    );
+    net.terminate();
     // On another the file counts, and nothing is pinned there.
     fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
-    machine("2");
+    machine("3");
     net.write_policy(&orders(&ALLOWED));
     net.watch(&[Protected::tcp(PORT, &ALLOWED)]);
     net.start();

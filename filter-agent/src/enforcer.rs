@@ -33,6 +33,7 @@ use crate::{
     kernel::{
         counters::{Counts, Fates, Hits},
         filter::Filter,
+        image::Image,
         links::Attached,
     },
     log::Entry,
@@ -56,6 +57,8 @@ pub struct Enforcer {
     filter: Filter,
     netlink: NetlinkReader,
     sockets: Sockets,
+    /// What the kernel held before a change whose connections could not be reset.
+    not_reset: Option<Image>,
     in_force: InForce,
     verified: report::Verified,
     /// Indexes of the interfaces that were filtered when all was looked at last.
@@ -160,6 +163,7 @@ impl Enforcer {
         Ok(Self {
             netlink: NetlinkReader::open()?,
             sockets: Sockets::open()?,
+            not_reset: None,
             drops: Drops::since(now, filter.counts()?),
             filter,
             in_force,
@@ -293,7 +297,7 @@ impl Enforcer {
             let policy = &self.in_force.file.policy;
             self.in_force.remembered.update(policy, &host, |_| true);
         }
-        self.reset_cut(&before, &committed.report, &mut entries);
+        self.reset_cut(before, &committed.report, &mut entries);
         self.hold_tls(&committed.compiled, false, &mut entries);
         self.look_for_lost(&mut entries);
         self.verify(&mut entries);
@@ -367,6 +371,7 @@ impl Enforcer {
             self.hold_tls(&compiled, thorough, &mut entries);
         }
         if thorough {
+            self.reset_rest(&mut entries);
             let ended = self.end_tls_searches();
             self.note("refused connections", ended, &mut entries);
             self.look_for_lost(&mut entries);

@@ -284,7 +284,8 @@ fn ending(
             .map(|(.., frame)| frame.clone())
             .context("find a frame")
     };
-    let (allowed, denied) = (frame("allowed")?, frame("denied")?);
+    // Its SYN is noted for no other port, which would cost more.
+    let (allowed, denied) = (frame("allowed")?, frame("denied, next to allowed")?);
     let one =
         |frame: &[u8]| IpNet::from(IpAddr::from([frame[26], frame[27], frame[28], frame[29]]));
     let (allow, block) = ((Kind::Allow, one(&denied)), (Kind::Block, one(&allowed)));

@@ -1,7 +1,7 @@
 //! Open connections whose source loses its access: found before a change, and reset after it.
 
 use std::{
-    mem,
+    fmt, mem,
     net::IpAddr,
     time::{Duration, Instant},
 };
@@ -100,14 +100,29 @@ impl Enforcer {
     /// Resets the connections of sources that `before` allowed, and that what is in force does not.
     pub(super) fn reset_cut(
         &mut self,
-        before: &Image,
+        before: Image,
         plan: &report::Plan,
         entries: &mut Vec<Entry>,
     ) {
-        if !takes_access(&plan.difference) {
-            return;
+        if takes_access(&plan.difference) && !before.tcp_ports().is_empty() {
+            // Of changes that could not be followed up the first allowed what all of them took.
+            self.not_reset.get_or_insert(before);
         }
-        let reset = self.reset(before, entries);
+        self.reset_rest(entries);
+    }
+
+    /// Resets what could not be reset when a change was made.
+    pub(super) fn reset_rest(&mut self, entries: &mut Vec<Entry>) {
+        let Some(before) = self.not_reset.take() else {
+            return;
+        };
+        let reset = self.reset(&before, entries);
+        if reset
+            .as_ref()
+            .is_err_and(|error| !error.is::<Unsupported>())
+        {
+            self.not_reset = Some(before);
+        }
         self.note(RESET, reset, entries);
     }
 
@@ -134,15 +149,28 @@ impl Enforcer {
                 found.len()
             );
             for cut in found {
-                ensure!(
-                    self.sockets.destroy(cut.connection)? != Destroyed::Unsupported,
-                    "this kernel cannot reset connections (CONFIG_INET_DIAG_DESTROY): those of sources that are no longer \
-                     allowed stay open at the server until its own time limits; their packets are dropped"
-                );
+                if self.sockets.destroy(cut.connection)? == Destroyed::Unsupported {
+                    return Err(Unsupported.into());
+                }
             }
         }
     }
 }
+
+/// Trying again is of no use.
+#[derive(Debug)]
+struct Unsupported;
+
+impl fmt::Display for Unsupported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "this kernel cannot reset connections (CONFIG_INET_DIAG_DESTROY): those of sources that are no longer allowed \
+             stay open at the server until its own time limits; their packets are dropped",
+        )
+    }
+}
+
+impl std::error::Error for Unsupported {}
 
 fn now() -> BootTime {
     BootTime::default().after(since_boot())

@@ -484,4 +484,64 @@ databases:
         let lines = lines("    rules:", "    force_tls: false\n    rules:");
         assert_eq!(lines, ["~ database orders: force_tls: true -> false"]);
     }
+
+    /// Fault D7, field by field.
+    #[test]
+    fn every_field_that_changes_is_named() {
+        let region = |field: &str| ("office.txt}", format!("office.txt, {field}}}"));
+        let database = |field: &str| ("    rules:", format!("    {field}\n    rules:"));
+        let cases = [
+            (("[eth0]", "[eth0, eth1]".to_owned()), "~ interfaces: "),
+            (
+                ("[eth0]", "[eth0]\nignore_interfaces: [veth*]".into()),
+                "~ ignore_interfaces: ",
+            ),
+            (
+                ("[eth0]", "[eth0]\nregional_network: [10.0.0.0/8]".into()),
+                "~ regional_network: ",
+            ),
+            (
+                ("[eth0]", "[eth0]\nunprotected: [shop]".into()),
+                "~ unprotected: ",
+            ),
+            (region("private: true"), "~ region office: private"),
+            (region("max_prefixes: 10"), "~ region office: max_prefixes"),
+            (region("allow_empty: true"), "~ region office: allow_empty"),
+            (region("shortest: [/6, /16]"), "~ region office: shortest"),
+            (region("max_shrink: 10%"), "~ region office: max_shrink"),
+            (region("shrink_after: 7m"), "~ region office: shrink_after"),
+            (region("retire_after: 7m"), "~ region office: retire_after"),
+            (region("min_refresh: 7s"), "~ region office: min_refresh"),
+            (region("max_refresh: 7h"), "~ region office: max_refresh"),
+            (region("timeout: 7s"), "~ region office: timeout"),
+            (
+                ("port: 5432", "port: 5433".into()),
+                "~ database orders: ports",
+            ),
+            (
+                database("addresses: [10.0.0.1]"),
+                "~ database orders: addresses",
+            ),
+            (database("monitor: true"), "~ database orders: monitor: "),
+            (
+                database("monitor: tls"),
+                "~ database orders: monitor: tls: false -> true",
+            ),
+            (
+                database("tls_unenforced: allow"),
+                "~ database orders: tls_unenforced",
+            ),
+            (
+                ("engine: postgresql", "engine: mysql".into()),
+                "~ database orders: engine",
+            ),
+        ];
+        for ((from, to), expected) in cases {
+            let lines = lines(from, &to);
+            assert!(
+                lines.iter().any(|line| line.starts_with(expected)),
+                "{expected}: {lines:#?}"
+            );
+        }
+    }
 }

@@ -365,7 +365,7 @@ fn members_of_a_family_that_failed_stay_and_the_other_family_is_followed() {
     let both = ["192.0.2.10/32", "2001:db8::1/128"];
     let mut state = State::new(region(DNS), seconds(0));
     state.take(found(&both), false, seconds(0));
-    for time in [20, 100_000] {
+    for time in [20, 100_000, 200_000] {
         state.take(
             without(false, true, &["192.0.2.20/32"]),
             false,
@@ -380,7 +380,7 @@ fn members_of_a_family_that_failed_stay_and_the_other_family_is_followed() {
     state.take(
         found(&["192.0.2.20/32", "2001:db8::2/128"]),
         false,
-        seconds(100_020),
+        seconds(200_020),
     );
     assert!(!state.failing);
     // A first result may be partial as well.
@@ -392,7 +392,10 @@ fn members_of_a_family_that_failed_stay_and_the_other_family_is_followed() {
 #[test]
 fn members_of_a_family_that_failed_are_not_older_than_max_age() {
     let both = ["192.0.2.10/32", "2001:db8::1/128"];
-    let mut state = State::new(region(&format!("{DNS}, max_age: 1h")), seconds(0));
+    let mut state = State::new(
+        region(&format!("{DNS}, max_age: 1h, retire_after: 0s")),
+        seconds(0),
+    );
     state.take(found(&both), false, seconds(0));
     let v4 = || without(false, true, &["192.0.2.10/32"]);
     state.take(v4(), false, seconds(20));
@@ -796,4 +799,28 @@ fn reload_keeps_what_is_known_of_a_source_and_asks_about_a_new_one() {
         let refused = next(&changed, &known, failed, seconds(5)).unwrap_err();
         assert_eq!(refused.to_string(), "region x: no answer");
     }
+}
+
+/// Fault C5: held prefixes of a family that cannot be looked up have not been found to be gone.
+#[test]
+fn held_prefixes_of_a_family_that_failed_stay() {
+    let mut state = State::new(region(DNS), seconds(0));
+    state.take(
+        found(&["192.0.2.10/32", "2001:db8::1/128"]),
+        false,
+        seconds(0),
+    );
+    state.take(
+        found(&["192.0.2.20/32", "2001:db8::2/128"]),
+        false,
+        seconds(20),
+    );
+    for time in [100_000, 200_000] {
+        let v4 = without(false, true, &["192.0.2.20/32"]);
+        state.take(v4, false, seconds(time));
+        state.tick(seconds(time));
+    }
+    let allowed = allowed(&state);
+    assert!(allowed.contains(&"2001:db8::1/128".parse().unwrap()));
+    assert!(!allowed.contains(&"192.0.2.10/32".parse().unwrap()));
 }
