@@ -180,11 +180,11 @@ fn refused_change_changes_nothing() {
         ("revoke old 192.0.2.200", "it has none"),
         (
             "allow old 192.0.2.200 --for 0s",
-            "a temporary rule lasts from 1s to",
+            "a temporary rule lasts from a second to",
         ),
         (
             "allow old 192.0.2.200 --for 367d",
-            "a temporary rule lasts from 1s to",
+            "a temporary rule lasts from a second to",
         ),
         (
             &format!("allow old 192.0.2.200 --for 2h --label {long}"),
