@@ -1,4 +1,4 @@
-//! What commands say to who runs them: that a change cuts them off, and what they wait for.
+//! Lines of commands for their user: that a change cuts the user off, and what the command waits for.
 
 use std::process::{Command, Stdio};
 
@@ -12,7 +12,7 @@ fn with(allowed: &[&str]) -> String {
     policy("eth0", "auto", &[dedicated("orders", 5432, allowed, "")])
 }
 
-/// What a command prints whose environment has only this of the variable, and whose parent's has only that.
+/// Output of a command with one value of the variable in its environment and another in its parent's.
 fn run(net: &Net, arguments: &[&str], own: Option<&str>, parents: Option<&str>) -> String {
     let command = net.agent_command(arguments);
     // A shell that waits is a parent with an environment of its own.
@@ -64,7 +64,7 @@ fn change_that_cuts_off_its_caller_says_so() {
     let plan: Value = serde_json::from_str(&plan).unwrap();
     let lost = json!([{ "database": "orders", "rule": "203.0.113.0/24" }]);
     assert_eq!(plan["lock_out"], lost);
-    // What is not known is said, and refuses nothing.
+    // An unknown caller is reported, and refuses nothing.
     let unknown = run(&net, &["plan"], Some("UNKNOWN 65535 UNKNOWN 65535"), None);
     let unknown = about_you(&unknown);
     assert_eq!(unknown.len(), 1, "{unknown:?}");

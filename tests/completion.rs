@@ -12,7 +12,7 @@ use filter_tests::net::{
 };
 use nix::sys::signal::Signal;
 
-/// What bash offers for a line whose last word is being typed, and what it prints beside that.
+/// The completions that bash offers for a line whose last word is being typed, and its other output.
 fn bash(line: &[&str]) -> (BTreeSet<String>, Output) {
     let script = format!(
         "source <({COMPLETE}=bash {}); COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); COMP_TYPE=9; \
@@ -68,7 +68,7 @@ fn names_come_from_the_agent_and_nothing_without_one() {
     // Commands need no agent.
     let (commands, _) = bash(&["pl"]);
     assert_eq!(commands, set(&["plan"]));
-    // What was refused, by the databases that refused it.
+    // Refused sources, by the databases that refused them.
     let connected = net.connect(DENIED4.into(), (DB4, 5432).into());
     assert_eq!(connected, Connection::Silence);
     let denied = DENIED4.to_string();
@@ -87,7 +87,7 @@ fn names_come_from_the_agent_and_nothing_without_one() {
         complete(&["revoke", "stock"], "192"),
         set(&["192.0.2.7/32"])
     );
-    // One that does not answer is not waited for.
+    // An agent that does not answer is not waited for.
     net.signal(Signal::SIGSTOP);
     assert_eq!(complete(&["allow"], ""), set(&[]));
     net.signal(Signal::SIGCONT);

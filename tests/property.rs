@@ -454,16 +454,7 @@ fn random_temporary(rng: &mut Rng, policy: &Policy, around: &[IpNet], now: Now) 
             }
             room -= usize::from(kind == Kind::Allow);
             let end = now.boot.after(Duration::from_secs(rng.u64(1..5) * 1800));
-            rules.push(Temporary {
-                database: database.name.clone(),
-                kind,
-                source,
-                label: None,
-                added: now.wall,
-                by: None,
-                end,
-                until: now.date_of(end),
-            });
+            rules.push(Temporary::new(&database.name, kind, source, end, now));
         }
     }
     rules

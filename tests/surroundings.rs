@@ -151,7 +151,7 @@ fn policy_that_was_confirmed_on_another_machine_is_ignored() {
         net.log
     );
     net.terminate();
-    // Where the filter is pinned it is this machine, whatever its id is now.
+    // A pinned filter proves that this is the same machine, whatever its id is now.
     machine("2");
     let before = net.log.len();
     net.start();

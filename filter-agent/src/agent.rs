@@ -255,7 +255,7 @@ impl Agent {
         self.deferred.clear();
         self.proposals = Proposals::default();
         self.refreshes = Refreshes::default();
-        // What is left of each rule, for a start after a reboot.
+        // The time left of each rule, for a start after a reboot.
         self.keep_temporary(true);
         for name in self.saves.unwritten_regions() {
             self.save_region(&name, true);
@@ -607,15 +607,13 @@ impl Agent {
         let is_due = |state: &State| state.next_tick().is_some_and(|next| next <= now);
         let due = self.regions.values().any(is_due);
         let has_ended = self.next_end.is_some_and(|next| next <= self.now.boot);
-        let ended = self.timed.ended(self.now.boot);
-        let mut timed = self.timed.at(self.now);
-        timed.drop_ended();
-        let is_nearer = timed.ends.bring_nearer(self.now);
+        let is_nearer = self.timed.ends.clone().bring_nearer(self.now);
         let must_repair = self
             .stuck
             .as_ref()
             .is_some_and(|stuck| stuck.not_taken_back);
         if due || has_ended || is_nearer || must_repair {
+            let (timed, ended) = self.timed.passed(self.now);
             let mut regions = self.regions.clone();
             let mut changes = Vec::new();
             for (name, state) in &mut regions {

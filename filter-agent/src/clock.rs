@@ -19,6 +19,10 @@ pub fn since_boot() -> Duration {
 pub struct BootTime(pub u64);
 
 impl BootTime {
+    pub fn now() -> Self {
+        Self::default().after(since_boot())
+    }
+
     pub fn after(self, time: Duration) -> Self {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         Self(self.0.saturating_add(nanoseconds))

@@ -41,7 +41,7 @@ pub struct Entries {
     pub blocked6: Vec<(Ipv6Net, Held)>,
 }
 
-/// What holds a prefix.
+/// The rule that holds a prefix, and the rule whose end counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The place of its rule in `Entries::rules`: of two with the same prefix the earlier one.

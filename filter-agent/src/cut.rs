@@ -42,11 +42,10 @@ pub fn cut<'a>(
 ) -> Vec<Cut<'a>> {
     let cut = connections.iter().filter_map(|connection| {
         let source = connection.peer.ip();
-        // What time ended by itself is cut by the change that takes it out.
+        // A rule that ended by itself counts: the change that removes it cuts its connections.
         let (database, rule) = before.rule_of(connection.local, source, now)?;
         let (_, entries) = at(after, connection.local)?;
-        let goes_on = entries.monitor || entries.rule_of(source, now).is_some();
-        (!goes_on && is_filtered(source)).then_some(Cut {
+        (!entries.passes(source, now) && is_filtered(source)).then_some(Cut {
             database,
             rule,
             connection,
@@ -68,6 +67,11 @@ fn at(compiled: &Compiled, local: SocketAddr) -> Option<(&str, &Entries)> {
 }
 
 impl Entries {
+    /// Whether packets of a source pass.
+    pub fn passes(&self, source: IpAddr, now: BootTime) -> bool {
+        self.monitor || self.rule_of(source, now).is_some()
+    }
+
     /// The rule that allows a source: one that has not ended, of a source that no block holds.
     pub fn rule_of(&self, source: IpAddr, now: BootTime) -> Option<&RuleKey> {
         let in_force = |held: &Held| {
@@ -85,7 +89,7 @@ impl Entries {
             }
         };
         let rule = |held: &Held| &self.rules[usize::from(held.rule)].0;
-        let allowed = held.iter().filter(|held| in_force(held));
+        let mut allowed = held.iter().filter(|held| in_force(held));
         let member = allowed.clone().find(|held| held.is_member);
         if member.is_some() {
             return member.map(rule);
@@ -94,7 +98,7 @@ impl Entries {
             IpAddr::V4(source) => blocked(&self.blocked4, |net| net.contains(&source), in_force),
             IpAddr::V6(source) => blocked(&self.blocked6, |net| net.contains(&source), in_force),
         };
-        allowed.clone().next().filter(|_| !is_blocked).map(rule)
+        allowed.next().filter(|_| !is_blocked).map(rule)
     }
 }
 
@@ -187,16 +191,10 @@ mod tests {
              {rules}{more}}}\n"
         );
         let (policy, _) = policy::parse(&text).unwrap();
-        let temporary = blocks.iter().map(|block| Temporary {
-            database: "orders".into(),
-            kind: Kind::Block,
-            source: block.parse().unwrap(),
-            label: None,
-            added: now.wall,
-            by: None,
-            end: BootTime(now.boot.0 + 10),
-            until: now.wall,
-        });
+        let end = BootTime(now.boot.0 + 10);
+        let temporary = blocks
+            .iter()
+            .map(|block| Temporary::new("orders", Kind::Block, block.parse().unwrap(), end, now));
         let timed = Timed {
             temporary: temporary.collect(),
             ..Timed::of(&policy, now)

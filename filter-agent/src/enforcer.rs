@@ -57,7 +57,7 @@ pub struct Enforcer {
     filter: Filter,
     netlink: NetlinkReader,
     sockets: Sockets,
-    /// What the kernel held before a change whose connections could not be reset.
+    /// The image before a change whose connections could not be reset; tried again at thorough checks.
     not_reset: Option<Image>,
     in_force: InForce,
     verified: report::Verified,

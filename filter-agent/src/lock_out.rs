@@ -15,7 +15,7 @@ pub fn lock_out(
     caller: IpAddr,
     now: BootTime,
 ) -> Vec<report::LockOut> {
-    let passes = |entries: &Entries| entries.monitor || entries.rule_of(caller, now).is_some();
+    let passes = |entries: &Entries| entries.passes(caller, now);
     let lost = before.databases.iter().filter(|(name, entries)| {
         let goes_on = match after.databases.get(*name) {
             Some(entries) => passes(entries),
@@ -54,21 +54,15 @@ mod tests {
         temporary::{Kind, Temporary, Timed},
     };
 
-    /// What 203.0.113.7 loses by a change from one list of databases to another, and a block.
+    /// The databases that 203.0.113.7 loses by a change from one list of databases to another, and a block.
     fn lost(before: &str, after: &str, block: Option<&str>) -> Vec<(String, Option<String>)> {
         let now = Clock::start().now();
         let compiled = |databases: &str, block: Option<&str>| {
             let text = format!("interfaces: [eth0]\ndatabases: [{databases}]\n");
             let (policy, _) = policy::parse(&text).unwrap();
-            let temporary = block.map(|block| Temporary {
-                database: "orders".into(),
-                kind: Kind::Block,
-                source: block.parse().unwrap(),
-                label: None,
-                added: now.wall,
-                by: None,
-                end: BootTime(now.boot.0 + 10),
-                until: now.wall,
+            let end = BootTime(now.boot.0 + 10);
+            let temporary = block.map(|block| {
+                Temporary::new("orders", Kind::Block, block.parse().unwrap(), end, now)
             });
             let timed = Timed {
                 temporary: temporary.into_iter().collect(),

@@ -108,7 +108,7 @@ pub struct Plan {
 /// A change that was made.
 #[derive(Debug)]
 pub struct Committed {
-    /// What the kernel held before.
+    /// The image before the change.
     pub before: Image,
     pub report: Box<report::Plan>,
     pub timed: Arc<Timed>,

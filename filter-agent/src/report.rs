@@ -263,7 +263,7 @@ pub struct Plan {
     /// Why open connections are not known, or not all of them.
     #[serde(default)]
     pub cut_unknown: Vec<String>,
-    /// What whoever asked for it can no longer reach.
+    /// Databases that the caller can no longer reach.
     #[serde(default)]
     pub lock_out: Vec<LockOut>,
 }
@@ -341,7 +341,7 @@ pub struct Temporary {
     pub source: IpNet,
     pub label: Option<String>,
     pub until: Option<Timestamp>,
-    /// What the operator may not expect.
+    /// Side effects that the operator may not expect.
     pub notes: Vec<String>,
     pub difference: Difference,
     #[serde(default)]
@@ -352,6 +352,25 @@ pub struct Temporary {
     pub lock_out: Vec<LockOut>,
     /// Errors after it was in force.
     pub errors: Vec<String>,
+}
+
+impl Temporary {
+    /// The report of a change that is not made yet.
+    pub fn new(database: &str, action: Action, source: IpNet) -> Self {
+        Self {
+            database: database.to_owned(),
+            action,
+            source,
+            label: None,
+            until: None,
+            notes: Vec::new(),
+            difference: Difference::default(),
+            cut: Vec::new(),
+            cut_unknown: Vec::new(),
+            lock_out: Vec::new(),
+            errors: Vec::new(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]

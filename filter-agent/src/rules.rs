@@ -15,7 +15,7 @@ pub enum RuleKey {
     Rule(Source),
     /// Members of the cluster without an end.
     Cluster,
-    /// One with an end.
+    /// A member of the cluster with an end.
     Member(Source),
     RegionalNetwork,
     Internet,
@@ -40,16 +40,25 @@ impl RuleKey {
         }
     }
 
+    /// The key of a text; `None`: it is of no key.
+    pub fn parse(text: &str) -> Option<Self> {
+        let region = |name: &str| Source::Region(name.to_owned());
+        Some(match (text, text.split_at_checked(1)?) {
+            ("cluster", _) => Self::Cluster,
+            ("regional network", _) => Self::RegionalNetwork,
+            ("internet", _) => Self::Internet,
+            (_, ("@", name)) => Self::Rule(region(name)),
+            (_, ("=", prefix)) => Self::Member(Source::Cidr(prefix.parse().ok()?)),
+            (_, ("&", name)) => Self::Member(region(name)),
+            (_, ("+", prefix)) => Self::Temporary(prefix.parse().ok()?),
+            (_, ("!", prefix)) => Self::Block(prefix.parse().ok()?),
+            (prefix, _) => Self::Rule(Source::Cidr(prefix.parse().ok()?)),
+        })
+    }
+
     /// A text as `Display` has the key.
     pub fn describe(text: &str) -> String {
-        match text.split_at_checked(1) {
-            Some(("@", region)) => format!("region {region}"),
-            Some(("=", prefix)) => format!("cluster member {prefix}"),
-            Some(("&", region)) => format!("cluster member region {region}"),
-            Some(("+", prefix)) => format!("temporary rule {prefix}"),
-            Some(("!", prefix)) => format!("block {prefix}"),
-            _ => text.to_owned(),
-        }
+        Self::parse(text).map_or_else(|| text.to_owned(), |key| key.to_string())
     }
 
     /// Whether a text is a block's.
@@ -114,6 +123,7 @@ mod tests {
             .chain(others)
         {
             assert_eq!(RuleKey::describe(&key.text()), key.to_string());
+            assert_eq!(RuleKey::parse(&key.text()), Some(key.clone()));
             assert_eq!(
                 RuleKey::is_block(&key.text()),
                 matches!(key, RuleKey::Block(_))

@@ -354,7 +354,7 @@ async fn read_temporary(options: &Options, is_foreign: bool) -> Result<Kept> {
     Ok(kept?.unwrap_or_default())
 }
 
-/// What was kept, with what the kernel holds: an agent that was killed, or that could not write to disk, has left the rest
+/// Merges the kept ends and rules with those in the kernel: an agent that was killed, or that could not write to disk, has left the rest
 /// there. `before`: the policy whose rules are in the kernel.
 fn in_kernel(
     (mut ends, mut temporary): (Ends, Vec<Temporary>),
@@ -365,7 +365,7 @@ fn in_kernel(
     let found: Vec<Temporary> = held.iter().filter_map(|rule| rule.temporary(now)).collect();
     if let Some(before) = before {
         ends.adopt(before, &held, now);
-        // One that the kernel does not hold was revoked, and the disk did not take that; or it is suspended.
+        // A kept rule that the kernel does not hold is suspended, or was revoked and the disk did not take that.
         let kept = Timed {
             now,
             ends: Ends::default(),

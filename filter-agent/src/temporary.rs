@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     clock::{BootTime, Now},
     log::Entry,
-    policy::{Database, Model, Policy, Rule, Source, check_label, parse_cidr, without},
+    policy::{Database, Model, Policy, Source, check_label, parse_cidr, without},
     policy_file::PolicyFile,
     report::{self, By},
     rules::{Regions, RuleKey, held},
@@ -66,6 +66,20 @@ pub struct Temporary {
 }
 
 impl Temporary {
+    /// A rule that is added now, without a label.
+    pub fn new(database: &str, kind: Kind, source: IpNet, end: BootTime, now: Now) -> Self {
+        Self {
+            database: database.to_owned(),
+            kind,
+            source,
+            label: None,
+            added: now.wall,
+            by: None,
+            end,
+            until: now.date_of(end),
+        }
+    }
+
     /// Whether both are the same rule, with whatever end.
     pub fn is_same(&self, other: &Self) -> bool {
         let key = |rule: &Self| (rule.database.clone(), rule.kind, rule.source);
@@ -99,14 +113,23 @@ impl Timed {
         }
     }
 
+    /// Returns what is to be enforced after time has passed, and lines for the log about the rules and blocks that have
+    /// ended since.
+    pub fn passed(&self, now: Now) -> (Self, Vec<Entry>) {
+        let mut timed = self.at(now);
+        timed.drop_ended();
+        timed.ends.bring_nearer(now);
+        (timed, self.ended(now.boot))
+    }
+
     /// Forgets temporary rules that have ended.
-    pub fn drop_ended(&mut self) {
+    fn drop_ended(&mut self) {
         let now = self.now.boot;
         self.temporary.retain(|rule| rule.end > now);
     }
 
     /// Lines for the log about the rules and blocks that ended from then on until `now`.
-    pub fn ended(&self, now: BootTime) -> Vec<Entry> {
+    fn ended(&self, now: BootTime) -> Vec<Entry> {
         let is_new = |end: BootTime| self.now.boot < end && end <= now;
         let temporary = self.temporary.iter().filter(|rule| is_new(rule.end));
         let temporary = temporary.map(
@@ -234,37 +257,24 @@ impl Timed {
             ),
         }
         let end = self.now.boot.after(lasting);
+        let rule = Temporary::new(&database.name, kind, source, end, self.now);
         // For people, who read no fractions of seconds.
-        let until = self
-            .now
-            .date_of(end)
-            .round(Unit::Second)
-            .unwrap_or(Timestamp::MAX);
+        let until = rule.until.round(Unit::Second).unwrap_or(Timestamp::MAX);
         let rule = Temporary {
-            database: database.name.clone(),
-            kind,
-            source,
             label,
-            added: self.now.wall,
             by,
-            end,
             until,
+            ..rule
+        };
+        let action = match kind {
+            Kind::Allow => report::Action::Allowed,
+            Kind::Block => report::Action::Blocked,
         };
         let done = report::Temporary {
-            database: rule.database.clone(),
-            action: match kind {
-                Kind::Allow => report::Action::Allowed,
-                Kind::Block => report::Action::Blocked,
-            },
-            source,
             label: rule.label.clone(),
-            until: Some(rule.until),
+            until: Some(until),
             notes,
-            difference: Default::default(),
-            cut: Vec::new(),
-            cut_unknown: Vec::new(),
-            lock_out: Vec::new(),
-            errors: Vec::new(),
+            ..report::Temporary::new(&database.name, action, source)
         };
         self.temporary.push(rule);
         Ok(done)
@@ -278,13 +288,14 @@ impl Timed {
         regions: &Regions,
         notes: &mut Vec<String>,
     ) {
-        let Model::Dedicated { rules } = &database.model else {
-            return;
-        };
-        let holding = rules.iter().chain(&database.cluster).find(|rule| {
-            let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
-            !ended && without(&[source], &held(rule, regions)).is_empty()
-        });
+        let holding = database
+            .rules()
+            .iter()
+            .chain(&database.cluster)
+            .find(|rule| {
+                let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
+                !ended && without(&[source], &held(rule, regions)).is_empty()
+            });
         if let Some(rule) = holding {
             notes.push(format!("{} of the policy allows it already", rule.source));
         }
@@ -346,27 +357,14 @@ impl Timed {
         }
         self.temporary.retain(|rule| !is_meant(rule));
         Ok(report::Temporary {
-            database: database.name.clone(),
-            action: report::Action::Revoked,
-            source,
             label,
-            until: None,
-            notes: Vec::new(),
-            difference: Default::default(),
-            cut: Vec::new(),
-            cut_unknown: Vec::new(),
-            lock_out: Vec::new(),
-            errors: Vec::new(),
+            ..report::Temporary::new(&database.name, report::Action::Revoked, source)
         })
     }
 
     /// Why nothing can be revoked.
     fn not_temporary(&self, file: &PolicyFile, database: &Database, source: IpNet) -> Error {
-        let rules: &[Rule] = match &database.model {
-            Model::Dedicated { rules } => rules,
-            Model::Shared { .. } => &[],
-        };
-        let written = rules.iter().chain(&database.cluster);
+        let written = database.rules().iter().chain(&database.cluster);
         if written
             .map(|rule| &rule.source)
             .any(|s| *s == Source::Cidr(source))
@@ -410,7 +408,7 @@ impl Timed {
             })
     }
 
-    /// Those that have no room beside the rules of the policy: the newest.
+    /// Temporary rules that have no room beside the rules of the policy: the newest.
     pub fn suspended<'a>(&'a self, policy: &'a Policy) -> impl Iterator<Item = &'a Temporary> {
         let in_force = |rule: &Temporary| {
             let database = policy.databases.iter().find(|d| d.name == rule.database);
@@ -445,21 +443,12 @@ pub struct InKernel {
 impl InKernel {
     /// The temporary rule that it is; `None`: it is of the policy.
     pub fn temporary(&self, now: Now) -> Option<Temporary> {
-        let (kind, source) = match self.rule.split_at_checked(1)? {
-            ("+", source) => (Kind::Allow, source),
-            ("!", source) => (Kind::Block, source),
+        let (kind, source) = match RuleKey::parse(&self.rule)? {
+            RuleKey::Temporary(source) => (Kind::Allow, source),
+            RuleKey::Block(source) => (Kind::Block, source),
             _ => return None,
         };
-        Some(Temporary {
-            database: self.database.clone(),
-            kind,
-            source: source.parse().ok()?,
-            label: None,
-            added: now.wall,
-            by: None,
-            end: self.end,
-            until: now.date_of(self.end),
-        })
+        Some(Temporary::new(&self.database, kind, source, self.end, now))
     }
 }
 
@@ -484,11 +473,10 @@ impl Ends {
         for database in &policy.databases {
             let members = database.cluster.iter();
             let members = members.map(|m| (RuleKey::Member(m.source.clone()), m));
-            let rules: &[Rule] = match &database.model {
-                Model::Dedicated { rules } => rules,
-                Model::Shared { .. } => &[],
-            };
-            let rules = rules.iter().map(|r| (RuleKey::Rule(r.source.clone()), r));
+            let rules = database
+                .rules()
+                .iter()
+                .map(|r| (RuleKey::Rule(r.source.clone()), r));
             for (key, rule) in members.chain(rules) {
                 if let Some(expires) = rule.expires {
                     let dated = Dated {

@@ -7,7 +7,7 @@ use filter_common::Reason;
 use jiff::Timestamp;
 
 use crate::{
-    clock::{BootTime, since_boot},
+    clock::BootTime,
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
     policy::{Model, Rule, Source},
@@ -30,7 +30,7 @@ pub fn verify(
     round: u64,
 ) -> Result<report::Verified> {
     let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
-    let now = BootTime::default().after(since_boot());
+    let now = BootTime::now();
     let probes = probe::probes(&in_force.compiled, now, round);
     for probe in &probes {
         let frame = probe::frame(probe.protocol, probe.source, probe.destination, probe.port);
@@ -97,7 +97,7 @@ pub fn explain(
             .rule_text
             .and_then(|text| entries.rules.iter().find(|(key, _)| key.text() == text));
         let (rule, end) = rule.map_or((None, None), |(key, end)| (Some(key), *end));
-        let now = BootTime::default().after(since_boot());
+        let now = BootTime::now();
         let described = rule.and_then(|key| in_force.describe(name, key, source));
         let described = described.unwrap_or_default();
         explanations.push(report::Explanation {
@@ -136,7 +136,7 @@ impl InForce {
         Ok(())
     }
 
-    /// What was written about the rule behind a key: of the cluster about the member that holds the source.
+    /// Label, end and origin of the rule behind a key; for the cluster those of the member that holds the source.
     fn describe(&self, database: &str, key: &RuleKey, address: IpAddr) -> Option<Described> {
         let temporary = |kind, source| {
             let mut rules = self.timed.temporary.iter();
@@ -187,7 +187,7 @@ impl InForce {
     }
 }
 
-/// What is known of a rule beside its prefixes.
+/// Label, end and origin of a rule.
 #[derive(Default)]
 struct Described {
     label: Option<String>,

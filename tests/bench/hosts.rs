@@ -295,16 +295,9 @@ databases:
         let regions: Regions = BTreeMap::from([("r".to_owned(), Arc::from(networks))]);
         let now = Clock::start().now();
         let end = now.boot.after(Duration::from_hours(1));
-        let temporary = temporary.iter().map(|&(kind, source)| Temporary {
-            database: "d".into(),
-            kind,
-            source,
-            label: None,
-            added: now.wall,
-            by: None,
-            end,
-            until: now.date_of(end),
-        });
+        let temporary = temporary.iter();
+        let temporary =
+            temporary.map(|&(kind, source)| Temporary::new("d", kind, source, end, now));
         let timed = Timed {
             temporary: temporary.collect(),
             ..Timed::of(&policy, now)

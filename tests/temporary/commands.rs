@@ -116,7 +116,7 @@ fn source_is_blocked_at_once_whatever_allows_it_but_not_the_cluster() {
     let status = net.agent_json(&["status", "--verify"]);
     assert_eq!(status["errors"], json!([]));
     assert!(status["databases"][0]["dropped"]["blocked"].as_u64() > Some(0));
-    // Who allows a source that stays blocked learns it.
+    // The reply says that the source stays blocked.
     let arguments = ["allow", "orders", "203.0.113.77", "--for", "1h"];
     let notes = net.agent_json(&arguments)["notes"].to_string();
     assert!(notes.contains("203.0.113.0/24 stays blocked"), "{notes}");

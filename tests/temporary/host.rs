@@ -91,7 +91,7 @@ pub fn explain(net: &Net, source: &str) -> Value {
     net.agent_json(&["explain", source, "--database", "orders"])[0].clone()
 }
 
-/// What comes of a connection from each source, all at once.
+/// Results of connections from each source, all at once.
 pub fn connect_all(net: &Net, sources: &[Ipv4Addr]) -> Vec<Connection> {
     let attempts: Vec<_> = sources.iter().map(|&s| (s.into(), DB)).collect();
     net.connect_all(&attempts)

@@ -48,7 +48,7 @@ const ASKED: [&str; 7] = [
     "192.0.2.3",
 ];
 
-/// What was allowed and blocked, and not revoked.
+/// Sources that were allowed or blocked, and not revoked.
 #[derive(Default)]
 struct Model {
     rules: BTreeSet<(&'static str, &'static str)>,

@@ -123,7 +123,7 @@ fn temporary_rules_stay_over_restarts_and_reloads() {
     net.start();
     same(&net);
     client.assert_alive();
-    // What an agent could not write is in the kernel, without its label.
+    // A rule that an agent could not write is in the kernel, without its label.
     net.kill();
     fs::remove_file(record(&net)).unwrap();
     net.start();

@@ -62,7 +62,7 @@ impl Agent {
         done.cut_unknown = committed.report.cut_unknown;
         done.lock_out = committed.report.lock_out;
         done.errors = committed.errors;
-        // Whoever is told that it is in force finds it in force after a reboot.
+        // The reply waits for the disk: the change must be in force after a reboot.
         let late = Late::temporary(*done, reply, self.now.steady);
         if self.saves.is_under_way(&late.record()) {
             self.late.push(late);

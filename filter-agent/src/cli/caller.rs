@@ -1,4 +1,4 @@
-//! Where the user of a command is logged in from: who may be cut off by it.
+//! The address from which the user of a command is logged in, which the command may cut off.
 
 use std::{
     env,
@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{cli::client::encode, report::LockOut};
 
-/// What sshd sets: the addresses and ports of the client and of the server.
+/// The variable in which sshd passes the addresses and ports of the client and of the server.
 const VARIABLE: &str = "SSH_CONNECTION";
 
 /// Longest chain of parents. The kernel has no loops; processes that come and go while it is read could look like one.
@@ -24,7 +24,7 @@ pub(super) enum Caller {
     /// Not over the network, as far as is known.
     Console,
     At(IpAddr),
-    /// It is not known where the caller is, and why.
+    /// The reason why the caller's address is unknown.
     Unknown(String),
 }
 
@@ -177,7 +177,7 @@ mod tests {
             "203.0.113.7 70000 10.0.0.5 22",
             "203.0.113.300 52134 10.0.0.5 22",
             "client.test 52134 10.0.0.5 22",
-            // What sshd sets where its input is no socket.
+            // sshd's value where its input is not a socket.
             "UNKNOWN 65535 UNKNOWN 65535",
         ] {
             assert_eq!(read(malformed), None, "{malformed}");

@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 
 use crate::{cli::progress::announced, policy::spelled, report};
 
-/// Where the agent's socket is unless the command line says otherwise.
+/// Default path of the agent's socket.
 pub(super) const SOCKET: &str = "/run/filter-agent/control.sock";
 
 /// Time limit of requests that wait for no look-up.
@@ -38,7 +38,7 @@ pub(super) fn encode(value: &str) -> String {
 pub(super) struct Agent<'a> {
     pub(super) socket: &'a Path,
     pub(super) timeout: Duration,
-    /// What may keep it, for people who wait.
+    /// The reason why it may take long, for people who wait.
     pub(super) while_it: Option<&'static str>,
 }
 

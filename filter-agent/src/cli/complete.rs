@@ -1,5 +1,5 @@
-//! Completion of what only the agent knows, for shells. Where it does not answer at once nothing is completed: the line
-//! that is typed is no place for errors.
+//! Completion of what only the agent knows, for shells. Where it does not answer at once nothing is completed: an error
+//! must not disturb the line that is being typed.
 
 use std::{cmp::Reverse, env, ffi::OsStr, path::PathBuf, time::Duration};
 
@@ -150,7 +150,7 @@ impl Line {
         Ok(offers.collect())
     }
 
-    /// Those that the word under the cursor begins, each once; only those of a database that the line names.
+    /// Offers that the word under the cursor begins, each once; only of a database that the line names.
     fn choose(&self, offers: Vec<Offer>, current: &str) -> Vec<Offer> {
         let is_named = |offer: &Offer| {
             let database = offer.database.as_ref();

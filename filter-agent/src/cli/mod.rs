@@ -56,7 +56,7 @@ pub fn main() -> ExitCode {
     match completion.try_complete(env::args_os(), env::current_dir().ok().as_deref()) {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
-        // The line that is typed is no place for errors.
+        // An error must not disturb the line that is being typed.
         Err(_) => return ExitCode::FAILURE,
     }
     let command = Cli::parse().command;

@@ -11,7 +11,7 @@ use filter_common::Protocol;
 
 use super::{Enforcer, unfiltered};
 use crate::{
-    clock::{BootTime, since_boot},
+    clock::BootTime,
     compile::Compiled,
     cut::{self, cut},
     host::sockets::{Connection, Destroyed, Sockets},
@@ -52,23 +52,24 @@ impl Enforcer {
         let Some(caller) = caller.map(|caller| caller.to_canonical()) else {
             return;
         };
-        let host = self.netlink.interfaces();
-        let is_filtered = match (host, self.filter.program_id()) {
-            (Ok(host), Ok(ours)) => unfiltered(caller, &host, ours).is_none(),
-            _ => true,
-        };
-        if is_filtered {
-            plan.lock_out = lock_out(&self.in_force.compiled, after, caller, now());
+        let is_filtered = self.filtered_sources();
+        if is_filtered.map_or(true, |is_filtered| is_filtered(caller)) {
+            plan.lock_out = lock_out(&self.in_force.compiled, after, caller, BootTime::now());
         }
     }
 
-    fn cut_connections(&mut self, after: &Compiled) -> Result<Vec<report::Cut>> {
+    /// Returns whether packets of a source come through the filter.
+    fn filtered_sources(&mut self) -> Result<impl Fn(IpAddr) -> bool + use<>> {
         let host = self.netlink.interfaces()?;
         let ours = self.filter.program_id()?;
-        let is_filtered = |source| unfiltered(source, &host, ours).is_none();
+        Ok(move |source| unfiltered(source, &host, ours).is_none())
+    }
+
+    fn cut_connections(&mut self, after: &Compiled) -> Result<Vec<report::Cut>> {
+        let is_filtered = self.filtered_sources()?;
         let before = self.filter.image();
         let connections = list(&mut self.sockets, before)?;
-        let found = cut(before, after, &connections, now(), is_filtered);
+        let found = cut(before, after, &connections, BootTime::now(), is_filtered);
         Ok(cut::report(&found))
     }
 
@@ -128,14 +129,12 @@ impl Enforcer {
 
     fn reset(&mut self, before: &Image, entries: &mut Vec<Entry>) -> Result<()> {
         let after = self.in_force.compiled.clone();
-        let host = self.netlink.interfaces()?;
-        let ours = self.filter.program_id()?;
-        let is_filtered = |source: IpAddr| unfiltered(source, &host, ours).is_none();
+        let is_filtered = self.filtered_sources()?;
         let deadline = Instant::now() + RESET_TIMEOUT;
         let mut logged = false;
         loop {
             let connections = list(&mut self.sockets, before)?;
-            let mut found = cut(before, &after, &connections, now(), is_filtered);
+            let mut found = cut(before, &after, &connections, BootTime::now(), &is_filtered);
             if !mem::replace(&mut logged, true) {
                 entries.extend(cut::entries(&cut::report(&found)));
             }
@@ -171,10 +170,6 @@ impl fmt::Display for Unsupported {
 }
 
 impl std::error::Error for Unsupported {}
-
-fn now() -> BootTime {
-    BootTime::default().after(since_boot())
-}
 
 /// Whether a change may cut any connection.
 fn takes_access(difference: &Difference) -> bool {

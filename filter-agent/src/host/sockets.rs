@@ -69,7 +69,7 @@ pub enum Destroyed {
 
 #[cfg(test)]
 impl Connection {
-    /// One that no kernel listed.
+    /// A connection that no kernel listed.
     pub fn between(local: SocketAddr, peer: SocketAddr) -> Self {
         Self {
             local,
@@ -107,21 +107,12 @@ impl Sockets {
     /// # Errors
     /// The kernel has no tcp_diag, it did not send the whole list in time, or there are too many connections.
     pub fn connections(&mut self, ports: &BTreeSet<u16>) -> Result<Vec<Connection>> {
-        let deadline = Instant::now() + TIMEOUT;
-        let mut list = List {
-            ports,
-            listening: BTreeSet::new(),
-            connections: Vec::new(),
-        };
-        for family in [AF_INET, AF_INET6] {
-            for port in dumped_ports(ports) {
-                let request = SockDiagMessage::InetRequest(dump_request(family, port));
-                self.request(request, NLM_F_DUMP, deadline, |datagram| {
-                    list.read(datagram)
-                })
-                .context("list the host's TCP connections")?;
-            }
-        }
+        let dumps = [AF_INET, AF_INET6].into_iter().flat_map(|family| {
+            let dumped = dumped_ports(ports).into_iter();
+            dumped.map(move |port| dump_request(family, port))
+        });
+        let list = self.dump(ports, dumps);
+        let list = list.context("list the host's TCP connections")?;
         // A connection stands twice where another one came into its hash chain.
         let mut connections = list.connections;
         connections.sort_by_key(|connection| connection.id.cookie);
@@ -134,22 +125,32 @@ impl Sockets {
     /// # Errors
     /// As `connections`.
     pub fn listening(&mut self, ports: &BTreeSet<u16>) -> Result<BTreeSet<u16>> {
+        let dumps = [AF_INET, AF_INET6].map(|family| InetRequest {
+            states: StateFlags::LISTEN,
+            ..dump_request(family, 0)
+        });
+        let list = self.dump(ports, dumps);
+        Ok(list.context("list the host's listening sockets")?.listening)
+    }
+
+    fn dump<'a>(
+        &mut self,
+        ports: &'a BTreeSet<u16>,
+        requests: impl IntoIterator<Item = InetRequest>,
+    ) -> Result<List<'a>> {
         let deadline = Instant::now() + TIMEOUT;
         let mut list = List {
             ports,
             listening: BTreeSet::new(),
             connections: Vec::new(),
         };
-        for family in [AF_INET, AF_INET6] {
-            let mut request = dump_request(family, 0);
-            request.states = StateFlags::LISTEN;
+        for request in requests {
             let request = SockDiagMessage::InetRequest(request);
-            let dump = self.request(request, NLM_F_DUMP, deadline, |datagram| {
+            self.request(request, NLM_F_DUMP, deadline, |datagram| {
                 list.read(datagram)
-            });
-            dump.context("list the host's listening sockets")?;
+            })?;
         }
-        Ok(list.listening)
+        Ok(list)
     }
 
     /// Ends a connection: exactly the one that was listed, never another one between the same ports.

@@ -21,7 +21,7 @@ pub struct Applied {
     pub difference: Difference,
     /// Databases whose counters begin at zero with this change: they are new in the kernel.
     pub restarted: BTreeSet<String>,
-    /// What the kernel held.
+    /// The image before the change.
     pub before: Image,
     replaced: Replaced,
 }

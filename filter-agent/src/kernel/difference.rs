@@ -173,7 +173,7 @@ fn changed<N: Ord + Copy + Into<IpNet>>(
         (is_new != is_old).then(|| (slot, prefix.into(), is_new))
     });
     let mut changed: Vec<_> = changes.collect();
-    // What comes to both sections, or goes from both.
+    // A prefix that is added to both sections, or removed from both, is listed once.
     changed.sort_unstable();
     changed.dedup();
     changed

@@ -19,7 +19,7 @@ use filter_common::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
-    clock::{BootTime, since_boot},
+    clock::BootTime,
     kernel::{
         answer::answer,
         change::Change,
@@ -299,7 +299,7 @@ impl Maps {
 impl Maps {
     /// The value that decides on a source at a database now, as the packet path finds it; `None`: no rule allows it.
     pub(super) fn value(&self, slot: u16, source: IpAddr) -> Result<Option<RuleValue>> {
-        let now = BootTime::default().after(since_boot());
+        let now = BootTime::now();
         let in_force = |value: Option<RuleValue>| {
             let Some(rule) = value.and_then(RuleValue::end) else {
                 return Ok(value);

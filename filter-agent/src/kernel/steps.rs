@@ -113,7 +113,7 @@ impl Image {
         let latest_ends = latest(&self.ends, &new.ends);
         let names: BTreeMap<u32, Name> = self.rules.iter().chain(&new.rules).copied().collect();
         let mut later = changes(&self.ends, &latest_ends);
-        // What a rule that ended allows again is blocked first, where it is to be.
+        // Blocks come before the ends of rules that had ended and are prolonged.
         let mut end_later = |steps: &mut Vec<Step>, is_meant: fn(&str) -> bool| {
             let of_rules = later.extract_if(.., |change| {
                 let name = names.get(&change.key).and_then(Name::text);
@@ -232,7 +232,7 @@ impl Guards {
         }
     }
 
-    /// Those of local addresses are there before a port sends packets to them, and are removed after.
+    /// Guards of local addresses are added before a port refers to them, and removed after.
     fn steps_to(&self, new: &Self, steps: &mut Vec<Step>) {
         let locals = changes(&self.locals, &new.locals);
         steps.extend(set(&locals).map(Step::Local));

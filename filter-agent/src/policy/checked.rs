@@ -78,14 +78,14 @@ pub struct Database {
     pub tls: Option<Tls>,
     /// Count packets that would be dropped, and pass them.
     pub monitor: bool,
-    /// What becomes of the connections of a source that loses its access.
+    /// Treatment of the connections of a source that loses its access.
     pub on_removal: OnRemoval,
     /// Members of its own cluster: always allowed, and exempt from forced TLS. Of regions only those whose prefixes the
     /// operator writes (`file`, `prefixes`).
     pub cluster: Vec<Rule>,
 }
 
-/// What becomes of the connections that a change cuts off: their packets are dropped in any case.
+/// Treatment of the connections that a change cuts off. Their packets are dropped in any case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnRemoval {
@@ -136,6 +136,14 @@ pub enum Source {
 }
 
 impl Database {
+    /// The rules of a dedicated database; a shared one has none.
+    pub fn rules(&self) -> &[Rule] {
+        match &self.model {
+            Model::Dedicated { rules } => rules,
+            Model::Shared { .. } => &[],
+        }
+    }
+
     /// Returns `tcp/5432` for each port.
     pub fn guarded_ports(&self) -> Vec<String> {
         let protocol = self.protocol.name();

@@ -86,10 +86,7 @@ fn moves(before: &Policy, after: &Policy) -> Vec<String> {
             continue;
         };
         let [(old_rules, old_cluster), (new_rules, new_cluster)] = [old, new].map(|database| {
-            let rules = match &database.model {
-                Model::Dedicated { rules } => named("rule", rules),
-                Model::Shared { .. } => Vec::new(),
-            };
+            let rules = named("rule", database.rules());
             (rules, named("cluster", &database.cluster))
         });
         let cluster = moved(&old_cluster, &new_cluster);

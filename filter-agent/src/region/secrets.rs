@@ -1,4 +1,4 @@
-//! What a request for a list holds of secrets, and errors without them: a server may return in its answer what it was
+//! The secrets of a request for a list, and errors without them: a server may return in its answer what it was
 //! sent, and errors quote answers. Pure.
 
 use reqwest::Request;

@@ -14,7 +14,7 @@ use jiff::{Timestamp, Unit};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    policy::{Guards, Model, Policy, Region, RegionSource, Rule, Source, redacted, spelled},
+    policy::{Guards, Policy, Region, RegionSource, Source, redacted, spelled},
     region::{
         answer::{Answer, Found, Version},
         files::StillWritten,
@@ -28,13 +28,8 @@ pub type Regions = BTreeMap<String, State>;
 
 /// Returns the names of the regions that rules and clusters name. A name may come more than once.
 pub fn used(policy: &Policy) -> impl Iterator<Item = &String> {
-    let rules = policy.databases.iter().map(|database| {
-        let rules: &[Rule] = match &database.model {
-            Model::Dedicated { rules } => rules,
-            Model::Shared { .. } => &[],
-        };
-        database.cluster.iter().chain(rules)
-    });
+    let databases = policy.databases.iter();
+    let rules = databases.map(|database| database.cluster.iter().chain(database.rules()));
     rules.flatten().filter_map(|rule| match &rule.source {
         Source::Region(name) => Some(name),
         Source::Cidr(_) => None,

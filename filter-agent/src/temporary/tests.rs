@@ -189,7 +189,7 @@ fn newest_rules_are_suspended_where_the_policy_leaves_no_room() {
     assert_eq!(in_force, ["203.0.113.1/32", "203.0.113.2/32"]);
 }
 
-/// What is left of the rule that ends at 01:00 and of a temporary one of an hour, kept at midnight, 100 seconds after a
+/// Time left of the rule that ends at 01:00 and of a temporary one of an hour, kept at midnight, 100 seconds after a
 /// boot, in seconds.
 fn left(same_boot: bool, now: Now) -> (u64, Option<u64>) {
     let timed = Timed::of(&file(FILE).policy, at(100, 0));

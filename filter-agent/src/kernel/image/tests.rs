@@ -211,7 +211,7 @@ fn at_every_step_what_both_policies_pass_passes_and_what_both_drop_is_dropped() 
     let mut random = fastrand::Rng::with_seed(1);
     let mut kernel = Kernel::default();
     for round in 0..500 {
-        // What ended is in the kernel until the next change.
+        // The kernel holds ended rules until the next change.
         kernel.now = BootTime(100 * round);
         let held = kernel.image();
         let new = Image::of(&compiled(&mut random, kernel.now), &held).unwrap();

@@ -133,7 +133,7 @@ enum ProxyProtocol {
 }
 
 /// # Errors
-/// What is wrong with a label.
+/// The label is too long, or holds a control character.
 pub fn check_label(label: &str) -> Result<(), String> {
     if label.chars().count() > MAX_LABEL || label.contains(is_control) {
         return Err(format!(

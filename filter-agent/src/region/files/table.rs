@@ -45,7 +45,7 @@ pub(super) struct Table {
 pub(super) struct Watched {
     hops: BTreeMap<Hop, Part>,
     pub(super) changes: u64,
-    /// Where the file was changed and not closed since, and when it was changed last.
+    /// Time of the file's last change, if it was not closed since.
     unfinished: BTreeMap<Hop, Instant>,
 }
 
