@@ -49,7 +49,7 @@ pub struct Segment {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Checksum {
     Right,
-    /// By one bit.
+    /// By one bit, and not that of the pseudo-header either.
     Wrong,
     /// Without the segment, as a sender has it that leaves the rest to its network card: wrong on a wire.
     OfPseudoHeader,
@@ -69,10 +69,13 @@ impl Segment {
         bytes.extend(self.urgent.to_be_bytes());
         bytes.extend(&options);
         bytes.extend(&self.data);
+        let right = transport_checksum(addressing, &bytes);
+        let of_pseudo_header = !transport_checksum(addressing, &vec![0; bytes.len()]);
         let sum = match self.checksum {
-            Checksum::Right => transport_checksum(addressing, &bytes),
-            Checksum::Wrong => transport_checksum(addressing, &bytes) ^ 1,
-            Checksum::OfPseudoHeader => !transport_checksum(addressing, &vec![0; bytes.len()]),
+            Checksum::Right => right,
+            Checksum::Wrong if right ^ 1 == of_pseudo_header => right ^ 2,
+            Checksum::Wrong => right ^ 1,
+            Checksum::OfPseudoHeader => of_pseudo_header,
         };
         bytes[16..18].copy_from_slice(&sum.to_be_bytes());
         bytes
