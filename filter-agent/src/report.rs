@@ -62,6 +62,15 @@ pub struct Database {
     pub model: String,
     pub monitor: bool,
     pub rules: usize,
+    /// Temporary rules in force, which `rules` counts too.
+    #[serde(default)]
+    pub temporary: usize,
+    /// Blocks in force, which `rules` counts too.
+    #[serde(default)]
+    pub blocks: usize,
+    /// Temporary rules that the database has no room for.
+    #[serde(default)]
+    pub suspended: usize,
     pub prefixes: usize,
     pub passed: u64,
     /// Packets dropped, by reason.

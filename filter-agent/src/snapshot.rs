@@ -91,7 +91,7 @@ impl Snapshot {
             policy: self.enforced.clone(),
             interfaces,
             repairs: observed.repairs,
-            databases: observed.databases(),
+            databases: observed.databases(self.now),
             unattributed: observed.packets(None, false),
             unattributed_would_drop: observed.packets(None, true),
             regions: self.regions(),
@@ -253,15 +253,26 @@ impl Observed {
             .collect()
     }
 
-    fn databases(&self) -> Vec<report::Database> {
-        let InForce { file, compiled, .. } = &self.in_force;
+    fn databases(&self, now: Now) -> Vec<report::Database> {
+        let InForce {
+            file,
+            compiled,
+            timed,
+            ..
+        } = &self.in_force;
+        let timed = timed.at(now);
         let databases = file.policy.databases.iter().filter_map(|database| {
             let entries = compiled.databases.get(&database.name)?;
             let name = &database.name;
             let allowed = |(counted, _): &(&(Option<String>, Reason, bool), &u64)| {
                 counted.0.as_ref() == Some(name) && counted.1 == Reason::Allowed
             };
+            let of_kind = |kind: Kind| timed.in_force(database).filter(move |t| t.kind == kind);
+            let suspended = timed.suspended(&file.policy);
             Some(report::Database {
+                temporary: of_kind(Kind::Allow).count(),
+                blocks: of_kind(Kind::Block).count(),
+                suspended: suspended.filter(|rule| rule.database == *name).count(),
                 name: name.clone(),
                 ports: database.guarded_ports(),
                 addresses: database.addresses.clone(),

@@ -242,12 +242,17 @@ impl Timed {
         };
         let (rules, blocks) = room(database);
         let used = count(&self.temporary);
+        let beyond = match used.saturating_sub(rules) {
+            0 => String::new(),
+            suspended => format!(" ({suspended} more are suspended)"),
+        };
         match kind {
             Kind::Allow => ensure!(
                 used < rules,
-                "database {} has {MAX_RULES} rules, {used} of them temporary, which is the most: revoke one, or take one \
-                 out of {}",
+                "database {} has {MAX_RULES} rules, {} of them temporary{beyond}, which is the most: revoke one, or take \
+                 one out of {}",
                 database.name,
+                used.min(rules),
                 file.path.display()
             ),
             Kind::Block => ensure!(

@@ -56,6 +56,12 @@ fn newest_temporary_rules_are_suspended_where_the_policy_leaves_no_room_and_resu
     old.assert_alive();
     assert_eq!(suspended(&net), [DENIED]);
     assert!(net.agent_text(&["rules"]).contains("suspended"));
+    let status = net.agent_json(&["status"])["databases"][0].clone();
+    let counts = ["temporary", "blocks", "suspended"].map(|field| status[field].as_u64());
+    assert_eq!(counts, [Some(1); 3]);
+    let status = net.agent_text(&["status"]);
+    let line = "orders: 1 temporary rule, 1 block, 1 suspended rule";
+    assert!(status.contains(line), "{status}");
     assert_eq!(explain(&net, "198.51.100.7")["passes"], false);
     assert_eq!(net.connect(DENIED4.into(), DB), Connection::Silence);
     assert_eq!(explain(&net, "192.0.2.1")["reason"], "blocked");
@@ -71,7 +77,8 @@ fn newest_temporary_rules_are_suspended_where_the_policy_leaves_no_room_and_resu
     assert_eq!(suspended(&net), [own, DENIED]);
     old.assert_reset();
     let error = net.agent_error(&["allow", "orders", "192.0.2.99", "--for", "1h"]);
-    assert!(error.contains("has 30 rules"), "{error}");
+    let text = "has 30 rules, 0 of them temporary (2 more are suspended)";
+    assert!(error.contains(text), "{error}");
     net.watch(&[Protected::tcp(PORT, &watched)]);
     net.reload(&with_rules(29));
     assert_eq!(suspended(&net), [DENIED]);

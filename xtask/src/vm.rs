@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::dist;
 use machine::{FOLDER, Machine, PATIENCE, base, furnish, wait_for};
-use outside::{Outside, PORT};
+use outside::{Denied, GUESTS, Outside, PORT, serves};
 use streams::Streams;
 
 /// Debian 12's own kernel, and the later one of the same repository.
@@ -172,12 +172,7 @@ impl Scenario {
         ensure!(version == "0.1.0-2", "version {version} is installed");
         self.machine.command("filter-agent status --verify")?;
         let exposure = self.unit()?;
-        self.begin("reboot", false)?;
-        self.machine.reboot()?;
-        self.wait_until_up()?;
-        self.begin("after the reboot", true)?;
-        thread::sleep(Duration::from_secs(5));
-        self.wait_until_served()?;
+        let guests = self.off_for_two_hours()?;
         self.begin("after the phases", false)?;
         ensure!(
             self.answered.is_empty(),
@@ -193,6 +188,7 @@ impl Scenario {
         }
         self.machine.power_off()?;
         println!("{exposure}");
+        println!("{guests}");
         println!("an interface that appears is filtered after {enforced_after} ms");
         println!("over a line that {bad_line}: 10 of 10 connections with TLS, 0 of 10 without");
         Ok(())
@@ -252,6 +248,51 @@ impl Scenario {
             thread::sleep(Duration::from_millis(500));
         }
         bail!("`{command}` prints {printed} instead of {expected}")
+    }
+
+    /// Of two temporary rules one ends while the machine is off: its source gets no answer from power-on on, the other's
+    /// does. Returns a line about it.
+    fn off_for_two_hours(&mut self) -> Result<String> {
+        self.begin("two guests", true)?;
+        let [ending, lasting] = GUESTS;
+        for (guest, hours) in [(ending, 1), (lasting, 3)] {
+            let allow =
+                format!("filter-agent allow orders {guest} --for {hours}h 2>&1 && echo allowed");
+            let allowed = self.machine.command(&allow)?;
+            ensure!(allowed.ends_with("allowed"), "allow says: {allowed}");
+            wait_for(|| serves(guest).then_some(()))
+                .with_context(|| format!("serve the guest {guest}"))?;
+        }
+        self.wait_until_served()?;
+        self.begin("off for two hours", false)?;
+        self.machine.switch_off_for(2)?;
+        let before = self.outside.answers_to_guest()?;
+        let ended = Denied::start(ending)?;
+        wait_for(|| serves(lasting).then_some(()))
+            .with_context(|| format!("serve the guest {lasting}, whose rule has an hour left"))?;
+        self.wait_until_up()?;
+        self.begin("after that", true)?;
+        thread::sleep(Duration::from_secs(5));
+        self.wait_until_served()?;
+        let answers = self.outside.answers_to_guest()? - before;
+        ensure!(
+            answers == 0,
+            "{answers} answers to {ending}, whose rule ended while the machine was off"
+        );
+        let left = self.machine.command(&format!(
+            "filter-agent explain {lasting} --database orders --json"
+        ))?;
+        let left: serde_json::Value = serde_json::from_str(&left).context("read `explain`")?;
+        let left = left[0]["left"].as_u64().context("read what is left")?;
+        ensure!(
+            (1..=3600).contains(&left),
+            "of 3 hours {left} seconds are left after 2"
+        );
+        Ok(format!(
+            "after two hours off, {} tries of a guest whose rule ended got no answer; the other's has {} min left",
+            ended.tries(),
+            left / 60
+        ))
     }
 
     /// Interfaces that a pattern names are filtered from the reload on; one whose driver refuses native

@@ -202,6 +202,19 @@ pub(super) fn print_status(status: &Status) {
     }
     println!();
     print_table(&databases, status.databases.len());
+    for database in &status.databases {
+        let parts = [
+            (database.temporary, "temporary rule", "temporary rules"),
+            (database.blocks, "block", "blocks"),
+            (database.suspended, "suspended rule", "suspended rules"),
+        ];
+        let there = parts.into_iter().filter(|(count, ..)| *count > 0);
+        let there = there.map(|(count, one, many)| counted(count, one, many));
+        let there: Vec<String> = there.collect();
+        if !there.is_empty() {
+            println!("{}: {}", database.name, there.join(", "));
+        }
+    }
     for database in status
         .databases
         .iter()

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use super::outside::{ALLOWED, HOST_MAC, PORT, inside};
-use crate::run;
+use crate::{output, run};
 
 pub const FOLDER: &str = "target/vm";
 
@@ -59,6 +59,7 @@ pub fn base() -> Result<PathBuf> {
 }
 
 pub struct Machine {
+    kernel: String,
     qemu: Child,
     shell: UnixStream,
     asked: u32,
@@ -87,71 +88,29 @@ impl Machine {
             .arg(&root)
             .arg(&disk)
             .arg("3G"))?;
-        let boot = |kind: &str| -> Result<PathBuf> {
-            let prefix = format!("{kind}-{kernel}.");
-            let files = fs::read_dir(root.join("boot")).context("list the image's kernels")?;
-            files
-                .filter_map(|file| Some(file.ok()?.path()))
-                .find(|path| {
-                    let name = path.file_name().unwrap_or_default();
-                    name.to_string_lossy().starts_with(&prefix)
-                })
-                .with_context(|| format!("the image has no {prefix}*"))
-        };
-        let socket = folder.join("shell.sock");
-        let _ = fs::remove_file(&socket);
-        let console_log = folder.join(format!("console-{kernel}.log"));
+        let console_log = console_log(kernel);
         let console = File::create(&console_log).context("create the console's log")?;
-        let mut qemu = inside("qemu-system-x86_64")
-            .args(["-m", "1024", "-smp", "2", "-display", "none"])
-            .args(["-machine", "q35,accel=tcg", "-cpu", "max"])
-            .arg("-kernel")
-            .arg(boot("vmlinuz")?)
-            .arg("-initrd")
-            .arg(boot("initrd.img")?)
-            .args([
-                "-append",
-                "root=/dev/vda rw console=ttyS0 net.ifnames=0 \
-                 systemd.journald.forward_to_console=1 systemd.default_timeout_start_sec=600",
-            ])
-            .arg("-drive")
-            .arg(format!(
-                "file={},format=raw,if=virtio,cache=unsafe",
-                disk.display()
-            ))
-            .args(["-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no"])
-            .arg("-device")
-            .arg(format!("{VIRTIO_NET},mac={HOST_MAC}"))
-            .args([
-                "-netdev",
-                "tap,id=merging,ifname=tap1,script=no,downscript=no",
-            ])
-            .args(["-device", MERGING_VIRTIO_NET])
-            .args(["-serial", "stdio", "-serial"])
-            .arg(format!("unix:{},server=on,wait=off", socket.display()))
-            .stdin(Stdio::null())
-            .stdout(console.try_clone().context("share the console's log")?)
-            .stderr(console)
-            .spawn()
-            .context("start qemu-system-x86_64")?;
-        let shell = wait_for(|| match qemu.try_wait() {
-            Ok(Some(_)) => Some(None),
-            _ => UnixStream::connect(&socket).ok().map(Some),
-        });
-        let log = console_log.display();
-        let shell = shell
-            .flatten()
-            .with_context(|| format!("start QEMU, see {log}"))?;
-        shell
-            .set_read_timeout(Some(Duration::from_millis(500)))
-            .context("set up the shell")?;
+        let (qemu, shell) = start(kernel, console, "utc")?;
         let mut machine = Self {
+            kernel: kernel.into(),
             qemu,
             shell,
             asked: 0,
         };
         machine.wait_for_shell("")?;
         Ok(machine)
+    }
+
+    /// Powers it off, and on again with a clock that says that so many hours have passed.
+    pub fn switch_off_for(&mut self, hours: u32) -> Result<()> {
+        let before = self.command("cat /proc/sys/kernel/random/boot_id")?;
+        self.power_off()?;
+        let later = format!("+{hours} hours");
+        let clock = output(Command::new("date").args(["-u", "-d", &later, "+%FT%T"]))?;
+        let console = File::options().append(true).open(console_log(&self.kernel));
+        let console = console.context("open the console's log")?;
+        (self.qemu, self.shell) = start(&self.kernel, console, clock.trim())?;
+        self.wait_for_shell(&before)
     }
 
     pub fn power_off(&mut self) -> Result<()> {
@@ -161,15 +120,6 @@ impl Machine {
         let gone = wait_for(|| self.qemu.try_wait().ok().flatten());
         gone.context("wait for the machine to power off")?;
         Ok(())
-    }
-
-    /// Reboots, and waits until there is a shell again.
-    pub fn reboot(&mut self) -> Result<()> {
-        let before = self.command("cat /proc/sys/kernel/random/boot_id")?;
-        self.shell
-            .write_all(b"systemctl reboot\n")
-            .context("reboot")?;
-        self.wait_for_shell(&before)
     }
 
     /// Waits until the shell of another boot answers. What is typed before it is there is lost.
@@ -237,6 +187,72 @@ impl Drop for Machine {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
+}
+
+fn console_log(kernel: &str) -> PathBuf {
+    Path::new(FOLDER).join(format!("console-{kernel}.log"))
+}
+
+/// Powers a machine on. Returns it, and the shell on its second serial port. `clock`: as QEMU's `-rtc base=` takes it.
+fn start(kernel: &str, console: File, clock: &str) -> Result<(Child, UnixStream)> {
+    let folder = Path::new(FOLDER);
+    let boot = |kind: &str| -> Result<PathBuf> {
+        let prefix = format!("{kind}-{kernel}.");
+        let files = fs::read_dir(folder.join("root/boot")).context("list the image's kernels")?;
+        files
+            .filter_map(|file| Some(file.ok()?.path()))
+            .find(|path| {
+                let name = path.file_name().unwrap_or_default();
+                name.to_string_lossy().starts_with(&prefix)
+            })
+            .with_context(|| format!("the image has no {prefix}*"))
+    };
+    let socket = folder.join("shell.sock");
+    let _ = fs::remove_file(&socket);
+    let mut qemu = inside("qemu-system-x86_64")
+        .args(["-m", "1024", "-smp", "2", "-display", "none"])
+        .args(["-machine", "q35,accel=tcg", "-cpu", "max"])
+        .args(["-rtc", &format!("base={clock}")])
+        .arg("-kernel")
+        .arg(boot("vmlinuz")?)
+        .arg("-initrd")
+        .arg(boot("initrd.img")?)
+        .args([
+            "-append",
+            "root=/dev/vda rw console=ttyS0 net.ifnames=0 \
+             systemd.journald.forward_to_console=1 systemd.default_timeout_start_sec=600",
+        ])
+        .arg("-drive")
+        .arg(format!(
+            "file={},format=raw,if=virtio,cache=unsafe",
+            folder.join("disk.img").display()
+        ))
+        .args(["-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no"])
+        .arg("-device")
+        .arg(format!("{VIRTIO_NET},mac={HOST_MAC}"))
+        .args([
+            "-netdev",
+            "tap,id=merging,ifname=tap1,script=no,downscript=no",
+        ])
+        .args(["-device", MERGING_VIRTIO_NET])
+        .args(["-serial", "stdio", "-serial"])
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .stdin(Stdio::null())
+        .stdout(console.try_clone().context("share the console's log")?)
+        .stderr(console)
+        .spawn()
+        .context("start qemu-system-x86_64")?;
+    let shell = wait_for(|| match qemu.try_wait() {
+        Ok(Some(_)) => Some(None),
+        _ => UnixStream::connect(&socket).ok().map(Some),
+    });
+    let shell = shell
+        .flatten()
+        .with_context(|| format!("start QEMU, see {}", console_log(kernel).display()))?;
+    shell
+        .set_read_timeout(Some(Duration::from_millis(500)))
+        .context("set up the shell")?;
+    Ok((qemu, shell))
 }
 
 /// Without the offloads that keep this driver from native mode.

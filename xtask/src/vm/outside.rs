@@ -22,6 +22,8 @@ pub const NAMESPACE: &str = "filter-agent-vm";
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 pub const ALLOWED: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 pub const DENIED: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 3);
+/// Two that temporary rules let in for a time.
+pub const GUESTS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 77, 0, 4), Ipv4Addr::new(10, 77, 0, 5)];
 pub const PORT: u16 = 5432;
 /// Of the machine's `eth0`.
 pub const HOST_MAC: &str = "52:54:00:77:00:01";
@@ -61,6 +63,8 @@ impl Outside {
             "tuntap add dev tap1 mode tap".into(),
             format!("address add {ALLOWED}/24 dev tap0"),
             format!("address add {DENIED}/24 dev tap0"),
+            format!("address add {}/24 dev tap0", GUESTS[0]),
+            format!("address add {}/24 dev tap0", GUESTS[1]),
             "link set tap0 up".into(),
             "link set tap1 up".into(),
             "link set lo up".into(),
@@ -72,9 +76,11 @@ impl Outside {
         }
         // Every packet of the machine's port counts, however late it comes.
         run(inside("nft").arg(format!(
-            "table ip answers {{ counter denied {{ }}; chain input {{ \
+            "table ip answers {{ counter denied {{ }}; counter guest {{ }}; chain input {{ \
              type filter hook input priority -300; \
-             ip daddr {DENIED} tcp sport {PORT} counter name denied; }}; }}"
+             ip daddr {DENIED} tcp sport {PORT} counter name denied; \
+             ip daddr {} tcp sport {PORT} counter name guest; }}; }}",
+            GUESTS[0]
         )))?;
         let leases = folder.join("leases");
         let _ = fs::remove_file(&leases);
@@ -94,19 +100,19 @@ impl Outside {
         Ok(Self {
             dhcp,
             allowed: Allowed::start()?,
-            denied: Denied::start()?,
+            denied: Denied::start(DENIED)?,
             clear: Clear::start()?,
         })
     }
 
     /// Packets that came from the machine's port to the denied client so far.
     pub fn answers(&self) -> Result<u64> {
-        let text = output(inside("nft").args(["list", "counter", "ip", "answers", "denied"]))?;
-        let mut words = text
-            .split_whitespace()
-            .skip_while(|word| *word != "packets");
-        let packets = words.nth(1).and_then(|packets| packets.parse().ok());
-        packets.context("read the counter of the denied client's answers")
+        answers("denied")
+    }
+
+    /// Packets that came from there to the first guest so far.
+    pub fn answers_to_guest(&self) -> Result<u64> {
+        answers("guest")
     }
 }
 
@@ -114,13 +120,19 @@ impl Drop for Outside {
     fn drop(&mut self) {
         let _ = self.dhcp.kill();
         let _ = self.dhcp.wait();
-        self.allowed.client.stop();
-        self.denied.client.stop();
-        self.clear.client.stop();
         let _ = Command::new("ip")
             .args(["netns", "delete", NAMESPACE])
             .status();
     }
+}
+
+fn answers(counter: &str) -> Result<u64> {
+    let text = output(inside("nft").args(["list", "counter", "ip", "answers", counter]))?;
+    let mut words = text
+        .split_whitespace()
+        .skip_while(|word| *word != "packets");
+    let packets = words.nth(1).and_then(|packets| packets.parse().ok());
+    packets.with_context(|| format!("read the counter of answers, {counter}"))
 }
 
 /// A command in the namespace.
@@ -154,8 +166,10 @@ impl Client {
             thread: Some(thread),
         })
     }
+}
 
-    fn stop(&mut self) {
+impl Drop for Client {
+    fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -165,7 +179,7 @@ impl Client {
 
 /// Connects to the database and asks what every PostgreSQL answers, again and again.
 pub struct Allowed {
-    client: Client,
+    _client: Client,
     /// When it was served.
     served: Arc<Mutex<Vec<Instant>>>,
 }
@@ -175,12 +189,15 @@ impl Allowed {
         let served = Arc::new(Mutex::new(Vec::new()));
         let times = served.clone();
         let client = Client::start(Duration::from_millis(20), move || {
-            if matches!(ask(), Ok(true)) {
+            if serves(ALLOWED) {
                 let mut times = times.lock().expect("no client panics");
                 times.push(Instant::now());
             }
         })?;
-        Ok(Self { client, served })
+        Ok(Self {
+            _client: client,
+            served,
+        })
     }
 
     /// How often it was served in that time, and the longest time in which it was not.
@@ -196,15 +213,15 @@ impl Allowed {
     }
 }
 
-/// Whether PostgreSQL answers an SSLRequest.
-fn ask() -> std::io::Result<bool> {
-    let answer = ask_with(&[0, 0, 0, 8, 4, 210, 22, 47], READ_TIMEOUT)?;
-    Ok(matches!(answer, b'S' | b'N'))
+/// Whether PostgreSQL answers an SSLRequest from there.
+pub fn serves(source: Ipv4Addr) -> bool {
+    let answer = ask_with(source, &[0, 0, 0, 8, 4, 210, 22, 47], READ_TIMEOUT);
+    matches!(answer, Ok(b'S' | b'N'))
 }
 
-/// The first byte that an allowed client gets for this.
-fn ask_with(request: &[u8], timeout: Duration) -> std::io::Result<u8> {
-    let socket = bound(ALLOWED)?;
+/// The first byte that a client gets for this.
+fn ask_with(source: Ipv4Addr, request: &[u8], timeout: Duration) -> std::io::Result<u8> {
+    let socket = bound(source)?;
     socket.connect_timeout(&database(), CONNECT_TIMEOUT)?;
     let mut stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(timeout))?;
@@ -216,7 +233,7 @@ fn ask_with(request: &[u8], timeout: Duration) -> std::io::Result<u8> {
 
 /// Logs in without TLS from the allowed address, again and again.
 pub struct Clear {
-    client: Client,
+    _client: Client,
     counts: Arc<[AtomicU64; 2]>,
 }
 
@@ -225,14 +242,21 @@ impl Clear {
         let counts = Arc::new([const { AtomicU64::new(0) }; 2]);
         let [tries, served] = [counts.clone(), counts.clone()];
         let client = Client::start(Duration::from_millis(100), move || {
-            let answer = ask_with(b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0", CLEAR_TIMEOUT);
+            let answer = ask_with(
+                ALLOWED,
+                b"\0\0\0\x17\0\x03\0\0user\0postgres\0\0",
+                CLEAR_TIMEOUT,
+            );
             tries[0].fetch_add(1, Ordering::Relaxed);
             // An authentication request; the filter answers with an error.
             if matches!(answer, Ok(b'R')) {
                 served[1].fetch_add(1, Ordering::Relaxed);
             }
         })?;
-        Ok(Self { client, counts })
+        Ok(Self {
+            _client: client,
+            counts,
+        })
     }
 
     /// Tries, and answers of the database.
@@ -243,12 +267,12 @@ impl Clear {
 
 /// Connects without waiting for what comes of it, many times a second.
 pub struct Denied {
-    client: Client,
+    _client: Client,
     tries: Arc<AtomicU64>,
 }
 
 impl Denied {
-    fn start() -> Result<Self> {
+    pub fn start(source: Ipv4Addr) -> Result<Self> {
         let tries = Arc::new(AtomicU64::new(0));
         let made = tries.clone();
         let mut open: VecDeque<(Instant, Socket)> = VecDeque::new();
@@ -260,7 +284,7 @@ impl Denied {
                 open.pop_front();
             }
             let connect = || -> std::io::Result<Socket> {
-                let socket = bound(DENIED)?;
+                let socket = bound(source)?;
                 socket.set_nonblocking(true)?;
                 match socket.connect(&database()) {
                     Err(error) if error.raw_os_error() != Some(nix::libc::EINPROGRESS) => {
@@ -275,7 +299,10 @@ impl Denied {
                 made.fetch_add(1, Ordering::Relaxed);
             }
         })?;
-        Ok(Self { client, tries })
+        Ok(Self {
+            _client: client,
+            tries,
+        })
     }
 
     pub fn tries(&self) -> u64 {
