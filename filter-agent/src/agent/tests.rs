@@ -14,6 +14,7 @@ use crate::{
     compile::compile,
     event::Order,
     kernel::difference::Difference,
+    look_ups::LookUp,
     region::answer::{Answer, Found},
     report::{Enforced, Verified},
     rules,
