@@ -26,7 +26,7 @@ use crate::{
     report,
     retry::Retry,
     saves::Saves,
-    snapshot::{Snapshot, describe},
+    snapshot::Snapshot,
     start::Started,
     store::{Record, Write},
     temporary::Timed,
@@ -274,7 +274,12 @@ impl Agent {
         occasion: Occasion,
         existing: bool,
     ) {
+        let accepted = match cause {
+            Cause::Reload { .. } => file.accepted,
+            Cause::Region { .. } | Cause::Time { .. } | Cause::Temporary { .. } => self.now.into(),
+        };
         let order = Order {
+            accepted,
             file,
             prefixes: region::prefixes(&regions),
             timed: timed.clone(),
@@ -313,6 +318,7 @@ impl Agent {
                 }
                 let before = mem::replace(&mut self.regions, regions);
                 self.enforced.next_expiry = committed.enforced.next_expiry;
+                let timing = committed.enforced.timing.clone();
                 self.next_end = committed.compiled.next_end;
                 self.timed = *timed;
                 self.keep_temporary(false);
@@ -325,7 +331,7 @@ impl Agent {
                         change,
                         waiters,
                     } => {
-                        self.log(describe(&name, &change));
+                        self.region_changed(&name, &change, &timing);
                         self.log_all(committed.entries);
                         self.checked(checked);
                         self.region_done(&name, before.get(&name), change, &waiters);
@@ -334,7 +340,7 @@ impl Agent {
                         self.log_all(ended);
                         self.log_all(committed.entries);
                         for (name, change) in changes {
-                            self.log(describe(&name, &change));
+                            self.region_changed(&name, &change, &timing);
                             self.region_done(&name, before.get(&name), change, &[]);
                         }
                         self.checked(checked);

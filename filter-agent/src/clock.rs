@@ -34,6 +34,37 @@ impl BootTime {
     }
 }
 
+/// When a change was accepted.
+#[derive(Clone, Copy, Debug)]
+pub struct Accepted {
+    /// By the host's clock, for people.
+    pub at: Timestamp,
+    since: BootTime,
+}
+
+impl Accepted {
+    pub fn now() -> Self {
+        Self {
+            at: Timestamp::now(),
+            since: BootTime::now(),
+        }
+    }
+
+    /// Milliseconds from then until now.
+    pub fn elapsed_ms(&self) -> f64 {
+        BootTime::now().since(self.since).as_secs_f64() * 1000.0
+    }
+}
+
+impl From<Now> for Accepted {
+    fn from(now: Now) -> Self {
+        Self {
+            at: now.wall,
+            since: now.boot,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     boot: Timestamp,

@@ -162,6 +162,7 @@ impl Enforcer {
             verified: report::Verified {
                 at: now,
                 probes: 0,
+                interfaces: Vec::new(),
                 errors: Vec::new(),
             },
             covered: BTreeSet::new(),
@@ -257,7 +258,7 @@ impl Enforcer {
             self.filter.adopt_moved(&host)?;
             host
         };
-        let file = desired.file.clone();
+        let (file, accepted) = (desired.file.clone(), desired.accepted);
         let mut plan = self.prepare(desired, occasion, &host)?;
         let compiled = plan.compiled();
         self.find_cut(&compiled, &mut plan.report);
@@ -293,6 +294,13 @@ impl Enforcer {
         self.hold_tls(&committed.compiled, false, &mut entries);
         self.look_for_lost(&mut entries);
         self.verify(&mut entries);
+        let timing = &mut committed.enforced.timing;
+        timing.verified_ms = self
+            .verified
+            .errors
+            .is_empty()
+            .then(|| accepted.elapsed_ms());
+        timing.interfaces.clone_from(&self.verified.interfaces);
         let mut summary = None;
         if !is_change {
             match self.summary(&committed.enforced) {
@@ -344,7 +352,7 @@ impl Enforcer {
             file.path.display(),
             counted(compiled.databases.len(), "database", "databases"),
             counted(prefixes, "prefix", "prefixes"),
-            enforced.enforced_ms,
+            enforced.timing.enforced_ms,
         );
         Ok((summary, coverage.inert(ours)))
     }
@@ -479,6 +487,7 @@ impl Enforcer {
         let verified = self.compare().unwrap_or_else(|error| report::Verified {
             at: Timestamp::now(),
             probes: 0,
+            interfaces: Vec::new(),
             errors: vec![format!("verify what is enforced: {error:#}")],
         });
         for error in &verified.errors {

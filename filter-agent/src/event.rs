@@ -6,6 +6,7 @@ use anyhow::Result;
 use tokio::sync::oneshot;
 
 use crate::{
+    clock::Accepted,
     enforcer::Checked,
     log::Entry,
     look_ups::LookUp,
@@ -147,4 +148,5 @@ pub struct Order {
     pub file: Arc<PolicyFile>,
     pub prefixes: rules::Regions,
     pub timed: Timed,
+    pub accepted: Accepted,
 }

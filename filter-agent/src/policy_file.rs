@@ -4,13 +4,12 @@ use std::{
     fs::File,
     io::Read as _,
     path::{Path, PathBuf},
-    time::Instant,
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use jiff::Timestamp;
 
 use crate::{
+    clock::Accepted,
     compile::Compiled,
     policy::{self, Policy},
     whole_file,
@@ -27,8 +26,7 @@ pub struct PolicyFile {
     pub policy: Policy,
     pub warnings: Vec<String>,
     /// When the text was there.
-    pub accepted: Timestamp,
-    pub since: Instant,
+    pub accepted: Accepted,
 }
 
 impl PolicyFile {
@@ -71,8 +69,7 @@ impl PolicyFile {
     /// # Errors
     /// Everything wrong with the text, a line each.
     pub fn parse(path: &Path, text: String) -> Result<Self> {
-        let accepted = Timestamp::now();
-        let since = Instant::now();
+        let accepted = Accepted::now();
         let named = |problem: policy::Problem| format!("{}: {problem}", path.display());
         let (policy, problems) = policy::parse(&text).map_err(|problems| {
             let lines: Vec<String> = problems.into_iter().map(named).collect();
@@ -84,7 +81,6 @@ impl PolicyFile {
             policy,
             warnings: problems.into_iter().map(named).collect(),
             accepted,
-            since,
         })
     }
 

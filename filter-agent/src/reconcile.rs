@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use anyhow::{Result, bail, ensure};
 
 use crate::{
+    clock::Accepted,
     compile::Compiled,
     host::{
         Interface,
@@ -34,7 +35,8 @@ pub struct Desired {
     pub file: Arc<PolicyFile>,
     pub compiled: Arc<Compiled>,
     pub timed: Arc<Timed>,
-    /// From the time at which the file was read, in milliseconds.
+    pub accepted: Accepted,
+    /// From then until it was compiled, in milliseconds.
     pub compiled_ms: f64,
 }
 
@@ -381,9 +383,13 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         before,
         enforced: report::Enforced {
             file: desired.file.path.clone(),
-            accepted: desired.file.accepted,
-            compiled_ms: desired.compiled_ms,
-            enforced_ms: desired.file.since.elapsed().as_secs_f64() * 1000.0,
+            timing: report::Timing {
+                accepted: desired.accepted.at,
+                compiled_ms: desired.compiled_ms,
+                enforced_ms: desired.accepted.elapsed_ms(),
+                verified_ms: None,
+                interfaces: Vec::new(),
+            },
             next_expiry: desired
                 .compiled
                 .next_end

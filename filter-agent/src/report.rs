@@ -6,7 +6,11 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{kernel::difference::Difference, policy::spelled, text::counted};
+use crate::{
+    kernel::difference::Difference,
+    policy::spelled,
+    text::{counted, list},
+};
 
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Status {
@@ -35,13 +39,37 @@ pub struct Status {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Enforced {
     pub file: PathBuf,
-    /// When its file was read and checked.
+    #[serde(flatten)]
+    pub timing: Timing,
+    pub next_expiry: Option<Timestamp>,
+}
+
+/// How long a change took.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Timing {
+    /// When its file was read, its request taken, its answer there, or its end noticed.
     pub accepted: Timestamp,
     /// Milliseconds from `accepted` until it was compiled.
     pub compiled_ms: f64,
-    /// Milliseconds from `accepted` until it was enforced.
+    /// Milliseconds from `accepted` until the kernel enforced it.
     pub enforced_ms: f64,
-    pub next_expiry: Option<Timestamp>,
+    /// Milliseconds from `accepted` until it was read back and probed. `None`: what was found is not right.
+    #[serde(default)]
+    pub verified_ms: Option<f64>,
+    /// Interfaces on which it is enforced, as read back.
+    #[serde(default)]
+    pub interfaces: Vec<String>,
+}
+
+/// `in force after 4.1 ms on eth0`.
+impl std::fmt::Display for Timing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "in force after {:.1} ms", self.enforced_ms)?;
+        match self.interfaces.is_empty() {
+            true => f.write_str(", attached to no interface"),
+            false => write!(f, " on {}", list(self.interfaces.iter())),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -92,6 +120,9 @@ pub struct Verified {
     pub at: Timestamp,
     /// Number of probe packets.
     pub probes: usize,
+    /// Interfaces that run the program.
+    #[serde(default)]
+    pub interfaces: Vec<String>,
     pub errors: Vec<String>,
 }
 
@@ -180,6 +211,9 @@ pub struct Change {
     /// Retiring: no longer in the result, but still allowed.
     pub left: Vec<IpNet>,
     pub removed: Vec<IpNet>,
+    /// `None`: it is not in force yet.
+    #[serde(default)]
+    pub timing: Option<Timing>,
 }
 
 /// The result of `refresh` for a region.
@@ -350,6 +384,9 @@ pub struct Temporary {
     pub source: IpNet,
     pub label: Option<String>,
     pub until: Option<Timestamp>,
+    /// `None`: it is not made yet.
+    #[serde(default)]
+    pub timing: Option<Timing>,
     /// Side effects that the operator may not expect.
     pub notes: Vec<String>,
     pub difference: Difference,
@@ -372,6 +409,7 @@ impl Temporary {
             source,
             label: None,
             until: None,
+            timing: None,
             notes: Vec::new(),
             difference: Difference::default(),
             cut: Vec::new(),

@@ -141,6 +141,7 @@ impl Snapshot {
                         added: change.added.clone(),
                         left: change.left.clone(),
                         removed: change.removed.clone(),
+                        timing: change.timing.as_deref().cloned(),
                     }
                 }),
             }
@@ -191,8 +192,8 @@ fn consequence(state: &State, now: Now) -> String {
     }
 }
 
-/// Describes a region's change in one line.
-pub fn describe(name: &str, change: &Change) -> Entry {
+/// Describes a region's change that is in force in one line.
+pub fn describe(name: &str, change: &Change, timing: &report::Timing) -> Entry {
     let part = |what: &str, prefixes: &[IpNet]| {
         let named = list(prefixes.iter().take(MAX_LOGGED_PREFIXES));
         match prefixes.len() {
@@ -206,7 +207,8 @@ pub fn describe(name: &str, change: &Change) -> Entry {
         part("left, still allowed for a time", &change.left),
         part("removed", &change.removed),
     ];
-    let text = format!("region {name}: {}", list(parts.into_iter().flatten()));
+    let parts = list(parts.into_iter().flatten());
+    let text = format!("region {name}: {parts}; {timing}");
     Entry::info(text).with("REGION", name)
 }
 

@@ -298,6 +298,7 @@ pub async fn enforce(
             (regions, unsaved) = again.with_context(|| format!("{refused:#}"))?;
         }
         let order = Order {
+            accepted: file.accepted,
             file: file.clone(),
             prefixes: region::prefixes(&regions),
             timed: timed(&ends, &temporary, &file.policy, clock.now()),
@@ -410,7 +411,8 @@ pub async fn compile_order(order: Order) -> Result<Desired> {
         let compiled = Arc::new(compile(&order.file.policy, &order.prefixes, &order.timed));
         Desired {
             timed: Arc::new(order.timed),
-            compiled_ms: order.file.since.elapsed().as_secs_f64() * 1000.0,
+            compiled_ms: order.accepted.elapsed_ms(),
+            accepted: order.accepted,
             compiled,
             file: order.file,
         }

@@ -29,7 +29,10 @@ pub fn verify(
     in_force: &InForce,
     round: u64,
 ) -> Result<report::Verified> {
-    let mut errors = coverage.errors(&filter.pinned()?, filter.program_id()?);
+    let ours = filter.program_id()?;
+    let mut errors = coverage.errors(&filter.pinned()?, ours);
+    let present = coverage.present.iter();
+    let filtered = present.filter(|i| i.xdp.is_some_and(|xdp| xdp.program_id == ours));
     let now = BootTime::now();
     let probes = probe::probes(&in_force.compiled, now, round);
     for probe in &probes {
@@ -56,6 +59,7 @@ pub fn verify(
     Ok(report::Verified {
         at: Timestamp::now(),
         probes: probes.len(),
+        interfaces: filtered.map(|interface| interface.name.clone()).collect(),
         errors,
     })
 }

@@ -39,7 +39,16 @@ fn dns_change_is_followed_and_an_address_that_leaves_retires() {
         changed.elapsed()
     );
     let line = net.wait_for_line("region x: 1 added");
-    assert_eq!(line, "region x: 1 added (198.51.100.7/32)");
+    let change = "region x: 1 added (198.51.100.7/32); in force after ";
+    assert!(
+        line.starts_with(change) && line.ends_with(" on eth0"),
+        "{line}"
+    );
+    let timing = &region(&net, "x")["change"]["timing"];
+    assert_eq!(timing["interfaces"], serde_json::json!(["eth0"]));
+    let [compiled, enforced, verified] =
+        ["compiled_ms", "enforced_ms", "verified_ms"].map(|step| timing[step].as_f64().unwrap());
+    assert!(0.0 < compiled && compiled < enforced && enforced < verified);
 
     dns_server.set(&added.replace("egress 1 A 203.0.113.10\n", ""));
     let left = wait_until(|| !region(&net, "x")["retiring"].as_array().unwrap().is_empty());

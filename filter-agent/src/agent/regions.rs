@@ -13,8 +13,8 @@ use crate::{
         answer::Answer,
         state::{Change, State},
     },
-    report,
-    snapshot::describe_result,
+    report::{self, Timing},
+    snapshot::{describe, describe_result},
 };
 
 impl Agent {
@@ -86,6 +86,15 @@ impl Agent {
             }));
         }
         self.tick();
+    }
+
+    /// Logs a change that is in force, and notes when it came to be.
+    pub(super) fn region_changed(&mut self, name: &str, change: &Change, timing: &Timing) {
+        self.log(describe(name, change, timing));
+        let state = self.regions.get_mut(name);
+        if let Some(change) = state.and_then(|state| state.change.as_mut()) {
+            change.timing = Some(timing.clone().into());
+        }
     }
 
     /// Logs the result of a look-up, saves the set, and replies to requests that wait for it.

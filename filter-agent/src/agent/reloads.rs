@@ -105,6 +105,7 @@ impl Agent {
             }
             (Aim::Plan { caller, reply }, Ok(regions)) => {
                 let order = Order {
+                    accepted: file.accepted,
                     file,
                     prefixes: region::prefixes(&regions),
                     timed,

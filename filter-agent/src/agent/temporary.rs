@@ -54,9 +54,12 @@ impl Agent {
         checked: Checked,
         reply: Reply<report::Temporary>,
     ) {
-        self.log(Entry::info(done.to_string()).with("DATABASE", done.database.clone()));
+        let timing = committed.enforced.timing;
+        let entry = Entry::info(format!("{done}; {timing}"));
+        self.log(entry.with("DATABASE", done.database.clone()));
         self.log_all(committed.entries);
         self.checked(checked);
+        done.timing = Some(timing);
         done.difference = committed.report.difference;
         done.cut = committed.report.cut;
         done.cut_unknown = committed.report.cut_unknown;

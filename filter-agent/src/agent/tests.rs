@@ -16,7 +16,7 @@ use crate::{
     kernel::difference::Difference,
     look_ups::LookUp,
     region::answer::{Answer, Found},
-    report::{Enforced, Verified},
+    report::{Enforced, Timing, Verified},
     rules,
     temporary::Kept,
 };
@@ -67,6 +67,7 @@ fn checked() -> Checked {
         verified: Verified {
             at: Timestamp::UNIX_EPOCH,
             probes: 1,
+            interfaces: vec!["eth0".into()],
             errors: Vec::new(),
         },
         summary: None,
@@ -80,9 +81,13 @@ fn committed(order: &Order) -> Committed {
         report: plan().into(),
         enforced: Enforced {
             file: order.file.path.clone(),
-            accepted: order.file.accepted,
-            compiled_ms: 0.0,
-            enforced_ms: 0.0,
+            timing: Timing {
+                accepted: order.accepted.at,
+                compiled_ms: 0.0,
+                enforced_ms: 0.0,
+                verified_ms: Some(0.0),
+                interfaces: Vec::new(),
+            },
             next_expiry: compiled.next_end.map(|end| order.timed.now.date_of(end)),
         },
         compiled: Arc::new(compiled),
@@ -103,6 +108,7 @@ fn not_looked_up(file: &PolicyFile) -> Regions {
 fn started(file: PolicyFile, regions: Regions) -> Started {
     let file = Arc::new(file);
     let order = Order {
+        accepted: file.accepted,
         file: file.clone(),
         prefixes: region::prefixes(&regions),
         timed: Timed::of(&file.policy, at(0)),

@@ -114,15 +114,12 @@ fn print_cut(cut: &[report::Cut], unknown: &[String]) {
 pub(super) fn print_reloaded(reloaded: &Reloaded) {
     print_plan(&reloaded.plan);
     println!();
-    let report::Enforced {
-        file,
-        compiled_ms,
-        enforced_ms,
-        ..
-    } = &reloaded.enforced;
+    let report::Enforced { file, timing, .. } = &reloaded.enforced;
     println!(
-        "{} is enforced, in {enforced_ms:.1} ms (compiled in {compiled_ms:.1} ms)",
-        file.display()
+        "{} is enforced, in {:.1} ms (compiled in {:.1} ms)",
+        file.display(),
+        timing.enforced_ms,
+        timing.compiled_ms
     );
     print_verified(&reloaded.verified);
     for error in &reloaded.errors {
@@ -151,9 +148,9 @@ pub(super) fn print_status(status: &Status) {
     println!(
         "policy {}, accepted {} ago, enforced in {:.1} ms (compiled in {:.1} ms)",
         policy.file.display(),
-        age(policy.accepted),
-        policy.enforced_ms,
-        policy.compiled_ms
+        age(policy.timing.accepted),
+        policy.timing.enforced_ms,
+        policy.timing.compiled_ms
     );
     if let Some(expiry) = policy.next_expiry {
         println!("next rule expires at {expiry}");
@@ -466,7 +463,10 @@ fn by(by: &By) -> String {
 }
 
 pub(super) fn print_temporary(done: &report::Temporary) {
-    println!("{done}");
+    match &done.timing {
+        Some(timing) => println!("{done}; {timing}"),
+        None => println!("{done}"),
+    }
     print_cut(&done.cut, &done.cut_unknown);
     done.notes.iter().for_each(|note| println!("note: {note}"));
     done.errors

@@ -14,6 +14,7 @@ fn desired(file: &Arc<PolicyFile>) -> Desired {
     let timed = Timed::of(&file.policy, Clock::start().now());
     let compiled = compile(&file.policy, &BTreeMap::new(), &timed);
     Desired {
+        accepted: file.accepted,
         file: file.clone(),
         timed: Arc::new(timed),
         compiled: Arc::new(compiled),

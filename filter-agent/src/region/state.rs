@@ -21,6 +21,7 @@ use crate::{
         guards::{check, check_each, is_covered, merged, uncovered},
         try_later::TryLater,
     },
+    report::Timing,
 };
 
 /// The states of the regions that rules name, by name.
@@ -213,6 +214,8 @@ pub struct Change {
     pub left: Vec<IpNet>,
     /// No longer allowed.
     pub removed: Vec<IpNet>,
+    /// `None`: it is not in force yet.
+    pub timing: Option<Box<Timing>>,
 }
 
 impl Change {
