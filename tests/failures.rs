@@ -313,13 +313,26 @@ impl Sweep {
     /// The end of a rule with a fault, and a start without.
     fn end(&mut self, fault: Option<Fault>) -> Round {
         let laboratory = &mut self.laboratory;
-        if self.kind == Kind::BpfLookup {
-            // Over existing maps it makes 148,000 calls, each of which is reported: the rule would end first.
-            laboratory.clear();
-        }
-        let end = Timestamp::now() + UNTIL_END;
-        laboratory.net.write_policy(&self.version.text_until(end));
-        let agent = laboratory.converge(self.kind, InForce::Policy(self.version));
+        let mut until = UNTIL_END;
+        let agent = loop {
+            if self.kind == Kind::BpfLookup {
+                // Over existing maps it makes 148,000 calls, each of which is reported: the rule would end first.
+                laboratory.clear();
+            }
+            let end = Timestamp::now() + until;
+            laboratory.net.write_policy(&self.version.text_until(end));
+            let mut agent = laboratory.start_again(self.kind);
+            let in_force = laboratory.in_force();
+            if Timestamp::now() < end {
+                laboratory.check_started(in_force, InForce::Policy(self.version));
+            }
+            if Timestamp::now() + UNTIL_END / 4 < end {
+                break agent;
+            }
+            // A busy machine takes longer than that to start it.
+            laboratory.stop(&mut agent);
+            until *= 2;
+        };
         agent.arm(fault);
         let has_ended = within_limit(|| laboratory.in_force() == InForce::ONLY_ALWAYS);
         name_call(laboratory, &agent);

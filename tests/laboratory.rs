@@ -394,6 +394,14 @@ impl Laboratory {
     /// Starts the agent without a fault, which must enforce the policy file, whatever it finds.
     /// `kind`: of its calls that can fail later.
     pub fn converge(&mut self, kind: Kind, expected: InForce) -> Supervised {
+        let agent = self.start_again(kind);
+        let in_force = self.in_force();
+        self.check_started(in_force, expected);
+        agent
+    }
+
+    /// Starts the agent without a fault, which must succeed.
+    pub fn start_again(&mut self, kind: Kind) -> Supervised {
         let mut agent = self.spawn(kind, None);
         let mut started = self.wait_for_start(&mut agent);
         if started != Started::Ready {
@@ -406,7 +414,11 @@ impl Laboratory {
             assert_eq!(started, Started::Ready, "{}", self.log());
         }
         self.expect_enforced();
-        let in_force = self.in_force();
+        agent
+    }
+
+    /// What a start must leave.
+    pub fn check_started(&mut self, in_force: InForce, expected: InForce) {
         if in_force != expected {
             self.find(&format!("the next start leaves in force {in_force}"), "");
         }
@@ -415,7 +427,6 @@ impl Laboratory {
             self.find("after the next start `status` fails", &status.text);
         }
         self.check_files();
-        agent
     }
 
     /// What is pinned and kept.

@@ -72,7 +72,7 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     // Each of these tests runs an agent, servers and clients of its own: many at once compete for the
     // processor until time-outs expire.
     let mut tests = cargo();
-    tests.args(["test", "--package", "filter-tests"]);
+    tests.args(["test", "--package", "filter-tests", "--no-fail-fast"]);
     tests.args(["--", "--test-threads", "4"]);
     if full {
         tests.env("FILTER_TESTS_FULL", "1");
