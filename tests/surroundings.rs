@@ -163,7 +163,11 @@ fn policy_that_was_confirmed_on_another_machine_is_ignored() {
     );
     // It is kept as this machine's from now on.
     let kept = net.state_dir().join("confirmed.json");
-    let is_of = |digit: &str| fs::read_to_string(&kept).unwrap().contains(&digit.repeat(32));
+    let is_of = |digit: &str| {
+        fs::read_to_string(&kept)
+            .unwrap()
+            .contains(&digit.repeat(32))
+    };
     assert!(wait_until(|| is_of("2")));
     net.terminate();
     // On another the file counts, and nothing is pinned there.

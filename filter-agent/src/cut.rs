@@ -1,7 +1,7 @@
 //! Open connections whose source loses its access. Pure.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
 
@@ -11,8 +11,8 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use crate::{
     clock::BootTime,
     compile::{Compiled, Entries, Held},
-    host::sockets::Connection,
-    kernel::image::Image,
+    host::{Interface, sockets::Connection},
+    kernel::image::{Access, Image},
     log::Entry,
     policy::OnRemoval,
     report,
@@ -22,30 +22,94 @@ use crate::{
 /// Sources that one change logs; the rest are only counted.
 const MAX_LOGGED: usize = 20;
 
-/// A connection that a rule allowed, and that none allows any more.
+/// A connection that was let in, and is no more.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cut<'a> {
     pub database: &'a str,
-    /// The text of its `RuleKey`.
-    pub rule: &'a str,
+    /// The text of the `RuleKey` of the rule that allowed it. `None`: the port was open to all.
+    pub rule: Option<&'a str>,
     pub connection: &'a Connection,
     pub on_removal: OnRemoval,
 }
 
-/// Finds the connections that a change cuts. `is_filtered`: whether packets of a source come through the filter.
+/// The interfaces of a host, and which of them are filtered.
+#[derive(Clone, Debug, Default)]
+pub struct Paths {
+    pub host: Vec<Interface>,
+    /// Their indexes.
+    pub filtered: BTreeSet<u32>,
+}
+
+impl Paths {
+    /// Returns the name of the interface through which packets of a source come, if that is not filtered.
+    pub fn unfiltered(&self, source: IpAddr) -> Option<&str> {
+        let is_own = |interface: &Interface| interface.addresses.contains(&source);
+        if source.is_loopback() || self.host.iter().any(is_own) {
+            let loopback = self.host.iter().find(|interface| interface.loopback);
+            return loopback.map(|interface| interface.name.as_str());
+        }
+        let networks = self.host.iter().flat_map(|interface| {
+            let networks = interface.networks.iter();
+            let containing = networks.filter(|network| network.contains(&source));
+            containing.map(move |network| (network.prefix_len(), interface))
+        });
+        let (_, interface) = networks.max_by_key(|(length, _)| *length)?;
+        (!self.is_filtered(interface)).then_some(interface.name.as_str())
+    }
+
+    fn is_filtered(&self, interface: &Interface) -> bool {
+        self.filtered.contains(&interface.index)
+    }
+
+    /// Whether what other hosts send to a local address comes through the filter: the interface that has it is filtered, or
+    /// a port of a bridge or bond, which may lead to it. An address of no interface may come through any.
+    fn reach(&self, local: IpAddr) -> bool {
+        let mut holding = self.host.iter().filter(|i| i.addresses.contains(&local));
+        let mut filtered = self.host.iter().filter(|i| self.is_filtered(i));
+        match holding.next() {
+            None => !self.filtered.is_empty(),
+            Some(first) => {
+                self.is_filtered(first)
+                    || holding.any(|interface| self.is_filtered(interface))
+                    || filtered.any(|interface| interface.has_master)
+            }
+        }
+    }
+}
+
+/// What was in force before a change.
+#[derive(Clone, Debug)]
+pub struct Before {
+    pub image: Image,
+    pub paths: Paths,
+}
+
+/// Finds the connections that a change cuts. `paths`: after it.
 pub fn cut<'a>(
-    before: &'a Image,
-    after: &Compiled,
+    before: &'a Before,
+    after: &'a Compiled,
+    paths: &Paths,
     connections: &'a [Connection],
     now: BootTime,
-    is_filtered: impl Fn(IpAddr) -> bool,
 ) -> Vec<Cut<'a>> {
     let cut = connections.iter().filter_map(|connection| {
-        let source = connection.peer.ip();
+        let Connection { local, peer, .. } = connection;
+        let source = peer.ip();
+        let (name, entries) = at(after, *local)?;
+        if entries.passes(source, now) || paths.unfiltered(source).is_some() {
+            return None;
+        }
         // A rule that ended by itself counts: the change that removes it cuts its connections.
-        let (database, rule) = before.rule_of(connection.local, source, now)?;
-        let (_, entries) = at(after, connection.local)?;
-        (!entries.passes(source, now) && is_filtered(source)).then_some(Cut {
+        let access = match before.paths.reach(local.ip()) {
+            true => before.image.access(*local, source, now),
+            false => Access::Open,
+        };
+        let (database, rule) = match access {
+            Access::Allowed { database, rule } => (database, Some(rule)),
+            Access::Open if paths.reach(local.ip()) => (name, None),
+            Access::Open | Access::Denied => return None,
+        };
+        Some(Cut {
             database,
             rule,
             connection,
@@ -128,7 +192,7 @@ fn holding<N: Ord + Copy>(
 
 /// Connections by database, rule and source.
 pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
-    let mut sources: BTreeMap<(&str, &str, IpAddr), report::Cut> = BTreeMap::new();
+    let mut sources: BTreeMap<(&str, Option<&str>, IpAddr), report::Cut> = BTreeMap::new();
     for Cut {
         database,
         rule,
@@ -138,10 +202,10 @@ pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
     {
         let source = connection.peer.ip();
         let of_source = sources
-            .entry((database, rule, source))
+            .entry((*database, *rule, source))
             .or_insert_with(|| report::Cut {
                 database: (*database).to_owned(),
-                rule: RuleKey::describe(rule),
+                rule: rule.map(RuleKey::describe),
                 source,
                 connections: 0,
                 idle: None,
@@ -157,10 +221,11 @@ pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
 /// Lines for the log.
 pub fn entries(cut: &[report::Cut]) -> Vec<Entry> {
     let line = |cut: &report::Cut| {
-        let entry = Entry::warning(cut.to_string());
-        entry
-            .with("DATABASE", cut.database.clone())
-            .with("RULE", cut.rule.clone())
+        let entry = Entry::warning(cut.to_string()).with("DATABASE", cut.database.clone());
+        match &cut.rule {
+            Some(rule) => entry.with("RULE", rule.clone()),
+            None => entry,
+        }
     };
     let mut lines: Vec<Entry> = cut.iter().take(MAX_LOGGED).map(line).collect();
     if let Some(more) = cut.len().checked_sub(MAX_LOGGED).filter(|&more| more > 0) {
@@ -202,6 +267,35 @@ mod tests {
         compile(&policy, &Regions::new(), &timed)
     }
 
+    fn interface(index: u32, addresses: &[&str], networks: &[&str]) -> Interface {
+        Interface {
+            index,
+            name: format!("eth{index}"),
+            addresses: addresses.iter().map(|text| text.parse().unwrap()).collect(),
+            networks: networks.iter().map(|text| text.parse().unwrap()).collect(),
+            ..Interface::default()
+        }
+    }
+
+    /// `eth1`, which leads to other hosts, `eth2`, and `eth3` with an address of its own.
+    fn paths(filtered: &[u32]) -> Paths {
+        Paths {
+            host: vec![
+                interface(1, &["10.0.0.1"], &["10.0.0.0/24"]),
+                interface(2, &[], &["192.0.2.200/32"]),
+                interface(3, &["10.3.0.1"], &["10.3.0.0/24"]),
+            ],
+            filtered: filtered.iter().copied().collect(),
+        }
+    }
+
+    fn before(compiled: &Compiled) -> Before {
+        Before {
+            image: Image::of(compiled, &Image::default()).unwrap(),
+            paths: paths(&[1]),
+        }
+    }
+
     fn connection(port: u16, peer: &str) -> Connection {
         Connection::between(([10, 0, 0, 1], port).into(), peer.parse().unwrap())
     }
@@ -220,11 +314,10 @@ mod tests {
             // Through an interface that is not filtered.
             connection(5432, "192.0.2.200:7"),
         ];
-        let before = Image::of(&compiled(RULES, "", &[], now), &Image::default()).unwrap();
+        let before = before(&compiled(RULES, "", &[], now));
         let after = compiled(rules, more, blocks, now);
-        let is_filtered = |source: IpAddr| source.to_string() != "192.0.2.200";
         let time = BootTime(now.boot.0 + passed);
-        let found = cut(&before, &after, &connections, time, is_filtered);
+        let found = cut(&before, &after, &paths(&[1]), &connections, time);
         found
             .iter()
             .map(|cut| cut.connection.peer.to_string())
@@ -266,15 +359,60 @@ mod tests {
             connection(5432, "192.0.2.1:1"),
             connection(5432, "198.51.100.7:2"),
         ];
-        let before = compiled(RULES, "", &["192.0.2.1/32"], now);
-        let before = Image::of(&before, &Image::default()).unwrap();
+        let before = before(&compiled(RULES, "", &["192.0.2.1/32"], now));
         let after = compiled("[]", "", &["192.0.2.1/32"], now);
-        let found = cut(&before, &after, &connections, now.boot, |_| true);
+        let found = cut(&before, &after, &paths(&[1]), &connections, now.boot);
         let peers: Vec<String> = found
             .iter()
             .map(|c| c.connection.peer.to_string())
             .collect();
         assert_eq!(peers, ["198.51.100.7:2"]);
+    }
+
+    /// A port that became guarded, or an interface that became filtered, cut off whoever used it, and said nothing.
+    #[test]
+    fn connections_to_what_was_open_are_cut() {
+        let now = Clock::start().now();
+        let connections = [
+            connection(5432, "192.0.2.1:1"),
+            connection(5432, "203.0.113.7:2"),
+            connection(22, "203.0.113.7:3"),
+            connection(5432, "192.0.2.200:4"),
+            Connection::between(([10, 3, 0, 1], 5432).into(), "10.3.0.2:5".parse().unwrap()),
+            Connection::between(
+                ([10, 9, 0, 1], 5432).into(),
+                "203.0.113.7:6".parse().unwrap(),
+            ),
+        ];
+        let peers = |before: &Before, filtered: &[u32]| {
+            let after = compiled(RULES, "", &[], now);
+            let found = cut(before, &after, &paths(filtered), &connections, now.boot);
+            assert!(
+                found
+                    .iter()
+                    .all(|cut| cut.rule.is_none() && cut.database == "orders")
+            );
+            let peers = found.iter().map(|cut| cut.connection.peer.to_string());
+            peers.collect::<Vec<_>>()
+        };
+        let none = Compiled::default();
+        assert_eq!(
+            peers(&before(&none), &[1]),
+            ["203.0.113.7:2", "203.0.113.7:6"]
+        );
+        let monitored = compiled("[]", ", monitor: true", &[], now);
+        assert_eq!(
+            peers(&before(&monitored), &[1]),
+            ["203.0.113.7:2", "203.0.113.7:6"]
+        );
+        let same = before(&compiled(RULES, "", &[], now));
+        assert_eq!(peers(&same, &[1]), Vec::<String>::new());
+        assert_eq!(peers(&same, &[1, 3]), ["10.3.0.2:5"]);
+        let unattached = Before {
+            paths: paths(&[]),
+            ..same
+        };
+        assert_eq!(peers(&unattached, &[1]), ["203.0.113.7:2", "203.0.113.7:6"]);
     }
 
     #[test]
@@ -284,9 +422,9 @@ mod tests {
             connection(5432, "192.0.2.1:3"),
             connection(5432, "192.0.2.1:90"),
         ];
-        let before = Image::of(&compiled(RULES, "", &[], now), &Image::default()).unwrap();
+        let before = before(&compiled(RULES, "", &[], now));
         let after = compiled("[]", ", on_removal: keep", &[], now);
-        let found = cut(&before, &after, &connections, now.boot, |_| true);
+        let found = cut(&before, &after, &paths(&[1]), &connections, now.boot);
         let lines: Vec<String> = report(&found).iter().map(ToString::to_string).collect();
         let expected = "database orders: 2 connections of 192.0.2.1, allowed by 192.0.2.0/24, idle for up to 1m 30s: cut off, \
                         and left to the server (on_removal: keep)";

@@ -17,6 +17,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 
 use crate::{
+    cut::{Before, Paths},
     drops::Drops,
     host::{
         Interface, Netlink,
@@ -27,7 +28,6 @@ use crate::{
     kernel::{
         counters::{Counts, Fates, Hits},
         filter::Filter,
-        image::Image,
         links::Attached,
     },
     log::Entry,
@@ -49,8 +49,8 @@ pub struct Enforcer {
     filter: Filter,
     netlink: NetlinkReader,
     sockets: Sockets,
-    /// The image before a change whose connections could not be reset; tried again at thorough checks.
-    not_reset: Option<Image>,
+    /// What was in force before a change whose connections could not be reset; tried again at thorough checks.
+    not_reset: Option<Before>,
     in_force: InForce,
     verified: report::Verified,
     /// Indexes of the interfaces that were filtered when all was looked at last.
@@ -280,6 +280,11 @@ impl Enforcer {
             let counted = self.count_existing(&compiled);
             self.note("connections from before", counted, &mut entries);
         }
+        // Where the interfaces cannot be listed, all of this host's addresses count as filtered already.
+        let paths = self.paths().unwrap_or_else(|_| Paths {
+            host: Vec::new(),
+            filtered: self.covered.clone(),
+        });
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
         self.drops.restart(&committed.restarted);
         self.in_force.file = file;
@@ -290,6 +295,10 @@ impl Enforcer {
             let policy = &self.in_force.file.policy;
             self.in_force.remembered.update(policy, &host, |_| true);
         }
+        let before = Before {
+            image: before,
+            paths,
+        };
         self.reset_cut(before, &committed.report, &mut entries);
         self.hold_tls(&committed.compiled, false, &mut entries);
         self.look_for_lost(&mut entries);
@@ -561,8 +570,8 @@ impl Enforcer {
         source: IpAddr,
         database: Option<&str>,
     ) -> Result<Vec<report::Explanation>> {
-        let host = self.netlink.interfaces()?;
-        let unfiltered = unfiltered(source, &host, self.filter.program_id()?);
+        let paths = self.paths()?;
+        let unfiltered = paths.unfiltered(source);
         verify::explain(
             &mut self.filter,
             &self.in_force,
@@ -631,20 +640,4 @@ fn refuse_cut(plan: &report::Plan, most: usize) -> Result<()> {
 fn is_absent(error: &anyhow::Error) -> bool {
     let cause = error.downcast_ref::<io::Error>();
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::NotFound)
-}
-
-/// The interface through which packets of this source come, if none of ours runs there.
-fn unfiltered(source: IpAddr, host: &[Interface], ours: u32) -> Option<&str> {
-    let is_own = |interface: &Interface| interface.addresses.contains(&source);
-    if source.is_loopback() || host.iter().any(is_own) {
-        return host.iter().find(|i| i.loopback).map(|i| i.name.as_str());
-    }
-    let networks = host.iter().flat_map(|interface| {
-        let networks = interface.networks.iter();
-        let containing = networks.filter(|network| network.contains(&source));
-        containing.map(move |network| (network.prefix_len(), interface))
-    });
-    let (_, interface) = networks.max_by_key(|(length, _)| *length)?;
-    let is_filtered = interface.xdp.is_some_and(|xdp| xdp.program_id == ours);
-    (!is_filtered).then_some(interface.name.as_str())
 }

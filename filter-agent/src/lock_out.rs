@@ -8,30 +8,52 @@ use crate::{
     report,
 };
 
-/// Finds the databases that let the caller pass before a change, and not after it. `caller`: no IPv4-mapped address.
+/// Finds the databases whose ports let the caller pass before a change, and not after it. `caller`: no IPv4-mapped address.
+/// `was_filtered`: whether its packets came through the filter before.
 pub fn lock_out(
     before: &Compiled,
     after: &Compiled,
     caller: IpAddr,
+    was_filtered: bool,
     now: BootTime,
 ) -> Vec<report::LockOut> {
-    let passes = |entries: &Entries| entries.passes(caller, now);
-    let lost = before.databases.iter().filter(|(name, entries)| {
-        let goes_on = match after.databases.get(*name) {
-            Some(entries) => passes(entries),
-            // It has another name, or nothing is filtered any more.
-            None => {
-                let mut others = after.databases.values();
-                others.all(|other| !overlap(entries, other) || passes(other))
-            }
-        };
-        passes(entries) && !goes_on
+    let denying = after.databases.iter();
+    let denying = denying.filter(|(_, entries)| !entries.passes(caller, now));
+    let lost = denying.filter_map(|(name, entries)| {
+        let others = before.databases.iter();
+        let others = others.filter(|(_, other)| was_filtered && overlap(entries, other));
+        let others: Vec<(&String, &Entries)> = others.collect();
+        let open = others.iter().find(|(_, other)| other.passes(caller, now));
+        match open {
+            Some((database, other)) => Some(report::LockOut {
+                database: (*database).clone(),
+                rule: other.rule_of(caller, now).map(ToString::to_string),
+            }),
+            None if is_guarded(entries, &others) => None,
+            None => Some(report::LockOut {
+                database: name.clone(),
+                rule: None,
+            }),
+        }
     });
-    lost.map(|(name, entries)| report::LockOut {
-        database: name.clone(),
-        rule: entries.rule_of(caller, now).map(ToString::to_string),
+    lost.collect()
+}
+
+/// Whether every port of a database, at each of its addresses, belonged to one of these.
+fn is_guarded(entries: &Entries, before: &[(&String, &Entries)]) -> bool {
+    entries.ports.iter().all(|port| {
+        let others = before
+            .iter()
+            .filter(|(_, other)| other.ports.contains(port));
+        let others = others.map(|(_, other)| other);
+        let is_guarded_at = |address| {
+            others
+                .clone()
+                .any(|other| other.addresses.contains(address))
+        };
+        others.clone().any(|other| other.addresses.is_empty())
+            || !entries.addresses.is_empty() && entries.addresses.iter().all(is_guarded_at)
     })
-    .collect()
 }
 
 /// Whether two databases have a port in common.
@@ -71,7 +93,8 @@ mod tests {
             compile(&policy, &Regions::new(), &timed)
         };
         let (before, after) = (compiled(before, None), compiled(after, block));
-        let lost = lock_out(&before, &after, "203.0.113.7".parse().unwrap(), now.boot);
+        let caller = "203.0.113.7".parse().unwrap();
+        let lost = lock_out(&before, &after, caller, true, now.boot);
         lost.into_iter()
             .map(|lost| (lost.database, lost.rule))
             .collect()
@@ -107,6 +130,31 @@ mod tests {
         assert_eq!(lost(&orders(""), &orders(""), None), []);
     }
 
+    /// A database on the port of an SSH session, of all changes, was no lock-out.
+    #[test]
+    fn caller_loses_a_port_that_becomes_guarded() {
+        let open = database("orders", 5432, "{cidr: 203.0.113.0/24}", "");
+        let admin = |more: &str| format!("{open}, {}", database("admin", 22, "", more));
+        let by_nothing = |name: &str| vec![(name.to_owned(), None)];
+        assert_eq!(lost(&open, &admin(""), None), by_nothing("admin"));
+        assert_eq!(lost(&open, &admin(", monitor: true"), None), []);
+        let at = |addresses: &str| admin(&format!(", addresses: [{addresses}]"));
+        assert_eq!(
+            lost(&at("10.0.0.1"), &at("10.0.0.1, 10.0.0.2"), None),
+            by_nothing("admin")
+        );
+        assert_eq!(lost(&at("10.0.0.1"), &admin(""), None), by_nothing("admin"));
+        assert_eq!(lost(&admin(""), &at("10.0.0.1"), None), []);
+        assert_eq!(lost(&at("10.0.0.1, 10.0.0.2"), &at("10.0.0.2"), None), []);
+        // Two that change places.
+        let closed = |port: u16| database("bills", port, "", "");
+        let of = |port: u16| database("orders", port, "{cidr: 203.0.113.0/24}", "");
+        let before = format!("{}, {}", of(5432), closed(5433));
+        let after = format!("{}, {}", of(5433), closed(5432));
+        let orders = vec![("orders".to_owned(), Some("203.0.113.0/24".to_owned()))];
+        assert_eq!(lost(&before, &after, None), orders);
+    }
+
     #[test]
     fn caller_loses_a_database_that_is_no_longer_only_monitored_or_has_another_name() {
         let monitored = database("orders", 5432, "", ", monitor: true");
@@ -121,7 +169,8 @@ mod tests {
         let renamed = database("stock", 5432, "", "");
         let elsewhere = database("stock", 5433, "", "");
         assert_eq!(lost(&open, &renamed, None).len(), 1);
-        // Nothing is filtered there any more.
-        assert_eq!(lost(&open, &elsewhere, None), []);
+        // The port it was at is open now, and the other is not.
+        let stock = [("stock".to_owned(), None)];
+        assert_eq!(lost(&open, &elsewhere, None), stock);
     }
 }

@@ -315,7 +315,7 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct LockOut {
     pub database: String,
-    /// The rule that allowed the caller. `None`: the database was only monitored.
+    /// The rule that allowed the caller. `None`: it was not guarded, or only monitored.
     pub rule: Option<String>,
 }
 
@@ -323,8 +323,8 @@ pub struct LockOut {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Cut {
     pub database: String,
-    /// The rule that allowed the source.
-    pub rule: String,
+    /// The rule that allowed the source. `None`: the port was not guarded, or only monitored.
+    pub rule: Option<String>,
     pub source: IpAddr,
     pub connections: usize,
     /// Seconds since the longest idle of them received data; the kernel keeps no time of a connection's beginning.
@@ -343,10 +343,11 @@ impl std::fmt::Display for Cut {
             source,
             ..
         } = self;
-        write!(
-            f,
-            "database {database}: {connections} of {source}, allowed by {rule}"
-        )?;
+        write!(f, "database {database}: {connections} of {source}")?;
+        match rule {
+            Some(rule) => write!(f, ", allowed by {rule}")?,
+            None => f.write_str(", from before the port was guarded")?,
+        }
         if let Some(idle) = self.idle {
             write!(f, ", idle for up to {}", spelled(Duration::from_secs(idle)))?;
         }

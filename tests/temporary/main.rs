@@ -4,6 +4,7 @@ mod commands;
 mod disk;
 mod ends;
 mod host;
+mod opened;
 mod random;
 mod restarts;
 mod room;

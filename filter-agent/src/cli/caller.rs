@@ -62,7 +62,7 @@ impl Caller {
         for LockOut { database, rule } in lock_out {
             let what = match rule {
                 Some(rule) => format!("which {rule} allowed"),
-                None => "which was only monitored".into(),
+                None => "which was not guarded, or only monitored".into(),
             };
             println!(
                 "you: {address} (from {VARIABLE}) loses access to database {database}, {what}"

@@ -9,13 +9,13 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use filter_common::Protocol;
 
-use super::{Enforcer, unfiltered};
+use super::Enforcer;
 use crate::{
     clock::BootTime,
     compile::Compiled,
-    cut::{self, cut},
+    cut::{self, Before, Paths, cut},
     host::sockets::{Connection, Destroyed, Sockets},
-    kernel::{difference::Difference, image::Image},
+    kernel::difference::Difference,
     lock_out::lock_out,
     log::Entry,
     policy::OnRemoval,
@@ -31,10 +31,10 @@ const RESET: &str = "reset connections";
 impl Enforcer {
     /// Adds to a plan the open connections that it would cut off.
     pub(super) fn find_cut(&mut self, after: &Compiled, plan: &mut report::Plan) {
-        if !takes_access(&plan.difference) {
+        if !may_cut(plan) {
             return;
         }
-        match self.cut_connections(after) {
+        match self.cut_connections(after, plan) {
             Ok(cut) => plan.cut = cut,
             Err(error) => plan.cut_unknown.push(format!("{error:#}")),
         }
@@ -52,24 +52,42 @@ impl Enforcer {
         let Some(caller) = caller.map(|caller| caller.to_canonical()) else {
             return;
         };
-        let is_filtered = self.filtered_sources();
-        if is_filtered.map_or(true, |is_filtered| is_filtered(caller)) {
-            plan.lock_out = lock_out(&self.in_force.compiled, after, caller, BootTime::now());
+        let comes_through = |paths: &Paths| paths.unfiltered(caller).is_none();
+        let (was_filtered, is_filtered) = match self.paths() {
+            Ok(paths) => (
+                comes_through(&paths),
+                comes_through(&with_plan(paths.clone(), plan)),
+            ),
+            Err(_) => (true, true),
+        };
+        if is_filtered {
+            let before = &self.in_force.compiled;
+            plan.lock_out = lock_out(before, after, caller, was_filtered, BootTime::now());
         }
     }
 
-    /// Returns whether packets of a source come through the filter.
-    fn filtered_sources(&mut self) -> Result<impl Fn(IpAddr) -> bool + use<>> {
-        let host = self.netlink.interfaces()?;
-        let ours = self.filter.program_id()?;
-        Ok(move |source| unfiltered(source, &host, ours).is_none())
+    /// The interfaces, and those that a pinned link filters.
+    pub(super) fn paths(&mut self) -> Result<Paths> {
+        let pinned = self.pinned()?.into_iter();
+        Ok(Paths {
+            host: self.netlink.interfaces()?,
+            filtered: pinned.map(|link| link.interface).collect(),
+        })
     }
 
-    fn cut_connections(&mut self, after: &Compiled) -> Result<Vec<report::Cut>> {
-        let is_filtered = self.filtered_sources()?;
-        let before = self.filter.image();
-        let connections = list(&mut self.sockets, before)?;
-        let found = cut(before, after, &connections, BootTime::now(), is_filtered);
+    fn cut_connections(
+        &mut self,
+        after: &Compiled,
+        plan: &report::Plan,
+    ) -> Result<Vec<report::Cut>> {
+        let paths = self.paths()?;
+        let before = Before {
+            image: self.filter.image().clone(),
+            paths: paths.clone(),
+        };
+        let connections = list(&mut self.sockets, after)?;
+        let paths = with_plan(paths, plan);
+        let found = cut(&before, after, &paths, &connections, BootTime::now());
         Ok(cut::report(&found))
     }
 
@@ -98,14 +116,14 @@ impl Enforcer {
         elsewhere.collect()
     }
 
-    /// Resets the connections of sources that `before` allowed, and that what is in force does not.
+    /// Resets the connections of sources that `before` let in, and that what is in force does not.
     pub(super) fn reset_cut(
         &mut self,
-        before: Image,
+        before: Before,
         plan: &report::Plan,
         entries: &mut Vec<Entry>,
     ) {
-        if takes_access(&plan.difference) && !before.tcp_ports().is_empty() {
+        if may_cut(plan) {
             // Of changes that could not be followed up the first allowed what all of them took.
             self.not_reset.get_or_insert(before);
         }
@@ -127,14 +145,14 @@ impl Enforcer {
         self.note(RESET, reset, entries);
     }
 
-    fn reset(&mut self, before: &Image, entries: &mut Vec<Entry>) -> Result<()> {
+    fn reset(&mut self, before: &Before, entries: &mut Vec<Entry>) -> Result<()> {
         let after = self.in_force.compiled.clone();
-        let is_filtered = self.filtered_sources()?;
+        let paths = self.paths()?;
         let deadline = Instant::now() + RESET_TIMEOUT;
         let mut logged = false;
         loop {
-            let connections = list(&mut self.sockets, before)?;
-            let mut found = cut(before, &after, &connections, BootTime::now(), &is_filtered);
+            let connections = list(&mut self.sockets, &after)?;
+            let mut found = cut(before, &after, &paths, &connections, BootTime::now());
             if !mem::replace(&mut logged, true) {
                 entries.extend(cut::entries(&cut::report(&found)));
             }
@@ -172,14 +190,31 @@ impl fmt::Display for Unsupported {
 impl std::error::Error for Unsupported {}
 
 /// Whether a change may cut any connection.
-fn takes_access(difference: &Difference) -> bool {
-    difference
-        .databases
-        .values()
-        .any(|change| change.takes_access())
+fn may_cut(plan: &report::Plan) -> bool {
+    let mut databases = plan.difference.databases.values();
+    !plan.attached.is_empty() || databases.any(|change| change.may_cut())
 }
 
-fn list(sockets: &mut Sockets, before: &Image) -> Result<Vec<Connection>> {
-    let connections = sockets.connections(&before.tcp_ports());
+/// The interfaces after a plan.
+fn with_plan(mut paths: Paths, plan: &report::Plan) -> Paths {
+    for interface in &paths.host {
+        if plan.attached.contains(&interface.name) {
+            paths.filtered.insert(interface.index);
+        }
+        if plan.detached.contains(&interface.name) {
+            paths.filtered.remove(&interface.index);
+        }
+    }
+    paths
+}
+
+/// The open connections to the ports of the databases.
+fn list(sockets: &mut Sockets, after: &Compiled) -> Result<Vec<Connection>> {
+    let tcp = after.databases.values();
+    let tcp = tcp.filter(|entries| entries.protocol == Protocol::Tcp);
+    let ports = tcp
+        .flat_map(|entries| entries.ports.iter().copied())
+        .collect();
+    let connections = sockets.connections(&ports);
     connections.context("find the connections that the change cuts off")
 }

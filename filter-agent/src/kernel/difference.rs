@@ -34,9 +34,14 @@ pub struct DatabaseDifference {
 }
 
 impl DatabaseDifference {
-    /// Whether a source may lose its access.
+    /// Whether a source that a rule allows may lose its access.
     pub fn takes_access(&self) -> bool {
         !self.removed.is_empty() || !self.blocked.is_empty()
+    }
+
+    /// Whether any source may: where a port becomes guarded, those that it was open to.
+    pub fn may_cut(&self) -> bool {
+        self.takes_access() || !self.guarded.is_empty()
     }
 }
 

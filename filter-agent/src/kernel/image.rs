@@ -49,6 +49,24 @@ pub struct Image {
     pub protocols: u32,
 }
 
+/// What an image says of a source and a local port.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Access<'a> {
+    /// The port is not guarded, or only monitored.
+    Open,
+    /// `rule`: the text of its `RuleKey`.
+    Allowed {
+        database: &'a str,
+        rule: &'a str,
+    },
+    Denied,
+}
+
+fn find<K: Ord + Copy, V: Copy>(list: &[(K, V)], key: K) -> Option<V> {
+    let place = list.binary_search_by_key(&key, |&(key, _)| key);
+    place.ok().map(|place| list[place].1)
+}
+
 impl Image {
     /// Returns the image for `compiled`. Databases and rules that `current` has keep their slots and ids, new
     /// ones get unused ones: no entry in force changes its meaning while steps are written.
@@ -238,29 +256,35 @@ impl Image {
         self.slots.iter().find(named).map(|&(slot, _)| slot as u16)
     }
 
-    /// The database of a TCP connection to a local address, and the text of the rule that holds its source, whether or not
-    /// that has ended. `None` where a block keeps the source out at the time `now`, too.
-    pub fn rule_of(
-        &self,
-        local: SocketAddr,
-        source: IpAddr,
-        now: BootTime,
-    ) -> Option<(&str, &str)> {
-        fn find<K: Ord + Copy, V: Copy>(list: &[(K, V)], key: K) -> Option<V> {
-            let place = list.binary_search_by_key(&key, |&(key, _)| key);
-            place.ok().map(|place| list[place].1)
+    /// Whether a source may connect to a local TCP port. A rule counts whether or not it has ended, a block at the time
+    /// `now`.
+    pub fn access(&self, local: SocketAddr, source: IpAddr, now: BootTime) -> Access<'_> {
+        match self.guard(local) {
+            None => Access::Open,
+            Some(guard) => match self.rule_of(guard.slot(), source, now) {
+                Some((database, rule)) => Access::Allowed { database, rule },
+                None if guard.is_monitor() => Access::Open,
+                None => Access::Denied,
+            },
         }
+    }
+
+    fn guard(&self, local: SocketAddr) -> Option<Guard> {
+        let port = port_index(Protocol::Tcp, local.port());
+        let guard = find(&self.ports, port)?;
+        if !guard.is_by_address() {
+            return Some(guard);
+        }
+        let address = local_address(local.ip());
+        find(&self.locals, LocalKey { address, port })
+    }
+
+    /// The database in a slot, and the text of the rule that holds a source.
+    fn rule_of(&self, slot: u16, source: IpAddr, now: BootTime) -> Option<(&str, &str)> {
         fn name<K: Ord + Copy>(list: &[(K, Name)], key: K) -> Option<&str> {
             let place = list.binary_search_by_key(&key, |&(key, _)| key).ok()?;
             list[place].1.text()
         }
-        let port = port_index(Protocol::Tcp, local.port());
-        let mut guard = find(&self.ports, port)?;
-        if guard.is_by_address() {
-            let address = local_address(local.ip());
-            guard = find(&self.locals, LocalKey { address, port })?;
-        }
-        let slot = guard.slot();
         let mut sections = [Section::cluster(slot), Section::rules(slot)].into_iter();
         let value = sections.find_map(|section| match source {
             IpAddr::V4(source) => (0..=32).rev().find_map(|length| {
