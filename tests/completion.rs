@@ -94,6 +94,35 @@ fn names_come_from_the_agent_and_nothing_without_one() {
     assert_eq!(complete(&["allow"], ""), set(&["orders", "stock"]));
 }
 
+/// Bash puts into the line what it is given: the name of a file was executed.
+#[test]
+fn name_of_a_file_is_no_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let names = [
+        "p$(touch pwned).yaml",
+        "p`touch pwned`.yaml",
+        "p a>b.yaml",
+        "plain.yaml",
+    ];
+    for name in names {
+        std::fs::write(folder.path().join(name), "").unwrap();
+    }
+    let begun = folder.path().join("p").to_str().unwrap().to_owned();
+    let (offered, _) = bash(&["plan", &begun]);
+    assert_eq!(offered.len(), names.len(), "{offered:?}");
+    for answer in offered {
+        let script = format!("printf %s {answer}");
+        let output = Command::new("bash")
+            .args(["-c", &script])
+            .current_dir(&folder)
+            .output();
+        let word = String::from_utf8(output.unwrap().stdout).unwrap();
+        let name = Path::new(&word).file_name().unwrap().to_str().unwrap();
+        assert!(names.contains(&name), "{answer} is {word}");
+    }
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), names.len());
+}
+
 #[test]
 fn other_shells_get_scripts_too_and_the_usual_variable_does_nothing() {
     let run = |variable: &str, shell: &str| {

@@ -247,6 +247,8 @@ async fn explain(
     Query(query): Query<ExplainQuery>,
 ) -> Answer<Vec<report::Explanation>> {
     let ExplainQuery { source, database } = query;
+    // As a server on a socket for both families names an IPv4 client.
+    let source = source.to_canonical();
     let explained = shared
         .enforcer
         .call(move |enforcer| enforcer.explain(source, database.as_deref()));
@@ -393,7 +395,8 @@ fn client(stream: &UnixStream) -> Option<By> {
         uid: credentials.uid(),
         login_uid: login_uid.filter(|&uid| uid != u32::MAX),
         pid: credentials.pid(),
-        command: read("comm"),
+        // Any process names itself, and the name is printed.
+        command: read("comm").map(|name| name.replace(char::is_control, "?")),
     })
 }
 

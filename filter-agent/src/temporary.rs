@@ -310,7 +310,7 @@ impl Timed {
         });
         notes.extend(blocks.map(|block| {
             let (source, until) = (block.source, block.until);
-            format!("{source} stays blocked until {until}: `filter-agent revoke` ends that")
+            format!("{source} stays blocked until {until}: to let it in, `filter-agent revoke` it and allow it again")
         }));
     }
 
@@ -360,8 +360,16 @@ impl Timed {
         if !self.temporary.iter().any(is_meant) {
             bail!(self.not_temporary(file, database, source));
         }
+        let meant = self.temporary.iter().filter(|rule| is_meant(rule));
+        let ended = meant.map(|rule| match rule.kind {
+            Kind::Allow => "the temporary rule",
+            Kind::Block => "the block",
+        });
+        let ended: Vec<&str> = ended.collect();
+        let both = (ended.len() > 1).then(|| format!("{} of {source} end", ended.join(" and ")));
         self.temporary.retain(|rule| !is_meant(rule));
         Ok(report::Temporary {
+            notes: both.into_iter().collect(),
             label,
             ..report::Temporary::new(&database.name, report::Action::Revoked, source)
         })

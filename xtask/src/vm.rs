@@ -5,6 +5,7 @@ mod machine;
 mod outside;
 mod streams;
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::dist;
 use machine::{FOLDER, Machine, PATIENCE, base, furnish, wait_for};
-use outside::{Denied, GUESTS, Outside, PORT, serves};
+use outside::{Denied, GUESTS, Outside, PORT, serves_guest};
 use streams::Streams;
 
 /// Debian 12's own kernel, and the later one of the same repository.
@@ -123,6 +124,17 @@ impl Phase {
             clear: outside.clear.counts(),
         })
     }
+}
+
+fn wait_until_serves(guest: Ipv4Addr) -> Result<()> {
+    let served = wait_for(|| match serves_guest(guest) {
+        Ok(false) => None,
+        found => Some(found),
+    });
+    served
+        .transpose()?
+        .map(drop)
+        .with_context(|| format!("serve the guest {guest}, which a temporary rule allows"))
 }
 
 struct Scenario {
@@ -260,16 +272,14 @@ impl Scenario {
                 format!("filter-agent allow orders {guest} --for {hours}h 2>&1 && echo allowed");
             let allowed = self.machine.command(&allow)?;
             ensure!(allowed.ends_with("allowed"), "allow says: {allowed}");
-            wait_for(|| serves(guest).then_some(()))
-                .with_context(|| format!("serve the guest {guest}"))?;
+            wait_until_serves(guest)?;
         }
         self.wait_until_served()?;
         self.begin("off for two hours", false)?;
         self.machine.switch_off_for(2)?;
         let before = self.outside.answers_to_guest()?;
         let ended = Denied::start(ending)?;
-        wait_for(|| serves(lasting).then_some(()))
-            .with_context(|| format!("serve the guest {lasting}, whose rule has an hour left"))?;
+        wait_until_serves(lasting)?;
         self.wait_until_up()?;
         self.begin("after that", true)?;
         thread::sleep(Duration::from_secs(5));

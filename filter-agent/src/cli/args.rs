@@ -282,6 +282,9 @@ fn lasting(text: &str) -> Result<Duration, String> {
 /// As `lasting`, of at most an hour.
 fn time_limit(text: &str) -> Result<Duration, String> {
     let duration = lasting(text)?;
+    if duration < Duration::from_millis(100) {
+        return Err("at least 100ms".into());
+    }
     if duration > Duration::from_hours(1) {
         return Err("at most 1h".into());
     }

@@ -10,7 +10,7 @@ use std::{
     process,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{cli::client::encode, report::LockOut};
 
@@ -33,7 +33,13 @@ impl Caller {
     pub(super) fn find() -> Self {
         let found = match env::var_os(VARIABLE) {
             Some(value) => client(&value).map(Some),
-            None => of_parents(Path::new("/proc"), process::id()),
+            None => of_parents(Path::new("/proc"), process::id()).and_then(|found| {
+                ensure!(
+                    found.is_some() || is_among_all_processes(),
+                    "this process is in a PID namespace of its own, as in a container: who started it is not visible"
+                );
+                Ok(found)
+            }),
         };
         match found {
             Ok(Some(address)) => Self::At(address),
@@ -96,6 +102,13 @@ fn client(value: &OsStr) -> Result<IpAddr> {
     };
     let address = value.to_str().and_then(parse);
     address.with_context(|| format!("{VARIABLE} is {value:?}, which names no client"))
+}
+
+/// Whether this process sees all of the host's. A namespace that cannot be read counts as such a one.
+fn is_among_all_processes() -> bool {
+    // The inode of the first PID namespace: PROC_PID_INIT_INO of the kernel's include/linux/proc_ns.h.
+    const FIRST: &str = "pid:[4026531836]";
+    fs::read_link("/proc/self/ns/pid").map_or(true, |link| link.as_os_str() == FIRST)
 }
 
 /// The address of the client in the environment of the nearest parent that has the variable; `None`: none has it.

@@ -4,6 +4,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::Result;
@@ -17,7 +18,7 @@ use crate::{
         output::{failure_if, or, print_table, table},
         print::{print_warnings, with_addresses, with_monitor},
         progress::announced,
-        readable,
+        read_within, readable,
     },
     clock::Clock,
     compile::compile,
@@ -39,6 +40,9 @@ use crate::{
     temporary::Timed,
     text::counted,
 };
+
+/// Time allowed for the file to be read: a pipe may never end.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Serialize)]
 struct Checked {
@@ -81,7 +85,7 @@ pub(super) async fn check(
     places: Option<(&Path, &Path)>,
     output: &Output,
 ) -> Result<ExitCode> {
-    let loaded = PolicyFile::read(file)?;
+    let loaded = read_within(file.to_owned(), READ_TIMEOUT).await?;
     let known = Regions::new();
     let mut ask = region::to_ask(&loaded.policy, &known);
     let is_file = |name: &str| {

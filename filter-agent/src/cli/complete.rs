@@ -1,10 +1,20 @@
 //! Completion of what only the agent knows, for shells. Where it does not answer at once nothing is completed: an error
 //! must not disturb the line that is being typed.
 
-use std::{cmp::Reverse, env, ffi::OsStr, path::PathBuf, time::Duration};
+use std::{
+    cmp::Reverse,
+    env,
+    ffi::{OsStr, OsString},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
-use clap_complete::CompletionCandidate;
+use clap_complete::{
+    CompletionCandidate,
+    env::{Bash, EnvCompleter, Fish, Shells, Zsh},
+};
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 
@@ -72,6 +82,61 @@ pub(super) fn temporary(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, async |line| {
         line.rules(|origin| origin != Origin::File).await
     })
+}
+
+/// The shells that may ask.
+pub(super) const SHELLS: Shells = Shells(&[&Quoting, &Fish, &Zsh]);
+
+/// Bash, which puts an answer into the line as it is: a file named `$(...)` would be a command there.
+struct Quoting;
+
+impl EnvCompleter for Quoting {
+    fn name(&self) -> &'static str {
+        Bash.name()
+    }
+
+    fn is(&self, name: &str) -> bool {
+        Bash.is(name)
+    }
+
+    fn write_registration(
+        &self,
+        var: &str,
+        name: &str,
+        bin: &str,
+        completer: &str,
+        buf: &mut dyn Write,
+    ) -> io::Result<()> {
+        Bash.write_registration(var, name, bin, completer, buf)
+    }
+
+    fn write_complete(
+        &self,
+        command: &mut clap::Command,
+        line: Vec<OsString>,
+        current_dir: Option<&Path>,
+        buf: &mut dyn Write,
+    ) -> io::Result<()> {
+        let mut answers = Vec::new();
+        Bash.write_complete(command, line, current_dir, &mut answers)?;
+        // As the script asks for, and `clap_complete` without one.
+        let separator = env::var("_CLAP_IFS").unwrap_or_else(|_| "\n".into());
+        let answers = String::from_utf8_lossy(&answers);
+        let answers = answers.split(&separator);
+        let answers = answers.filter(|answer| !answer.contains(char::is_control));
+        let quoted: Vec<String> = answers.map(quoted).collect();
+        buf.write_all(quoted.join(&separator).as_bytes())
+    }
+}
+
+/// With a backslash before whatever bash may give a meaning.
+fn quoted(answer: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "_./:=@%+,-".contains(c);
+    let quoted = answer.chars().flat_map(|c| {
+        let backslash = (!is_plain(c)).then_some('\\');
+        backslash.into_iter().chain([c])
+    });
+    quoted.collect()
 }
 
 /// The line that is being completed.

@@ -13,7 +13,7 @@ mod print;
 mod progress;
 mod readable;
 
-use std::{env, process::ExitCode};
+use std::{env, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
@@ -26,6 +26,7 @@ use crate::{
     policy_file::PolicyFile,
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
     temporary::parse_source,
+    threads,
 };
 
 use args::{Cli, Command, Output, Socket, Temporary, Timeout};
@@ -52,7 +53,9 @@ pub fn command() -> clap::Command {
 
 /// Parses the command line and runs the command. Exits with 2 on wrong usage.
 pub fn main() -> ExitCode {
-    let completion = CompleteEnv::with_factory(command).var(COMPLETE);
+    let completion = CompleteEnv::with_factory(command)
+        .var(COMPLETE)
+        .shells(complete::SHELLS);
     match completion.try_complete(env::args_os(), env::current_dir().ok().as_deref()) {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
@@ -128,13 +131,14 @@ async fn execute(command: Command) -> Result<ExitCode> {
             socket,
             output,
         } => {
+            let limit = timeout.timeout;
             let agent = patient(&socket, timeout);
             let caller = Caller::find();
             let from = caller.query();
             let plan: Plan = match file {
                 // The agent cannot: its sandbox hides home directories, and a pipe belongs to this process.
                 Some(file) => {
-                    let file = PolicyFile::read(&file)?;
+                    let file = read_within(file, limit).await?;
                     let name = encode(&file.path.to_string_lossy());
                     let path = format!("/plan?file={name}&{from}");
                     agent.post(&path, file.text).await?
@@ -295,6 +299,13 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => return detach(yes, &socket.socket, &bpffs.bpffs, &state_dir.state_dir).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads a policy. A pipe may never end.
+async fn read_within(file: PathBuf, limit: Duration) -> Result<PolicyFile> {
+    let (what, named) = (format!("read {}", file.display()), file.clone());
+    let read = move || PolicyFile::read(&file);
+    threads::run_within(&threads::POLICIES, limit, &what, &named, read).await
 }
 
 /// Exits with 2 where it has no end.

@@ -142,6 +142,10 @@ pub fn inside(program: &str) -> Command {
     command
 }
 
+fn namespace() -> Result<File> {
+    File::open(Path::new("/run/netns").join(NAMESPACE)).context("open the namespace")
+}
+
 /// A thread in the namespace that repeats something until it is stopped.
 struct Client {
     stop: Arc<AtomicBool>,
@@ -152,8 +156,7 @@ impl Client {
     fn start(interval: Duration, mut attempt: impl FnMut() + Send + 'static) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let namespace = Path::new("/run/netns").join(NAMESPACE);
-        let namespace = File::open(namespace).context("open the namespace")?;
+        let namespace = namespace()?;
         let thread = thread::spawn(move || {
             setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
             while !stopped.load(Ordering::Relaxed) {
@@ -213,8 +216,18 @@ impl Allowed {
     }
 }
 
-/// Whether PostgreSQL answers an SSLRequest from there.
-pub fn serves(source: Ipv4Addr) -> bool {
+/// Whether a guest is served.
+pub fn serves_guest(guest: Ipv4Addr) -> Result<bool> {
+    let namespace = namespace()?;
+    let asking = thread::spawn(move || {
+        setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+        serves(guest)
+    });
+    Ok(asking.join().expect("no client panics"))
+}
+
+/// Whether PostgreSQL answers an SSLRequest from there. For threads in the namespace.
+fn serves(source: Ipv4Addr) -> bool {
     let answer = ask_with(source, &[0, 0, 0, 8, 4, 210, 22, 47], READ_TIMEOUT);
     matches!(answer, Ok(b'S' | b'N'))
 }
