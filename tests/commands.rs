@@ -229,3 +229,23 @@ databases:
     let hidden = [&inside, &file].map(|path| format!("{}its unit hides /tmp", of(path)));
     assert_eq!(warnings(), hidden);
 }
+
+/// A pipe that nobody writes to held up the command for good.
+#[test]
+fn plan_of_a_pipe_without_a_writer_ends() {
+    let mut net = Net::new("pipe");
+    net.write_policy(&policy(
+        "eth0",
+        "auto",
+        &[dedicated("orders", 5432, &[], "")],
+    ));
+    net.start();
+    let pipe = net.dir().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let pipe = pipe.to_str().unwrap();
+    let error = net.agent_error(&["plan", "--timeout", "1s", pipe]);
+    assert!(
+        error.contains(&format!("read {pipe}: no answer within 1 s")),
+        "{error}"
+    );
+}
