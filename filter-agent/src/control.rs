@@ -26,7 +26,7 @@ use crate::{
     clock::Clock,
     enforcer::{Handle, Observed},
     event::{self, Event, ReloadOptions, Reply},
-    log::Entry,
+    log::{Entry, recent},
     policy_file::MAX_LENGTH,
     report::{self, By},
     snapshot::Snapshot,
@@ -195,6 +195,7 @@ fn router(shared: Shared) -> Router {
         .route("/regions", get(regions))
         .route("/explain", get(explain))
         .route("/drops", get(drops))
+        .route("/events", get(events))
         .route("/plan", get(plan).post(plan_text))
         .route("/reload", post(reload))
         .route("/refresh", post(refresh))
@@ -263,6 +264,17 @@ async fn drops(
         .enforcer
         .call(move |enforcer| enforcer.drops(query.database.as_deref()));
     Ok(Json(drops.await.flatten()?))
+}
+
+#[derive(Deserialize)]
+struct EventsQuery {
+    /// Leaves out the lines up to this number.
+    #[serde(default)]
+    after: u64,
+}
+
+async fn events(Query(query): Query<EventsQuery>) -> Json<report::Events> {
+    Json(recent::after(query.after))
 }
 
 #[derive(Deserialize)]

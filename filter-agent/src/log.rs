@@ -1,6 +1,8 @@
 //! The log: to the journal with its fields where one reads stderr, else as lines on stderr. A reader that stops
 //! or ends neither stops nor ends the agent: a thread writes from a bounded queue, and counts what is lost.
 
+pub mod recent;
+
 use std::{
     fmt, io, mem, panic,
     sync::{
@@ -69,6 +71,7 @@ impl Entry {
 
     /// Logs it. Never blocks and never panics.
     pub fn log(self) {
+        recent::keep(&self);
         let queue = QUEUE.get_or_init(start);
         // Counted before it is queued: the writer must not subtract it first.
         PENDING.fetch_add(1, Ordering::AcqRel);

@@ -287,6 +287,28 @@ pub struct Unsampled {
     pub packets: u64,
 }
 
+/// The last lines of the agent's log.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Events {
+    /// When they began to be numbered, at the start of the agent.
+    pub since: Timestamp,
+    /// Oldest first.
+    pub events: Vec<Logged>,
+}
+
+/// A line of the log.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Logged {
+    /// Counted from 1.
+    pub number: u64,
+    pub at: Timestamp,
+    /// `error`, `warning` or `info`.
+    pub level: String,
+    pub text: String,
+    /// By their names in the journal.
+    pub fields: BTreeMap<String, String>,
+}
+
 /// The difference that a policy makes or would make.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Plan {
