@@ -255,6 +255,15 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Show databases with their rates, refused sources, rules, regions and the log in the terminal, live. `?` lists the
+    /// keys; `a` allows a refused source for an hour, after a question.
+    Top {
+        /// Time between two looks at the agent, from 100ms to 1h.
+        #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
+        interval: Duration,
+        #[command(flatten)]
+        socket: Socket,
+    },
     /// Stop filtering and remove everything from the kernel. The databases are then open to everybody.
     Detach {
         /// Do not ask for confirmation.
@@ -287,6 +296,15 @@ fn time_limit(text: &str) -> Result<Duration, String> {
     }
     if duration > Duration::from_hours(1) {
         return Err("at most 1h".into());
+    }
+    Ok(duration)
+}
+
+/// As `time_limit`, and not so short that the agent does little else than answer.
+fn interval(text: &str) -> Result<Duration, String> {
+    let duration = time_limit(text)?;
+    if duration < Duration::from_millis(100) {
+        return Err("at least 100ms".into());
     }
     Ok(duration)
 }

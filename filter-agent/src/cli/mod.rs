@@ -12,6 +12,7 @@ mod output;
 mod print;
 mod progress;
 mod readable;
+mod top;
 
 use std::{env, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -41,6 +42,7 @@ use print::{
     print_explanations, print_plan, print_refreshed, print_regions, print_reloaded, print_rules,
     print_status, print_temporary,
 };
+use top::top;
 
 /// The variable that asks for completion, in scripts that `clap_complete` writes. Not its usual `COMPLETE`: a service must
 /// start whatever its environment holds.
@@ -291,6 +293,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             }
             output.print(&drops, print_drops)?;
         }
+        Command::Top { interval, socket } => top(&socket.socket, interval).await?,
         Command::Detach {
             yes,
             socket,

@@ -451,7 +451,7 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
 }
 
 /// The client that added a rule: `added by uid 0 (logged in as 1000), filter-agent`.
-fn by(by: &By) -> String {
+pub(super) fn by(by: &By) -> String {
     let login = by.login_uid.map(|uid| format!(" (logged in as {uid})"));
     let command = by.command.as_ref().map(|command| format!(", {command}"));
     format!(
@@ -462,11 +462,16 @@ fn by(by: &By) -> String {
     )
 }
 
-pub(super) fn print_temporary(done: &report::Temporary) {
+/// What was done, and when it was in force.
+pub(super) fn describe_temporary(done: &report::Temporary) -> String {
     match &done.timing {
-        Some(timing) => println!("{done}; {timing}"),
-        None => println!("{done}"),
+        Some(timing) => format!("{done}; {timing}"),
+        None => done.to_string(),
     }
+}
+
+pub(super) fn print_temporary(done: &report::Temporary) {
+    println!("{}", describe_temporary(done));
     print_cut(&done.cut, &done.cut_unknown);
     done.notes.iter().for_each(|note| println!("note: {note}"));
     done.errors
