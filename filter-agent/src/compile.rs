@@ -342,6 +342,7 @@ mod tests {
             regions: BTreeMap::new(),
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
             unprotected: Default::default(),
+            metrics: None,
             databases,
         }
     }

@@ -27,6 +27,7 @@ use crate::{
     enforcer::{Handle, Observed},
     event::{self, Event, ReloadOptions, Reply},
     log::{Entry, recent},
+    metrics::{listener, scrape::Scraper},
     policy_file::MAX_LENGTH,
     report::{self, By},
     snapshot::Snapshot,
@@ -55,6 +56,7 @@ struct Shared {
     snapshot: watch::Receiver<Snapshot>,
     enforcer: Handle,
     clock: Clock,
+    scraper: Arc<Scraper>,
 }
 
 impl Shared {
@@ -92,12 +94,14 @@ impl Server {
         snapshot: watch::Receiver<Snapshot>,
         enforcer: Handle,
         clock: Clock,
+        scraper: Arc<Scraper>,
     ) -> Self {
         let router = router(Shared {
             events,
             snapshot,
             enforcer,
             clock,
+            scraper,
         });
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let accepting = tokio::spawn(accept(listener, router.clone(), connections.clone()));
@@ -189,7 +193,9 @@ impl From<anyhow::Error> for Failed {
 type Answer<T> = Result<Json<T>, Failed>;
 
 fn router(shared: Shared) -> Router {
+    let scraper = shared.scraper.clone();
     Router::new()
+        .route("/metrics", get(listener::metrics).with_state(scraper))
         .route("/status", get(status))
         .route("/rules", get(rules))
         .route("/regions", get(regions))
@@ -215,7 +221,11 @@ async fn status(
     Query(query): Query<StatusQuery>,
 ) -> Answer<report::Status> {
     let observed = shared.observe(query.verify).await?;
-    Ok(Json(shared.snapshot().status(&observed)))
+    let mut status = shared.snapshot().status(&observed);
+    status
+        .errors
+        .extend(shared.scraper.listener.borrow().clone());
+    Ok(Json(status))
 }
 
 #[derive(Deserialize)]

@@ -4,6 +4,7 @@ use std::{
     fs, io,
     os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -29,6 +30,7 @@ use crate::{
     host,
     log::Entry,
     look_ups::LookUp,
+    metrics::{self, scrape::Scraper, timings::Timings},
     notify::Notifier,
     policy_file::PolicyFile,
     reconcile::Refused,
@@ -71,6 +73,7 @@ pub async fn run(options: Options) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let (events, mut happened) = unbounded_channel();
     let clock = Clock::start();
+    let timings = Timings::new()?;
     let opened = open(&options, clock, &watcher).await?;
     let enforcer = opened.enforcer.clone();
     let listener = listen(&options.socket).await?;
@@ -86,8 +89,28 @@ pub async fn run(options: Options) -> Result<()> {
     let started = enforce(opened, &options, clock, &watcher).await?;
     let (mut agent, effects) = Agent::start(started, clock.now());
     let (publish, snapshot) = watch::channel(agent.snapshot());
-    let mut server =
-        control::Server::start(listener, events.clone(), snapshot, enforcer.clone(), clock);
+    let (failed, failure) = watch::channel(None);
+    let scraper = Scraper::new(
+        snapshot.clone(),
+        enforcer.clone(),
+        clock,
+        timings.clone(),
+        failure,
+    );
+    let scraper = Arc::new(scraper);
+    tokio::spawn(metrics::listener::serve(
+        snapshot.clone(),
+        scraper.clone(),
+        failed,
+    ));
+    let mut server = control::Server::start(
+        listener,
+        events.clone(),
+        snapshot,
+        enforcer.clone(),
+        clock,
+        scraper,
+    );
 
     let mut ticks = tokio::time::interval(CHECK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -100,6 +123,7 @@ pub async fn run(options: Options) -> Result<()> {
         is_stopping: false,
         failure: None,
         notifier: Notifier::start()?,
+        timings: timings.clone(),
     };
     performer.perform(effects);
     let mut deadline = None;
@@ -119,7 +143,8 @@ pub async fn run(options: Options) -> Result<()> {
             }
             Some(path) = files.next() => Event::FileChanged(path),
             () = tokio::time::sleep(agent.until_tick(clock.now())) => Event::Tick,
-            _ = ticks.tick() => {
+            scheduled = ticks.tick() => {
+                timings.loop_delay(scheduled.elapsed());
                 ensure!(
                     !enforcer.has_ended(),
                     "the thread that owns the filter has ended; the filter stays in force"
@@ -188,6 +213,7 @@ struct Performer {
     is_stopping: bool,
     failure: Option<String>,
     notifier: Notifier,
+    timings: Timings,
 }
 
 impl Performer {
@@ -239,13 +265,16 @@ impl Performer {
                 });
             }
             Effect::LookUp(look_up) => {
-                tokio::spawn(ask(look_up, self.watcher.clone(), events));
+                let timings = self.timings.clone();
+                tokio::spawn(ask(look_up, self.watcher.clone(), events, timings));
             }
             Effect::Commit {
                 order,
                 occasion,
                 existing,
             } => {
+                let (since, decided) = (order.file.since, Instant::now());
+                let timings = self.timings.clone();
                 tokio::spawn(async move {
                     match compile_order(order).await {
                         Ok(desired) => enforcer.send(move |enforcer| {
@@ -257,6 +286,11 @@ impl Performer {
                                 }
                                 done
                             });
+                            if let Ok((committed, _)) = &result {
+                                let took = committed.enforced.enforced_ms / 1000.0;
+                                let took = Duration::from_secs_f64(took);
+                                timings.in_force(&occasion, since, decided, took);
+                            }
                             let _ = events.send(Event::Committed(result.into()));
                         }),
                         Err(error) => {
@@ -283,13 +317,14 @@ impl Performer {
     }
 }
 
-async fn ask(look_up: LookUp, watcher: Watcher, events: UnboundedSender<Event>) {
+async fn ask(look_up: LookUp, watcher: Watcher, events: UnboundedSender<Event>, timings: Timings) {
     let LookUp {
         number,
         region,
         version,
         ..
     } = look_up;
+    let (began, source) = (Instant::now(), region.source.clone());
     let asked = tokio::spawn(async move {
         lookup::ask(
             &region.source,
@@ -301,6 +336,7 @@ async fn ask(look_up: LookUp, watcher: Watcher, events: UnboundedSender<Event>) 
     });
     // A library that panics over an answer is one more failed look-up.
     let answer = asked.await.context("look up").flatten();
+    timings.looked_up(&source, began.elapsed());
     let _ = events.send(Event::LookedUp { number, answer });
 }
 

@@ -95,6 +95,16 @@ impl Drops {
         }
     }
 
+    /// Sources that no rule allows and that were dropped: database, source and time of the last packet.
+    pub fn not_allowed(&self) -> impl Iterator<Item = (&str, IpAddr, Timestamp)> {
+        self.seen.iter().filter_map(|(who, seen)| {
+            let is_dropped = who.reason == Reason::NotAllowed && !who.monitored;
+            let of = who.database.as_deref().zip(who.source);
+            let (database, source) = of.filter(|_| is_dropped)?;
+            Some((database, source, seen.last))
+        })
+    }
+
     /// Those that tried most often first. `counts`: what the kernel counted by now. `database`: only
     /// what was aimed at this one.
     pub fn report(&self, counts: &Counts, database: Option<&str>) -> report::Drops {

@@ -19,6 +19,7 @@ use jiff::Timestamp;
 use crate::{
     cut::{Before, Paths},
     drops::Drops,
+    former::Former,
     host::{
         Interface, Netlink,
         coverage::{Coverage, Pinned, Remembered, describe_missing},
@@ -27,6 +28,7 @@ use crate::{
     },
     kernel::{
         counters::{Counts, Fates, Hits},
+        fill::Fill,
         filter::Filter,
         links::Attached,
     },
@@ -61,6 +63,7 @@ pub struct Enforcer {
     complaints: BTreeMap<&'static str, String>,
     repairs: u64,
     drops: Drops,
+    former: Former,
     /// Number of the round of probes that was sent last.
     probe_round: u64,
     /// A listed interface that is a port of a bridge.
@@ -157,6 +160,7 @@ impl Enforcer {
             sockets: Sockets::open()?,
             not_reset: None,
             drops: Drops::since(now, filter.counts()?),
+            former: Former::default(),
             filter,
             in_force,
             verified: report::Verified {
@@ -287,6 +291,8 @@ impl Enforcer {
         });
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
         self.drops.restart(&committed.restarted);
+        let changed = &committed.report.difference;
+        self.former.note(changed, Timestamp::now());
         self.in_force.file = file;
         self.in_force.compiled = committed.compiled.clone();
         let before = mem::take(&mut committed.before);
@@ -589,6 +595,25 @@ impl Enforcer {
         self.in_force.check_database(database)?;
         self.collect_drops()?;
         Ok(self.drops.report(&self.filter.counts()?, database))
+    }
+
+    /// Sources that are dropped now and that a rule allowed until lately, by database.
+    pub fn formerly_allowed(&self) -> BTreeMap<String, usize> {
+        let dropped = self.drops.not_allowed();
+        self.former.count(dropped, Timestamp::now())
+    }
+
+    /// How full the maps are that only the agent fills.
+    pub fn own_fills(&self) -> Vec<Fill> {
+        self.filter.own_fills()
+    }
+
+    /// How full the maps are that the programs fill, too. It takes a system call for each entry.
+    ///
+    /// # Errors
+    /// A map cannot be listed.
+    pub fn program_fills(&self) -> Result<Vec<Fill>> {
+        self.filter.program_fills()
     }
 
     /// Names of the databases in the kernel.

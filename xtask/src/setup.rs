@@ -49,6 +49,7 @@ const RUN_PACKAGES: [&str; 15] = [
     "nginx-light",
     "openssl",
     "postgresql",
+    "prometheus",
     "python3-asyncpg",
     "redis-server",
     "strace",

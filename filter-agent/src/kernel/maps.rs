@@ -46,7 +46,7 @@ pub(super) struct Maps {
     refusing: Array<MapData, u32>,
     judged: Array<MapData, u32>,
     existing: Array<MapData, u32>,
-    local_networks: LpmTrie<MapData, Address, u32>,
+    pub(super) local_networks: LpmTrie<MapData, Address, u32>,
     proof: Array<MapData, u32>,
     proofs: Array<MapData, u32>,
     pub(super) answers: Array<MapData, Answer>,

@@ -6,6 +6,7 @@ mod bloom;
 pub mod change;
 pub mod counters;
 pub mod difference;
+pub mod fill;
 pub mod filter;
 pub mod hook;
 pub mod image;

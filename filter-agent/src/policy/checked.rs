@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use filter_common::{Engine, Protocol};
@@ -31,6 +31,8 @@ pub struct Policy {
     pub databases: Vec<Database>,
     /// Databases, by name, and interfaces (`interface eth1`) that a reload of this policy may leave unprotected.
     pub unprotected: BTreeSet<String>,
+    /// Address on which metrics are served, besides the control socket.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// An entry of `interfaces`.

@@ -162,6 +162,7 @@ fn settings(policy: &Policy) -> Settings {
         regional_network,
         databases,
         unprotected,
+        metrics,
     } = policy;
     let mut own = BTreeMap::new();
     let mut set = |field: &str, value: String| {
@@ -172,6 +173,7 @@ fn settings(policy: &Policy) -> Settings {
     set("mode", mode.to_string());
     set("regional_network", list(regional_network));
     set("unprotected", list(unprotected));
+    set("metrics: listen", list(metrics));
     for (entry, mode) in modes {
         set(&format!("interface {entry}: mode"), mode.to_string());
     }
@@ -500,6 +502,13 @@ databases:
             (
                 ("[eth0]", "[eth0]\nunprotected: [shop]".into()),
                 "~ unprotected: ",
+            ),
+            (
+                (
+                    "[eth0]",
+                    "[eth0]\nmetrics: {listen: '127.0.0.1:9464'}".into(),
+                ),
+                "~ metrics: listen: ",
             ),
             (region("private: true"), "~ region office: private"),
             (region("max_prefixes: 10"), "~ region office: max_prefixes"),

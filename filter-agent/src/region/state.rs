@@ -145,6 +145,10 @@ pub struct State {
     pub next: Option<Timestamp>,
     quarantined: Option<Quarantined>,
     failures: usize,
+    /// Look-ups since the agent started, or since the region has this source: those that brought a result, and those that
+    /// failed.
+    pub succeeded: u64,
+    pub failed: u64,
 }
 
 /// The last good set.
@@ -269,6 +273,8 @@ impl State {
             next: Some(now),
             quarantined: None,
             failures: 0,
+            succeeded: 0,
+            failed: 0,
         };
         if let RegionSource::Prefixes(prefixes) = &state.region.source {
             let found = Found {
@@ -348,6 +354,7 @@ impl State {
         match result.and_then(|answer| self.judge(answer, accept, now)) {
             Ok((change, missing)) => {
                 self.failures = 0;
+                self.succeeded += 1;
                 self.failing = missing.is_some();
                 self.partial = self.failing;
                 if let Some(text) = missing {
@@ -386,6 +393,7 @@ impl State {
         }
         self.next = Some(next);
         self.failures += 1;
+        self.failed += 1;
         self.failing = true;
         self.partial = false;
         // Servers and libraries may quote a URL that holds secrets.

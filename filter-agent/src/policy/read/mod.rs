@@ -5,7 +5,10 @@ mod locate;
 mod reader;
 mod regions;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
 
 use filter_common::MAX_DATABASES;
 use glob::Pattern;
@@ -143,6 +146,13 @@ struct RawFile {
     databases: Option<Vec<Value>>,
     #[serde(default)]
     unprotected: BTreeSet<String>,
+    metrics: Option<Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMetrics {
+    listen: String,
 }
 
 impl Reader<'_> {
@@ -240,7 +250,22 @@ impl Reader<'_> {
                 .map(|(_, database)| database)
                 .collect(),
             unprotected: file.unprotected,
+            metrics: file.metrics.and_then(|value| self.metrics(value)),
         }
+    }
+
+    fn metrics(&mut self, value: Value) -> Option<SocketAddr> {
+        let at = At::top("metrics");
+        let RawMetrics { listen } = self.shape(&at, "metrics: ", value)?;
+        let address: Option<SocketAddr> = listen.parse().ok();
+        let address = address.filter(|address| address.port() != 0);
+        if address.is_none() {
+            let message = format!(
+                "{listen:?} is not an address and a port, such as 127.0.0.1:9464 or [::1]:9464"
+            );
+            self.problem(&at.key("listen"), message);
+        }
+        address
     }
 
     fn interfaces(&mut self, at: &At, interfaces: &[String]) -> Vec<Listed> {

@@ -65,7 +65,8 @@ pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
 
 /// Replaces names of Rust types in a message of serde.
 pub(super) fn plain(message: &str) -> String {
-    let shapes = ["File", "Region", "Database", "Rule"].map(|name| format!("struct Raw{name}"));
+    let shapes =
+        ["File", "Region", "Database", "Rule", "Metrics"].map(|name| format!("struct Raw{name}"));
     let mut message = message
         .replace("a sequence", "a list")
         .replace("internally tagged enum Select", "a mapping")

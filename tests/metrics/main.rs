@@ -1,0 +1,5 @@
+//! The metrics: what a scrape says, who serves it, and what a real Prometheus makes of it.
+
+mod listener;
+mod scrape;
+mod text;
