@@ -4,14 +4,13 @@ use std::{
     io::{Read as _, Write as _},
     net::SocketAddr,
     os::unix::net::UnixStream,
-    process::{Command, Stdio},
 };
 
 use filter_tests::net::{
     ALLOWED4, Connection, DB4, DENIED4, Net, Protected, dedicated, policy, wait_until,
 };
 
-use crate::text::{Scrape, get};
+use crate::text::Scrape;
 
 const PORT: u16 = 5432;
 const LISTEN: &str = "127.0.0.1:9464";
@@ -152,30 +151,4 @@ fn scrape_agrees_with_status_and_rules() {
         "{head}"
     );
     assert_eq!(Scrape::parse(text).len(), scrape.len(), "{text}");
-}
-
-#[test]
-fn promtool_has_nothing_to_say_about_a_scrape() {
-    let mut net = Net::new("promtool");
-    net.write_policy(&orders());
-    net.start();
-    net.wait_for_line("metrics on ");
-    let (_, text) = get(&net, listen(), "/metrics");
-    let mut promtool = Command::new("promtool");
-    promtool.args(["check", "metrics"]);
-    promtool
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut promtool = promtool.spawn().unwrap();
-    promtool
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(text.as_bytes())
-        .unwrap();
-    let output = promtool.wait_with_output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8(said).unwrap();
-    assert!(output.status.success() && said.is_empty(), "{said}\n{text}");
 }

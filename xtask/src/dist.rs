@@ -73,6 +73,7 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("docs/containers.md"),
         Path::new("docs/force-tls.md"),
         Path::new("docs/load-balancers.md"),
+        Path::new("docs/metrics.md"),
         Path::new("docs/moving.md"),
         &pages.join("filter-agent.8"),
         &pages.join("filter-agent.bash"),
