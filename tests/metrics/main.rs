@@ -1,6 +1,8 @@
 //! The metrics: what a scrape says, who serves it, and what a real Prometheus makes of it.
 
+mod alerts;
 mod documented;
 mod listener;
+mod prometheus;
 mod scrape;
 mod text;
