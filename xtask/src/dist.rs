@@ -65,6 +65,8 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("dist/policy.yaml"),
         Path::new("dist/database-needs-filter.conf"),
         Path::new("dist/install.sh"),
+        Path::new("dist/monitoring/alerts.yaml"),
+        Path::new("dist/monitoring/dashboard.json"),
         Path::new("README.md"),
         Path::new("CHANGELOG.md"),
         Path::new("docs/policy.md"),
