@@ -273,7 +273,6 @@ impl Performer {
                 occasion,
                 existing,
             } => {
-                let (since, decided) = (order.file.since, Instant::now());
                 let timings = self.timings.clone();
                 tokio::spawn(async move {
                     match compile_order(order).await {
@@ -287,9 +286,7 @@ impl Performer {
                                 done
                             });
                             if let Ok((committed, _)) = &result {
-                                let took = committed.enforced.enforced_ms / 1000.0;
-                                let took = Duration::from_secs_f64(took);
-                                timings.in_force(&occasion, since, decided, took);
+                                timings.in_force(&occasion, &committed.enforced.timing);
                             }
                             let _ = events.send(Event::Committed(result.into()));
                         }),

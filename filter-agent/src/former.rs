@@ -31,8 +31,14 @@ impl Former {
     pub fn note(&mut self, difference: &Difference, now: Timestamp) {
         for (database, changed) in &difference.databases {
             let prefixes = self.0.entry(database.clone()).or_default();
-            prefixes.retain(|prefix, _| !changed.added.contains(prefix));
-            prefixes.extend(changed.removed.iter().map(|&prefix| (prefix, now)));
+            // Not longer than they need be: a change may add and remove a million.
+            if !prefixes.is_empty() {
+                for prefix in &changed.added {
+                    prefixes.remove(prefix);
+                }
+            }
+            let removed = changed.removed.iter().take(MOST);
+            prefixes.extend(removed.map(|&prefix| (prefix, now)));
         }
         let mut all: Vec<(String, IpNet, Timestamp)> = Vec::new();
         for (database, prefixes) in std::mem::take(&mut self.0) {

@@ -69,7 +69,7 @@ impl Values<'_> {
         families.value(
             "filter_agent_policy_accepted_timestamp_seconds",
             "When the policy in force was read and checked, in seconds since 1970.",
-            seconds(policy.accepted),
+            seconds(policy.timing.accepted),
         );
         families.value(
             "filter_agent_policy_enforced",

@@ -432,6 +432,7 @@ fn exit_statuses_are_those_of_the_page() {
         (&["rules", "--other"], 2),
         (&["reload", "--timeout", "2h"], 2),
         (&["detach", "--socket", &none], 2),
+        (&["status", "--brief", "--other"], 3),
     ];
     for (arguments, expected) in tried {
         assert_eq!(status(arguments), *expected, "{arguments:?}");
@@ -447,7 +448,7 @@ fn exit_statuses_are_those_of_the_page() {
         .iter()
         .map(|row| row[0].trim_matches('`'))
         .collect();
-    assert_eq!(documented, ["0", "1", "2", "141"]);
+    assert_eq!(documented, ["0", "1", "2", "3", "141"]);
 }
 
 /// Without what differs from run to run: numbers that stand alone, and the width of columns.

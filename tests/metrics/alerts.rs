@@ -148,6 +148,7 @@ fn each_alert_fires_for_its_cause() {
     );
     watched.fires("FilterVerificationFailed", &[]);
     watched.fires("FilterNotEnforced", &[]);
+    watched.fires("FilterErrors", &[]);
 
     watched.net.db.ip("link delete eth0");
     watched.fires("FilterAttachedNowhere", &[]);

@@ -30,6 +30,58 @@ fn listen() -> SocketAddr {
     LISTEN.parse().unwrap()
 }
 
+/// Rules come and go while packets are counted: Prometheus takes every fall of a counter for a restart.
+#[test]
+fn no_counter_falls_while_the_agent_runs() {
+    let mut net = Net::new("monotone");
+    let _listener = net.listen(PORT);
+    let to = SocketAddr::new(DB4.into(), PORT);
+    let text = |more: &[&str]| {
+        let rules = [&["203.0.113.10/32"], more].concat();
+        let databases = [dedicated("orders", PORT, &rules, "")];
+        format!(
+            "metrics: {{listen: '{LISTEN}'}}\n{}",
+            policy("eth0", "native", &databases)
+        )
+    };
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["203.0.113.10/32", "198.51.100.7/32"],
+    )]);
+    net.write_policy(&text(&[]));
+    net.start();
+    net.wait_for_line("metrics on ");
+    let mut last = Scrape::of(&net, listen());
+    for round in 1..=4 {
+        // The rule of a source that has just been allowed goes.
+        net.reload(&text(if round % 2 == 1 {
+            &["198.51.100.7/32"]
+        } else {
+            &[]
+        }));
+        net.connect_all(&[(ALLOWED4.into(), to), (DENIED4.into(), to)]);
+        net.agent_text(&["status", "--verify"]);
+        let reloads = "filter_agent_reload_duration_seconds_count";
+        let mut next = Scrape::of(&net, listen());
+        assert!(wait_until(|| {
+            next = Scrape::of(&net, listen());
+            next.value(reloads) == f64::from(round)
+        }));
+        for (series, before) in last.counters() {
+            if next.has(series) {
+                assert!(next.value(series) >= before, "{series} fell from {before}");
+            }
+        }
+        last = next;
+    }
+    let reason = |reason| {
+        last.value(&format!(
+            "filter_agent_packets_total{{database=\"orders\",reason=\"{reason}\",monitored=\"false\"}}"
+        ))
+    };
+    assert!(reason("allowed") > 8.0 && reason("not-allowed") > 1.0);
+}
+
 #[test]
 fn scrape_agrees_with_status_and_rules() {
     let protected = Protected::tcp(PORT, &["203.0.113.10/32"]);

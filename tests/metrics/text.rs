@@ -68,6 +68,20 @@ impl Scrape {
         self.0.contains_key(series)
     }
 
+    /// Series that must not fall.
+    pub fn counters(&self) -> impl Iterator<Item = (&str, f64)> {
+        let is_counter = |(series, _): &(&String, &f64)| {
+            let name = series.split('{').next().unwrap();
+            ["_total", "_count", "_sum", "_bucket"]
+                .iter()
+                .any(|end| name.ends_with(end))
+        };
+        self.0
+            .iter()
+            .filter(is_counter)
+            .map(|(series, value)| (series.as_str(), *value))
+    }
+
     pub fn len(&self) -> usize {
         self.0.len()
     }

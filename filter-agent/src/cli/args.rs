@@ -185,6 +185,10 @@ pub(super) enum Command {
         /// the unit of a database.
         #[arg(long)]
         enforced: bool,
+        /// Print one line for a monitoring system, and exit 0 where all is well, 1 for a warning, 2 where the policy is not
+        /// enforced, and 3 where that cannot be found out. Needs no agent.
+        #[arg(long, conflicts_with_all = ["enforced", "json"])]
+        brief: bool,
         /// Wait for that for at most this long, such as 60s.
         #[arg(long, requires = "enforced", value_name = "DURATION", value_parser = time_limit)]
         wait: Option<Duration>,

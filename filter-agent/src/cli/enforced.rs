@@ -1,11 +1,13 @@
 //! `status --enforced`: whether the filter is in force, with an agent or without one.
 
 use std::{
+    error::Error,
+    fmt,
     path::Path,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Result, anyhow, ensure};
 use serde::Serialize;
 
 use crate::{
@@ -25,7 +27,7 @@ use crate::{
 pub(super) struct Enforcement {
     /// Whether an agent reported it; else it was read from the pins and the kernel's list of interfaces.
     agent: bool,
-    interfaces: Vec<String>,
+    pub(super) interfaces: Vec<String>,
 }
 
 pub(super) fn print_enforcement(found: &Enforcement) {
@@ -68,7 +70,23 @@ pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> R
     }
 }
 
-async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
+/// The filter is not in force, as opposed to: it cannot be found out.
+#[derive(Debug)]
+pub(super) struct NotEnforced(String);
+
+impl fmt::Display for NotEnforced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for NotEnforced {}
+
+/// The same, from the pins and the kernel's list of interfaces.
+///
+/// # Errors
+/// `NotEnforced`, or it cannot be found out.
+pub(super) async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
     let pinned = pins::pinned(bpffs)?;
     let host = host::interfaces().await?;
     let runs = |interface: &host::Interface| {
@@ -79,7 +97,9 @@ async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforc
         links.any(|link| xdp == Some(link.program_id))
     };
     let kept = store::read_confirmed(state_dir)?;
-    let kept = kept.context("no agent answers, and no policy was ever confirmed on this host")?;
+    let kept = kept.ok_or_else(|| {
+        NotEnforced("no agent answers, and no policy was ever confirmed on this host".into())
+    })?;
     let (policy, _) = policy::parse(&kept.policy).map_err(|problems| {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
         anyhow!("the confirmed policy is not valid: {}", problems.join("; "))
@@ -89,14 +109,16 @@ async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Result<Enforc
         let name = &interface.name;
         ensure!(
             runs(interface),
-            "no agent answers, and {name} is not filtered"
+            NotEnforced(format!("no agent answers, and {name} is not filtered"))
         );
     }
     let missing: Vec<String> = coverage.missing.iter().map(describe_missing).collect();
     ensure!(
         !coverage.present.is_empty() || missing.is_empty(),
-        "no agent answers, and nothing is filtered: {}",
-        missing.join(", ")
+        NotEnforced(format!(
+            "no agent answers, and nothing is filtered: {}",
+            missing.join(", ")
+        ))
     );
     Ok(Enforcement {
         agent: false,

@@ -1,6 +1,7 @@
 //! Commands: arguments, and what each does.
 
 mod args;
+mod brief;
 mod caller;
 mod check;
 mod client;
@@ -64,7 +65,10 @@ pub fn main() -> ExitCode {
         // An error must not disturb the line that is being typed.
         Err(_) => return ExitCode::FAILURE,
     }
-    let command = Cli::parse().command;
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return brief::end_with_usage(&error),
+    };
     log::install();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -223,6 +227,17 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let look = || enforced(&socket.socket, &bpffs.bpffs, &state_dir.state_dir);
             let found = wait_for(wait.unwrap_or_default(), look).await?;
             output.print(&found, print_enforcement)?;
+        }
+        Command::Status {
+            brief: true,
+            verify,
+            socket,
+            bpffs,
+            state_dir,
+            ..
+        } => {
+            let (bpffs, state_dir) = (&bpffs.bpffs, &state_dir.state_dir);
+            return Ok(brief::brief(verify, &socket.socket, bpffs, state_dir).await);
         }
         Command::Status {
             verify,

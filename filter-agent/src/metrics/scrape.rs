@@ -14,7 +14,7 @@ use crate::{
     snapshot::Snapshot,
 };
 
-/// A text is served again for this long: however often it is asked for, it costs the agent little.
+/// A text, or why there is none, is served again for this long: however often it is asked for, it costs the agent little.
 const FRESH_FOR: Duration = Duration::from_secs(1);
 
 /// How often the maps are listed that the programs fill.
@@ -36,7 +36,7 @@ pub struct Scraper {
 
 #[derive(Default)]
 struct Last {
-    text: Option<(Instant, String)>,
+    text: Option<(Instant, Result<String, String>)>,
     listed: Option<(Instant, Vec<Fill>)>,
 }
 
@@ -60,13 +60,20 @@ impl Scraper {
 
     /// # Errors
     /// What the kernel does cannot be read back, or takes too long.
-    pub async fn text(&self) -> Result<String> {
+    pub async fn text(&self) -> Result<String, String> {
         let mut last = self.last.lock().await;
         if let Some((at, text)) = &last.text
             && at.elapsed() < FRESH_FOR
         {
-            return Ok(text.clone());
+            return text.clone();
         }
+        let text = self.new_text(&mut last).await;
+        let text = text.map_err(|error| format!("{error:#}"));
+        last.text = Some((Instant::now(), text.clone()));
+        text
+    }
+
+    async fn new_text(&self, last: &mut Last) -> Result<String> {
         let is_old = |(at, _): &(Instant, Vec<Fill>)| at.elapsed() >= LISTED_EVERY;
         let lists = last.listed.as_ref().is_none_or(is_old);
         let look = self.enforcer.call(move |enforcer: &mut Enforcer| {
@@ -99,8 +106,6 @@ impl Scraper {
             formerly_allowed: &formerly_allowed,
             timings: &self.timings,
         };
-        let text = values.text()?;
-        last.text = Some((Instant::now(), text.clone()));
-        Ok(text)
+        values.text()
     }
 }

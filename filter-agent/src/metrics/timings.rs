@@ -1,13 +1,13 @@
 //! How long things take, as histograms. They begin with the agent.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, core::Collector as _, proto::MetricFamily,
 };
 
-use crate::{policy::RegionSource, reconcile::Occasion};
+use crate::{policy::RegionSource, reconcile::Occasion, report::Timing};
 
 /// Upper bounds in seconds: from a change of one prefix to one of a million.
 const CHANGES: [f64; 10] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 1.0, 5.0, 10.0];
@@ -63,16 +63,13 @@ impl Timings {
         })
     }
 
-    /// A change is in force. `since`: when its policy was read and checked. `decided`: when the change was. `took`:
-    /// from `since` until it was in force.
-    pub fn in_force(&self, occasion: &Occasion, since: Instant, decided: Instant, took: Duration) {
+    /// A change is in force.
+    pub fn in_force(&self, occasion: &Occasion, timing: &Timing) {
+        let seconds = timing.enforced_ms / 1000.0;
         match occasion {
             Occasion::Start { .. } => {}
-            Occasion::Reload { .. } => self.reloads.observe(took.as_secs_f64()),
-            Occasion::Change { .. } => {
-                let took = (since + took).saturating_duration_since(decided);
-                self.changes.observe(took.as_secs_f64());
-            }
+            Occasion::Reload { .. } => self.reloads.observe(seconds),
+            Occasion::Change { .. } => self.changes.observe(seconds),
         }
     }
 
