@@ -8,12 +8,13 @@ use axum::{
     Extension, Json, Router,
     body::{Body, to_bytes},
     extract::{Query, State},
-    http::{Request, StatusCode},
+    http::{Request, StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus::TEXT_FORMAT;
 use serde::Deserialize;
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -27,7 +28,7 @@ use crate::{
     enforcer::{Handle, Observed},
     event::{self, Event, ReloadOptions, Reply},
     log::{Entry, recent},
-    metrics::{listener, scrape::Scraper},
+    metrics::scrape::Scraper,
     policy_file::MAX_LENGTH,
     report::{self, By},
     snapshot::Snapshot,
@@ -193,9 +194,8 @@ impl From<anyhow::Error> for Failed {
 type Answer<T> = Result<Json<T>, Failed>;
 
 fn router(shared: Shared) -> Router {
-    let scraper = shared.scraper.clone();
     Router::new()
-        .route("/metrics", get(listener::metrics).with_state(scraper))
+        .route("/metrics", get(metrics))
         .route("/status", get(status))
         .route("/rules", get(rules))
         .route("/regions", get(regions))
@@ -226,6 +226,12 @@ async fn status(
         .errors
         .extend(shared.scraper.listener.borrow().clone());
     Ok(Json(status))
+}
+
+async fn metrics(State(shared): State<Shared>) -> Result<impl IntoResponse, Failed> {
+    let text = shared.scraper.text().await;
+    let text = text.map_err(|error| anyhow!(error))?;
+    Ok(([(CONTENT_TYPE, TEXT_FORMAT)], text))
 }
 
 #[derive(Deserialize)]

@@ -83,3 +83,25 @@ impl Families {
         text.context("write the metrics")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_escaped_and_families_without_series_are_left_out() {
+        let mut families = Families::default();
+        families.value("unknown", "Nobody knows.", None);
+        let series = (vec![("interface", "a\"b\\c\nd")], 1.0);
+        families.gauge("attached", "Whether it is.", [series]);
+        families.counter("seen_total", "How many.", [(Vec::new(), 3.0)]);
+        let expected = "# HELP attached Whether it is.
+# TYPE attached gauge
+attached{interface=\"a\\\"b\\\\c\\nd\"} 1
+# HELP seen_total How many.
+# TYPE seen_total counter
+seen_total 3
+";
+        assert_eq!(families.text().unwrap(), expected);
+    }
+}

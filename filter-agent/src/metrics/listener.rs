@@ -43,7 +43,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers `GET /metrics`.
-pub async fn metrics(State(scraper): State<Arc<Scraper>>) -> Response {
+async fn metrics(State(scraper): State<Arc<Scraper>>) -> Response {
     match scraper.text().await {
         Ok(text) => ([(CONTENT_TYPE, TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),

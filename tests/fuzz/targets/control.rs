@@ -11,6 +11,7 @@ use filter_agent::{
     control::Server,
     enforcer::Handle,
     event::{Event, Request},
+    metrics::{scrape::Scraper, timings::Timings},
     policy_file::PolicyFile,
     region::state::Regions,
     report,
@@ -65,9 +66,13 @@ fn setup() -> Setup {
         file: Arc::new(file),
         enforced: report::Enforced {
             file: path,
-            accepted: now(),
-            compiled_ms: 0.0,
-            enforced_ms: 0.0,
+            timing: report::Timing {
+                accepted: now(),
+                compiled_ms: 0.0,
+                enforced_ms: 0.0,
+                verified_ms: None,
+                interfaces: Vec::new(),
+            },
             next_expiry: None,
         },
         regions: Regions::new(),
@@ -78,13 +83,12 @@ fn setup() -> Setup {
     let server = runtime.block_on(async {
         let listener = UnixListener::bind(folder.path().join("socket")).expect("a socket");
         let (handle, _) = Handle::new();
-        Server::start(
-            listener,
-            events,
-            watch::channel(snapshot).1,
-            handle,
-            Clock::start(),
-        )
+        let snapshot = watch::channel(snapshot).1;
+        let clock = Clock::start();
+        let timings = Timings::new().expect("histograms");
+        let failure = watch::channel(None).1;
+        let scraper = Scraper::new(snapshot.clone(), handle.clone(), clock, timings, failure);
+        Server::start(listener, events, snapshot, handle, clock, scraper.into())
     });
     Setup {
         runtime,
