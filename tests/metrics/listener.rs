@@ -96,3 +96,24 @@ fn slow_clients_keep_others_waiting_for_a_bounded_time_only() {
     }
     assert_eq!(errors(&net), "[]");
 }
+
+#[test]
+fn kernel_that_cannot_be_read_is_an_error_and_no_zeros() {
+    let mut net = Net::new("metrics-unread");
+    let address: SocketAddr = "127.0.0.1:9464".parse().unwrap();
+    net.write_policy(&serving("127.0.0.1:9464"));
+    net.start();
+    net.wait_for_line("metrics on ");
+    let tampering = net.tamper("bpf", "error=EPERM");
+    let mut answer = (0, String::new());
+    let refused = wait_until(|| {
+        answer = get(&net, address, "/metrics");
+        answer.0 == 503
+    });
+    assert!(refused, "{answer:?}");
+    // Without the paths that its error names.
+    let text = "the filter cannot be read now: `filter-agent status` says why\n";
+    assert_eq!(answer.1, text);
+    tampering.stop();
+    assert!(wait_until(|| get(&net, address, "/metrics").0 == 200));
+}

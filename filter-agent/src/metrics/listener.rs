@@ -42,11 +42,14 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 /// Pause after an error of `accept`, such as no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// The answer where there is no text: errors name files of this host, and anybody may read this.
+const NO_TEXT: &str = "the filter cannot be read now: `filter-agent status` says why\n";
+
 /// Answers `GET /metrics`.
 async fn metrics(State(scraper): State<Arc<Scraper>>) -> Response {
     match scraper.text().await {
         Ok(text) => ([(CONTENT_TYPE, TEXT_FORMAT)], text).into_response(),
-        Err(error) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, NO_TEXT).into_response(),
     }
 }
 
