@@ -544,6 +544,7 @@ impl Enforcer {
         }
         let complaints = self.complaints.iter();
         let complaints = complaints.map(|(what, error)| format!("{what}: {error}"));
+        let (counts, hits) = self.filter.counts_and_hits()?;
         let observed = Observed {
             complaints: complaints.collect(),
             lost: self.lost.clone(),
@@ -552,9 +553,9 @@ impl Enforcer {
             host: self.netlink.interfaces()?,
             pinned: self.pinned()?,
             program_id: self.filter.program_id()?,
-            counts: self.filter.counts()?,
+            counts,
             fates: self.filter.fates()?,
-            hits: self.filter.hits()?,
+            hits,
             repairs: self.repairs,
             verified: self.verified.clone(),
         };

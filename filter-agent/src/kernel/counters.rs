@@ -23,6 +23,9 @@ pub type Counts = BTreeMap<(Option<String>, Reason, bool), u64>;
 /// Packets that a rule allowed or a block dropped, by database and text of the rule's key.
 pub type Hits = BTreeMap<(String, String), u64>;
 
+/// Packets of each rule id: those that its verdict was enforced on, and those that were only counted.
+pub(super) type HitsById = BTreeMap<u32, [u64; 2]>;
+
 /// Connections by database, fate, and whether the fate was only monitored.
 pub type Fates = BTreeMap<(String, Fate, bool), u64>;
 
@@ -37,9 +40,16 @@ pub(super) struct Counter {
 }
 
 impl Maps {
-    /// Packets counted since the maps were made, the agent's own probes taken out.
-    pub(super) fn counts(&self, image: &Image) -> Result<Counts> {
+    /// Packets counted since the maps were made, the agent's own probes taken out. `hits`: those of the rules.
+    pub(super) fn counts(&self, image: &Image, hits: &HitsById) -> Result<Counts> {
         let mut counts = Counts::new();
+        // By slot, since each database has rules, and each rule is looked at once.
+        let mut allowed: BTreeMap<u32, [u64; 2]> = BTreeMap::new();
+        for (id, rule) in image.rules.iter().filter(|(_, rule)| allows(rule)) {
+            let [passed, monitored] = hits.get(id).copied().unwrap_or_default();
+            let sums = allowed.entry(rule.slot.into()).or_default();
+            *sums = [sums[0] + passed, sums[1] + monitored];
+        }
         let any = (u32::from(ANY_SLOT), Name::FREE);
         for (slot, name) in [any].iter().chain(&image.slots) {
             for reason in Reason::ALL {
@@ -47,10 +57,8 @@ impl Maps {
                     let index = COUNTER_ROW.reason(*slot as u16, reason, monitored);
                     let mut packets = self.count(&self.counts, index, index)?;
                     if reason == Reason::Allowed {
-                        let rules = image.rules.iter().filter(|(_, rule)| allows(rule));
-                        for (id, _) in rules.filter(|(_, rule)| u32::from(rule.slot) == *slot) {
-                            packets += self.hits_of(*id, monitored)?;
-                        }
+                        let sums = allowed.get(slot).copied().unwrap_or_default();
+                        packets += sums[usize::from(monitored)];
                     }
                     if packets > 0 {
                         let database = name.text().map(str::to_owned);
@@ -94,8 +102,15 @@ impl Maps {
         Ok(connections)
     }
 
+    /// Packets of each rule.
+    pub(super) fn hits_by_id(&self, image: &Image) -> Result<HitsById> {
+        let ids = image.rules.iter();
+        ids.map(|&(id, _)| Ok((id, [self.hits_of(id, false)?, self.hits_of(id, true)?])))
+            .collect()
+    }
+
     /// Packets allowed, by database and text of the rule's key.
-    pub(super) fn hits(&self, image: &Image) -> Result<Hits> {
+    pub(super) fn hits(&self, image: &Image, by_id: &HitsById) -> Hits {
         let databases: BTreeMap<u16, &str> = image
             .slots_by_name()
             .into_iter()
@@ -104,11 +119,11 @@ impl Maps {
         let mut hits = BTreeMap::new();
         for (id, name) in &image.rules {
             if let (Some(database), Some(rule)) = (databases.get(&name.slot), name.text()) {
-                let packets = self.hits_of(*id, false)? + self.hits_of(*id, true)?;
+                let packets = by_id.get(id).map_or(0, |packets| packets.iter().sum());
                 hits.insert(((*database).to_owned(), rule.to_owned()), packets);
             }
         }
-        Ok(hits)
+        hits
     }
 
     fn hits_of(&self, rule: u32, monitored: bool) -> Result<u64> {

@@ -261,7 +261,8 @@ impl Filter {
 
     /// Packets counted since the maps were made, the agent's own probes taken out.
     pub fn counts(&self) -> Result<Counts> {
-        self.maps.counts(&self.image)
+        let hits = self.maps.hits_by_id(&self.image)?;
+        self.maps.counts(&self.image, &hits)
     }
 
     /// Connections to a database that began at an interface, and that arrived at a socket of this host.
@@ -277,7 +278,15 @@ impl Filter {
 
     /// Packets allowed, by database and text of the rule's key.
     pub fn hits(&self) -> Result<Hits> {
-        self.maps.hits(&self.image)
+        let hits = self.maps.hits_by_id(&self.image)?;
+        Ok(self.maps.hits(&self.image, &hits))
+    }
+
+    /// Both, with each counter read once: those of the rules are most of them.
+    pub fn counts_and_hits(&self) -> Result<(Counts, Hits)> {
+        let hits = self.maps.hits_by_id(&self.image)?;
+        let counts = self.maps.counts(&self.image, &hits)?;
+        Ok((counts, self.maps.hits(&self.image, &hits)))
     }
 
     /// Reads the samples of dropped packets that were taken since the last call.
