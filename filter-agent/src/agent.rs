@@ -548,6 +548,8 @@ impl Agent {
             self.forget_unused();
         }
         self.remembered = checked.remembered;
+        let write = self.saves.last_hits(checked.last_hits, self.now.steady);
+        self.effects.extend(write.map(Effect::Save));
         self.log_all(checked.entries);
         self.effects.extend(checked.summary.map(Effect::Status));
         if !self.is_ready && checked.verified.errors.is_empty() {

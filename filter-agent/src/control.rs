@@ -25,14 +25,18 @@ use tower_service::Service as _;
 
 use crate::{
     clock::Clock,
-    enforcer::{Handle, Observed},
+    drops::Wanted,
+    enforcer::{Handle, Observed, drops::Found},
     event::{self, Event, ReloadOptions, Reply},
+    hints,
     log::{Entry, recent},
     metrics::scrape::Scraper,
     policy_file::MAX_LENGTH,
+    region::state as region,
     report::{self, By},
     snapshot::Snapshot,
-    temporary::Change,
+    temporary::{Change, parse_source},
+    threads,
 };
 
 /// Connections at a time. More wait: descriptors for the checks must be left.
@@ -245,8 +249,13 @@ async fn rules(
     Query(query): Query<DatabaseQuery>,
 ) -> Answer<Vec<report::Rule>> {
     let observed = shared.observe(false).await?;
-    let rules = observed.rules(query.database.as_deref(), shared.clock.now())?;
-    Ok(Json(rules))
+    let (snapshot, now) = (shared.snapshot(), shared.clock.now());
+    // Regions may hold a million prefixes.
+    let rules = threads::run_on_thread("rules", move || {
+        let regions = region::prefixes(&snapshot.regions);
+        observed.rules(query.database.as_deref(), &regions, now)
+    });
+    Ok(Json(rules.await.flatten()?))
 }
 
 async fn regions(State(shared): State<Shared>) -> Answer<Vec<report::Region>> {
@@ -272,14 +281,42 @@ async fn explain(
     Ok(Json(explained.await.flatten()?))
 }
 
+#[derive(Deserialize)]
+struct DropsQuery {
+    database: Option<String>,
+    /// An address or a prefix.
+    source: Option<String>,
+    limit: Option<usize>,
+    hints: Option<bool>,
+}
+
 async fn drops(
     State(shared): State<Shared>,
-    Query(query): Query<DatabaseQuery>,
+    Query(query): Query<DropsQuery>,
 ) -> Answer<report::Drops> {
-    let drops = shared
+    let wanted = Wanted {
+        database: query.database,
+        source: query.source.as_deref().map(parse_source).transpose()?,
+        limit: query.limit,
+    };
+    let found = shared
         .enforcer
-        .call(move |enforcer| enforcer.drops(query.database.as_deref()));
-    Ok(Json(drops.await.flatten()?))
+        .call(move |enforcer| enforcer.drops(&wanted));
+    let mut found = found.await.flatten()?;
+    if query.hints == Some(false) {
+        return Ok(Json(found.drops));
+    }
+    let (snapshot, now) = (shared.snapshot(), shared.clock.now());
+    let hinted = threads::run_on_thread("hints", move || {
+        let Found {
+            drops,
+            in_force,
+            ended,
+        } = &mut found;
+        hints::add(drops, in_force, &snapshot.regions, ended, now);
+        found.drops
+    });
+    Ok(Json(hinted.await?))
 }
 
 #[derive(Deserialize)]

@@ -25,7 +25,7 @@ use crate::{
     agent::Agent,
     clock::Clock,
     control,
-    enforcer::Handle,
+    enforcer::{Enforcer, Handle},
     event::{Effect, Event},
     host,
     log::Entry,
@@ -36,7 +36,7 @@ use crate::{
     reconcile::Refused,
     region::{files::Watcher, lookup},
     start::{compile_order, enforce, open},
-    store::Store,
+    store::{Store, Write},
     threads,
 };
 
@@ -189,6 +189,10 @@ pub async fn run(options: Options) -> Result<()> {
     performer.notifier.stopping();
     // Requests under way get their answers, in bounded time.
     server.stop(SHUTDOWN_TIMEOUT).await;
+    let final_hits = enforcer.call(Enforcer::final_hits);
+    if let Ok(Ok(Some(kept))) = tokio::time::timeout(SHUTDOWN_TIMEOUT, final_hits).await {
+        performer.store.save(Write::LastHits(kept));
+    }
     Entry::info(agent.describe_stop()).log();
     if !performer.store.finish(SHUTDOWN_TIMEOUT) {
         Entry::warning("not everything is written to disk, which takes too long").log();

@@ -2,16 +2,18 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     net::IpAddr,
 };
 
 use filter_common::Reason;
+use ipnet::IpNet;
 use jiff::Timestamp;
 
 use crate::{
     kernel::{counters::Counts, samples::Dropped},
     report,
+    temporary::{Temporary, Timed},
 };
 
 /// Index of the loopback interface, in every network namespace: where the agent's own probes come in.
@@ -19,6 +21,9 @@ const LOOPBACK: u32 = 1;
 
 /// Sources that are remembered, each by database and reason.
 const MOST: usize = 4096;
+
+/// Temporary rules that have ended and are remembered, for hints.
+const MAX_ENDED: usize = 256;
 
 /// The samples since the agent started.
 #[derive(Debug)]
@@ -29,6 +34,19 @@ pub struct Drops {
     before: Counts,
     /// How many samples there were, those included that are remembered no more.
     sampled: Counts,
+    /// Temporary rules that have ended, the latest last.
+    ended: VecDeque<Temporary>,
+}
+
+/// The part of the samples that is reported.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Only what was aimed at this one.
+    pub database: Option<String>,
+    /// Only sources of this prefix.
+    pub source: Option<IpNet>,
+    /// At most so many sources.
+    pub limit: Option<usize>,
 }
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -42,6 +60,7 @@ struct Who {
 #[derive(Debug)]
 struct Seen {
     packets: u64,
+    first: Timestamp,
     last: Timestamp,
 }
 
@@ -52,6 +71,7 @@ impl Drops {
             seen: BTreeMap::new(),
             before,
             sampled: Counts::new(),
+            ended: VecDeque::new(),
         }
     }
 
@@ -64,6 +84,22 @@ impl Drops {
                 !name.is_some_and(|name| databases.contains(name))
             });
         }
+    }
+
+    /// Notes the temporary rules that have ended between two states of what is enforced.
+    pub fn note_ended(&mut self, before: &Timed, after: &Timed) {
+        let now = after.now.boot;
+        let is_there = |rule: &Temporary| after.temporary.iter().any(|other| other.is_same(rule));
+        let temporary = before.temporary.iter();
+        let ended = temporary.filter(|rule| rule.end <= now && !is_there(rule));
+        self.ended.extend(ended.cloned());
+        let surplus = self.ended.len().saturating_sub(MAX_ENDED);
+        self.ended.drain(..surplus);
+    }
+
+    /// Temporary rules that ended lately, the latest last.
+    pub fn ended(&self) -> Vec<Temporary> {
+        self.ended.iter().cloned().collect()
     }
 
     /// Adds samples taken until `now`.
@@ -80,6 +116,7 @@ impl Drops {
             };
             let seen = Seen {
                 packets: 0,
+                first: now,
                 last: now,
             };
             let seen = self.seen.entry(who).or_insert(seen);
@@ -105,11 +142,20 @@ impl Drops {
         })
     }
 
-    /// Those that tried most often first. `counts`: what the kernel counted by now. `database`: only
-    /// what was aimed at this one.
-    pub fn report(&self, counts: &Counts, database: Option<&str>) -> report::Drops {
-        let wanted = |name: &Option<String>| database.is_none() || name.as_deref() == database;
-        let seen = self.seen.iter().filter(|(who, _)| wanted(&who.database));
+    /// Those that tried most often first. `counts`: what the kernel counted by now.
+    pub fn report(&self, counts: &Counts, wanted: &Wanted) -> report::Drops {
+        let Wanted {
+            database,
+            source,
+            limit,
+        } = wanted;
+        let wanted = |name: &Option<String>| database.is_none() || name == database;
+        let holds = |address: Option<IpAddr>| match (source, address) {
+            (None, _) => true,
+            (Some(prefix), address) => address.is_some_and(|address| prefix.contains(&address)),
+        };
+        let seen = self.seen.iter();
+        let seen = seen.filter(|(who, _)| wanted(&who.database) && holds(who.source));
         let mut sources: Vec<report::Dropped> = seen
             .map(|(who, seen)| report::Dropped {
                 database: who.database.clone(),
@@ -117,10 +163,16 @@ impl Drops {
                 reason: who.reason.name().into(),
                 monitor: who.monitored,
                 packets: seen.packets,
+                first_seen: Some(seen.first),
+                opening: None,
+                hint: None,
+                allow: None,
                 last_seen: seen.last,
             })
             .collect();
         sources.sort_by_key(|dropped| Reverse((dropped.packets, dropped.last_seen)));
+        let left_out = sources.len().saturating_sub(limit.unwrap_or(usize::MAX));
+        sources.truncate(sources.len() - left_out);
         let mut unsampled = Vec::new();
         for (counter, &packets) in counts {
             let (name, reason, monitored) = counter;
@@ -138,6 +190,7 @@ impl Drops {
         report::Drops {
             since: self.since,
             sources,
+            left_out,
             unsampled,
         }
     }
@@ -176,7 +229,7 @@ mod tests {
             drops.add(forged.collect(), Timestamp::now());
         }
         assert!(drops.seen.len() <= 2 * MOST);
-        let report = drops.report(&Counts::new(), None);
+        let report = drops.report(&Counts::new(), &Wanted::default());
         assert_eq!(report.sources[0].source, packet(1).source);
         assert_eq!(report.sources[0].packets, 2);
         assert_eq!(drops.sampled[&counter()], 2 + 19 * 2048);
@@ -188,11 +241,16 @@ mod tests {
         let mut drops = Drops::since(Timestamp::UNIX_EPOCH, before);
         drops.add(vec![packet(1)], Timestamp::now());
         let counts = Counts::from([(counter(), 111)]);
-        let report = drops.report(&counts, None);
+        let report = drops.report(&counts, &Wanted::default());
         assert_eq!(report.unsampled.len(), 1);
         assert_eq!(report.unsampled[0].packets, 10);
         let counts = Counts::from([(counter(), 101)]);
-        assert!(drops.report(&counts, None).unsampled.is_empty());
+        assert!(
+            drops
+                .report(&counts, &Wanted::default())
+                .unsampled
+                .is_empty()
+        );
     }
 
     #[test]
@@ -203,8 +261,14 @@ mod tests {
         drops.restart(&["orders".to_owned()].into());
         drops.add(vec![packet(1)], Timestamp::now());
         let counts = Counts::from([(counter(), 7)]);
-        assert_eq!(drops.report(&counts, None).unsampled[0].packets, 6);
-        assert_eq!(drops.report(&counts, None).sources[0].packets, 2);
+        assert_eq!(
+            drops.report(&counts, &Wanted::default()).unsampled[0].packets,
+            6
+        );
+        assert_eq!(
+            drops.report(&counts, &Wanted::default()).sources[0].packets,
+            2
+        );
     }
 
     #[test]
@@ -215,7 +279,12 @@ mod tests {
             ..packet(1)
         };
         drops.add(vec![probe], Timestamp::now());
-        assert!(drops.report(&Counts::new(), None).sources.is_empty());
+        assert!(
+            drops
+                .report(&Counts::new(), &Wanted::default())
+                .sources
+                .is_empty()
+        );
     }
 
     #[test]
@@ -226,8 +295,86 @@ mod tests {
             ..packet(2)
         };
         drops.add(vec![packet(1), other], Timestamp::now());
-        let report = drops.report(&Counts::new(), Some("orders"));
+        let of_orders = Wanted {
+            database: Some("orders".into()),
+            ..Wanted::default()
+        };
+        let report = drops.report(&Counts::new(), &of_orders);
         assert_eq!(report.sources.len(), 1);
         assert_eq!(report.sources[0].source, packet(1).source);
+    }
+
+    #[test]
+    fn sources_are_chosen_by_prefix_and_limited() {
+        let mut drops = none();
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let packets = |count: u32, address: u32| vec![packet(address); count as usize];
+        for low in 1..=4 {
+            drops.add(packets(low, 0xc000_0200 | low), at(low.into()));
+        }
+        drops.add(packets(1, 0xc633_6401), at(9));
+        drops.add(packets(1, 0xc000_0204), at(10));
+        let report = |source: Option<&str>, limit| {
+            let wanted = Wanted {
+                source: source.map(|source| source.parse().unwrap()),
+                limit,
+                ..Wanted::default()
+            };
+            let report = drops.report(&Counts::new(), &wanted);
+            let sources = report.sources.iter().map(|d| d.source.unwrap().to_string());
+            (sources.collect::<Vec<_>>().join(" "), report.left_out)
+        };
+        let four = "192.0.2.4 192.0.2.3 192.0.2.2 192.0.2.1";
+        assert_eq!(report(Some("192.0.2.0/24"), None), (four.into(), 0));
+        assert_eq!(report(None, Some(2)), ("192.0.2.4 192.0.2.3".into(), 3));
+        assert_eq!(report(Some("192.0.2.3/32"), Some(2)).1, 0);
+        assert_eq!(report(Some("2001:db8::/32"), Some(2)), (String::new(), 0));
+        let all = drops.report(&Counts::new(), &Wanted::default());
+        let first = &all.sources[0];
+        assert_eq!((first.first_seen, first.last_seen), (Some(at(4)), at(10)));
+    }
+
+    #[test]
+    fn temporary_rules_that_ended_are_remembered_and_those_that_were_revoked_are_not() {
+        use crate::{
+            clock::{BootTime, Now},
+            temporary::{Ends, Kind},
+        };
+        let now = |boot| Now {
+            boot: BootTime(boot),
+            steady: Timestamp::UNIX_EPOCH,
+            wall: Timestamp::UNIX_EPOCH,
+        };
+        let rule = |source: &str, end| {
+            Temporary::new(
+                "orders",
+                Kind::Allow,
+                source.parse().unwrap(),
+                BootTime(end),
+                now(1),
+            )
+        };
+        let timed = |boot, temporary| Timed {
+            now: now(boot),
+            ends: Ends::default(),
+            temporary,
+        };
+        let (first, second) = (rule("192.0.2.1/32", 10), rule("192.0.2.2/32", 20));
+        let before = timed(1, vec![first.clone(), second]);
+        let mut drops = none();
+        // The second was revoked, and the first has ended.
+        drops.note_ended(&before, &timed(10, vec![]));
+        assert_eq!(drops.ended(), [first.clone()]);
+        // It is there again, with another end.
+        drops.note_ended(
+            &timed(1, vec![first]),
+            &timed(30, vec![rule("192.0.2.1/32", 40)]),
+        );
+        assert_eq!(drops.ended().len(), 1);
+        for low in 0..300 {
+            let rules = vec![rule(&format!("198.51.{}.{}/32", low / 250, low % 250), 5)];
+            drops.note_ended(&timed(1, rules), &timed(10, vec![]));
+        }
+        assert_eq!(drops.ended().len(), MAX_ENDED);
     }
 }

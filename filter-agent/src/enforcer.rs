@@ -2,7 +2,9 @@
 //! never waits for the kernel. Between jobs it checks and repairs what is attached.
 
 mod cut;
+pub mod drops;
 mod handle;
+mod last_hits;
 mod tls;
 
 use std::{
@@ -32,6 +34,7 @@ use crate::{
         filter::Filter,
         links::Attached,
     },
+    last_hits::{Kept, LastHits},
     log::Entry,
     reconcile::{self, Committed, Desired, Facts, InForce, Occasion, Refused, describe_attachment},
     report,
@@ -64,6 +67,7 @@ pub struct Enforcer {
     repairs: u64,
     drops: Drops,
     former: Former,
+    counted: last_hits::Counted,
     /// Number of the round of probes that was sent last.
     probe_round: u64,
     /// A listed interface that is a port of a bridge.
@@ -86,6 +90,8 @@ pub struct Checked {
     pub verified: report::Verified,
     /// One line for the service manager, if it may have changed.
     pub summary: Option<String>,
+    /// The last hits of rules for the disk, if they changed.
+    pub last_hits: Option<Kept>,
 }
 
 /// The kernel's present state, read back.
@@ -99,6 +105,7 @@ pub struct Observed {
     pub counts: Counts,
     pub fates: Fates,
     pub hits: Hits,
+    pub last_hits: LastHits,
     pub repairs: u64,
     pub verified: report::Verified,
     pub complaints: Vec<String>,
@@ -173,6 +180,7 @@ impl Enforcer {
             unfiltered: BTreeMap::new(),
             complaints: BTreeMap::new(),
             repairs: 0,
+            counted: last_hits::Counted::default(),
             probe_round: 0,
             bridged: None,
             seen: BTreeMap::new(),
@@ -293,9 +301,19 @@ impl Enforcer {
         self.drops.restart(&committed.restarted);
         let changed = &committed.report.difference;
         self.former.note(changed, Timestamp::now());
+        match occasion {
+            // Counters may be those of an agent before, or of another layout's maps.
+            Occasion::Start { .. } => {
+                let read = self.read_hits();
+                self.note("hits", read, &mut entries);
+            }
+            _ => self.rules_changed(&committed.restarted),
+        }
         self.in_force.file = file;
         self.in_force.compiled = committed.compiled.clone();
         let before = mem::take(&mut committed.before);
+        self.drops
+            .note_ended(&self.in_force.timed, &committed.timed);
         self.in_force.timed = committed.timed.clone();
         if !is_change {
             let policy = &self.in_force.file.policy;
@@ -331,12 +349,13 @@ impl Enforcer {
         Ok((committed, checked))
     }
 
-    fn checked(&self, entries: Vec<Entry>, summary: Option<String>) -> Checked {
+    fn checked(&mut self, entries: Vec<Entry>, summary: Option<String>) -> Checked {
         Checked {
             remembered: self.in_force.remembered.clone(),
             entries,
             verified: self.verified.clone(),
             summary,
+            last_hits: self.counted.record(),
         }
     }
 
@@ -400,6 +419,8 @@ impl Enforcer {
                 summary = self.summary(enforced).ok().map(|(summary, _)| summary);
             }
         }
+        let read = self.read_hits_if_due();
+        self.note("hits", read, &mut entries);
         let collected = self.collect_drops();
         let granted = self.filter.grant_samples();
         self.note("drops", collected.and(granted), &mut entries);
@@ -527,12 +548,6 @@ impl Enforcer {
         Ok(verified)
     }
 
-    fn collect_drops(&mut self) -> Result<()> {
-        let dropped = self.filter.dropped()?;
-        self.drops.add(dropped, Timestamp::now());
-        Ok(())
-    }
-
     /// Reads back what the kernel does. `verify`: runs the probes first.
     ///
     /// # Errors
@@ -544,9 +559,11 @@ impl Enforcer {
         }
         let complaints = self.complaints.iter();
         let complaints = complaints.map(|(what, error)| format!("{what}: {error}"));
+        let complaints = complaints.collect();
         let (counts, hits) = self.filter.counts_and_hits()?;
+        self.counted.note(&hits);
         let observed = Observed {
-            complaints: complaints.collect(),
+            complaints,
             lost: self.lost.clone(),
             settings: Settings::read(),
             in_force: self.in_force.clone(),
@@ -556,6 +573,7 @@ impl Enforcer {
             counts,
             fates: self.filter.fates()?,
             hits,
+            last_hits: self.counted.last_hits.clone(),
             repairs: self.repairs,
             verified: self.verified.clone(),
         };
@@ -586,16 +604,6 @@ impl Enforcer {
             database,
             unfiltered,
         )
-    }
-
-    /// Reports the sources of dropped packets.
-    ///
-    /// # Errors
-    /// A database that the policy does not have.
-    pub fn drops(&mut self, database: Option<&str>) -> Result<report::Drops> {
-        self.in_force.check_database(database)?;
-        self.collect_drops()?;
-        Ok(self.drops.report(&self.filter.counts()?, database))
     }
 
     /// Sources that are dropped now and that a rule allowed until lately, by database.

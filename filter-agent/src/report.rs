@@ -138,6 +138,15 @@ pub struct Rule {
     pub prefixes: usize,
     /// Packets that it allowed, or that it blocked.
     pub hits: u64,
+    /// `None`: none since `counted_since`.
+    #[serde(default)]
+    pub last_hit: Option<Timestamp>,
+    /// `None`: the kernel does not hold it.
+    #[serde(default)]
+    pub counted_since: Option<Timestamp>,
+    /// Rules that hold all that it does, for as long: without it alone nothing changes.
+    #[serde(default)]
+    pub covered_by: Vec<String>,
     #[serde(default)]
     pub origin: Origin,
     #[serde(default)]
@@ -261,6 +270,9 @@ pub struct Drops {
     pub since: Timestamp,
     /// Sampled sources, those with most packets first.
     pub sources: Vec<Dropped>,
+    /// Sources beyond the limit that was asked for.
+    #[serde(default)]
+    pub left_out: usize,
     /// Packets that were not sampled: of a flood only some are.
     pub unsampled: Vec<Unsampled>,
 }
@@ -276,7 +288,18 @@ pub struct Dropped {
     pub monitor: bool,
     /// Lower bound of the number of packets.
     pub packets: u64,
+    #[serde(default)]
+    pub first_seen: Option<Timestamp>,
     pub last_seen: Timestamp,
+    /// What a refused connection began with instead of TLS, in words.
+    #[serde(default)]
+    pub opening: Option<String>,
+    /// What is known of the source, or what would help it.
+    #[serde(default)]
+    pub hint: Option<String>,
+    /// The command that would let the source in.
+    #[serde(default)]
+    pub allow: Option<String>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]

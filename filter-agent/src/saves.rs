@@ -10,6 +10,7 @@ use jiff::Timestamp;
 
 use crate::{
     host::coverage::Remembered,
+    last_hits,
     log::Entry,
     region::state::State,
     store::{Confirmed, Record, Write},
@@ -28,6 +29,10 @@ const RETRY: Duration = Duration::from_mins(1);
 /// How often the time that is left of rules is written to disk: a reboot without notice may lengthen them by as much.
 const LEFT_INTERVAL: Duration = Duration::from_mins(1);
 
+/// How often at most the last hits of rules are written to disk. Agents that are killed lose as much, and the next one sees in
+/// the kernel's counters which rules were hit since.
+const HITS_INTERVAL: Duration = Duration::from_mins(1);
+
 #[derive(Debug)]
 pub struct Saves {
     /// The confirmed policy that was given to the store last.
@@ -35,6 +40,9 @@ pub struct Saves {
     /// The ends and temporary rules that were given to the store last, and when.
     temporary: Kept,
     temporary_at: Timestamp,
+    /// Last hits of rules that are not on disk, and when a version was given to the store last.
+    last_hits: Option<last_hits::Kept>,
+    last_hits_at: Option<Timestamp>,
     /// Records of which one kind there is that are on their way to disk.
     under_way: BTreeSet<Record>,
     /// When each region's set was given to the store last.
@@ -59,6 +67,8 @@ impl Saves {
             confirmed,
             temporary,
             temporary_at: now,
+            last_hits: None,
+            last_hits_at: None,
             under_way: BTreeSet::new(),
             regions: regions.map(|name| (name, now)).collect(),
             changed: BTreeMap::new(),
@@ -100,18 +110,36 @@ impl Saves {
         Some(Write::Temporary(kept))
     }
 
+    /// The write that keeps the last hits of rules for the next start, each minute at most; `None`: there is nothing new, or it
+    /// waits. `changed`: they changed since the last call.
+    pub fn last_hits(&mut self, changed: Option<last_hits::Kept>, now: Timestamp) -> Option<Write> {
+        self.last_hits = changed.or(self.last_hits.take());
+        let is_recent = |last: Timestamp| last + HITS_INTERVAL > now;
+        if self.last_hits_at.is_some_and(is_recent) {
+            return None;
+        }
+        let kept = self.last_hits.take()?;
+        self.last_hits_at = Some(now);
+        Some(Write::LastHits(kept))
+    }
+
     /// The latest date that the host's clock had when the temporary rules were written.
     pub fn latest_clock(&self) -> Timestamp {
         self.temporary.clock
     }
 
-    /// The writes that keep neither a policy nor temporary rules for the next start.
-    pub fn forget(&mut self) -> [Write; 2] {
+    /// The writes that keep neither a policy nor temporary rules nor last hits for the next start.
+    pub fn forget(&mut self) -> [Write; 3] {
         self.confirmed = None;
         self.temporary = Kept::default();
+        self.last_hits = None;
         self.under_way
             .extend([Record::Confirmed, Record::Temporary]);
-        [Write::Confirmed(None), Write::Temporary(Kept::default())]
+        [
+            Write::Confirmed(None),
+            Write::Temporary(Kept::default()),
+            Write::LastHits(last_hits::Kept::default()),
+        ]
     }
 
     /// Whether the confirmed policy or the temporary rules, or their removal, are on their way to disk.
@@ -189,7 +217,7 @@ impl Saves {
         let is_latest = match write {
             Write::Confirmed(written) => *written == self.confirmed,
             Write::Temporary(written) => *written == self.temporary,
-            Write::Region { .. } | Write::Regions(_) => false,
+            Write::Region { .. } | Write::Regions(_) | Write::LastHits(_) => false,
         };
         if is_latest {
             self.under_way.remove(record);
@@ -207,10 +235,16 @@ impl Saves {
                         format!("region {name}: its set is kept on disk again")
                     }
                     Record::Temporary => "temporary rules are kept for the next start again".into(),
+                    Record::LastHits => {
+                        "the last hits of rules are kept for the next start again".into()
+                    }
                     Record::Regions => "the sets of unused regions are removed".into(),
                 })))
             }
             Err(error) => {
+                if let (Write::LastHits(kept), None) = (write, &self.last_hits) {
+                    self.last_hits = Some(kept.clone());
+                }
                 let error = match record {
                     Record::Confirmed if *write != Write::Confirmed(None) => {
                         format!("the policy in force is not kept for the next start: {error:#}")
@@ -219,6 +253,9 @@ impl Saves {
                         format!(
                             "temporary rules and ends are not kept for the next start: {error:#}"
                         )
+                    }
+                    Record::LastHits => {
+                        format!("the last hits of rules are not kept for the next start: {error:#}")
                     }
                     Record::Region(name) => format!("region {name}: {error:#}"),
                     Record::Confirmed | Record::Regions => format!("{error:#}"),

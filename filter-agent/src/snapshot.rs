@@ -9,6 +9,7 @@ use jiff::{Timestamp, Unit};
 use crate::{
     clock::Now,
     enforcer::Observed,
+    holding::{self, Regional},
     host::coverage::{Coverage, address_warnings, describe_missing},
     log::Entry,
     policy::{Model, Region, Rule},
@@ -16,7 +17,7 @@ use crate::{
     reconcile::{InForce, unlisted},
     region::state::{Change, Regions, State},
     report,
-    rules::RuleKey,
+    rules::{self, RuleKey},
     temporary::Kind,
     text::{counted, list},
 };
@@ -298,20 +299,31 @@ impl Observed {
     ///
     /// # Errors
     /// A database that the policy does not have.
-    pub fn rules(&self, database: Option<&str>, now: Now) -> anyhow::Result<Vec<report::Rule>> {
+    pub fn rules(
+        &self,
+        database: Option<&str>,
+        regions: &rules::Regions,
+        now: Now,
+    ) -> anyhow::Result<Vec<report::Rule>> {
         let in_force = &self.in_force;
         in_force.check_database(database)?;
         let mut rules = Vec::new();
+        let mut regional = Regional::new(regions);
+        let timed = in_force.timed.at(now);
         let databases = in_force.file.policy.databases.iter();
         for database in databases.filter(|d| database.is_none_or(|name| name == d.name)) {
             let Some(entries) = in_force.compiled.databases.get(&database.name) else {
                 continue;
             };
             let prefixes = entries.prefixes_by_rule();
+            let holdings =
+                holding::in_force(&in_force.file.policy, database, &mut regional, &timed);
+            let covered = holding::covered(&holdings);
             let line = |key: &RuleKey| {
                 let place = entries.rules.iter().position(|(rule, _)| rule == key);
                 let hits = self.hits.get(&(database.name.clone(), key.text()));
                 let end = place.and_then(|place| entries.rules[place].1);
+                let last_hit = self.last_hits.of(&database.name, &key.text(), now);
                 report::Rule {
                     database: database.name.clone(),
                     number: None,
@@ -321,6 +333,9 @@ impl Observed {
                     expired: end.is_some_and(|end| end <= now.boot),
                     prefixes: place.map_or(0, |place| prefixes[place]),
                     hits: hits.copied().unwrap_or_default(),
+                    last_hit: last_hit.and_then(|hit| hit.at),
+                    counted_since: last_hit.map(|hit| hit.counted_since),
+                    covered_by: covered.get(&key.text()).cloned().unwrap_or_default(),
                     origin: report::Origin::File,
                     except: Vec::new(),
                     left: end.map(|end| end.since(now.boot).as_secs()),

@@ -18,6 +18,7 @@ use crate::{
     event::Order,
     host::{self, coverage::Remembered},
     kernel::pins,
+    last_hits::LastHits,
     log::Entry,
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
@@ -275,8 +276,12 @@ pub async fn enforce(
         Ok(kept) => (kept, None),
         Err(error) => (Kept::default(), Some(format!("{error:#}"))),
     };
+    let last_hits = read_last_hits(options, is_foreign).await;
     let held = enforcer
-        .call(|enforcer| (enforcer.databases(), enforcer.ends()))
+        .call(|enforcer| {
+            enforcer.restore_last_hits(last_hits);
+            (enforcer.databases(), enforcer.ends())
+        })
         .await?;
     let restored = kept.clone().restore(boot_id().as_deref(), clock.now());
     let (ends, temporary) = in_kernel(restored, before.as_ref(), held, clock.now());
@@ -353,6 +358,26 @@ async fn read_temporary(options: &Options, is_foreign: bool) -> Result<Kept> {
     let read = move || store::read_temporary(&directory);
     let kept = threads::run_within(&threads::POLICIES, READ_TIMEOUT, what, &path, read).await;
     Ok(kept?.unwrap_or_default())
+}
+
+/// The last hits of rules that were kept on this machine. Where they cannot be read, rules are counted from now on.
+async fn read_last_hits(options: &Options, is_foreign: bool) -> LastHits {
+    if is_foreign {
+        return LastHits::default();
+    }
+    let directory = options.state_dir.clone();
+    let path = store::last_hits_path(&directory);
+    let what = "read the last hits of rules that were kept";
+    let read = move || store::read_last_hits(&directory);
+    let kept = threads::run_within(&threads::POLICIES, READ_TIMEOUT, what, &path, read).await;
+    match kept {
+        Ok(kept) => kept.unwrap_or_default().restore(boot_id().as_deref()),
+        Err(error) => {
+            let error = format!("{error:#}; the last hits of rules are counted from now on");
+            Entry::warning(error).log();
+            LastHits::default()
+        }
+    }
 }
 
 /// Merges the kept ends and rules with those in the kernel: an agent that was killed, or that could not write to disk, has left the rest

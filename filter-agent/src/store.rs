@@ -22,7 +22,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
 use crate::{
-    clock::boot_id, host::coverage::Remembered, policy::RegionSource, region::state::Set, temporary,
+    clock::boot_id, host::coverage::Remembered, last_hits, policy::RegionSource,
+    region::state::Set, temporary,
 };
 
 /// Time allowed to an agent that is ending to let go of the state directory: the kernel takes back its locks one after
@@ -69,6 +70,8 @@ fn machine() -> Option<String> {
 /// Names a record of the state directory.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Record {
+    /// When rules were last hit.
+    LastHits,
     Confirmed,
     /// Ends of rules, and temporary rules.
     Temporary,
@@ -81,6 +84,7 @@ pub enum Record {
 impl Record {
     fn path(&self, directory: &Path) -> PathBuf {
         match self {
+            Self::LastHits => last_hits_path(directory),
             Self::Confirmed => confirmed_path(directory),
             Self::Temporary => temporary_path(directory),
             Self::Region(name) => region_path(directory, name),
@@ -95,6 +99,7 @@ pub enum Write {
     /// `None`: no policy is kept any more.
     Confirmed(Option<Confirmed>),
     Temporary(temporary::Kept),
+    LastHits(last_hits::Kept),
     Region {
         name: String,
         source: Box<RegionSource>,
@@ -109,6 +114,7 @@ impl Write {
         match self {
             Self::Confirmed(_) => Record::Confirmed,
             Self::Temporary(_) => Record::Temporary,
+            Self::LastHits(_) => Record::LastHits,
             Self::Region { name, .. } => Record::Region(name.clone()),
             Self::Regions(_) => Record::Regions,
         }
@@ -292,6 +298,10 @@ pub fn temporary_path(directory: &Path) -> PathBuf {
     directory.join("temporary.json")
 }
 
+pub fn last_hits_path(directory: &Path) -> PathBuf {
+    directory.join("last-hits.json")
+}
+
 fn region_path(directory: &Path, name: &str) -> PathBuf {
     directory.join("regions").join(format!("{name}.json"))
 }
@@ -310,6 +320,14 @@ pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
 /// As `read_confirmed`.
 pub fn read_temporary(directory: &Path) -> Result<Option<temporary::Kept>> {
     read(&temporary_path(directory), decode_temporary)
+}
+
+/// The last hits of rules that were kept; `None`: none were.
+///
+/// # Errors
+/// As `read_confirmed`.
+pub fn read_last_hits(directory: &Path) -> Result<Option<last_hits::Kept>> {
+    read(&last_hits_path(directory), unseal)
 }
 
 /// The set that was kept of a region; `None`: none was.
@@ -343,7 +361,8 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
         }
     };
     write(directory, &Write::Confirmed(None))?;
-    write(directory, &Write::Temporary(temporary::Kept::default()))
+    write(directory, &Write::Temporary(temporary::Kept::default()))?;
+    write(directory, &Write::LastHits(last_hits::Kept::default()))
 }
 
 fn write(directory: &Path, write: &Write) -> Result<()> {
@@ -376,6 +395,14 @@ fn write(directory: &Path, write: &Write) -> Result<()> {
                 ..kept.clone()
             };
             write_file(directory, &temporary_path(directory), &seal(&kept)?)
+        }
+        Write::LastHits(kept) if kept.is_empty() => {
+            let path = last_hits_path(directory);
+            remove(&path).with_context(|| format!("remove {}", path.display()))
+        }
+        Write::LastHits(kept) => {
+            let kept = kept.clone().of_boot(boot_id());
+            write_file(directory, &last_hits_path(directory), &seal(&kept)?)
         }
         Write::Region { name, source, set } => {
             let text = encode(name, source, set)?;

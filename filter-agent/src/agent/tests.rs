@@ -71,6 +71,7 @@ fn checked() -> Checked {
             errors: Vec::new(),
         },
         summary: None,
+        last_hits: None,
     }
 }
 

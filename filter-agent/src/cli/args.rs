@@ -201,11 +201,14 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
-    /// List the rules, and how many packets each allowed.
+    /// List the rules, how many packets each allowed and when the last one was, and what else covers each.
     Rules {
         /// Show only this database.
         #[arg(long, add = ArgValueCompleter::new(complete::databases))]
         database: Option<String>,
+        /// Show only rules without a hit for so long, such as 30d, that are counted for at least as long.
+        #[arg(long, value_name = "DURATION", value_parser = lasting)]
+        unused: Option<Duration>,
         #[command(flatten)]
         socket: Socket,
         #[command(flatten)]
@@ -251,8 +254,14 @@ pub(super) enum Command {
         /// Show only this database.
         #[arg(long, add = ArgValueCompleter::new(complete::databases))]
         database: Option<String>,
+        /// Show only this source: an address or a prefix.
+        #[arg(long, value_name = "SRC", add = ArgValueCompleter::new(complete::refused))]
+        source: Option<String>,
+        /// Show at most so many sources [default: 20; with --json: all].
+        #[arg(long, value_name = "NUMBER")]
+        limit: Option<usize>,
         /// Keep running, and print every second a line for each source whose packets were dropped.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "limit")]
         follow: bool,
         #[command(flatten)]
         socket: Socket,

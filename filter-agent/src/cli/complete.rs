@@ -177,7 +177,7 @@ impl Line {
     }
 
     async fn refused(&self) -> Result<Vec<Offer>> {
-        let mut drops: Drops = self.get("/drops").await?;
+        let mut drops: Drops = self.get("/drops?hints=false").await?;
         drops
             .sources
             .sort_by_key(|dropped| Reverse(dropped.last_seen));

@@ -8,35 +8,60 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use jiff::Timestamp;
 
 use crate::{
     cli::{
         client::Agent,
-        output::{EXIT_BROKEN_PIPE, LISTED, age, print_table, table},
+        output::{EXIT_BROKEN_PIPE, LISTED, age, or, print_table, table},
     },
     report::{self, Drops},
 };
 
 pub(super) fn print_drops(drops: &Drops) {
-    let mut table = table(["DATABASE", "SOURCE", "REASON", "PACKETS", "LAST SEEN"]);
-    for dropped in drops.sources.iter().take(LISTED) {
+    let mut table = table([
+        "DATABASE",
+        "SOURCE",
+        "REASON",
+        "PACKETS",
+        "FIRST SEEN",
+        "LAST SEEN",
+        "HINT",
+    ]);
+    for dropped in &drops.sources {
         table.add_row([
             or_any(&dropped.database).to_owned(),
             source(dropped),
             reason(&dropped.reason, dropped.monitor),
             dropped.packets.to_string(),
-            format!("{} ago", age(dropped.last_seen)),
+            dropped.first_seen.map_or("-".into(), ago),
+            ago(dropped.last_seen),
+            hint(dropped),
         ]);
     }
     print_table(&table, drops.sources.len());
-    if drops.sources.len() > LISTED {
-        println!("and {} more (see --json)", drops.sources.len() - LISTED);
+    if drops.left_out > 0 {
+        println!("and {} more (see --limit)", drops.left_out);
+    }
+    for allow in drops.sources.iter().filter_map(|d| d.allow.as_ref()) {
+        println!("to let it in: {allow}");
     }
     drops.unsampled.iter().for_each(print_unsampled);
     if drops.sources.is_empty() && drops.unsampled.is_empty() {
         let since = age(drops.since);
         println!("no packet was dropped since the agent started {since} ago");
     }
+}
+
+fn ago(at: Timestamp) -> String {
+    format!("{} ago", age(at))
+}
+
+/// What a refused connection began with, and what is known of its source.
+fn hint(dropped: &report::Dropped) -> String {
+    let opening = dropped.opening.iter();
+    let parts: Vec<&str> = opening.chain(&dropped.hint).map(String::as_str).collect();
+    or(&parts.join("; "), "-")
 }
 
 fn print_unsampled(more: &report::Unsampled) {

@@ -13,6 +13,7 @@ mod output;
 mod print;
 mod progress;
 mod readable;
+mod rules;
 mod top;
 
 use std::{env, path::PathBuf, process::ExitCode, time::Duration};
@@ -38,11 +39,12 @@ use client::{Agent, encode};
 use detach::{detach, tell_what_is_left};
 use drops::{follow_drops, print_drops};
 use enforced::{enforced, print_enforcement, wait_for};
-use output::failure_if;
+use output::{LISTED, failure_if};
 use print::{
-    print_explanations, print_plan, print_refreshed, print_regions, print_reloaded, print_rules,
-    print_status, print_temporary,
+    print_explanations, print_plan, print_refreshed, print_regions, print_reloaded, print_status,
+    print_temporary,
 };
+use rules::{print_rules, print_unused};
 use top::top;
 
 /// The variable that asks for completion, in scripts that `clap_complete` writes. Not its usual `COMPLETE`: a service must
@@ -254,13 +256,17 @@ async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Rules {
             database,
+            unused,
             socket,
             output,
         } => {
             let database = database.map(|database| format!("?database={}", encode(&database)));
             let path = format!("/rules{}", database.unwrap_or_default());
             let rules: Vec<Rule> = Agent::new(&socket.socket).get(&path).await?;
-            output.print(&rules, |rules| print_rules(rules))?;
+            match unused {
+                None => output.print(&rules, |rules| print_rules(rules))?,
+                Some(unused) => print_unused(rules, unused, &output)?,
+            }
         }
         Command::Regions { socket, output } => {
             let agent = Agent::new(&socket.socket);
@@ -295,12 +301,18 @@ async fn execute(command: Command) -> Result<ExitCode> {
         }
         Command::Drops {
             database,
+            source,
+            limit,
             follow,
             socket,
             output,
         } => {
-            let database = database.map(|database| format!("?database={}", encode(&database)));
-            let path = format!("/drops{}", database.unwrap_or_default());
+            let database = database.map(|database| format!("&database={}", encode(&database)));
+            let source = source.map(|source| format!("&source={}", encode(&source)));
+            let limit = limit.or((!output.json && !follow).then_some(LISTED));
+            let limit = limit.map(|limit| format!("&limit={limit}"));
+            let wanted: String = [database, source, limit].into_iter().flatten().collect();
+            let path = format!("/drops?hints={}{wanted}", !follow);
             let agent = Agent::new(&socket.socket);
             let drops: Drops = agent.get(&path).await?;
             if follow {

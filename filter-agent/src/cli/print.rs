@@ -1,13 +1,12 @@
 //! The texts that commands print.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 
 use crate::{
     cli::output::{LISTED, age, list, or, print_table, table, until},
-    policy::spelled,
-    report::{self, By, Explanation, Origin, Plan, Refreshed, Reloaded, Rule, Status},
+    report::{self, By, Explanation, Plan, Refreshed, Reloaded, Status},
 };
 
 pub(super) fn with_addresses(ports: &[String], addresses: &[IpAddr]) -> String {
@@ -291,53 +290,6 @@ fn print_region_table(regions: &[&report::Region]) {
         ]);
     }
     print_table(&table, regions.len());
-}
-
-pub(super) fn print_rules(rules: &[Rule]) {
-    let header = [
-        "DATABASE", "RULE", "SOURCE", "PREFIXES", "PACKETS", "EXPIRES", "LABEL",
-    ];
-    let mut table = table(header);
-    for rule in rules {
-        let expires = rule.expires.map(|expires| expires.to_string());
-        let expires = match (expires, rule.expired) {
-            (Some(expires), true) => format!("{expires} (expired)"),
-            (Some(expires), false) => match rule.left {
-                _ if rule.suspended => {
-                    format!("{expires} (suspended: no room beside the policy's)")
-                }
-                Some(left) => format!("{expires} ({} left)", spelled(Duration::from_secs(left))),
-                None => expires,
-            },
-            (None, _) => "-".into(),
-        };
-        let number = match (rule.origin, rule.number) {
-            (Origin::Temporary, _) => "temporary".into(),
-            (Origin::Block, _) => "block".into(),
-            (Origin::File, Some(number)) => number.to_string(),
-            (Origin::File, None) => "-".into(),
-        };
-        let label = rule.label.clone();
-        let except = (!rule.except.is_empty()).then(|| {
-            let except: Vec<String> = rule.except.iter().map(ToString::to_string).collect();
-            format!("except {}", except.join(", "))
-        });
-        let by = rule.by.as_ref().map(by);
-        let notes: Vec<String> = label.into_iter().chain(except).chain(by).collect();
-        table.add_row([
-            rule.database.clone(),
-            number,
-            rule.source.clone(),
-            rule.prefixes.to_string(),
-            rule.hits.to_string(),
-            expires,
-            notes.join("; "),
-        ]);
-    }
-    if rules.is_empty() {
-        println!("no rules: nobody may reach a database");
-    }
-    print_table(&table, rules.len());
 }
 
 pub(super) fn print_regions(regions: &[report::Region]) {

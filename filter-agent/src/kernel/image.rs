@@ -250,6 +250,17 @@ impl Image {
             .collect()
     }
 
+    /// The rules and blocks of each database, by the texts of their keys.
+    pub fn rules_by_name(&self) -> BTreeSet<(String, String)> {
+        let databases = self.slots_by_name();
+        let databases: BTreeMap<u16, &str> = databases.into_iter().map(|(n, s)| (s, n)).collect();
+        let named = |(_, name): &(u32, Name)| {
+            let database = databases.get(&name.slot)?;
+            Some(((*database).to_owned(), name.text()?.to_owned()))
+        };
+        self.rules.iter().filter_map(named).collect()
+    }
+
     /// The slot of one database.
     pub fn slot(&self, database: &str) -> Option<u16> {
         let named = |(_, name): &&(u32, Name)| name.text() == Some(database);
