@@ -275,6 +275,7 @@ fn samples_are_bounded_until_the_agent_grants_more_however_often_it_reads() {
             reason: Reason::NotAllowed,
             monitored: false,
             interface: 1,
+            opening: None,
         };
         assert!(dropped.iter().all(|dropped| *dropped == expected));
     }

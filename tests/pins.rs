@@ -57,7 +57,7 @@ fn pins_removed_under_a_running_agent_are_restored_and_the_database_is_filtered_
         let mut names = pins.into_iter().flatten();
         names.any(|pin| pin.is_ok_and(|pin| pin.file_name().to_str().is_some_and(link)))
     }));
-    net.wait_for_line("error: pins of the filter were removed; they are restored");
+    net.wait_for_line("warning: pins of the filter were removed; they are restored");
     net.wait_for_line("attached to eth0");
     net.watch(&[Protected::tcp(PORT, &["203.0.113.10/32"])]);
     let sources = [ALLOWED4, DENIED4].map(|source| net.connect(source.into(), DB));

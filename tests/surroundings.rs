@@ -83,7 +83,7 @@ fn filter_stays_in_force_where_the_bpf_file_system_is_unmounted_and_mounted_agai
     let none = None::<&str>;
     let bpf = Some("bpf");
     mount(bpf, &net.bpffs(), bpf, MsFlags::empty(), none).unwrap();
-    net.wait_for_line("error: pins of the filter were removed; they are restored");
+    net.wait_for_line("warning: pins of the filter were removed; they are restored");
     let is_well = || net.agent(&["status", "--verify"]).status.success();
     assert!(wait_until(is_well));
     assert_eq!(net.connect(ALLOWED4.into(), DB), Connection::Accepted);

@@ -332,8 +332,14 @@ impl Agent {
                         waiters,
                     } => {
                         self.region_changed(&name, &change, &timing);
-                        self.log_all(committed.entries);
-                        self.checked(checked);
+                        let subject = format!("changes by region {name}");
+                        let limited = |entries: Vec<Entry>| {
+                            let entries = entries.into_iter();
+                            entries.map(|e| e.limited(subject.clone())).collect()
+                        };
+                        self.log_all(limited(committed.entries));
+                        let entries = limited(checked.entries);
+                        self.checked(Checked { entries, ..checked });
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
                     Cause::Time { changes, ended } => {

@@ -221,7 +221,10 @@ pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
 /// Lines for the log.
 pub fn entries(cut: &[report::Cut]) -> Vec<Entry> {
     let line = |cut: &report::Cut| {
-        let entry = Entry::warning(cut.to_string()).with("DATABASE", cut.database.clone());
+        let entry = Entry::warning(cut.to_string())
+            .with("DATABASE", cut.database.clone())
+            .with("PREFIX", cut.source.to_string())
+            .with("REASON", "cut-off");
         match &cut.rule {
             Some(rule) => entry.with("RULE", rule.clone()),
             None => entry,

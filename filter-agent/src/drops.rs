@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
 };
 
-use filter_common::Reason;
+use filter_common::{Reason, opening::OpeningKind};
 use ipnet::IpNet;
 use jiff::Timestamp;
 
@@ -62,6 +62,8 @@ struct Seen {
     packets: u64,
     first: Timestamp,
     last: Timestamp,
+    /// Of the last refused connection.
+    opening: Option<OpeningKind>,
 }
 
 impl Drops {
@@ -118,10 +120,12 @@ impl Drops {
                 packets: 0,
                 first: now,
                 last: now,
+                opening: None,
             };
             let seen = self.seen.entry(who).or_insert(seen);
             seen.packets += 1;
             seen.last = now;
+            seen.opening = packet.opening.or(seen.opening);
         }
         // A forged source of a flood comes once: the sources with the most packets stay.
         if self.seen.len() > 2 * MOST {
@@ -164,7 +168,7 @@ impl Drops {
                 monitor: who.monitored,
                 packets: seen.packets,
                 first_seen: Some(seen.first),
-                opening: None,
+                opening: seen.opening.map(|opening| opening.name().into()),
                 hint: None,
                 allow: None,
                 last_seen: seen.last,
@@ -209,6 +213,7 @@ mod tests {
             reason: Reason::NotAllowed,
             monitored: false,
             interface: 2,
+            opening: None,
         }
     }
 

@@ -472,7 +472,7 @@ impl Enforcer {
         self.note_host(&file.policy, &host, entries);
         let restored = self.filter.restore_pins();
         if let Ok(true) = restored {
-            entries.push(Entry::error(
+            entries.push(Entry::warning(
                 "pins of the filter were removed; they are restored",
             ));
         }
@@ -496,9 +496,12 @@ impl Enforcer {
                 Ok(how) => {
                     self.unfiltered.remove(&interface.index);
                     if how != Attached::Kept {
+                        if self.covered.contains(&interface.index) {
+                            entries.push(describe_repair(interface));
+                            self.repairs += 1;
+                        }
                         entries.push(describe_attachment(interface, &how));
                         attached = true;
-                        self.repairs += u64::from(self.covered.contains(&interface.index));
                     }
                 }
                 Err(error) => {
@@ -648,6 +651,13 @@ impl Enforcer {
         let filtered = filtered.filter(|interface| indexes.contains(&interface.index));
         Ok(filtered.map(|interface| interface.name).collect())
     }
+}
+
+/// The log's line of an interface that was filtered until something detached the program.
+fn describe_repair(interface: &Interface) -> Entry {
+    let name = &interface.name;
+    Entry::warning(format!("the filter was taken off {name}, not by the agent"))
+        .with("INTERFACE", name.clone())
 }
 
 /// # Errors

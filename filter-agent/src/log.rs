@@ -1,6 +1,7 @@
 //! The log: to the journal with its fields where one reads stderr, else as lines on stderr. A reader that stops
 //! or ends neither stops nor ends the agent: a thread writes from a bounded queue, and counts what is lost.
 
+mod limits;
 pub mod recent;
 
 use std::{
@@ -8,12 +9,13 @@ use std::{
     sync::{
         OnceLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
-        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel},
     },
     thread,
     time::{Duration, Instant},
 };
 
+use limits::Limits;
 use log::{Level, LevelFilter, Record};
 use systemd_journal_logger::{JournalLog, connected_to_journal};
 
@@ -41,6 +43,8 @@ pub struct Entry {
     pub text: String,
     /// By their names in the journal: upper case.
     pub fields: Vec<(&'static str, String)>,
+    /// What it is about, where somebody outside can cause such lines again and again.
+    pub limited: Option<String>,
 }
 
 impl Entry {
@@ -61,11 +65,20 @@ impl Entry {
             level,
             text: text.into(),
             fields: Vec::new(),
+            limited: None,
         }
     }
 
     pub fn with(mut self, field: &'static str, value: impl Into<String>) -> Self {
         self.fields.push((field, value.into()));
+        self
+    }
+
+    /// Limits lines about `subject`: beyond some a minute they are only counted. Errors are not limited.
+    pub fn limited(mut self, subject: impl Into<String>) -> Self {
+        if self.level != Level::Error {
+            self.limited = Some(subject.into());
+        }
         self
     }
 
@@ -105,7 +118,13 @@ impl log::Log for Libraries {
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
             let text = format!("{}: {}", record.target(), record.args()).replace('\n', " ");
-            Entry::new(record.level(), text).log();
+            // Most are about what others sent.
+            let library = record.target().split("::").next().unwrap_or_default();
+            let entry = Entry {
+                limited: Some(format!("library {library}")),
+                ..Entry::new(record.level(), text)
+            };
+            entry.log();
         }
     }
 
@@ -152,6 +171,7 @@ fn start() -> SyncSender<Entry> {
                 stderr: io::stderr(),
                 is_cut: false,
                 lost: 0,
+                limits: Limits::default(),
             },
         );
     });
@@ -160,18 +180,32 @@ fn start() -> SyncSender<Entry> {
 
 fn write_entries(entries: &Receiver<Entry>, mut writer: Writer<impl io::Write>) {
     let mut tried = 0;
+    let begun = Instant::now();
     loop {
+        for (subject, lines) in writer.limits.end(begun.elapsed()) {
+            writer.report_left_out(&subject, lines);
+        }
         let mut next = entries.try_recv();
         if let Err(TryRecvError::Empty) = next {
             // Dropped entries are newer than all that were queued before them.
             writer.lost += DROPPED.swap(0, Ordering::Relaxed);
             writer.report_lost();
             PENDING.fetch_sub(mem::take(&mut tried), Ordering::AcqRel);
-            next = entries.recv().map_err(TryRecvError::from);
+            let end = writer.limits.next_end();
+            let wait = end.map_or(Duration::MAX, |end| end.saturating_sub(begun.elapsed()));
+            next = match entries.recv_timeout(wait) {
+                Err(RecvTimeoutError::Timeout) => continue,
+                received => received.map_err(|_| TryRecvError::Disconnected),
+            };
         }
         let Ok(entry) = next else { return };
         tried += 1;
         writer.report_lost();
+        if let Some(subject) = &entry.limited
+            && !writer.limits.admits(subject, begun.elapsed())
+        {
+            continue;
+        }
         if !writer.write(&entry) {
             writer.lost += 1;
         }
@@ -185,6 +219,7 @@ struct Writer<W> {
     is_cut: bool,
     /// Entries not yet reported as lost.
     lost: u64,
+    limits: Limits,
 }
 
 impl<W: io::Write> Writer<W> {
@@ -193,6 +228,15 @@ impl<W: io::Write> Writer<W> {
         let entry = || Entry::info(format!("{lost} lines of the log were lost"));
         if lost > 0 && self.write(&entry()) {
             self.lost = 0;
+        }
+    }
+
+    fn report_left_out(&mut self, subject: &str, lines: u64) {
+        let entry = Entry::warning(format!(
+            "{subject}: {lines} more lines in a minute, left out"
+        ));
+        if !self.write(&entry) {
+            self.lost += 1;
         }
     }
 
@@ -271,6 +315,7 @@ mod tests {
             },
             is_cut: false,
             lost: 0,
+            limits: Limits::default(),
         };
         assert!(writer.write(&Entry::error("first")));
         assert!(!writer.write(&Entry::info("second")));

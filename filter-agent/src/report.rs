@@ -474,6 +474,16 @@ pub enum Action {
     Revoked,
 }
 
+impl Action {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Blocked => "blocked",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
 /// `database orders: 203.0.113.9/32 allowed until 2026-12-31T18:00:00Z`.
 impl std::fmt::Display for Temporary {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -483,11 +493,7 @@ impl std::fmt::Display for Temporary {
             until,
             ..
         } = self;
-        let action = match self.action {
-            Action::Allowed => "allowed",
-            Action::Blocked => "blocked",
-            Action::Revoked => "revoked",
-        };
+        let action = self.action.name();
         write!(f, "database {database}: {source} {action}")?;
         until.map_or(Ok(()), |until| write!(f, " until {until}"))
     }

@@ -209,8 +209,14 @@ pub fn describe(name: &str, change: &Change, timing: &report::Timing) -> Entry {
         part("removed", &change.removed),
     ];
     let parts = list(parts.into_iter().flatten());
-    let text = format!("region {name}: {parts}; {timing}");
-    Entry::info(text).with("REGION", name)
+    let entry = Entry::info(format!("region {name}: {parts}; {timing}"))
+        .with("REGION", name)
+        .limited(format!("region {name}"));
+    let changed = [&change.added, &change.left, &change.removed];
+    let changed = changed.into_iter().flatten().take(MAX_LOGGED_PREFIXES);
+    changed.fold(entry, |entry, prefix| {
+        entry.with("PREFIX", prefix.to_string())
+    })
 }
 
 /// The log's line of a look-up that changed nothing of what is allowed: where it failed, once, however often it
@@ -232,7 +238,7 @@ pub fn describe_result(
         (Some(_), _) => Entry::info(format!("region {name}: answers again")),
         (None, _) => return None,
     };
-    Some(entry.with("REGION", name))
+    Some(entry.with("REGION", name).limited(format!("region {name}")))
 }
 
 impl Observed {

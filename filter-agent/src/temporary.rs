@@ -145,20 +145,23 @@ impl Timed {
                     }
                     Kind::Block => format!("database {database}: block {source} has ended"),
                 };
-                (database, text)
+                (database, source.to_string(), text)
             },
         );
         let dated = self.ends.iter().filter(|(_, end)| is_new(*end));
         let dated = dated.map(|(Dated { database, rule, .. }, _)| {
             let rule = rule.trim_start_matches(['=', '&', '@']);
-            (
-                database,
-                format!("database {database}: the rule of {rule} has expired"),
-            )
+            let text = format!("database {database}: the rule of {rule} has expired");
+            (database, rule.to_owned(), text)
         });
         let lines = temporary.chain(dated);
         lines
-            .map(|(database, text)| Entry::info(text).with("DATABASE", database))
+            .map(|(database, rule, text)| {
+                Entry::info(text)
+                    .with("DATABASE", database)
+                    .with("RULE", rule)
+                    .with("REASON", "ended")
+            })
             .collect()
     }
 

@@ -468,7 +468,7 @@ impl Reason {
 pub struct Sample {
     /// As in the header; IPv4 in the first half of the second.
     pub source: [u64; 2],
-    /// 4, 6, or 0: the packet has no readable source.
+    /// In its lowest byte 4, 6, or 0: the packet has no readable source. In the next the number of an `OpeningKind`, or 0.
     pub family: u32,
     /// A `Reason`.
     pub reason: u32,

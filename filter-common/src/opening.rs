@@ -204,6 +204,90 @@ const _: () = {
     assert!(Forms::ALL.len() == 4);
 };
 
+/// What a stream that does not begin with TLS begins with, for people: named, since its bytes may hold passwords.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u32)]
+pub enum OpeningKind {
+    Unknown = 1,
+    /// Judged in its middle: it was open before TLS was forced.
+    Middle = 2,
+    PostgresqlStartup = 3,
+    PostgresqlCancel = 4,
+    MysqlLogin = 5,
+    RedisCommand = 6,
+    MongodbMessage = 7,
+    Http = 8,
+    Ssh = 9,
+    /// Where another request for TLS has to come first.
+    ClientHello = 10,
+    ProxyHeader = 11,
+}
+
+impl OpeningKind {
+    pub const ALL: [Self; 11] = [
+        Self::Unknown,
+        Self::Middle,
+        Self::PostgresqlStartup,
+        Self::PostgresqlCancel,
+        Self::MysqlLogin,
+        Self::RedisCommand,
+        Self::MongodbMessage,
+        Self::Http,
+        Self::Ssh,
+        Self::ClientHello,
+        Self::ProxyHeader,
+    ];
+
+    /// As people read it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "nothing known",
+            Self::Middle => "a connection from before TLS was forced",
+            Self::PostgresqlStartup => "PostgreSQL startup without TLS",
+            Self::PostgresqlCancel => "PostgreSQL cancel request without TLS",
+            Self::MysqlLogin => "MySQL login without TLS",
+            Self::RedisCommand => "Redis command without TLS",
+            Self::MongodbMessage => "MongoDB message without TLS",
+            Self::Http => "HTTP request",
+            Self::Ssh => "SSH",
+            Self::ClientHello => "TLS without the request for it that must come first",
+            Self::ProxyHeader => "PROXY header",
+        }
+    }
+
+    /// By the first bytes, in words of four as numbers, most significant byte first; zero where the segment has no more.
+    pub const fn of(engine: u32, words: [u32; 4]) -> Self {
+        const POSTGRESQL: u32 = Engine::Postgresql as u32;
+        const MYSQL: u32 = Engine::Mysql as u32;
+        const MONGODB: u32 = Engine::Mongodb as u32;
+        const CANCEL: u32 = u32::from_be_bytes(CANCEL_CODE);
+        let [first, second, _, fourth] = words;
+        let operation = fourth.swap_bytes();
+        let [a, b, _, number] = first.to_be_bytes();
+        if a == 22 && b == 3 {
+            return Self::ClientHello;
+        }
+        match &first.to_be_bytes() {
+            b"GET " | b"POST" | b"HEAD" | b"PUT " | b"DELE" | b"OPTI" | b"CONN" | b"PATC"
+            | b"TRAC" | b"PRI " => return Self::Http,
+            b"SSH-" => return Self::Ssh,
+            b"PROX" | [13, 10, 13, 10] => return Self::ProxyHeader,
+            [b'*', b'0'..=b'9', ..] => return Self::RedisCommand,
+            _ => {}
+        }
+        match engine {
+            // Protocol 3, whatever its minor version.
+            POSTGRESQL if second >> 16 == 3 => Self::PostgresqlStartup,
+            POSTGRESQL if second == CANCEL => Self::PostgresqlCancel,
+            // The second packet of a connection.
+            MYSQL if number == 1 => Self::MysqlLogin,
+            // OP_QUERY, OP_COMPRESSED and OP_MSG (MongoDB Wire Protocol), least significant byte first.
+            MONGODB if matches!(operation, 2004 | 2012 | 2013) => Self::MongodbMessage,
+            _ => Self::Unknown,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     extern crate std;
@@ -253,6 +337,59 @@ mod tests {
                 (forms, complete),
                 "{bytes:?}"
             );
+        }
+    }
+
+    #[test]
+    fn openings_without_tls_are_named() {
+        let mysql = [0x55, 0, 0, 1, 0x85, 0xa6, 3, 0, 0, 0, 0, 1, 33];
+        let op_msg = [[0x45, 0, 0, 0], [1, 0, 0, 0], [0; 4], [0xdd, 7, 0, 0]].concat();
+        let startup = [0, 0, 0, 84, 0, 3, 0, 0, b'u', b's', b'e', b'r'];
+        let cancel = [0, 0, 0, 16, 4, 210, 22, 46];
+        for (engine, bytes, expected) in [
+            (
+                Engine::Postgresql,
+                &startup[..],
+                OpeningKind::PostgresqlStartup,
+            ),
+            (
+                Engine::Postgresql,
+                &cancel[..],
+                OpeningKind::PostgresqlCancel,
+            ),
+            (Engine::Postgresql, b"GET / HTTP/1.1\r\n", OpeningKind::Http),
+            (Engine::Postgresql, &SSL_REQUEST[..], OpeningKind::Unknown),
+            (Engine::Redis, &startup[..], OpeningKind::Unknown),
+            (
+                Engine::Redis,
+                b"*1\r\n$4\r\nPING\r\n",
+                OpeningKind::RedisCommand,
+            ),
+            (Engine::Redis, b"PING", OpeningKind::Unknown),
+            (Engine::Other, b"SSH-2.0-OpenSSH_9", OpeningKind::Ssh),
+            (
+                Engine::Other,
+                b"PROXY TCP4 192.0.2.1",
+                OpeningKind::ProxyHeader,
+            ),
+            (Engine::Mysql, &mysql[..], OpeningKind::MysqlLogin),
+            (Engine::Mysql, &HELLO[..], OpeningKind::ClientHello),
+            (Engine::Mongodb, &op_msg[..], OpeningKind::MongodbMessage),
+            (Engine::Mongodb, &[0; 16][..], OpeningKind::Unknown),
+            (Engine::Other, b"", OpeningKind::Unknown),
+        ] {
+            let mut first = [0; 16];
+            let length = bytes.len().min(16);
+            first[..length].copy_from_slice(&bytes[..length]);
+            let words = [0, 4, 8, 12].map(|at| {
+                let word: [u8; 4] = first[at..at + 4].try_into().unwrap();
+                u32::from_be_bytes(word)
+            });
+            let found = OpeningKind::of(engine as u32, words);
+            assert_eq!(found, expected, "{engine:?} {bytes:?}");
+        }
+        for (place, kind) in (1..).zip(OpeningKind::ALL) {
+            assert_eq!(kind as u32, place);
         }
     }
 

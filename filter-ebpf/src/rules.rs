@@ -513,9 +513,15 @@ pub fn sample(ctx: &XdpContext, packet: &Packet, guard: Guard, reason: u32, samp
     }
 }
 
-/// The same for a segment that is not given to its socket.
+/// The same for a segment that is not given to its socket. `opening`: names its stream's, for a sample that is taken.
 #[inline(always)]
-pub fn sample_segment(segment: &socket::Segment, guard: Guard, reason: u32, interface: u32) {
+pub fn sample_segment(
+    segment: &socket::Segment,
+    guard: Guard,
+    reason: u32,
+    interface: u32,
+    opening: impl FnOnce() -> u32,
+) {
     let [a, b, c, d] = segment.source.map(u64::from);
     let (source, family) = if segment.is_v4 {
         ([0, d], 4)
@@ -523,7 +529,8 @@ pub fn sample_segment(segment: &socket::Segment, guard: Guard, reason: u32, inte
         ([joined(a, b), joined(c, d)], 6)
     };
     if take_at(place(source, SAMPLE_PLACES)) {
-        send(source, family << 16 | reason, guard, interface);
+        let what = (opening() & 0xff) << 24 | family << 16 | reason;
+        send(source, what, guard, interface);
     }
 }
 
@@ -537,8 +544,8 @@ const fn joined(first: u64, second: u64) -> u64 {
     }
 }
 
-/// Not inlined, for its stack: the functions that judge a stream leave too little. `what`: the address
-/// family, and the reason in the lower half.
+/// Not inlined, for its stack: the functions that judge a stream leave too little. `what`: the upper half is that of
+/// `Sample::family`, the lower the reason.
 #[inline(never)]
 fn send(source: [u64; 2], what: u32, guard: Guard, interface: u32) {
     let sample = Sample {

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use filter_common::{
     AMBIGUOUS, ANY_SLOT, Connection, Engine, Existing, Fate, Guard, HANDSHAKES, Judgement,
     LocalKey, MOST_JUDGED_BYTES, PUBLISHED, Published, Reason, Stage,
-    opening::{Byte, Forms, OPENINGS, Opening, PLACES, opening_of},
+    opening::{Byte, Forms, OPENINGS, Opening, OpeningKind, PLACES, opening_of},
 };
 
 use crate::{
@@ -114,6 +114,7 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
                 guard,
                 Reason::TlsUnclear as u32,
                 socket.interface(),
+                || 0,
             );
             return DROP;
         }
@@ -136,9 +137,46 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
         return PASS;
     }
     rules::count(guard, refusal);
-    rules::sample_segment(segment, guard, refusal, socket.interface());
+    let opening = || match refusal {
+        NOT_TLS => name_opening(skb, guard.engine()),
+        _ => 0,
+    };
+    rules::sample_segment(segment, guard, refusal, socket.interface(), opening);
     guard.is_monitor().into()
 }
+
+/// Names what a refused connection began with. A global function, which the kernel verifies once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn name_opening(skb: *mut __sk_buff, engine: u32) -> u32 {
+    const UNKNOWN: u32 = OpeningKind::Unknown as u32;
+    let (Some(socket), Some(segment)) = (Socket::of(skb), Segment::get()) else {
+        return UNKNOWN;
+    };
+    let Some(judgement) = judgement_of(socket.sk, None) else {
+        return UNKNOWN;
+    };
+    if judgement.is_unjudged() {
+        return OpeningKind::Middle as u32;
+    }
+    let header = Header::of(judgement.header()).map_or(0, Header::length);
+    let place = segment.sequence.wrapping_sub(judgement.base());
+    let skip = match place {
+        0 => header,
+        // Behind the header, or behind PostgreSQL's request for TLS.
+        _ if place == header || place == header + 8 => 0,
+        _ => return UNKNOWN,
+    };
+    let at = segment.data + skip;
+    let words = match (load::<u32, 4>(skb, at), load::<u32, 2>(skb, at)) {
+        (Some(words), _) => words,
+        (None, Some([first, second])) => [first, second, 0, 0],
+        (None, None) => return UNKNOWN,
+    };
+    OpeningKind::of(engine, words.map(u32::from_be)) as u32
+}
+
+const NOT_TLS: u32 = Reason::NotTls as u32;
 
 /// What a segment is not refused for: no number of a `Reason` that refuses.
 const PASSES: u32 = Reason::Allowed as u32;

@@ -55,8 +55,12 @@ impl Agent {
         reply: Reply<report::Temporary>,
     ) {
         let timing = committed.enforced.timing;
-        let entry = Entry::info(format!("{done}; {timing}"));
-        self.log(entry.with("DATABASE", done.database.clone()));
+        self.log(
+            Entry::info(format!("{done}; {timing}"))
+                .with("DATABASE", done.database.clone())
+                .with("PREFIX", done.source.to_string())
+                .with("REASON", done.action.name()),
+        );
         self.log_all(committed.entries);
         self.checked(checked);
         done.timing = Some(timing);

@@ -189,14 +189,19 @@ impl Enforcer {
     /// send them.
     pub(super) fn look_for_lost(&mut self, entries: &mut Vec<Entry>) {
         let looked = self.lost_connections().map(|lost| {
-            let new = lost.iter().filter(|text| !self.lost.contains(text));
-            entries.extend(new.map(Entry::warning));
-            self.lost = lost;
+            let new = lost.iter().filter(|(_, text)| !self.lost.contains(text));
+            // Clients that are allowed can cause it again and again.
+            entries.extend(new.map(|(name, text)| {
+                let entry = Entry::warning(text).with("DATABASE", name);
+                entry.limited(format!("database {name}"))
+            }));
+            self.lost = lost.into_iter().map(|(_, text)| text).collect();
         });
         self.note("connections that arrive", looked, entries);
     }
 
-    fn lost_connections(&mut self) -> Result<Vec<String>> {
+    /// The databases whose connections are lost, and why in words.
+    fn lost_connections(&mut self) -> Result<Vec<(String, String)>> {
         let mut lost = Vec::new();
         let databases = &self.in_force.compiled.databases;
         let forces = |name: &String| databases.get(name).is_some_and(|d| d.tls.is_some());
@@ -206,11 +211,12 @@ impl Enforcer {
             let seen = self.seen.entry(name.clone());
             let seen = seen.or_insert_with(|| Seen::new(stages));
             if seen.look(stages, Instant::now()) {
-                lost.push(format!(
+                let text = format!(
                     "connections to database {name} begin, and none arrives at a socket of this host: its server \
                      does not listen; or they are forwarded to another machine, or their source is translated, where \
                      TLS is not forced"
-                ));
+                );
+                lost.push((name.clone(), text));
             }
         }
         Ok(lost)

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use filter_common::{ANY_SLOT, Reason, SAMPLES_GRANTED, Sample};
+use filter_common::{ANY_SLOT, Reason, SAMPLES_GRANTED, Sample, opening::OpeningKind};
 
 use crate::kernel::{image::Image, maps::Maps};
 
@@ -22,6 +22,8 @@ pub struct Dropped {
     pub monitored: bool,
     /// Index of the interface that the packet came in through.
     pub interface: u32,
+    /// What a refused connection began with instead of TLS.
+    pub opening: Option<OpeningKind>,
 }
 
 impl Maps {
@@ -47,6 +49,7 @@ impl Maps {
                     reason,
                     monitored: sample.guard.is_monitor(),
                     interface: sample.interface,
+                    opening: opening_of(&sample),
                 });
             }
         }
@@ -59,9 +62,15 @@ impl Maps {
     }
 }
 
+fn opening_of(sample: &Sample) -> Option<OpeningKind> {
+    let number = sample.family >> 8;
+    let mut kinds = OpeningKind::ALL.into_iter();
+    kinds.find(|kind| *kind as u32 == number)
+}
+
 fn source_of(sample: &Sample) -> Option<IpAddr> {
     let [high, low] = sample.source;
-    match sample.family {
+    match sample.family & 0xff {
         4 => Some(IpAddr::from((low as u32).to_ne_bytes())),
         6 => {
             let bits = u128::from(u64::from_be(high)) << 64 | u128::from(u64::from_be(low));
