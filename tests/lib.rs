@@ -9,5 +9,6 @@ pub mod laboratory;
 pub mod loaded;
 pub mod mounts;
 pub mod net;
+pub mod records;
 pub mod reference;
 pub mod servers;

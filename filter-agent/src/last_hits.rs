@@ -37,12 +37,14 @@ enum Moment {
 }
 
 impl Moment {
-    /// The date, by the host's clock as it is now. Never later than now, however the clock was set.
+    /// The date, by the host's clock as it is now, in whole seconds. Never later than now, however the clock was set.
     fn on_host(self, now: Now) -> Timestamp {
-        match self {
+        let date = match self {
             Self::Boot(time) => now.date_of(time.min(now.boot)),
             Self::Date(date) => date.min(now.date_of(BootTime(0))),
-        }
+        };
+        // The clocks are not read at once: a finer date would change from look to look.
+        Timestamp::from_second(date.as_second()).unwrap_or(date)
     }
 
     /// The same moment in a later boot.

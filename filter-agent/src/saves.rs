@@ -244,6 +244,8 @@ impl Saves {
             Err(error) => {
                 if let (Write::LastHits(kept), None) = (write, &self.last_hits) {
                     self.last_hits = Some(kept.clone());
+                    // With the next check: nothing was written.
+                    self.last_hits_at = None;
                 }
                 let error = match record {
                     Record::Confirmed if *write != Write::Confirmed(None) => {

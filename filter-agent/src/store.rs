@@ -535,10 +535,10 @@ fn write_file(directory: &Path, path: &Path, text: &[u8]) -> Result<()> {
     let written = || -> Result<()> {
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(directory)?;
-        // Without the random name that the crate adds: each error would be another, and be logged again.
+        // Without the random name that the crate adds to errors: each would be another, and be logged again.
         let made = tempfile::NamedTempFile::new_in(directory);
         let mut file = made.map_err(|error| io::Error::from(error.kind()))?;
-        file.write_all(text)?;
+        file.as_file_mut().write_all(text)?;
         file.as_file().sync_all()?;
         file.persist(path)?;
         // The name too has to outlast a crash of the host.

@@ -74,8 +74,9 @@ pub fn kept_sources(net: &Net) -> Vec<String> {
 pub fn state(net: &Net) -> Value {
     let mut rules = net.agent_json(&["rules"]);
     for rule in rules.as_array_mut().unwrap() {
-        rule["left"] = Value::Null;
-        rule["hits"] = Value::Null;
+        for field in ["left", "hits", "last_hit", "counted_since"] {
+            rule[field] = Value::Null;
+        }
     }
     let mut kept = kept(net);
     if kept != Value::Null {

@@ -11,7 +11,10 @@ use std::{
     thread,
 };
 
-use filter_tests::net::{ALLOWED4, Connection, DENIED4, NEIGHBOURS, Net, Protected, wait_until};
+use filter_tests::{
+    net::{ALLOWED4, Connection, DENIED4, NEIGHBOURS, Net, Protected, wait_until},
+    records::rewrite,
+};
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -26,27 +29,6 @@ fn record(net: &Net) -> PathBuf {
     net.state_dir().join("temporary.json")
 }
 
-/// CRC-32 as in Ethernet and zip: the record's checksum.
-fn crc32(text: &[u8]) -> u32 {
-    let step = |crc: u32| crc >> 1 ^ if crc & 1 == 1 { 0xedb8_8320 } else { 0 };
-    let byte = |crc: u32, byte: &u8| (0..8).fold(crc ^ u32::from(*byte), |crc, _| step(crc));
-    !text.iter().fold(!0, byte)
-}
-
-/// Rewrites the record as the agent would have written it.
-fn rewrite(net: &Net, change: impl FnOnce(&mut Value)) {
-    let text = fs::read_to_string(record(net)).unwrap();
-    let begin = text.find("\"kept\":").unwrap() + "\"kept\":".len();
-    let inner = &text[begin..text.len() - 1];
-    let sealed: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!(sealed["crc32"], crc32(inner.as_bytes()));
-    let mut kept = sealed["kept"].clone();
-    change(&mut kept);
-    let kept = kept.to_string();
-    let sum = crc32(kept.as_bytes());
-    fs::write(record(net), format!("{{\"crc32\":{sum},\"kept\":{kept}}}")).unwrap();
-}
-
 /// Removes what the kernel holds, as a reboot does.
 fn empty_kernel(net: &Net) {
     fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
@@ -56,7 +38,7 @@ fn empty_kernel(net: &Net) {
 /// Restarts the agent after a reboot; `change` says what the record's times are in this boot.
 fn reboot(net: &mut Net, change: impl FnOnce(&mut Value)) {
     net.kill();
-    rewrite(net, |kept| {
+    rewrite(&record(net), |kept| {
         kept["boot_id"] = json!("5ac5b9d8-8d6f-4d2c-a3a4-3f3c7a6b2c10");
         change(kept);
     });
@@ -225,7 +207,7 @@ fn what_is_left_when_the_agent_stops_is_what_is_left_after_a_reboot() {
     assert!(kept["boot"].as_u64().unwrap() > written, "{kept}");
     assert_eq!(kept_sources(&net), [DENIED]);
     empty_kernel(&net);
-    rewrite(&net, |kept| kept["boot_id"] = Value::Null);
+    rewrite(&record(&net), |kept| kept["boot_id"] = Value::Null);
     net.start();
     assert_left(&rule(&net, DENIED), 2 * HOUR);
 }
@@ -316,7 +298,7 @@ fn change_that_was_answered_survives_a_crash_and_a_reboot() {
         // Every other time the kernel is empty, too.
         if round % 2 == 1 {
             empty_kernel(&net);
-            rewrite(&net, |kept| kept["boot_id"] = Value::Null);
+            rewrite(&record(&net), |kept| kept["boot_id"] = Value::Null);
         }
         net.start();
         let found = sources(&net);
