@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     io::{BufRead as _, BufReader, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     process::Stdio,
     sync::mpsc,
@@ -17,10 +17,11 @@ use filter_tests::{
     frames::{Packet, Protocol, Rng},
     loaded::Loaded,
     net::{
-        ALLOWED4, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Net, addressing, dedicated,
-        policy, wait_until,
+        ALLOWED4, CLIENT4, Connection, DB4, DB6, DENIED4, DENIED6, Net, Polling, Protected,
+        addressing, bound, dedicated, policy, wait_until,
     },
 };
+use jiff::{SignedDuration, Timestamp};
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
@@ -304,4 +305,253 @@ fn samples_are_bounded_until_the_agent_grants_more_however_often_it_reads() {
     let taken = dropped.len();
     assert!(taken >= most / cpus / 2 && taken <= most, "{taken}");
     assert!(dropped.iter().all(|d| forged.contains(&d.source.unwrap())));
+}
+
+/// The entry of a source at a database.
+#[track_caller]
+fn of_source(drops: &Value, database: &str, source: &str) -> Value {
+    let mut sources = drops["sources"].as_array().unwrap().iter();
+    let found = sources.find(|d| d["database"] == database && d["source"] == source);
+    found
+        .unwrap_or_else(|| panic!("{source} is not in {drops:#}"))
+        .clone()
+}
+
+#[test]
+fn hint_says_what_is_known_and_the_command_lets_the_source_in() {
+    let mut net = Net::new("drops-hints");
+    net.fix_neighbours();
+    let _listener = net.listen(PORT);
+    let end = Timestamp::now() + SignedDuration::from_secs(1);
+    let allowed = "{cidr: 203.0.113.10/32}";
+    let expiring = format!("{{cidr: 198.51.100.0/24, expires: '{end:.0}'}}");
+    let orders = orders().replace(
+        "[{cidr: '203.0.113.10/32'}]",
+        &format!("[{allowed}, {expiring}]"),
+    );
+    assert!(orders.contains("expires"), "{orders}");
+    net.write_policy(&orders);
+    net.watch(&[Protected::tcp(
+        PORT,
+        &["203.0.113.10/32", "198.51.100.0/24"],
+    )]);
+    net.start();
+    let refused = || net.connect(DENIED4.into(), at(DB4, PORT)) == Connection::Silence;
+    assert!(wait_until(refused), "the rule does not end");
+    let wire = net.wire();
+    wire.send(&segment([203, 0, 113, 99].into(), PORT));
+    wire.send(&segment([203, 0, 113, 10].into(), MONITORED));
+    let all = || {
+        net.agent_json(&["drops"])["sources"]
+            .as_array()
+            .unwrap()
+            .len()
+            >= 3
+    };
+    assert!(wait_until(all));
+
+    let drops = net.agent_json(&["drops"]);
+    let expired = of_source(&drops, "orders", "198.51.100.7");
+    let hint = expired["hint"].as_str().unwrap();
+    assert!(
+        hint.starts_with("rule 198.51.100.0/24 allowed it until "),
+        "{hint}"
+    );
+    let date = |field: &str| {
+        expired[field]
+            .as_str()
+            .unwrap()
+            .parse::<Timestamp>()
+            .unwrap()
+    };
+    assert!(date("first_seen") <= date("last_seen"));
+    assert_eq!(expired["opening"], Value::Null);
+    let near = of_source(&drops, "orders", "203.0.113.99");
+    assert_eq!(near["hint"], "next to 203.0.113.10/32, in the same /24");
+    let elsewhere = of_source(&drops, "shop", "203.0.113.10");
+    assert_eq!(
+        elsewhere["hint"],
+        "203.0.113.10/32 of database orders allows it there"
+    );
+
+    // One source or network, and not all rows.
+    for (source, sources) in [("198.51.100.7", 1), ("203.0.113.0/24", 2), ("192.0.2.1", 0)] {
+        let drops = net.agent_json(&["drops", "--source", source]);
+        assert_eq!(
+            drops["sources"].as_array().unwrap().len(),
+            sources,
+            "{drops:#}"
+        );
+    }
+    let error = net.agent_error(&["drops", "--source", "198.51.100.7/24"]);
+    assert!(error.contains("198.51.100.0/24"), "{error}");
+    let text = net.agent_text(&["drops", "--limit", "1"]);
+    assert!(text.contains("and 2 more (see --limit)"), "{text}");
+    let text = net.agent_text(&["drops", "--source", "198.51.100.7"]);
+    let allow = "to let it in: filter-agent allow orders 198.51.100.7 --for 1h";
+    assert!(text.contains(allow) && text.contains(hint), "{text}");
+
+    // The command does what it says.
+    let command = expired["allow"].as_str().unwrap();
+    let words: Vec<&str> = command.split_whitespace().skip(1).collect();
+    net.agent_text(&words);
+    assert_eq!(
+        net.connect(DENIED4.into(), at(DB4, PORT)),
+        Connection::Accepted
+    );
+    let hint = || of_source(&net.agent_json(&["drops"]), "orders", "198.51.100.7");
+    let now = hint();
+    assert_eq!(
+        now["hint"],
+        "allowed by now, by temporary rule 198.51.100.7/32"
+    );
+    assert_eq!(now["allow"], Value::Null);
+
+    // A block, and a temporary rule that has ended.
+    net.agent_text(&[
+        "block",
+        "orders",
+        "198.51.100.7",
+        "--for",
+        "1h",
+        "--label",
+        "abuse",
+    ]);
+    let blocked = hint()["hint"].as_str().unwrap().to_owned();
+    assert!(
+        blocked.starts_with("blocked by 198.51.100.7/32 (abuse) until "),
+        "{blocked}"
+    );
+    assert!(
+        blocked.contains("`filter-agent revoke orders 198.51.100.7/32`"),
+        "{blocked}"
+    );
+    net.agent_text(&["revoke", "orders", "198.51.100.7"]);
+    wire.send(&segment([192, 0, 2, 7].into(), PORT));
+    net.agent_text(&[
+        "allow",
+        "orders",
+        "192.0.2.7",
+        "--for",
+        "1s",
+        "--label",
+        "Kim",
+    ]);
+    let ended = || {
+        let drops = net.agent_json(&["drops", "--source", "192.0.2.7"]);
+        let hint = drops["sources"][0]["hint"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        hint.starts_with("temporary rule 192.0.2.7/32 (Kim) allowed it until ")
+    };
+    assert!(wait_until(ended), "{:#}", net.agent_json(&["drops"]));
+    net.terminate();
+}
+
+#[test]
+fn refused_connections_are_named_by_what_they_began_with() {
+    let mysql = [0x20, 0, 0, 1, 0x85, 0xa6, 0x3, 0, 0, 0, 0, 1, 33];
+    let startup = [0, 0, 0, 84, 0, 3, 0, 0, b'u', b's', b'e', b'r', 0];
+    let op_msg = [0x45, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0xdd, 7, 0, 0, 0, 0];
+    let request = [0, 0, 0, 8, 4, 210, 22, 47];
+    let cases: [(&str, u16, &str, &[&[u8]], &str); 7] = [
+        (
+            "pg",
+            5432,
+            "postgresql",
+            &[&startup],
+            "PostgreSQL startup without TLS",
+        ),
+        // It asks for TLS, and goes on without it.
+        (
+            "declined",
+            5433,
+            "postgresql",
+            &[&request, &startup],
+            "PostgreSQL startup without TLS",
+        ),
+        (
+            "web",
+            5434,
+            "postgresql",
+            &[b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"],
+            "HTTP request",
+        ),
+        ("maria", 3306, "mysql", &[&mysql], "MySQL login without TLS"),
+        (
+            "cache",
+            6379,
+            "redis",
+            &[b"*1\r\n$4\r\nPING\r\n"],
+            "Redis command without TLS",
+        ),
+        (
+            "documents",
+            27017,
+            "mongodb",
+            &[&op_msg],
+            "MongoDB message without TLS",
+        ),
+        (
+            "other",
+            9000,
+            "other",
+            &[b"\0\x01\x02\x03secret"],
+            "nothing known",
+        ),
+    ];
+    let databases = cases.map(|(name, port, engine, _, _)| {
+        format!(
+            "{{name: {name}, port: {port}, engine: {engine}, model: dedicated, \
+             rules: [{{cidr: 203.0.113.10/32}}]}}"
+        )
+    });
+    let mut net = Net::new("drops-openings");
+    net.write_policy(&policy("eth0", "native", &databases));
+    let _polling = Polling::start(&net);
+    let watched = cases.map(|(_, port, ..)| Protected::tcp(port, &["203.0.113.10/32"]));
+    net.watch(&watched);
+    let listeners = cases.map(|(_, port, ..)| net.listen(port));
+    net.start();
+    // PostgreSQL's answer of a server without TLS.
+    let declining = listeners[1].try_clone().unwrap();
+    let server = thread::spawn(move || {
+        let (mut stream, _) = declining.accept().unwrap();
+        let mut asked = [0; 8];
+        stream.read_exact(&mut asked).unwrap();
+        stream.write_all(b"N").unwrap();
+        stream
+    });
+    for (name, port, _, parts, expected) in cases {
+        let _stream = net.client.run(|| {
+            let socket = bound(ALLOWED4.into());
+            socket.connect(&at(DB4, port).into()).unwrap();
+            let mut stream = TcpStream::from(socket);
+            stream.set_nodelay(true).unwrap();
+            for (number, part) in parts.iter().enumerate() {
+                if number > 0 {
+                    // The server's answer, so that the rest is a segment of its own.
+                    let mut answer = [0];
+                    stream.read_exact(&mut answer).unwrap();
+                }
+                stream.write_all(part).unwrap();
+            }
+            stream
+        });
+        let mut drops = Value::Null;
+        let named = wait_until(|| {
+            drops = net.agent_json(&["drops", "--database", name]);
+            drops["sources"][0]["opening"] == expected
+        });
+        assert!(named, "{name}: {drops:#}");
+        assert_eq!(drops["sources"][0]["reason"], "not-tls");
+        assert_eq!(drops["sources"][0]["allow"], Value::Null);
+        assert!(!drops.to_string().contains("secret"), "{drops}");
+    }
+    let text = net.agent_text(&["drops", "--database", "pg"]);
+    server.join().unwrap();
+    let hint = "PostgreSQL startup without TLS; the source is allowed; its client must use TLS (sslmode=require)";
+    assert!(text.contains(hint), "{text}");
+    net.terminate();
 }

@@ -306,6 +306,9 @@ impl Enforcer {
             Occasion::Start { .. } => {
                 let read = self.read_hits();
                 self.note("hits", read, &mut entries);
+                // Who is refused before the first check is sampled as well.
+                let granted = self.filter.grant_samples();
+                self.note("drops", granted, &mut entries);
             }
             _ => self.rules_changed(&committed.restarted),
         }
