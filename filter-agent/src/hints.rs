@@ -94,6 +94,11 @@ impl Facts<'_> {
         if is(Reason::NotTls) || is(Reason::NoProxyHeader) {
             return Some(Hint::only(client_must(database, is(Reason::NotTls))));
         }
+        if is(Reason::TlsUnenforced) {
+            return Some(Hint::only(
+                "the source is allowed; the port is closed, since TLS cannot be enforced: `filter-agent status` says why",
+            ));
+        }
         if !is(Reason::NotAllowed) && !is(Reason::Blocked) {
             return None;
         }

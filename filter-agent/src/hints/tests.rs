@@ -95,7 +95,7 @@ fn hint_of(database: &str, source: &str, reason: Reason) -> (Option<String>, Opt
 
 #[test]
 fn hints_name_what_is_known_and_the_command_that_helps() {
-    use Reason::{BadHeader, Blocked, NotAllowed, NotTls};
+    use Reason::{BadHeader, Blocked, NotAllowed, NotTls, TlsUnenforced};
     let can_be_allowed = [
         (
             "198.51.100.7",
@@ -142,6 +142,12 @@ fn hints_name_what_is_known_and_the_command_that_helps() {
             "allowed by now, by temporary rule 8.8.8.8/32",
         ),
         ("common", "1.2.3.4", NotAllowed, "the database is shared: "),
+        (
+            "orders",
+            "192.0.2.1",
+            TlsUnenforced,
+            "the source is allowed; the port is closed, since TLS cannot be enforced",
+        ),
         (
             "orders",
             "192.0.2.1",
