@@ -449,13 +449,16 @@ fn hint_says_what_is_known_and_the_command_lets_the_source_in() {
     net.terminate();
 }
 
+/// A database, its port and engine, the parts of what its client sends, and the name of that.
+type Case<'a> = (&'a str, u16, &'a str, &'a [&'a [u8]], &'a str);
+
 #[test]
 fn refused_connections_are_named_by_what_they_began_with() {
     let mysql = [0x20, 0, 0, 1, 0x85, 0xa6, 0x3, 0, 0, 0, 0, 1, 33];
     let startup = [0, 0, 0, 84, 0, 3, 0, 0, b'u', b's', b'e', b'r', 0];
     let op_msg = [0x45, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0xdd, 7, 0, 0, 0, 0];
     let request = [0, 0, 0, 8, 4, 210, 22, 47];
-    let cases: [(&str, u16, &str, &[&[u8]], &str); 7] = [
+    let cases: [Case; 7] = [
         (
             "pg",
             5432,

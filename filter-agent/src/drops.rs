@@ -369,7 +369,7 @@ mod tests {
         let mut drops = none();
         // The second was revoked, and the first has ended.
         drops.note_ended(&before, &timed(10, vec![]));
-        assert_eq!(drops.ended(), [first.clone()]);
+        assert_eq!(drops.ended(), std::slice::from_ref(&first));
         // It is there again, with another end.
         drops.note_ended(
             &timed(1, vec![first]),
