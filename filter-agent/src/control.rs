@@ -253,7 +253,7 @@ async fn rules(
     // Regions may hold a million prefixes.
     let rules = threads::run_on_thread("rules", move || {
         let regions = region::prefixes(&snapshot.regions);
-        observed.rules(query.database.as_deref(), &regions, now)
+        observed.rules(query.database.as_deref(), Some(&regions), now)
     });
     Ok(Json(rules.await.flatten()?))
 }

@@ -301,20 +301,21 @@ impl Observed {
         databases.collect()
     }
 
-    /// The rules with their hits. Rules that have ended and temporary rules that are suspended are listed too.
+    /// The rules with their hits. Rules that have ended and temporary rules that are suspended are listed too. `regions`:
+    /// their prefixes, which takes a while; without them it is not told what covers a rule.
     ///
     /// # Errors
     /// A database that the policy does not have.
     pub fn rules(
         &self,
         database: Option<&str>,
-        regions: &rules::Regions,
+        regions: Option<&rules::Regions>,
         now: Now,
     ) -> anyhow::Result<Vec<report::Rule>> {
         let in_force = &self.in_force;
         in_force.check_database(database)?;
         let mut rules = Vec::new();
-        let mut regional = Regional::new(regions);
+        let mut regional = regions.map(Regional::new);
         let timed = in_force.timed.at(now);
         let databases = in_force.file.policy.databases.iter();
         for database in databases.filter(|d| database.is_none_or(|name| name == d.name)) {
@@ -322,9 +323,11 @@ impl Observed {
                 continue;
             };
             let prefixes = entries.prefixes_by_rule();
-            let holdings =
-                holding::in_force(&in_force.file.policy, database, &mut regional, &timed);
-            let covered = holding::covered(&holdings);
+            let covered = regional.as_mut().map(|regional| {
+                let policy = &in_force.file.policy;
+                holding::covered(&holding::in_force(policy, database, regional, &timed))
+            });
+            let covered = covered.unwrap_or_default();
             let line = |key: &RuleKey| {
                 let place = entries.rules.iter().position(|(rule, _)| rule == key);
                 let hits = self.hits.get(&(database.name.clone(), key.text()));

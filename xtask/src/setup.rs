@@ -38,7 +38,7 @@ const CHECK_PACKAGES: [&str; 1] = ["g++"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 15] = [
+const RUN_PACKAGES: [&str; 16] = [
     "bpftool",
     "haproxy",
     "iproute2",

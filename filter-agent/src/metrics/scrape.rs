@@ -96,7 +96,7 @@ impl Scraper {
         let snapshot = self.snapshot.borrow().clone();
         let mut status = snapshot.status(&observed);
         status.errors.extend(self.listener.borrow().clone());
-        let rules = observed.rules(None, self.clock.now())?;
+        let rules = observed.rules(None, None, self.clock.now())?;
         let values = Values {
             usage: Usage::read(snapshot.started),
             snapshot: &snapshot,
