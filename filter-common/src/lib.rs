@@ -4,6 +4,7 @@
 mod cache;
 mod guard;
 pub mod opening;
+pub mod steps;
 mod value;
 
 pub use cache::{CacheEntry, EntryPointer};

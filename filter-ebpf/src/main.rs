@@ -12,6 +12,8 @@ mod refuse;
 mod rules;
 mod scratch;
 mod socket;
+#[path = "no_steps.rs"]
+mod steps;
 mod tls;
 
 use answer::Ending;
@@ -20,6 +22,7 @@ use aya_ebpf::{
     macros::{cgroup_skb, xdp},
     programs::{SkBuffContext, XdpContext},
 };
+use filter_common::{Guard, steps::Decision};
 use parse::Packet;
 use rules::Outcome;
 
@@ -38,38 +41,7 @@ pub fn filter(ctx: XdpContext) -> u32 {
     verdict(&ctx, &parse::parse(&ctx))
 }
 
-#[inline(always)]
-fn verdict(ctx: &XdpContext, packet: &Packet) -> u32 {
-    match rules::judge(ctx, packet) {
-        Outcome::NotConcerned => XDP_PASS,
-        Outcome::LaterFragment => XDP_PASS,
-        Outcome::Allowed { guard, rule, .. } => {
-            rules::count_hit(guard, rule);
-            XDP_PASS
-        }
-        Outcome::Dropped {
-            guard,
-            reason,
-            sampled,
-        } => {
-            rules::count(guard, reason);
-            rules::sample(ctx, packet, guard, reason, Some(sampled));
-            if guard.is_monitor() {
-                XDP_PASS
-            } else {
-                XDP_DROP
-            }
-        }
-        // Counted and sampled where it was refused.
-        Outcome::Refused { guard, ending } => match ending {
-            _ if guard.is_monitor() => XDP_PASS,
-            Ending::Dropped => XDP_DROP,
-            Ending::ToClient => XDP_TX,
-            Ending::ResetServer => XDP_PASS,
-            Ending::Emptied => XDP_PASS,
-        },
-    }
-}
+include!("verdict.rs");
 
 /// Attached to the root of the cgroups, so that it sees what is for the sockets of containers, too.
 #[cgroup_skb(ingress)]

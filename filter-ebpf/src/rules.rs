@@ -18,13 +18,14 @@ use filter_common::{
     MONITORED_SHIFT, NO_RULE, Name, PORTS, Port, Protocol, RULE_IDS, Reason, RuleValue,
     SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SECTION_BITS, SLOTS, Sample, Section,
     Source4, Source6, Stage, bloom_place, is_bad_source4, is_bad_source6, mapped, port_index,
+    steps::{LookedUp, Parsed},
 };
 
 use crate::{
     answer::Ending,
     parse::{Addresses, Packet, Segment, bytes_of},
     refuse::{self, Course},
-    socket,
+    socket, steps,
 };
 
 /// Which database a port belongs to.
@@ -132,9 +133,15 @@ fn dropped(guard: Guard, reason: Reason) -> Outcome {
 pub fn judge(ctx: &XdpContext, packet: &Packet) -> Outcome {
     match packet {
         Packet::Other => Outcome::NotConcerned,
-        Packet::LaterFragment => Outcome::LaterFragment,
-        Packet::Unclear { reason, protocols } => unclear(*reason, *protocols),
-        Packet::Segment(segment) => match judge_segment(segment) {
+        Packet::LaterFragment => {
+            steps::parsed(Parsed::LaterFragment);
+            Outcome::LaterFragment
+        }
+        Packet::Unclear { reason, protocols } => {
+            steps::parsed(Parsed::Unclear);
+            unclear(*reason, *protocols)
+        }
+        Packet::Segment(segment) => match judge_noted(ctx, segment) {
             Outcome::Allowed {
                 guard,
                 rule,
@@ -189,6 +196,12 @@ fn unclear(reason: Reason, protocols: u32) -> Outcome {
     } else {
         Outcome::NotConcerned
     }
+}
+
+#[inline(always)]
+fn judge_noted(ctx: &XdpContext, segment: &Segment) -> Outcome {
+    steps::segment(ctx, segment);
+    judge_segment(segment)
 }
 
 #[inline(always)]
@@ -297,10 +310,12 @@ fn judge_source(segment: &Segment, port: Port) -> Outcome {
     let Some(entry) = cache_entry(source) else {
         return dropped(guard, Reason::NoPolicy);
     };
+    steps::looked_up(LookedUp::VerdictCache);
     let value = match entry.rule(source, tag) {
         Some(value) if value < RuleValue::FIRST_WITH_END || value == NO_RULE => value,
         _ => value_of(source, tag, entry),
     };
+    steps::found(value);
     if value < RuleValue::FIRST_BLOCKED {
         let value = RuleValue(value);
         return Outcome::Allowed {
@@ -359,6 +374,7 @@ fn value_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
         (first_half(high), is_bad_source6(bits))
     };
     if is_bad {
+        steps::looked_up(LookedUp::Nowhere);
         return BAD_SOURCE;
     }
     let (line, word, bits) = bloom_place(first, is_v4);
@@ -373,11 +389,13 @@ fn value_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
     let guard = Port(tag).guard();
     // Only databases with prefixes too short for the Bloom filter may allow the source then.
     if !may_match && !guard.is_wide() {
+        steps::looked_up(LookedUp::Bloom);
         if entry.is_free(tag) {
             entry.remember([high, low], tag, NO_RULE, || ());
         }
         return NO_RULE;
     }
+    steps::looked_up(LookedUp::Tries);
     barrier(entry.tag());
     let section = Section::cluster(guard.slot());
     let value = if is_v4 {

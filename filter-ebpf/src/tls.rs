@@ -19,6 +19,7 @@ use filter_common::{
     AMBIGUOUS, ANY_SLOT, Connection, Engine, Existing, Fate, Guard, HANDSHAKES, Judgement,
     LocalKey, MOST_JUDGED_BYTES, PUBLISHED, Published, Reason, Stage,
     opening::{Byte, Forms, OPENINGS, Opening, OpeningKind, PLACES, opening_of},
+    steps::Stand,
 };
 
 use crate::{
@@ -27,6 +28,7 @@ use crate::{
     proxy::{self, Found, Header},
     refuse, rules,
     socket::{Segment, Socket, is_intact, kernel, load, read_segment},
+    steps,
 };
 
 /// Connections whose opening came with the end of their handshake: nothing can be stored with their sockets then.
@@ -108,6 +110,7 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
         UNGUARDED => return PASS,
         UNCLEAR => {
             let guard = Guard::new(ANY_SLOT, false);
+            steps::judged(guard, Reason::TlsUnclear as u32);
             rules::count(guard, Reason::TlsUnclear as u32);
             rules::sample_segment(
                 segment,
@@ -133,6 +136,7 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
     } else {
         judge_stream(skb, guard.0)
     };
+    steps::judged(guard, refusal);
     if refusal == PASSES {
         return PASS;
     }
@@ -308,6 +312,7 @@ extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
     let (Some(socket), Some(segment)) = (Socket::of(skb), Segment::get()) else {
         return UNCLEAR;
     };
+    steps::stands(Stand::Handshake, 0);
     // SAFETY: the helper (kernel 5.19) takes a socket that is not null.
     let speaks_mptcp = unsafe { !bpf_skc_to_mptcp_sock(socket.sk.cast()).is_null() };
     // It may say that its data belongs elsewhere in the stream. The client falls back to TCP.
@@ -350,6 +355,7 @@ extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
     if is_intact(skb) == 0 {
         return UNCLEAR;
     }
+    steps::stands(Stand::Begun, 0);
     // A client repeats it until it is acknowledged.
     let noted = HANDSHAKES_JUDGED.insert(segment.connection(), 1, BPF_NOEXIST.into());
     if noted.is_ok() {
@@ -538,8 +544,10 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         }
     }
     if opens.place >= PLACES as u32 {
+        steps::stands(Stand::Later, 0);
         return PASSES;
     }
+    steps::stands(Stand::Beginning, opens.place);
     let content = match reason {
         Reason::NotTls => examine(socket, engine, segment, opens.skip, opens.place),
         _ => Content::NOTHING,
@@ -558,8 +566,11 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         return reason as u32;
     }
     let seen = judgement.see(content.seen);
-    if opening.is_complete(forms, seen) && judgement.count_once() {
-        rules::count_fate(guard, fate(forms));
+    if opening.is_complete(forms, seen) {
+        steps::stands(Stand::Begun, opens.place);
+        if judgement.count_once() {
+            rules::count_fate(guard, fate(forms));
+        }
     }
     PASSES
 }
@@ -630,6 +641,7 @@ fn judge_existing(
     next: u32,
     known: Option<JudgementPointer>,
 ) -> Reason {
+    steps::stands(Stand::Later, 0);
     let existing = existing();
     let judges = existing.has(Existing::JUDGED);
     if let Some(judgement) = known {
