@@ -1,6 +1,8 @@
 //! The control socket: requests in HTTP, answers in JSON. It reaches the agent by events and snapshots, and the
 //! kernel by jobs for the thread that owns the filter.
 
+mod trace;
+
 use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -18,7 +20,11 @@ use prometheus::TEXT_FORMAT;
 use serde::Deserialize;
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::{Notify, Semaphore, mpsc::UnboundedSender, oneshot, watch},
+    sync::{
+        Semaphore,
+        mpsc::{UnboundedSender, unbounded_channel},
+        oneshot, watch,
+    },
     task::JoinHandle,
 };
 use tower_service::Service as _;
@@ -150,17 +156,21 @@ async fn accept(listener: UnixListener, router: Router, connections: Arc<Semapho
     }
 }
 
+/// Time allowed to a client to read an answer that is longer than others, since it takes its time.
+#[derive(Clone)]
+struct AnswerTime(Duration);
+
 /// Serves one request. A client that sends slowly or does not read is given up.
 async fn serve(stream: UnixStream, router: Router) {
     let by = client(&stream);
-    let answered = Arc::new(Notify::new());
-    let noted = answered.clone();
+    let (answered, mut answer_time) = unbounded_channel();
     let service = service_fn(move |mut request: Request<Incoming>| {
-        let (mut router, answered) = (router.clone(), noted.clone());
+        let (mut router, answered) = (router.clone(), answered.clone());
         request.extensions_mut().insert(by.clone());
         async move {
             let response = router.call(request.map(Body::new)).await;
-            answered.notify_one();
+            let time = response.as_ref().ok().and_then(|r| r.extensions().get());
+            let _ = answered.send(time.map_or(CLIENT_TIMEOUT, |&AnswerTime(time)| time));
             response
         }
     });
@@ -173,8 +183,10 @@ async fn serve(stream: UnixStream, router: Router) {
         // What is wrong with it concerns the client alone.
         _ = connection => {}
         () = async {
-            answered.notified().await;
-            tokio::time::sleep(CLIENT_TIMEOUT).await;
+            match answer_time.recv().await {
+                Some(time) => tokio::time::sleep(time).await,
+                None => std::future::pending().await,
+            }
         } => {}
     }
 }
@@ -206,6 +218,7 @@ fn router(shared: Shared) -> Router {
         .route("/explain", get(explain))
         .route("/drops", get(drops))
         .route("/events", get(events))
+        .route("/trace", post(trace::trace))
         .route("/plan", get(plan).post(plan_text))
         .route("/reload", post(reload))
         .route("/refresh", post(refresh))

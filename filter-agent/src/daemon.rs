@@ -187,6 +187,9 @@ pub async fn run(options: Options) -> Result<()> {
         performer.perform(effects);
     }
     performer.notifier.stopping();
+    // The next start would replace its programs all the same.
+    let traced = enforcer.call(|enforcer| enforcer.end_trace(None, "the agent ends"));
+    let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, traced).await;
     // Requests under way get their answers, in bounded time.
     server.stop(SHUTDOWN_TIMEOUT).await;
     let final_hits = enforcer.call(Enforcer::final_hits);

@@ -6,6 +6,7 @@ pub mod drops;
 mod handle;
 mod last_hits;
 mod tls;
+mod trace;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -43,6 +44,7 @@ use crate::{
     verify,
 };
 pub use handle::{Handle, Jobs};
+pub use trace::{LONGEST_TRACE, TraceRequest, USUAL_TRACE};
 
 /// Time allowed for a list of the host's interfaces. A look that was given up is an error.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,6 +79,7 @@ pub struct Enforcer {
     lost: Vec<String>,
     /// Until when connections from before TLS was forced are counted.
     counting_until: Option<Instant>,
+    traces: trace::Traces,
     /// The checks must not attach again.
     is_detached: bool,
 }
@@ -112,6 +115,7 @@ pub struct Observed {
     /// Databases whose connections begin and never arrive.
     pub lost: Vec<String>,
     pub settings: Settings,
+    pub tracing: Option<report::Tracing>,
 }
 
 /// Reads the host's interfaces over one socket that stays open: a host that runs out of descriptors must not
@@ -186,6 +190,7 @@ impl Enforcer {
             seen: BTreeMap::new(),
             lost: Vec::new(),
             counting_until: None,
+            traces: trace::Traces::default(),
             is_detached: false,
         })
     }
@@ -402,6 +407,7 @@ impl Enforcer {
         if self.is_detached {
             return self.checked(entries, summary);
         }
+        self.end_late_trace();
         let compiled = self.in_force.compiled.clone();
         // Each second where all is well; what the kernel refuses is tried again at a thorough check.
         if thorough || !self.complaints.contains_key(tls::TLS) {
@@ -572,6 +578,7 @@ impl Enforcer {
             complaints,
             lost: self.lost.clone(),
             settings: Settings::read(),
+            tracing: self.tracing(),
             in_force: self.in_force.clone(),
             host: self.netlink.interfaces()?,
             pinned: self.pinned()?,
@@ -648,6 +655,7 @@ impl Enforcer {
     /// A pin that is not ours or cannot be removed. The filter stays, at least in part: the checks repair it.
     pub fn detach(&mut self) -> Result<Vec<String>> {
         let host = self.netlink.interfaces()?;
+        self.end_trace(None, "the filter is detached");
         let indexes = self.filter.remove()?;
         self.is_detached = true;
         let filtered = host.into_iter();

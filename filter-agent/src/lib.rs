@@ -40,5 +40,6 @@ pub mod store;
 pub mod temporary;
 mod text;
 mod threads;
+mod trace;
 mod verify;
 mod whole_file;

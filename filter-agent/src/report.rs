@@ -28,6 +28,9 @@ pub struct Status {
     pub unattributed_would_drop: BTreeMap<String, u64>,
     pub regions: Vec<Region>,
     pub verified: Verified,
+    /// The trace that is on.
+    #[serde(default)]
+    pub tracing: Option<Tracing>,
     pub warnings: Vec<String>,
     /// Why the policy is not enforced on every listed interface that exists.
     pub not_enforced: Vec<String>,
@@ -497,6 +500,86 @@ impl std::fmt::Display for Temporary {
         write!(f, "database {database}: {source} {action}")?;
         until.map_or(Ok(()), |until| write!(f, " until {until}"))
     }
+}
+
+impl std::fmt::Display for By {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "uid {}", self.uid)?;
+        if let Some(uid) = self.login_uid {
+            write!(f, " (logged in as {uid})")?;
+        }
+        match &self.command {
+            Some(command) => write!(f, ", {command}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A trace that is on.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Tracing {
+    pub source: IpNet,
+    pub database: Option<String>,
+    pub until: Timestamp,
+    pub by: Option<By>,
+}
+
+impl std::fmt::Display for Tracing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "a trace of {} ", self.source)?;
+        if let Some(database) = &self.database {
+            write!(f, "to database {database} ")?;
+        }
+        write!(f, "is on until {:.0}", self.until)?;
+        match &self.by {
+            Some(by) => write!(f, ", by {by}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A line of a trace.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(untagged)]
+pub enum TraceLine {
+    /// The first line: packets of this prefix are logged from now on.
+    Begun {
+        tracing: IpNet,
+        database: Option<String>,
+        until: Timestamp,
+    },
+    Packet(Box<Traced>),
+    /// Packets whose steps were not logged, since there were too many.
+    Lost {
+        lost: u64,
+    },
+    /// The last line: why it has ended.
+    Ended {
+        ended: String,
+    },
+}
+
+/// The steps of a program on one packet.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Traced {
+    /// When the agent read it, up to a quarter of a second later than the packet.
+    pub at: Timestamp,
+    pub source: IpAddr,
+    /// `None`: one that has appeared since.
+    pub interface: Option<String>,
+    /// Whether it was judged at the socket, where TLS is forced, and not at the interface.
+    pub at_socket: bool,
+    /// `None`: neither TCP nor UDP, or not known.
+    pub protocol: Option<String>,
+    pub port: Option<u16>,
+    pub database: Option<String>,
+    /// The rule that allows the source, or the block that holds it.
+    pub rule: Option<String>,
+    /// `None`: the packet was allowed, or concerns no database.
+    pub reason: Option<String>,
+    pub passed: bool,
+    /// All of it in words.
+    pub text: String,
 }
 
 #[derive(Debug, Deserialize, Serialize)]

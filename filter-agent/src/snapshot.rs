@@ -97,6 +97,7 @@ impl Snapshot {
             unattributed_would_drop: observed.packets(None, true),
             regions: self.regions(),
             verified: observed.verified.clone(),
+            tracing: observed.tracing.clone(),
             warnings,
             not_enforced,
             errors,

@@ -668,6 +668,7 @@ const _: () = {
     assert!(size_of::<Client>() == 24);
     assert!(size_of::<Judgement>() == 40);
     assert!(size_of::<Sample>() == 32);
+    assert!(size_of::<steps::TracedPrefix>() == 36);
     // Every id, one more for its end, and neither `NO_RULE` nor `BAD_SOURCE`.
     assert!(RULE_IDS + 1 < 0x7fff);
     // Room for more reasons and fates.
@@ -698,6 +699,8 @@ mod pod {
     unsafe impl aya::Pod for Answer {}
     // SAFETY: as above.
     unsafe impl aya::Pod for KernelOffsets {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for steps::TracedPrefix {}
 
     impl Sample {
         /// Reads a sample from the ring buffer; `None` where it has another length.

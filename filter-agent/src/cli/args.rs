@@ -6,7 +6,10 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::ArgValueCompleter;
 use jiff::{Span, SpanRelativeTo};
 
-use crate::cli::{client::SOCKET, complete};
+use crate::{
+    cli::{client::SOCKET, complete},
+    enforcer::LONGEST_TRACE,
+};
 
 /// Drops, in the kernel, every packet to a database port that no rule allows.
 #[derive(Parser)]
@@ -277,6 +280,21 @@ pub(super) enum Command {
         #[command(flatten)]
         socket: Socket,
     },
+    /// Print the filter's steps on the packets of a source, as they arrive. Their verdicts stay the same.
+    Trace {
+        /// Address or prefix.
+        source: String,
+        /// Only packets that may be for this database.
+        #[arg(long, add = ArgValueCompleter::new(complete::databases))]
+        database: Option<String>,
+        /// How long, such as 30s or 5m, at most 10m.
+        #[arg(long = "for", value_name = "DURATION", default_value = "1m", value_parser = trace_time)]
+        time: Duration,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Stop filtering and remove everything from the kernel. The databases are then open to everybody.
     Detach {
         /// Do not ask for confirmation.
@@ -299,6 +317,15 @@ fn lasting(text: &str) -> Result<Duration, String> {
     let duration = span.to_duration(SpanRelativeTo::days_are_24_hours());
     let duration = duration.map_err(|_| "write it in days, hours, minutes and seconds")?;
     Ok(Duration::try_from(duration).map_err(|_| "a duration must not be negative")?)
+}
+
+/// As `lasting`, within the bounds of a trace.
+fn trace_time(text: &str) -> Result<Duration, String> {
+    let duration = lasting(text)?;
+    if !(Duration::from_secs(1)..=LONGEST_TRACE).contains(&duration) {
+        return Err("from 1s to 10m".into());
+    }
+    Ok(duration)
 }
 
 /// As `lasting`, of at most an hour.

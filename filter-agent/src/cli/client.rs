@@ -4,7 +4,10 @@ use std::{io, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, body::Bytes};
+use hyper::{
+    Method, Request, Response,
+    body::{Bytes, Incoming},
+};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -100,12 +103,34 @@ impl<'a> Agent<'a> {
         })
     }
 
+    /// Posts a request whose answer comes in lines, as long as there are any.
+    pub(super) async fn lines(&self, path: &str) -> Result<Lines<'_>> {
+        let request = self.send(Method::POST, path, String::new());
+        let answer = self.within_timeout(request).await?;
+        Ok(Lines {
+            agent: self,
+            answer,
+            read: Vec::new(),
+        })
+    }
+
     async fn request<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: String,
     ) -> Result<T> {
+        let answer = self.send(method, path, body).await?;
+        let body = answer.collect().await;
+        let body = body.context("read the agent's answer")?.to_bytes();
+        serde_json::from_slice(&body).context("parse the agent's answer")
+    }
+
+    /// Sends a request. Returns the body of its answer.
+    ///
+    /// # Errors
+    /// No connection, or what the agent answers where it could not do it.
+    async fn send(&self, method: Method, path: &str, body: String) -> Result<Incoming> {
         let stream = connect(self.socket).await;
         let stream = stream.map_err(|error| self.refused(error))?;
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
@@ -117,20 +142,21 @@ impl<'a> Agent<'a> {
             .header(hyper::header::HOST, "filter-agent")
             .body(Full::<Bytes>::from(body))
             .context("make a request")?;
-        let response = sender
+        let response: Response<Incoming> = sender
             .send_request(request)
             .await
             .context("send a request to the agent")?;
         let status = response.status();
-        let body = response.into_body().collect().await;
-        let body = body.context("read the agent's answer")?.to_bytes();
-        if !status.is_success() {
-            match serde_json::from_slice::<report::Failure>(&body) {
-                Ok(failure) => bail!("{}", failure.error),
-                Err(_) => bail!("{}", String::from_utf8_lossy(&body)),
-            }
+        let body = response.into_body();
+        if status.is_success() {
+            return Ok(body);
         }
-        serde_json::from_slice(&body).context("parse the agent's answer")
+        let body = body.collect().await;
+        let body = body.context("read the agent's answer")?.to_bytes();
+        match serde_json::from_slice::<report::Failure>(&body) {
+            Ok(failure) => bail!("{}", failure.error),
+            Err(_) => bail!("{}", String::from_utf8_lossy(&body)),
+        }
     }
 
     /// Describes why no connection could be made, and what to do.
@@ -141,6 +167,42 @@ impl<'a> Agent<'a> {
             _ => format!("no agent answers on {socket}: start it with `filter-agent run`"),
         };
         anyhow!(error).context(what)
+    }
+}
+
+/// An answer that comes in lines.
+pub(super) struct Lines<'a> {
+    agent: &'a Agent<'a>,
+    answer: Incoming,
+    /// What has come of lines that were not returned.
+    read: Vec<u8>,
+}
+
+impl Lines<'_> {
+    /// Returns the next line; `None`: the answer has ended, or its connection.
+    ///
+    /// # Errors
+    /// None has come within the time limit.
+    pub(super) async fn next(&mut self) -> Result<Option<String>> {
+        loop {
+            if let Some(end) = self.read.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.read.drain(..=end).collect();
+                let line = String::from_utf8(line).context("parse the agent's answer")?;
+                return Ok(Some(line.trim_end().to_owned()));
+            }
+            let frame = tokio::time::timeout(self.agent.timeout, self.answer.frame()).await;
+            let Ok(frame) = frame else {
+                bail!(
+                    "nothing has come from the agent for {}: it is stopped, hangs or is busy",
+                    spelled(self.agent.timeout)
+                );
+            };
+            // Cut off: the agent was killed.
+            let Some(Ok(frame)) = frame else {
+                return Ok(None);
+            };
+            self.read.extend(frame.into_data().iter().flatten());
+        }
     }
 }
 

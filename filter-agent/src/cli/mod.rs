@@ -15,6 +15,7 @@ mod progress;
 mod readable;
 mod rules;
 mod top;
+mod trace;
 
 use std::{env, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -321,6 +322,16 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output.print(&drops, print_drops)?;
         }
         Command::Top { interval, socket } => top(&socket.socket, interval).await?,
+        Command::Trace {
+            source,
+            database,
+            time,
+            socket,
+            output,
+        } => {
+            let agent = Agent::new(&socket.socket);
+            return trace::trace(&agent, &source, database.as_deref(), time, output.json).await;
+        }
         Command::Detach {
             yes,
             socket,

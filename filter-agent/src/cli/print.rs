@@ -155,6 +155,9 @@ pub(super) fn print_status(status: &Status) {
         println!("next rule expires at {expiry}");
     }
     print_verified(&status.verified);
+    if let Some(tracing) = &status.tracing {
+        println!("{tracing}");
+    }
     let mut interfaces = table(["INTERFACE", "MODE", "PROGRAM"]);
     for interface in &status.interfaces {
         let program = interface.program_id.map(|id| id.to_string());
@@ -404,14 +407,7 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
 
 /// The client that added a rule: `added by uid 0 (logged in as 1000), filter-agent`.
 pub(super) fn by(by: &By) -> String {
-    let login = by.login_uid.map(|uid| format!(" (logged in as {uid})"));
-    let command = by.command.as_ref().map(|command| format!(", {command}"));
-    format!(
-        "added by uid {}{}{}",
-        by.uid,
-        login.unwrap_or_default(),
-        command.unwrap_or_default()
-    )
+    format!("added by {by}")
 }
 
 /// What was done, and when it was in force.

@@ -28,7 +28,7 @@ use crate::{
         maps::Maps,
         pins::{adopt_new_links, base, layouts, lock, own_directory},
         program::{OBJECT, check_kernel, load_error, program},
-        samples::Dropped,
+        traced::Traced,
     },
     temporary::InKernel,
 };
@@ -41,6 +41,8 @@ pub struct Filter {
     /// Where this layout's maps and links are pinned.
     pub(super) pins: PathBuf,
     pub(super) ebpf: Ebpf,
+    /// The programs that run in place of those, while there is a trace.
+    pub(super) tracing: Option<Traced>,
     pub(super) maps: Maps,
     /// What the maps hold. The tries are read once, before this agent writes, and again only where a change
     /// could not be taken back: older kernels must not list a trie that changes.
@@ -137,6 +139,7 @@ impl Filter {
         Ok(Self {
             pins,
             ebpf,
+            tracing: None,
             maps,
             image,
             max_prefixes: made_for as usize / 2,
@@ -147,18 +150,28 @@ impl Filter {
         })
     }
 
-    /// The kernel's id of the program that this agent loaded: netlink must report it for each interface.
+    /// The kernel's id of the program that this agent runs: netlink must report it for each interface.
     pub fn program_id(&self) -> Result<u32> {
         let program = self.program()?;
         Ok(program.info().context("read the XDP program")?.id())
     }
 
+    /// The XDP program that is to run on the interfaces.
     pub(super) fn program(&self) -> Result<&Xdp> {
-        let program = self
-            .ebpf
-            .program("filter")
-            .context("find the XDP program")?;
-        Ok(program.try_into()?)
+        let program = match &self.tracing {
+            Some(traced) => traced.ebpf.program("filter_traced"),
+            None => self.ebpf.program("filter"),
+        };
+        Ok(program.context("find the XDP program")?.try_into()?)
+    }
+
+    /// As `program`, to attach it.
+    pub(super) fn program_mut(&mut self) -> Result<&mut Xdp> {
+        let program = match &mut self.tracing {
+            Some(traced) => traced.ebpf.program_mut("filter_traced"),
+            None => self.ebpf.program_mut("filter"),
+        };
+        Ok(program.context("find the XDP program")?.try_into()?)
     }
 
     /// Runs the loaded program on a frame. Counts like any other packet.
@@ -287,17 +300,6 @@ impl Filter {
         let hits = self.maps.hits_by_id(&self.image)?;
         let counts = self.maps.counts(&self.image, &hits)?;
         Ok((counts, self.maps.hits(&self.image, &hits)))
-    }
-
-    /// Reads the samples of dropped packets that were taken since the last call.
-    pub fn dropped(&mut self) -> Result<Vec<Dropped>> {
-        self.maps.dropped(&self.image)
-    }
-
-    /// Lets each CPU take `SAMPLES_GRANTED` more samples for each place. How often this is called bounds
-    /// what a flood costs: once a second.
-    pub fn grant_samples(&mut self) -> Result<()> {
-        self.maps.grant_samples()
     }
 }
 

@@ -67,7 +67,10 @@ impl Filter {
         if let Some(error) = &self.offsets_error {
             bail!("{error}");
         }
-        let program = self.ebpf.program_mut("tls_opening");
+        let program = match &mut self.tracing {
+            Some(traced) => traced.ebpf.program_mut("tls_opening_traced"),
+            None => self.ebpf.program_mut("tls_opening"),
+        };
         let program = program.context("find the program that judges connections")?;
         let program: &mut CgroupSkb = program.try_into()?;
         if program.fd().is_err() {
@@ -95,9 +98,11 @@ impl Filter {
         if !exists(&pin)? {
             return Ok(false);
         }
-        let program: &CgroupSkb = self
-            .ebpf
-            .program("tls_opening")
+        let program = match &self.tracing {
+            Some(traced) => traced.ebpf.program("tls_opening_traced"),
+            None => self.ebpf.program("tls_opening"),
+        };
+        let program: &CgroupSkb = program
             .context("find the program that judges connections")?
             .try_into()?;
         let Ok(info) = program.info() else {
@@ -169,7 +174,8 @@ impl Filter {
     pub fn prove_hook(&mut self) -> Result<bool> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen on loopback")?;
         let address = listener.local_addr().context("listen on loopback")?;
-        let before = self.maps.begin_proof(address.port())?;
+        let before = self.proofs()?;
+        self.set_proof(address.port())?;
         let proof = (|| -> Result<bool> {
             const TEXT: &[u8] = b"no TLS";
             let connected = TcpStream::connect_timeout(&address, PROOF_TIMEOUT);
@@ -195,15 +201,33 @@ impl Filter {
                 if server.read(&mut read).is_ok() && read == TEXT {
                     return Ok(false);
                 }
-                if self.maps.proofs()? != before {
+                if self.proofs()? != before {
                     return Ok(true);
                 }
                 thread::sleep(Duration::from_millis(1));
             }
             bail!("its own connection was neither refused nor served within {PROOF_TIMEOUT:?}")
         })();
-        self.maps.end_proof()?;
+        self.set_proof(0)?;
         proof
+    }
+
+    /// Has connections to a port over loopback judged, by whichever program is attached.
+    fn set_proof(&mut self, port: u16) -> Result<()> {
+        self.maps.unpinned.set_proof(port)?;
+        match &mut self.tracing {
+            Some(traced) => traced.unpinned.set_proof(port),
+            None => Ok(()),
+        }
+    }
+
+    /// How many segments of such connections were dropped.
+    fn proofs(&self) -> Result<u32> {
+        let own = self.maps.unpinned.proofs()?;
+        match &self.tracing {
+            Some(traced) => Ok(own.wrapping_add(traced.unpinned.proofs()?)),
+            None => Ok(own),
+        }
     }
 }
 

@@ -21,7 +21,6 @@ use crate::{
             self, AWAY_LINK, NEW_LINK, entries, exists, layouts, link_name, linked_program,
             own_directory, pinned_in, remove_directory, remove_pins, set_aside,
         },
-        program::program,
     },
     policy::Mode,
 };
@@ -126,7 +125,7 @@ impl Filter {
     }
 
     fn attach_new(&mut self, interface: &Interface, mode: XdpMode, pin: &Path) -> Result<()> {
-        let program = program(&mut self.ebpf)?;
+        let program = self.program_mut()?;
         let id = program.attach_to_if_index(interface.index, mode)?;
         let link = program.take_link(id)?;
         // Where the kernel refuses a link with EINVAL, aya attaches over netlink instead, which does
@@ -142,9 +141,9 @@ impl Filter {
 
     /// Replaces the program on a pinned link atomically (BPF_LINK_UPDATE, kernel 5.9): no packet meets
     /// an interface without one.
-    fn update(&mut self, pin: &Path) -> Result<()> {
+    pub(super) fn update(&mut self, pin: &Path) -> Result<()> {
         let link = FdLink::from(PinnedLink::from_pin(pin)?);
-        let program = program(&mut self.ebpf)?;
+        let program = self.program_mut()?;
         let id = program.attach_to_link(link.try_into()?)?;
         // The pin keeps the link; this agent needs no file descriptor of it.
         drop(program.take_link(id)?);
@@ -414,7 +413,7 @@ pub fn is_gone(error: &anyhow::Error) -> bool {
 }
 
 /// Whether a link has no interface any more: it vanished, or the link was detached by force.
-fn is_detached(error: &anyhow::Error) -> bool {
+pub(super) fn is_detached(error: &anyhow::Error) -> bool {
     has(error, Errno::ENOLINK)
 }
 

@@ -47,23 +47,52 @@ pub(super) struct Maps {
     judged: Array<MapData, u32>,
     existing: Array<MapData, u32>,
     pub(super) local_networks: LpmTrie<MapData, Address, u32>,
+    pub(super) answers: Array<MapData, Answer>,
+    pub(super) unpinned: Unpinned,
+}
+
+/// Maps that belong to the programs of one object, rather than to all that enforce the policy.
+pub(super) struct Unpinned {
     proof: Array<MapData, u32>,
     proofs: Array<MapData, u32>,
-    pub(super) answers: Array<MapData, Answer>,
     pub(super) granted: Array<MapData, u32>,
     pub(super) sampled: RingBuf<MapData>,
 }
 
+pub(super) fn typed<T>(ebpf: &mut Ebpf, name: &str) -> Result<T>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf.take_map(name).context("find it in the BPF object");
+    map.and_then(|map| Ok(T::try_from(map)?))
+        .with_context(|| format!("open the BPF map {name}"))
+}
+
+impl Unpinned {
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        Ok(Self {
+            proof: typed(ebpf, "PROOF")?,
+            proofs: typed(ebpf, "PROOFS")?,
+            granted: typed(ebpf, ".bss")?,
+            sampled: typed(ebpf, "SAMPLES")?,
+        })
+    }
+
+    /// Has connections to a port over loopback judged; 0: of no port.
+    pub(super) fn set_proof(&mut self, port: u16) -> Result<()> {
+        self.proof
+            .set(0, u32::from(port), 0)
+            .context("write the port of the agent's own connection")
+    }
+
+    /// How many segments of such connections were dropped.
+    pub(super) fn proofs(&self) -> Result<u32> {
+        self.proofs.get(&0, 0).context("read the proofs")
+    }
+}
+
 impl Maps {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
-        fn typed<T>(ebpf: &mut Ebpf, name: &str) -> Result<T>
-        where
-            T: TryFrom<Map, Error = MapError>,
-        {
-            let map = ebpf.take_map(name).context("find it in the BPF object");
-            map.and_then(|map| Ok(T::try_from(map)?))
-                .with_context(|| format!("open the BPF map {name}"))
-        }
         Ok(Self {
             ports: typed(ebpf, "PORT_GUARDS")?,
             locals: typed(ebpf, "LOCAL_GUARDS")?,
@@ -88,11 +117,8 @@ impl Maps {
             judged: typed(ebpf, "JUDGED")?,
             existing: typed(ebpf, "EXISTING")?,
             local_networks: typed(ebpf, "LOCAL_NETWORKS")?,
-            proof: typed(ebpf, "PROOF")?,
-            proofs: typed(ebpf, "PROOFS")?,
             answers: typed(ebpf, "ANSWERS_BY_ENGINE")?,
-            granted: typed(ebpf, ".bss")?,
-            sampled: typed(ebpf, "SAMPLES")?,
+            unpinned: Unpinned::take(ebpf)?,
         })
     }
 
@@ -224,26 +250,6 @@ impl Maps {
         self.refusing
             .set(0, 0, 0)
             .context("write that no connection is refused")
-    }
-
-    /// Has connections to a port over loopback judged. Returns what `proofs` is before that.
-    pub(super) fn begin_proof(&mut self, port: u16) -> Result<u32> {
-        let before = self.proofs()?;
-        self.proof
-            .set(0, u32::from(port), 0)
-            .context("write the port of the agent's own connection")?;
-        Ok(before)
-    }
-
-    pub(super) fn end_proof(&mut self) -> Result<()> {
-        self.proof
-            .set(0, 0, 0)
-            .context("write the port of the agent's own connection")
-    }
-
-    /// How many segments of such connections were dropped.
-    pub(super) fn proofs(&self) -> Result<u32> {
-        self.proofs.get(&0, 0).context("read the proofs")
     }
 
     fn epoch(&self) -> Result<u32> {

@@ -19,3 +19,4 @@ pub mod program;
 mod restore;
 pub mod samples;
 pub mod steps;
+pub mod traced;

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use filter_common::{ANY_SLOT, Reason, SAMPLES_GRANTED, Sample, opening::OpeningKind};
 
-use crate::kernel::{image::Image, maps::Maps};
+use crate::kernel::{filter::Filter, image::Image, maps::Unpinned};
 
 /// A sampled drop.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,9 +26,9 @@ pub struct Dropped {
     pub opening: Option<OpeningKind>,
 }
 
-impl Maps {
+impl Unpinned {
     /// Reads the samples that are in the ring. Those of databases that `image` no longer has are left out.
-    pub(super) fn dropped(&mut self, image: &Image) -> Result<Vec<Dropped>> {
+    fn dropped(&mut self, image: &Image) -> Result<Vec<Dropped>> {
         let names: BTreeMap<u32, &str> = image
             .slots
             .iter()
@@ -56,7 +56,7 @@ impl Maps {
         Ok(dropped)
     }
 
-    pub(super) fn grant_samples(&mut self) -> Result<()> {
+    fn grant_samples(&mut self) -> Result<()> {
         let granted = self.granted.get(&0, 0)?.saturating_add(SAMPLES_GRANTED);
         self.granted.set(0, granted, 0).context("grant samples")
     }
@@ -66,6 +66,30 @@ fn opening_of(sample: &Sample) -> Option<OpeningKind> {
     let number = sample.family >> 8;
     let mut kinds = OpeningKind::ALL.into_iter();
     kinds.find(|kind| *kind as u32 == number)
+}
+
+impl Filter {
+    /// Reads the samples of dropped packets that were taken since the last call.
+    pub fn dropped(&mut self) -> Result<Vec<Dropped>> {
+        let mut dropped = self.maps.unpinned.dropped(&self.image)?;
+        if let Some(traced) = &mut self.tracing {
+            dropped.extend(traced.unpinned.dropped(&self.image)?);
+        }
+        Ok(dropped)
+    }
+
+    /// Lets each CPU take `SAMPLES_GRANTED` more samples for each place. How often this is called bounds
+    /// what a flood costs: once a second.
+    pub fn grant_samples(&mut self) -> Result<()> {
+        let traced = self.tracing.as_mut().map(|traced| &mut traced.unpinned);
+        for maps in [Some(&mut self.maps.unpinned), traced]
+            .into_iter()
+            .flatten()
+        {
+            maps.grant_samples()?;
+        }
+        Ok(())
+    }
 }
 
 fn source_of(sample: &Sample) -> Option<IpAddr> {
