@@ -9,7 +9,7 @@ use std::{
 
 use filter_agent::{
     clock::{BootTime, Now},
-    kernel::counters::Counts,
+    kernel::{counters::Counts, traced::Traced},
     policy::{self, Model, Policy, parse_cidr},
     temporary::{Kind, Temporary},
 };
@@ -534,6 +534,28 @@ fn well_formed_packet_to_no_protected_port_passes() {
             Default::default(),
             "seed {seed}: counted other traffic"
         );
+    }
+}
+
+/// The traced programs are other programs: the same frames, under the same policies.
+#[test]
+fn verdict_and_counter_are_the_same_while_a_trace_is_on() {
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut loaded = Loaded::new("interfaces: [eth0]\ndatabases: []\n");
+    for _ in 0..40 {
+        let text = random_policy(&mut rng);
+        loaded.apply(&text);
+        let frames = random_frames(&mut rng, &prefixes(&text), 300);
+        let untraced = compare(&mut loaded, &text, &frames, seed);
+        let place = loaded.filter.trace_place();
+        let traced = Traced::load(&place, "0.0.0.0/0".parse().unwrap()).unwrap();
+        let own = loaded.filter.program_id().unwrap();
+        loaded.filter.begin_trace(traced, None).unwrap();
+        assert_ne!(loaded.filter.program_id().unwrap(), own);
+        assert_eq!(compare(&mut loaded, &text, &frames, seed), untraced);
+        loaded.filter.end_trace().unwrap();
+        assert_eq!(loaded.filter.program_id().unwrap(), own);
     }
 }
 

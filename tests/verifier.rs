@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use filter_agent::kernel::{filter::Filter, probe::frame};
+use filter_agent::kernel::{filter::Filter, probe::frame, traced::Traced};
 use filter_common::Protocol;
 use filter_tests::{bpffs::Bpffs, loaded::Loaded};
 use serde_json::Value;
@@ -10,6 +10,8 @@ use serde_json::Value;
 /// Instructions that the verifier may follow, of the million it would: a change that doubles them is a mistake. Linux
 /// 6.18 follows some 75,000 and 21,000.
 const MOST: [u32; 2] = [150_000, 50_000];
+/// The same for the programs that a trace loads.
+const MOST_TRACED: [u32; 2] = [250_000, 50_000];
 
 #[test]
 fn programs_stay_far_below_the_verifiers_limit() {
@@ -21,6 +23,16 @@ fn programs_stay_far_below_the_verifiers_limit() {
         "instructions verified: {interfaces} of the program at interfaces, {sockets} at sockets"
     );
     assert!(interfaces <= MOST[0] && sockets <= MOST[1], "{followed:?}");
+    let traced = Traced::load(&filter.trace_place(), "0.0.0.0/0".parse().unwrap()).unwrap();
+    let followed = traced.verified_instructions().unwrap();
+    let [interfaces, sockets] = followed;
+    println!(
+        "instructions verified for a trace: {interfaces} of the program at interfaces, {sockets} at sockets"
+    );
+    assert!(
+        interfaces <= MOST_TRACED[0] && sockets <= MOST_TRACED[1],
+        "{followed:?}"
+    );
 }
 
 fn bpftool(arguments: &str) -> Value {

@@ -118,13 +118,10 @@ impl Enforcer {
         let begun = traced
             .context("this kernel does not take the programs of a trace")
             .and_then(|traced| {
-                let is_current = self
-                    .traces
-                    .current
-                    .as_ref()
-                    .is_some_and(|t| t.number == number);
-                ensure!(is_current, "the trace was ended before it began");
-                self.filter.begin_trace(traced)
+                let current = self.traces.current.as_ref().filter(|t| t.number == number);
+                let current = current.context("the trace was ended before it began")?;
+                let database = current.request.database.as_deref();
+                self.filter.begin_trace(traced, database)
             });
         let Some(trace) = self.traces.current.take_if(|trace| trace.number == number) else {
             bail!("the trace was ended before it began");

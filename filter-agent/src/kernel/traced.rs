@@ -218,16 +218,17 @@ impl Filter {
     }
 
     /// Has the traced programs run in place of this agent's own, by atomic updates of the links: they use the same maps and
-    /// give the same verdicts.
+    /// give the same verdicts. `database`: as `read_trace` has it.
     ///
     /// # Errors
     /// A link that cannot be switched: all run the programs from before again, but for those of which that is an error as
     /// well, which the checks repair.
-    pub fn begin_trace(&mut self, traced: Traced) -> Result<()> {
+    pub fn begin_trace(&mut self, mut traced: Traced, database: Option<&str>) -> Result<()> {
         ensure!(
             traced.uses(&self.pinned_maps)?,
             "the maps of the filter were pinned anew meanwhile: try again"
         );
+        traced.set_slot(self.traced_slot(database))?;
         self.tracing = Some(traced);
         let switched = self.switch_links();
         if switched.is_err() {
@@ -271,10 +272,14 @@ impl Filter {
         result
     }
 
+    fn traced_slot(&self, database: Option<&str>) -> u16 {
+        // No slot: a database that a reload has removed.
+        database.map_or(ANY_SLOT, |name| self.image.slot(name).unwrap_or(u16::MAX))
+    }
+
     /// Returns what the traced programs logged since the last call. `database`: the only one of interest.
     pub fn read_trace(&mut self, database: Option<&str>) -> Result<Logged> {
-        // No slot: a database that a reload has removed.
-        let slot = database.map_or(ANY_SLOT, |name| self.image.slot(name).unwrap_or(u16::MAX));
+        let slot = self.traced_slot(database);
         let Some(traced) = &mut self.tracing else {
             return Ok(Logged::default());
         };

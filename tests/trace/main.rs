@@ -1,0 +1,5 @@
+//! The real agent and real packets, traced: what is printed, and that nothing of it stays.
+
+mod lasting;
+mod reader;
+mod steps;
