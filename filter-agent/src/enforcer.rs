@@ -44,7 +44,7 @@ use crate::{
     verify,
 };
 pub use handle::{Handle, Jobs};
-pub use trace::{LONGEST_TRACE, TraceRequest, USUAL_TRACE};
+pub use trace::{LOAD_TIMEOUT, LONGEST_TRACE, TraceRequest, USUAL_TRACE};
 
 /// Time allowed for a list of the host's interfaces. A look that was given up is an error.
 const NETLINK_TIMEOUT: Duration = Duration::from_secs(10);

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 
 use crate::{kernel::image::Image, report, rules::RuleKey};
 
-const XDP_DROP: u64 = 1;
+const XDP_PASS: u64 = 2;
 
 /// What the numbers in a line stand for.
 pub struct Names<'a> {
@@ -79,7 +79,7 @@ pub fn read(line: &str, at: Timestamp, names: &Names<'_>) -> Option<report::Trac
                 value: value as u32,
                 decision: *Decision::ALL.get(decision as usize)?,
                 why: why as u32,
-                passed: action != XDP_DROP,
+                passed: action == XDP_PASS,
             };
             packet.report(at, names)
         }
@@ -273,21 +273,20 @@ impl Packet {
 
     fn describe_verdict(&self, reason: Option<Reason>, database: Option<&str>) -> String {
         // The numbers of `answer::Ending` in the program.
-        let ending = match (self.decision, self.why) {
-            (Decision::Refused, 1) => " back to the client, as the end of the connection",
-            (Decision::Refused, 2) => " as a reset of the server's side",
-            (Decision::Refused, 3) => " without its data",
-            _ => "",
-        };
-        let verdict = if self.passed { "passed" } else { "dropped" };
+        match (self.decision, self.why) {
+            (Decision::Refused, 1) => return "answered with its end".into(),
+            (Decision::Refused, 2) => return "passed on as a reset of the server's side".into(),
+            (Decision::Refused, 3) => return "passed on without its data".into(),
+            _ => {}
+        }
         match reason {
             Some(reason) if self.passed => {
                 let monitored = monitored(database);
                 format!("passed, since {monitored}; else dropped: {}", reason.name())
             }
             Some(reason) => format!("dropped: {}", reason.name()),
-            None if !ending.is_empty() && self.passed => format!("passed on{ending}"),
-            None => verdict.into(),
+            None if self.passed => "passed".into(),
+            None => "dropped".into(),
         }
     }
 }

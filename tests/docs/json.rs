@@ -1,8 +1,13 @@
 //! The fields of the JSON against its page.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
+use filter_agent::report::{TraceLine, Traced};
 use filter_tests::net::{Connection, DB4, DENIED4, Net, dedicated, policy as policy_text};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::text;
@@ -138,4 +143,50 @@ fn text_of_sections(document: &str) -> BTreeMap<String, String> {
     sections
         .map(|(heading, body)| (heading.to_owned(), body.to_owned()))
         .collect()
+}
+
+/// Each kind of line that a trace has.
+#[test]
+fn every_field_of_a_trace_is_described_and_no_other() {
+    let at = Timestamp::UNIX_EPOCH;
+    let lines = [
+        TraceLine::Begun {
+            tracing: "203.0.113.0/24".parse().unwrap(),
+            database: Some("orders".into()),
+            until: at,
+        },
+        TraceLine::Packet(Box::new(Traced {
+            at,
+            source: DENIED4.into(),
+            interface: Some("eth0".into()),
+            at_socket: false,
+            protocol: Some("tcp".into()),
+            port: Some(5432),
+            database: Some("orders".into()),
+            rule: Some("203.0.113.0/24".into()),
+            reason: Some("not-allowed".into()),
+            passed: false,
+            text: "text".into(),
+        })),
+        TraceLine::Lost { lost: 1 },
+        TraceLine::Ended {
+            ended: "why".into(),
+        },
+    ];
+    let mut found = BTreeMap::new();
+    for line in lines {
+        let json = serde_json::to_value(&line).unwrap();
+        assert_eq!(
+            serde_json::from_value::<TraceLine>(json.clone()).unwrap(),
+            line
+        );
+        paths(&json, "", &mut found);
+    }
+    let page = text_of_sections("docs/api.md");
+    let described = page["trace"].lines().filter_map(|line| {
+        let cell = line.strip_prefix("| `")?.split(" |").next()?;
+        Some(cell.trim_end_matches('`').split("`, `").map(str::to_owned))
+    });
+    let described: BTreeSet<String> = described.flatten().collect();
+    assert_eq!(described, found.into_keys().collect());
 }

@@ -104,11 +104,10 @@ impl<'a> Agent<'a> {
     }
 
     /// Posts a request whose answer comes in lines, as long as there are any.
-    pub(super) async fn lines(&self, path: &str) -> Result<Lines<'_>> {
+    pub(super) async fn lines(&self, path: &str) -> Result<Lines> {
         let request = self.send(Method::POST, path, String::new());
         let answer = self.within_timeout(request).await?;
         Ok(Lines {
-            agent: self,
             answer,
             read: Vec::new(),
         })
@@ -171,18 +170,17 @@ impl<'a> Agent<'a> {
 }
 
 /// An answer that comes in lines.
-pub(super) struct Lines<'a> {
-    agent: &'a Agent<'a>,
+pub(super) struct Lines {
     answer: Incoming,
     /// What has come of lines that were not returned.
     read: Vec<u8>,
 }
 
-impl Lines<'_> {
+impl Lines {
     /// Returns the next line; `None`: the answer has ended, or its connection.
     ///
     /// # Errors
-    /// None has come within the time limit.
+    /// None has come for `ANSWER_TIMEOUT`.
     pub(super) async fn next(&mut self) -> Result<Option<String>> {
         loop {
             if let Some(end) = self.read.iter().position(|&byte| byte == b'\n') {
@@ -190,13 +188,13 @@ impl Lines<'_> {
                 let line = String::from_utf8(line).context("parse the agent's answer")?;
                 return Ok(Some(line.trim_end().to_owned()));
             }
-            let frame = tokio::time::timeout(self.agent.timeout, self.answer.frame()).await;
-            let Ok(frame) = frame else {
-                bail!(
-                    "nothing has come from the agent for {}: it is stopped, hangs or is busy",
-                    spelled(self.agent.timeout)
-                );
-            };
+            let frame = tokio::time::timeout(ANSWER_TIMEOUT, self.answer.frame()).await;
+            let frame = frame.with_context(|| {
+                let limit = spelled(ANSWER_TIMEOUT);
+                format!(
+                    "nothing has come from the agent for {limit}: it is stopped, hangs or is busy"
+                )
+            })?;
             // Cut off: the agent was killed.
             let Some(Ok(frame)) = frame else {
                 return Ok(None);

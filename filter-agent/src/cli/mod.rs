@@ -26,6 +26,7 @@ use serde_json::{Value, json};
 
 use crate::{
     daemon::{self, Options},
+    enforcer::LOAD_TIMEOUT,
     log,
     policy_file::PolicyFile,
     report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
@@ -329,7 +330,11 @@ async fn execute(command: Command) -> Result<ExitCode> {
             socket,
             output,
         } => {
-            let agent = Agent::new(&socket.socket);
+            let agent = Agent {
+                socket: &socket.socket,
+                timeout: LOAD_TIMEOUT,
+                while_it: Some("whose kernel verifies the programs of the trace"),
+            };
             return trace::trace(&agent, &source, database.as_deref(), time, output.json).await;
         }
         Command::Detach {

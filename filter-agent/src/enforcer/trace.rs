@@ -22,6 +22,9 @@ use crate::{
 pub const LONGEST_TRACE: Duration = Duration::from_secs(600);
 pub const USUAL_TRACE: Duration = Duration::from_secs(60);
 
+/// Time allowed for the kernel to verify the programs of a trace: a busy host takes seconds.
+pub const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How often the programs may log `LINES_GRANTED` more lines.
 const GRANT_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -63,6 +66,14 @@ impl Trace {
         format!("trace of {}{of}", self.request.source)
     }
 
+    fn entry(&self, text: String) -> Entry {
+        let entry = Entry::info(text).with("PREFIX", self.request.source.to_string());
+        match &self.request.database {
+            Some(database) => entry.with("DATABASE", database.clone()),
+            None => entry,
+        }
+    }
+
     fn describe_by(&self) -> String {
         match &self.request.by {
             Some(by) => format!(", by {by}"),
@@ -101,8 +112,8 @@ impl Enforcer {
         let now = Instant::now();
         self.traces.current = Some(Trace {
             number: self.traces.numbers,
-            end: now + request.time,
-            until: Timestamp::now() + request.time,
+            end: now + LOAD_TIMEOUT,
+            until: Timestamp::now() + LOAD_TIMEOUT,
             granted: now,
             interfaces: BTreeMap::new(),
             request,
@@ -123,11 +134,13 @@ impl Enforcer {
                 let database = current.request.database.as_deref();
                 self.filter.begin_trace(traced, database)
             });
-        let Some(trace) = self.traces.current.take_if(|trace| trace.number == number) else {
+        let Some(mut trace) = self.traces.current.take_if(|trace| trace.number == number) else {
             bail!("the trace was ended before it began");
         };
         begun?;
-        Entry::info(format!(
+        trace.end = Instant::now() + trace.request.time;
+        trace.until = Timestamp::now() + trace.request.time;
+        trace.entry(format!(
             "{} begins, for {}{}: the programs that log it are attached",
             trace.describe(),
             spelled(trace.request.time),
@@ -193,8 +206,15 @@ impl Enforcer {
         if let Some(trace) = &self.traces.current
             && trace.end <= Instant::now()
         {
-            let time = spelled(trace.request.time);
-            self.end_trace(None, &format!("its time is over, {time}"));
+            let why = if self.filter.is_tracing() {
+                format!("its time is over, {}", spelled(trace.request.time))
+            } else {
+                format!(
+                    "its programs were not loaded within {}",
+                    spelled(LOAD_TIMEOUT)
+                )
+            };
+            self.end_trace(None, &why);
         }
     }
 
@@ -211,7 +231,7 @@ impl Enforcer {
         let Some(trace) = self.traces.current.take() else {
             return;
         };
-        Entry::info(format!("{} has ended: {why}", trace.describe())).log();
+        trace.entry(format!("{} has ended: {why}", trace.describe())).log();
         for error in [collected.err(), ended.err()].into_iter().flatten() {
             Entry::error(format!("end the {}: {error:#}", trace.describe())).log();
         }
