@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     sync::mpsc::{Receiver, Sender, channel},
 };
@@ -284,7 +285,12 @@ impl Filter {
             return Ok(Logged::default());
         };
         traced.set_slot(slot)?;
-        traced.logger.flush();
+        // The library panics over a record that it cannot read: that must not end the thread that owns the filter.
+        let flushed = catch_unwind(AssertUnwindSafe(|| traced.logger.flush()));
+        ensure!(
+            flushed.is_ok(),
+            "what the traced programs logged cannot be read"
+        );
         let lines = traced.lines.try_iter().collect();
         let lost = traced.budget.get(&(Budget::Lost as u32), 0);
         let lost = lost.context("read how many lines were lost")?;
