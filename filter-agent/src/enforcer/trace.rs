@@ -140,13 +140,14 @@ impl Enforcer {
         begun?;
         trace.end = Instant::now() + trace.request.time;
         trace.until = Timestamp::now() + trace.request.time;
-        trace.entry(format!(
-            "{} begins, for {}{}: the programs that log it are attached",
-            trace.describe(),
-            spelled(trace.request.time),
-            trace.describe_by()
-        ))
-        .log();
+        trace
+            .entry(format!(
+                "{} begins, for {}{}: the programs that log it are attached",
+                trace.describe(),
+                spelled(trace.request.time),
+                trace.describe_by()
+            ))
+            .log();
         let line = TraceLine::Begun {
             tracing: trace.request.source,
             database: trace.request.database.clone(),
@@ -231,7 +232,9 @@ impl Enforcer {
         let Some(trace) = self.traces.current.take() else {
             return;
         };
-        trace.entry(format!("{} has ended: {why}", trace.describe())).log();
+        trace
+            .entry(format!("{} has ended: {why}", trace.describe()))
+            .log();
         for error in [collected.err(), ended.err()].into_iter().flatten() {
             Entry::error(format!("end the {}: {error:#}", trace.describe())).log();
         }
