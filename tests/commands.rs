@@ -249,3 +249,29 @@ fn plan_of_a_pipe_without_a_writer_ends() {
         "{error}"
     );
 }
+
+/// `println!` panics there: exit status 101, also of a change that was made.
+#[test]
+fn answer_that_cannot_be_written_is_a_failure_in_a_line() {
+    let mut net = Net::new("full-stdout");
+    net.write_policy(&with(&["203.0.113.10/32"]));
+    net.start();
+    let commands: [&[&str]; 4] = [
+        &["allow", "orders", "198.51.100.7", "--for", "1h"],
+        &["status"],
+        &["rules", "--json"],
+        &["plan"],
+    ];
+    for arguments in commands {
+        let mut command = net.agent_command(arguments);
+        command.stdout(fs::File::options().write(true).open("/dev/full").unwrap());
+        let output = net.db.output(&mut command);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(
+            error.contains("write the answer to stdout: No space left"),
+            "{error}"
+        );
+    }
+    assert_eq!(net.agent_json(&["rules"])[1]["origin"], "temporary");
+}

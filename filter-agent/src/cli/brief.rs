@@ -36,7 +36,7 @@ impl fmt::Display for Level {
 /// Prints the line. What follows a `|` would be numbers to a monitoring system.
 fn finish((level, text): (Level, String)) -> ExitCode {
     let text = text.replace(['\n', '\r'], " ").replace('|', "/");
-    println!("{level} - {text}");
+    say!("{level} - {text}");
     ExitCode::from(level as u8)
 }
 

@@ -70,9 +70,7 @@ impl Caller {
                 Some(rule) => format!("which {rule} allowed"),
                 None => "which was not guarded, or only monitored".into(),
             };
-            println!(
-                "you: {address} (from {VARIABLE}) loses access to database {database}, {what}"
-            );
+            say!("you: {address} (from {VARIABLE}) loses access to database {database}, {what}");
         }
     }
 

@@ -215,8 +215,8 @@ pub(super) async fn check(
         errors,
     };
     output.print(&checked, |checked| {
-        println!("{} is valid", checked.file.display());
-        println!("interfaces: {}", checked.interfaces.join(", "));
+        say!("{} is valid", checked.file.display());
+        say!("interfaces: {}", checked.interfaces.join(", "));
         let mut table = table(["DATABASE", "PORTS", "MODEL", "PREFIXES", "OPEN TO"]);
         for database in &checked.databases {
             table.add_row([
@@ -227,19 +227,19 @@ pub(super) async fn check(
                 or(&database.rules.join(", "), "nobody"),
             ]);
         }
-        println!();
+        say!("");
         print_table(&table, checked.databases.len());
         for region in checked.regions.iter().filter(|_| resolve) {
             let prefixes = counted(region.prefixes.len(), "prefix", "prefixes");
-            println!("\nregion {} ({}): {prefixes}", region.name, region.source);
+            say!("\nregion {} ({}): {prefixes}", region.name, region.source);
             for prefix in &region.prefixes {
-                println!("  {prefix}");
+                say!("  {prefix}");
             }
         }
         print_drivers(checked.host.as_deref().unwrap_or_default());
         print_warnings(&checked.warnings);
         for error in &checked.errors {
-            println!("error: {error}");
+            say!("error: {error}");
         }
     })?;
     Ok(failure_if(!checked.errors.is_empty()))
@@ -296,11 +296,11 @@ fn print_drivers(drivers: &[Driver]) {
             driver.rx_queues.to_string(),
         ]);
     }
-    println!();
+    say!("");
     print_table(&table, drivers.len());
     for driver in drivers {
         for note in &driver.notes {
-            println!("{}: {note}", driver.interface);
+            say!("{}: {note}", driver.interface);
         }
     }
 }

@@ -83,8 +83,8 @@ pub(super) async fn detach(
     };
     end_with_the_reader()?;
     match names.as_slice() {
-        [] => println!("nothing was filtered"),
-        names => println!("detached from {}: it is open now", names.join(", ")),
+        [] => say!("nothing was filtered"),
+        names => say!("detached from {}: it is open now", names.join(", ")),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -41,15 +41,15 @@ pub(super) fn print_drops(drops: &Drops) {
     }
     print_table(&table, drops.sources.len());
     if drops.left_out > 0 {
-        println!("and {} more (see --limit)", drops.left_out);
+        say!("and {} more (see --limit)", drops.left_out);
     }
     for allow in drops.sources.iter().filter_map(|d| d.allow.as_ref()) {
-        println!("to let it in: {allow}");
+        say!("to let it in: {allow}");
     }
     drops.unsampled.iter().for_each(print_unsampled);
     if drops.sources.is_empty() && drops.unsampled.is_empty() {
         let since = age(drops.since);
-        println!("no packet was dropped since the agent started {since} ago");
+        say!("no packet was dropped since the agent started {since} ago");
     }
 }
 
@@ -66,7 +66,7 @@ fn hint(dropped: &report::Dropped) -> String {
 
 fn print_unsampled(more: &report::Unsampled) {
     let (database, reason) = (or_any(&more.database), reason(&more.reason, more.monitor));
-    println!(
+    say!(
         "{database}: {} more packets, {reason}, whose sources were not sampled",
         more.packets
     );

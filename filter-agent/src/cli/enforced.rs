@@ -40,7 +40,7 @@ pub(super) fn print_enforcement(found: &Enforcement) {
     } else {
         ", without an agent"
     };
-    println!("enforced on {on}{by}");
+    say!("enforced on {on}{by}");
 }
 
 /// Whether the filter is in force on every listed interface that exists.

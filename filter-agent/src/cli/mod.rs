@@ -1,5 +1,12 @@
 //! Commands: arguments, and what each does.
 
+/// Prints a line to stdout. `println!` panics where stdout takes nothing, as on a full disk.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::cli::output::print_line(format_args!($($text)*))
+    };
+}
+
 mod args;
 mod brief;
 mod caller;
@@ -182,7 +189,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output.print(&reloaded, |reloaded| {
                 print_reloaded(reloaded);
                 if existing {
-                    println!("connections that are open are judged by their next packet");
+                    say!("connections that are open are judged by their next packet");
                 }
                 caller.print(&reloaded.plan.lock_out);
             })?;

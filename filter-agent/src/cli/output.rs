@@ -1,9 +1,9 @@
 //! Output: JSON or text, tables, exit statuses.
 
 use std::{
-    fmt::Display,
-    io::{self, IsTerminal as _},
-    process::ExitCode,
+    fmt::{self, Display},
+    io::{self, IsTerminal as _, Write as _},
+    process::{self, ExitCode},
     sync::Arc,
 };
 
@@ -35,12 +35,22 @@ pub(super) fn end_with_the_reader() -> Result<()> {
     Ok(())
 }
 
+/// Exits with 1 where stdout takes nothing.
+pub(super) fn print_line(line: fmt::Arguments<'_>) {
+    if let Err(error) = writeln!(io::stdout(), "{line}") {
+        eprintln!(
+            "filter-agent: write the answer to stdout: {error}; a change that was asked for is made"
+        );
+        process::exit(1);
+    }
+}
+
 impl Output {
     pub(super) fn print<T: Serialize>(&self, value: &T, text: impl Fn(&T)) -> Result<()> {
         end_with_the_reader()?;
         if self.json {
             let json = serde_json::to_string_pretty(value).context("write JSON")?;
-            println!("{json}");
+            say!("{json}");
         } else {
             text(value);
         }
@@ -71,7 +81,7 @@ pub(super) fn table<const N: usize>(header: [&str; N]) -> Table {
 pub(super) fn print_table(table: &Table, rows: usize) {
     if rows > 0 {
         for line in table.lines() {
-            println!("{}", line.trim());
+            say!("{}", line.trim());
         }
     }
 }
@@ -83,10 +93,10 @@ pub(super) fn or(text: &str, otherwise: &str) -> String {
 /// Prints the first `LISTED` items: a region may have a hundred thousand.
 pub(super) fn list<T: Display>(sign: &str, what: &str, items: &[T]) {
     for item in items.iter().take(LISTED) {
-        println!("  {sign} {what}{item}");
+        say!("  {sign} {what}{item}");
     }
     if items.len() > LISTED {
-        println!("  {sign} and {} more", items.len() - LISTED);
+        say!("  {sign} and {} more", items.len() - LISTED);
     }
 }
 

@@ -60,26 +60,26 @@ pub(super) fn with_monitor(model: &str, monitor: bool) -> String {
 
 pub(super) fn print_warnings(warnings: &[String]) {
     if !warnings.is_empty() {
-        println!();
+        say!("");
     }
     for warning in warnings {
-        println!("warning: {warning}");
+        say!("warning: {warning}");
     }
 }
 
 pub(super) fn print_plan(plan: &Plan) {
     let mut same = true;
     for name in &plan.attached {
-        println!("+ interface {name}");
+        say!("+ interface {name}");
         same = false;
     }
     for name in &plan.detached {
-        println!("- interface {name}");
+        say!("- interface {name}");
         same = false;
     }
     for (name, database) in &plan.difference.databases {
         same = false;
-        println!("database {name}");
+        say!("database {name}");
         list("+", "protect ", &ranges(&database.guarded));
         list("-", "protect ", &ranges(&database.unguarded));
         list("+", "", &database.added);
@@ -89,10 +89,10 @@ pub(super) fn print_plan(plan: &Plan) {
     }
     for setting in &plan.settings {
         same = false;
-        println!("{setting}");
+        say!("{setting}");
     }
     if same {
-        println!("no difference: the kernel enforces {}", plan.file.display());
+        say!("no difference: the kernel enforces {}", plan.file.display());
     }
     print_cut(&plan.cut, &plan.cut_unknown);
     print_warnings(&plan.warnings);
@@ -100,21 +100,21 @@ pub(super) fn print_plan(plan: &Plan) {
 
 fn print_cut(cut: &[report::Cut], unknown: &[String]) {
     for cut in cut.iter().take(LISTED) {
-        println!("{cut}");
+        say!("{cut}");
     }
     if let Some(more) = cut.len().checked_sub(LISTED).filter(|&more| more > 0) {
-        println!("and connections of {more} more sources");
+        say!("and connections of {more} more sources");
     }
     unknown
         .iter()
-        .for_each(|why| println!("open connections: {why}"));
+        .for_each(|why| say!("open connections: {why}"));
 }
 
 pub(super) fn print_reloaded(reloaded: &Reloaded) {
     print_plan(&reloaded.plan);
-    println!();
+    say!("");
     let report::Enforced { file, timing, .. } = &reloaded.enforced;
-    println!(
+    say!(
         "{} is enforced, in {:.1} ms (compiled in {:.1} ms)",
         file.display(),
         timing.enforced_ms,
@@ -122,29 +122,29 @@ pub(super) fn print_reloaded(reloaded: &Reloaded) {
     );
     print_verified(&reloaded.verified);
     for error in &reloaded.errors {
-        println!("error: {error}");
+        say!("error: {error}");
     }
 }
 
 fn print_verified(verified: &report::Verified) {
     let probes = verified.probes;
     if verified.errors.is_empty() {
-        println!("verified: the attached program judged {probes} probe packets as the policy does");
+        say!("verified: the attached program judged {probes} probe packets as the policy does");
     }
     for error in &verified.errors {
-        println!("error: {error}");
+        say!("error: {error}");
     }
 }
 
 pub(super) fn print_status(status: &Status) {
     let policy = &status.policy;
-    println!(
+    say!(
         "filter-agent {}, pid {}, up {}",
         status.version,
         status.pid,
         age(status.started)
     );
-    println!(
+    say!(
         "policy {}, accepted {} ago, enforced in {:.1} ms (compiled in {:.1} ms)",
         policy.file.display(),
         age(policy.timing.accepted),
@@ -152,11 +152,11 @@ pub(super) fn print_status(status: &Status) {
         policy.timing.compiled_ms
     );
     if let Some(expiry) = policy.next_expiry {
-        println!("next rule expires at {expiry}");
+        say!("next rule expires at {expiry}");
     }
     print_verified(&status.verified);
     if let Some(tracing) = &status.tracing {
-        println!("{tracing}");
+        say!("{tracing}");
     }
     let mut interfaces = table(["INTERFACE", "MODE", "PROGRAM"]);
     for interface in &status.interfaces {
@@ -170,11 +170,11 @@ pub(super) fn print_status(status: &Status) {
             or(&program.unwrap_or_default(), "-"),
         ]);
     }
-    println!();
+    say!("");
     print_table(&interfaces, status.interfaces.len());
     if status.repairs > 0 {
         let times = if status.repairs == 1 { "time" } else { "times" };
-        println!(
+        say!(
             "another program detached the filter; it was attached again {} {times}",
             status.repairs
         );
@@ -199,7 +199,7 @@ pub(super) fn print_status(status: &Status) {
             dropped,
         ]);
     }
-    println!();
+    say!("");
     print_table(&databases, status.databases.len());
     for database in &status.databases {
         let parts = [
@@ -211,7 +211,7 @@ pub(super) fn print_status(status: &Status) {
         let there = there.map(|(count, one, many)| counted(count, one, many));
         let there: Vec<String> = there.collect();
         if !there.is_empty() {
-            println!("{}: {}", database.name, there.join(", "));
+            say!("{}: {}", database.name, there.join(", "));
         }
     }
     for database in status
@@ -229,7 +229,7 @@ pub(super) fn print_status(status: &Status) {
         } else {
             "forced"
         };
-        println!(
+        say!(
             "{}: TLS is {how}; connections: {connections}",
             database.name
         );
@@ -240,20 +240,20 @@ pub(super) fn print_status(status: &Status) {
     ];
     for (what, counts) in unattributed {
         if !counts.is_empty() {
-            println!("\n{what}, for any of the databases: {}", reasons(counts));
+            say!("\n{what}, for any of the databases: {}", reasons(counts));
         }
     }
     let used: Vec<&report::Region> = status.regions.iter().filter(|r| r.used).collect();
     if !used.is_empty() {
-        println!();
+        say!("");
     }
     print_region_table(&used);
     print_warnings(&status.warnings);
     if status.warnings.is_empty() && !status.errors.is_empty() {
-        println!();
+        say!("");
     }
     for error in &status.errors {
-        println!("error: {error}");
+        say!("error: {error}");
     }
 }
 
@@ -298,23 +298,23 @@ fn print_region_table(regions: &[&report::Region]) {
 pub(super) fn print_regions(regions: &[report::Region]) {
     print_region_table(&regions.iter().collect::<Vec<_>>());
     for region in regions.iter().filter(|region| region.used) {
-        println!("\n{}", region.name);
+        say!("\n{}", region.name);
         list(" ", "", &region.prefixes);
         for retiring in region.retiring.iter().take(LISTED) {
             let left = until(Some(retiring.until));
-            println!(
+            say!(
                 "    {} is retiring: allowed for {left} more",
                 retiring.prefix
             );
         }
         if let Some(change) = &region.change {
             let at = change.at.map(age).unwrap_or_else(|| "-".into());
-            println!("  last change {at} ago");
+            say!("  last change {at} ago");
             print_change(&change.added, &change.left, &change.removed);
         }
         if let Some(error) = &region.error {
             let resolved = if region.failing { "" } else { ", resolved" };
-            println!(
+            say!(
                 "  last error {} ago{resolved}: {}",
                 age(error.at),
                 error.text
@@ -331,7 +331,7 @@ fn print_change(added: &[IpNet], left: &[IpNet], removed: &[IpNet]) {
 
 pub(super) fn print_refreshed(refreshed: &[Refreshed]) {
     if refreshed.is_empty() {
-        println!("no rule names a region");
+        say!("no rule names a region");
     }
     for region in refreshed {
         let name = &region.region;
@@ -339,18 +339,18 @@ pub(super) fn print_refreshed(refreshed: &[Refreshed]) {
         let changes = region.added.len() + region.left.len() + region.removed.len();
         match &region.error {
             Some(error) if region.partial => {
-                println!(
+                say!(
                     "{name}: error: {error}; the rest of the result is in force, {prefixes} with what is kept"
                 )
             }
             Some(error) if region.prefixes == 0 => {
-                println!("{name}: error: {error}; it allows nobody")
+                say!("{name}: error: {error}; it allows nobody")
             }
             Some(error) => {
-                println!("{name}: error: {error}; the last good set of {prefixes} stays in force")
+                say!("{name}: error: {error}; the last good set of {prefixes} stays in force")
             }
-            None if changes == 0 => println!("{name}: no change, {prefixes}"),
-            None => println!("{name}: changed, {prefixes}"),
+            None if changes == 0 => say!("{name}: no change, {prefixes}"),
+            None => say!("{name}: changed, {prefixes}"),
         }
         print_change(&region.added, &region.left, &region.removed);
     }
@@ -358,7 +358,7 @@ pub(super) fn print_refreshed(refreshed: &[Refreshed]) {
 
 pub(super) fn print_explanations(explanations: &[Explanation]) {
     if explanations.is_empty() {
-        println!("no database has an address of that family");
+        say!("no database has an address of that family");
     }
     for verdict in explanations {
         let Explanation {
@@ -401,7 +401,7 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
             }
             None => String::new(),
         };
-        println!("{database}: {source} {action}: {why}{tls}{monitor}{way}");
+        say!("{database}: {source} {action}: {why}{tls}{monitor}{way}");
     }
 }
 
@@ -419,12 +419,10 @@ pub(super) fn describe_temporary(done: &report::Temporary) -> String {
 }
 
 pub(super) fn print_temporary(done: &report::Temporary) {
-    println!("{}", describe_temporary(done));
+    say!("{}", describe_temporary(done));
     print_cut(&done.cut, &done.cut_unknown);
-    done.notes.iter().for_each(|note| println!("note: {note}"));
-    done.errors
-        .iter()
-        .for_each(|error| println!("error: {error}"));
+    done.notes.iter().for_each(|note| say!("note: {note}"));
+    done.errors.iter().for_each(|error| say!("error: {error}"));
 }
 
 #[cfg(test)]

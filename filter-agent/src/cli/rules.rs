@@ -62,7 +62,7 @@ pub(super) fn print_rules(rules: &[Rule]) {
         ]);
     }
     if rules.is_empty() {
-        println!("no rules: nobody may reach a database");
+        say!("no rules: nobody may reach a database");
     }
     print_table(&table, rules.len());
 }
@@ -99,7 +99,7 @@ pub(super) fn print_unused(rules: Vec<Rule>, unused: Duration, output: &Output) 
     output.print(&rules, |rules| {
         let lasting = coarse(unused);
         match rules.as_slice() {
-            [] => println!("no rule is without a hit for {lasting}"),
+            [] => say!("no rule is without a hit for {lasting}"),
             rules => print_rules(rules),
         }
     })?;

@@ -21,6 +21,7 @@ use crate::{
     kernel::traced::Traced,
     report::{By, TraceLine},
     temporary::parse_source,
+    threads,
 };
 
 /// How often lines are read.
@@ -64,7 +65,8 @@ pub(super) async fn trace(
         number,
     };
     // No change waits for the verifier.
-    let loaded = tokio::task::spawn_blocking(move || Traced::load(&place, source)).await;
+    let load = move || Traced::load(&place, source);
+    let loaded = threads::run_on_thread("load-trace", load).await;
     let loaded = loaded.context("load the programs of a trace").flatten();
     let begun = shared
         .enforcer
