@@ -599,7 +599,7 @@ fn commands_need_root_as_the_readme_says() {
     for name in commands().keys() {
         let argument: &[&str] = match name.as_str() {
             "check" => &[path.to_str().unwrap()],
-            "explain" => &["203.0.113.10"],
+            "explain" | "trace" => &["203.0.113.10"],
             "allow" | "block" => &["orders", "203.0.113.11", "--for", "1h"],
             "revoke" => &["orders", "203.0.113.11"],
             "detach" => &["--yes"],
