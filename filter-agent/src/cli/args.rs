@@ -1,6 +1,6 @@
 //! Arguments of the commands.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{net::IpAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::ArgValueCompleter;
@@ -262,7 +262,7 @@ pub(super) enum Command {
         source: Option<String>,
         /// Show at most so many sources [default: 20; with --json: all].
         #[arg(long, value_name = "NUMBER")]
-        limit: Option<usize>,
+        limit: Option<NonZeroUsize>,
         /// Keep running, and print every second a line for each source whose packets were dropped.
         #[arg(long, conflicts_with = "limit")]
         follow: bool,

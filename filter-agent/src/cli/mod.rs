@@ -24,7 +24,7 @@ mod rules;
 mod top;
 mod trace;
 
-use std::{env, path::PathBuf, process::ExitCode, time::Duration};
+use std::{env, num::NonZeroUsize, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
@@ -318,7 +318,8 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => {
             let database = database.map(|database| format!("&database={}", encode(&database)));
             let source = source.map(|source| format!("&source={}", encode(&source)));
-            let limit = limit.or((!output.json && !follow).then_some(LISTED));
+            let usual = (!output.json && !follow).then_some(LISTED);
+            let limit = limit.map(NonZeroUsize::get).or(usual);
             let limit = limit.map(|limit| format!("&limit={limit}"));
             let wanted: String = [database, source, limit].into_iter().flatten().collect();
             let path = format!("/drops?hints={}{wanted}", !follow);
