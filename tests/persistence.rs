@@ -407,7 +407,7 @@ fn state_directory_that_cannot_be_written_is_a_warning_and_stops_nothing() {
     let _listener = net.listen(PORT);
     fs::create_dir_all(net.state_dir()).unwrap();
     let none = None::<&str>;
-    let full = Some("size=4k");
+    let full = Some("size=64k");
     nix::mount::mount(
         none,
         &net.state_dir(),
@@ -416,7 +416,7 @@ fn state_directory_that_cannot_be_written_is_a_warning_and_stops_nothing() {
         full,
     )
     .unwrap();
-    fs::write(net.state_dir().join("full"), [0; 4096]).unwrap();
+    fs::write(net.state_dir().join("full"), [0; 64 << 10]).unwrap();
     net.write_policy(&orders(&ALLOWED));
     net.start();
     net.wait_for_line("warning: the policy in force is not kept for the next start");

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 /// Lines about one thing that are written within `WINDOW`. The rest are counted.
-const MAX_LINES: u32 = 10;
+const MAX_LINES: u32 = 20;
 const WINDOW: Duration = Duration::from_mins(1);
 
 /// Times are since any fixed moment.
