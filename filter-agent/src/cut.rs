@@ -1,6 +1,7 @@
 //! Open connections whose source loses its access. Pure.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
@@ -79,14 +80,15 @@ impl Paths {
 
 /// What was in force before a change.
 #[derive(Clone, Debug)]
-pub struct Before {
-    pub image: Image,
+pub struct Before<'i> {
+    /// May hold a million prefixes.
+    pub image: Cow<'i, Image>,
     pub paths: Paths,
 }
 
 /// Finds the connections that a change cuts. `paths`: after it.
 pub fn cut<'a>(
-    before: &'a Before,
+    before: &'a Before<'_>,
     after: &'a Compiled,
     paths: &Paths,
     connections: &'a [Connection],
@@ -292,9 +294,9 @@ mod tests {
         }
     }
 
-    fn before(compiled: &Compiled) -> Before {
+    fn before(compiled: &Compiled) -> Before<'static> {
         Before {
-            image: Image::of(compiled, &Image::default()).unwrap(),
+            image: Cow::Owned(Image::of(compiled, &Image::default()).unwrap()),
             paths: paths(&[1]),
         }
     }
@@ -387,7 +389,7 @@ mod tests {
                 "203.0.113.7:6".parse().unwrap(),
             ),
         ];
-        let peers = |before: &Before, filtered: &[u32]| {
+        let peers = |before: &Before<'_>, filtered: &[u32]| {
             let after = compiled(RULES, "", &[], now);
             let found = cut(before, &after, &paths(filtered), &connections, now.boot);
             assert!(

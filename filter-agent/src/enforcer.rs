@@ -9,6 +9,7 @@ mod tls;
 mod trace;
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     io, mem,
     net::IpAddr,
@@ -57,7 +58,7 @@ pub struct Enforcer {
     netlink: NetlinkReader,
     sockets: Sockets,
     /// What was in force before a change whose connections could not be reset; tried again at thorough checks.
-    not_reset: Option<Before>,
+    not_reset: Option<Before<'static>>,
     in_force: InForce,
     verified: report::Verified,
     /// Indexes of the interfaces that were filtered when all was looked at last.
@@ -328,7 +329,7 @@ impl Enforcer {
             self.in_force.remembered.update(policy, &host, |_| true);
         }
         let before = Before {
-            image: before,
+            image: Cow::Owned(before),
             paths,
         };
         self.reset_cut(before, &committed.report, &mut entries);

@@ -1,6 +1,7 @@
 //! Open connections whose source loses its access: found before a change, and reset after it.
 
 use std::{
+    borrow::Cow,
     fmt, mem,
     net::IpAddr,
     time::{Duration, Instant},
@@ -81,11 +82,11 @@ impl Enforcer {
         plan: &report::Plan,
     ) -> Result<Vec<report::Cut>> {
         let paths = self.paths()?;
+        let connections = list(&mut self.sockets, after)?;
         let before = Before {
-            image: self.filter.image().clone(),
+            image: Cow::Borrowed(self.filter.image()),
             paths: paths.clone(),
         };
-        let connections = list(&mut self.sockets, after)?;
         let paths = with_plan(paths, plan);
         let found = cut(&before, after, &paths, &connections, BootTime::now());
         Ok(cut::report(&found))
@@ -119,7 +120,7 @@ impl Enforcer {
     /// Resets the connections of sources that `before` let in, and that what is in force does not.
     pub(super) fn reset_cut(
         &mut self,
-        before: Before,
+        before: Before<'static>,
         plan: &report::Plan,
         entries: &mut Vec<Entry>,
     ) {
@@ -145,7 +146,7 @@ impl Enforcer {
         self.note(RESET, reset, entries);
     }
 
-    fn reset(&mut self, before: &Before, entries: &mut Vec<Entry>) -> Result<()> {
+    fn reset(&mut self, before: &Before<'_>, entries: &mut Vec<Entry>) -> Result<()> {
         let after = self.in_force.compiled.clone();
         let paths = self.paths()?;
         let deadline = Instant::now() + RESET_TIMEOUT;
