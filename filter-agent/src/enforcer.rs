@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp;
 
 use crate::{
-    cut::{Before, Paths},
+    cut::Before,
     drops::Drops,
     former::Former,
     host::{
@@ -249,8 +249,7 @@ impl Enforcer {
         let plan = self.prepare(desired, &occasion, &host)?;
         let compiled = plan.compiled();
         let mut report = plan.report;
-        self.find_cut(&compiled, &mut report);
-        self.find_lock_out(&compiled, caller, &mut report);
+        self.find_effects(&compiled, caller, &mut report);
         if !plan.unguarded.is_empty() {
             let why = reconcile::describe_unguarded(&plan.unguarded);
             report.warnings.push(format!("a reload is refused: {why}"));
@@ -279,8 +278,7 @@ impl Enforcer {
         let (file, accepted) = (desired.file.clone(), desired.accepted);
         let mut plan = self.prepare(desired, occasion, &host)?;
         let compiled = plan.compiled();
-        self.find_cut(&compiled, &mut plan.report);
-        self.find_lock_out(&compiled, occasion.caller(), &mut plan.report);
+        let paths = self.find_effects(&compiled, occasion.caller(), &mut plan.report);
         if let Occasion::Reload {
             max_cut: Some(most),
             ..
@@ -298,11 +296,6 @@ impl Enforcer {
             let counted = self.count_existing(&compiled);
             self.note("connections from before", counted, &mut entries);
         }
-        // Where the interfaces cannot be listed, all of this host's addresses count as filtered already.
-        let paths = self.paths().unwrap_or_else(|_| Paths {
-            host: Vec::new(),
-            filtered: self.covered.clone(),
-        });
         let mut committed = reconcile::commit(&mut self.filter, plan, &host)?;
         self.drops.restart(&committed.restarted);
         let changed = &committed.report.difference;
@@ -328,11 +321,11 @@ impl Enforcer {
             let policy = &self.in_force.file.policy;
             self.in_force.remembered.update(policy, &host, |_| true);
         }
-        let before = Before {
+        let before = paths.map(|paths| Before {
             image: Cow::Owned(before),
             paths,
-        };
-        self.reset_cut(before, &committed.report, &mut entries);
+        });
+        self.reset_cut(before, &mut entries);
         self.hold_tls(&committed.compiled, false, &mut entries);
         self.look_for_lost(&mut entries);
         self.verify(&mut entries);

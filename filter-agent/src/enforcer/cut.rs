@@ -30,36 +30,57 @@ const RESET_TIMEOUT: Duration = Duration::from_secs(2);
 const RESET: &str = "reset connections";
 
 impl Enforcer {
-    /// Adds to a plan the open connections that it would cut off.
-    pub(super) fn find_cut(&mut self, after: &Compiled, plan: &mut report::Plan) {
-        if !may_cut(plan) {
-            return;
-        }
-        match self.cut_connections(after, plan) {
-            Ok(cut) => plan.cut = cut,
-            Err(error) => plan.cut_unknown.push(format!("{error:#}")),
-        }
-        plan.cut_unknown.extend(self.elsewhere(&plan.difference));
-    }
-
-    /// Adds to a plan what its caller could no longer reach. Where the interfaces cannot be listed, the caller counts as
-    /// filtered.
-    pub(super) fn find_lock_out(
+    /// Adds to a plan the open connections that it would cut off, and what its caller could no longer reach. Returns the
+    /// interfaces where connections may be cut off. Where they cannot be listed, all of this host's addresses and the caller
+    /// count as filtered already.
+    pub(super) fn find_effects(
         &mut self,
         after: &Compiled,
         caller: Option<IpAddr>,
         plan: &mut report::Plan,
+    ) -> Option<Paths> {
+        let may_cut = may_cut(plan);
+        if !may_cut && caller.is_none() {
+            return None;
+        }
+        let paths = self.paths();
+        if may_cut {
+            let cut = paths.as_ref().map_err(|error| format!("{error:#}"));
+            let cut = cut.and_then(|paths| {
+                let cut = self.cut_connections(after, paths, plan);
+                cut.map_err(|error| format!("{error:#}"))
+            });
+            match cut {
+                Ok(cut) => plan.cut = cut,
+                Err(error) => plan.cut_unknown.push(error),
+            }
+            plan.cut_unknown.extend(self.elsewhere(&plan.difference));
+        }
+        if let Some(caller) = caller {
+            self.find_lock_out(after, caller.to_canonical(), paths.as_ref().ok(), plan);
+        }
+        may_cut.then(|| {
+            paths.unwrap_or_else(|_| Paths {
+                host: Vec::new(),
+                filtered: self.covered.clone(),
+            })
+        })
+    }
+
+    fn find_lock_out(
+        &self,
+        after: &Compiled,
+        caller: IpAddr,
+        paths: Option<&Paths>,
+        plan: &mut report::Plan,
     ) {
-        let Some(caller) = caller.map(|caller| caller.to_canonical()) else {
-            return;
-        };
         let comes_through = |paths: &Paths| paths.unfiltered(caller).is_none();
-        let (was_filtered, is_filtered) = match self.paths() {
-            Ok(paths) => (
-                comes_through(&paths),
+        let (was_filtered, is_filtered) = match paths {
+            Some(paths) => (
+                comes_through(paths),
                 comes_through(&with_plan(paths.clone(), plan)),
             ),
-            Err(_) => (true, true),
+            None => (true, true),
         };
         if is_filtered {
             let before = &self.in_force.compiled;
@@ -79,15 +100,15 @@ impl Enforcer {
     fn cut_connections(
         &mut self,
         after: &Compiled,
+        paths: &Paths,
         plan: &report::Plan,
     ) -> Result<Vec<report::Cut>> {
-        let paths = self.paths()?;
         let connections = list(&mut self.sockets, after)?;
         let before = Before {
             image: Cow::Borrowed(self.filter.image()),
             paths: paths.clone(),
         };
-        let paths = with_plan(paths, plan);
+        let paths = with_plan(paths.clone(), plan);
         let found = cut(&before, after, &paths, &connections, BootTime::now());
         Ok(cut::report(&found))
     }
@@ -117,14 +138,10 @@ impl Enforcer {
         elsewhere.collect()
     }
 
-    /// Resets the connections of sources that `before` let in, and that what is in force does not.
-    pub(super) fn reset_cut(
-        &mut self,
-        before: Before<'static>,
-        plan: &report::Plan,
-        entries: &mut Vec<Entry>,
-    ) {
-        if may_cut(plan) {
+    /// Resets the connections of sources that `before` let in, and that what is in force does not; `None`: the change cut off
+    /// none.
+    pub(super) fn reset_cut(&mut self, before: Option<Before<'static>>, entries: &mut Vec<Entry>) {
+        if let Some(before) = before {
             // Of changes that could not be followed up the first allowed what all of them took.
             self.not_reset.get_or_insert(before);
         }
