@@ -78,7 +78,7 @@ impl Paths {
     }
 }
 
-/// What was in force before a change.
+/// The image and the interfaces before a change.
 #[derive(Clone, Debug)]
 pub struct Before<'i> {
     /// May hold a million prefixes.

@@ -30,7 +30,7 @@ const MAX_ENDED: usize = 256;
 pub struct Drops {
     since: Timestamp,
     seen: BTreeMap<Who, Seen>,
-    /// What the kernel had counted by then.
+    /// The kernel's counters by then.
     before: Counts,
     /// How many samples there were, those included that are remembered no more.
     sampled: Counts,

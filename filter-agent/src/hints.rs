@@ -155,7 +155,7 @@ impl Facts<'_> {
         blocks.max_by_key(|rule| rule.end)
     }
 
-    /// What allowed the source, or nearly does.
+    /// Describes a rule that allowed the source, or that nearly does.
     fn history(&self, database: &Database, source: IpAddr) -> Option<String> {
         let now = self.now;
         let timed = self.in_force.timed.at(now);
@@ -257,7 +257,7 @@ fn neighbour(database: &Database, source: IpAddr) -> Option<String> {
     near.next()
 }
 
-/// What the client of a refused connection is to do.
+/// Tells how the client of a refused connection has to connect.
 fn client_must(database: &Database, speak_tls: bool) -> String {
     if !speak_tls {
         return "the source is allowed; its connection must begin with a PROXY header".into();

@@ -1,4 +1,4 @@
-//! What the rules in force hold: which others cover a rule, and which rule allows a source. Pure.
+//! Compares the rules in force: which others cover a rule, and which rule allows a source. Pure.
 
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 

@@ -43,7 +43,7 @@ pub struct Entry {
     pub text: String,
     /// By their names in the journal: upper case.
     pub fields: Vec<(&'static str, String)>,
-    /// What it is about, where somebody outside can cause such lines again and again.
+    /// Subject of a line that somebody outside can cause again and again.
     pub limited: Option<String>,
 }
 

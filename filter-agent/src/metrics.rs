@@ -21,7 +21,7 @@ use families::Families;
 use process::{Usage, seconds};
 use timings::Timings;
 
-/// What a scrape reports.
+/// Content of a scrape.
 pub struct Values<'a> {
     pub snapshot: &'a Snapshot,
     pub status: &'a Status,

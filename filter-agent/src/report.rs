@@ -294,10 +294,10 @@ pub struct Dropped {
     #[serde(default)]
     pub first_seen: Option<Timestamp>,
     pub last_seen: Timestamp,
-    /// What a refused connection began with instead of TLS, in words.
+    /// First bytes of a refused connection instead of TLS, in words.
     #[serde(default)]
     pub opening: Option<String>,
-    /// What is known of the source, or what would help it.
+    /// Facts about the source, or how it could get in.
     #[serde(default)]
     pub hint: Option<String>,
     /// The command that would let the source in.

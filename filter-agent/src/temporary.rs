@@ -578,7 +578,7 @@ fn dedicated<'a>(policy: &'a Policy, name: &str) -> Result<&'a Database> {
 /// A prefix, or an address alone: that one host.
 ///
 /// # Errors
-/// What is wrong with the text.
+/// Names the mistake in the text.
 pub fn parse_source(text: &str) -> Result<IpNet> {
     let host: Result<IpAddr, _> = text.parse();
     let prefix = host.map_or_else(

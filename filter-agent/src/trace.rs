@@ -15,7 +15,7 @@ use crate::{kernel::image::Image, report, rules::RuleKey};
 
 const XDP_PASS: u64 = 2;
 
-/// What the numbers in a line stand for.
+/// Names for the numbers in a line.
 pub struct Names<'a> {
     pub image: &'a Image,
     /// The interfaces by index.

@@ -253,7 +253,7 @@ impl Judgement {
     pub const REFUSED: u64 = 4;
 }
 
-/// What is done about connections from before TLS was forced: a set of the bits below, or zero. They have received
+/// How connections from before TLS was forced are treated: a set of the bits below, or zero. They have received
 /// more than is judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]

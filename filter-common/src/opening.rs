@@ -40,7 +40,7 @@ impl Forms {
     }
 }
 
-/// What may stand at one place, for all forms at once: a byte, masked, from `low` to `high`. Lanes as in
+/// The bytes that may stand at one place, for all forms at once: masked, from `low` to `high`. Lanes as in
 /// `Forms`. Compared without branches, which the verifier would follow one by one.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -204,7 +204,7 @@ const _: () = {
     assert!(Forms::ALL.len() == 4);
 };
 
-/// What a stream that does not begin with TLS begins with, for people: named, since its bytes may hold passwords.
+/// The kind of a stream's first bytes that are not TLS, for people: its bytes may hold passwords, and are not printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u32)]
 pub enum OpeningKind {

@@ -85,7 +85,7 @@ impl LookedUp {
     pub const ALL: [Self; 4] = [Self::Nowhere, Self::VerdictCache, Self::Bloom, Self::Tries];
 }
 
-/// What was decided of a packet at the interface.
+/// The decision on a packet at the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Decision {

@@ -29,7 +29,7 @@ const ACK: u8 = 16;
 
 pub const TCP_HEADER: usize = 20;
 
-/// What is done with a refused packet.
+/// Fate of a refused packet.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 pub enum Ending {

@@ -1,4 +1,4 @@
-//! What the benchmark runs beside the filter: programs that cost nothing, and a source of packets.
+//! The benchmark's own programs, beside the filter: programs that cost nothing, and a source of packets.
 #![no_std]
 #![no_main]
 
@@ -18,13 +18,13 @@ static SOURCE_AT: u32 = 0;
 #[unsafe(no_mangle)]
 static RANDOM: [u32; 4] = [0; 4];
 
-/// What any XDP program costs that drops.
+/// The cost of any XDP program that drops.
 #[xdp(frags)]
 pub fn floor(_: XdpContext) -> u32 {
     XDP_DROP
 }
 
-/// What any costs that passes.
+/// The cost of any that passes.
 #[xdp(frags)]
 pub fn pass(_: XdpContext) -> u32 {
     XDP_PASS

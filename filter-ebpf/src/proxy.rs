@@ -45,7 +45,7 @@ impl Header {
     }
 }
 
-/// What the beginning of a stream holds.
+/// Content of the beginning of a stream.
 pub enum Found {
     Header(Header),
     /// The segment ends before its header does.

@@ -58,7 +58,7 @@ const ACK: u32 = 16;
 const LARGEST_SEGMENT: i32 = 1 << 16;
 const LARGEST_WINDOW: i32 = 1 << 20;
 
-/// What `follow_segment` returns for a segment that passes; an `Ending` is above it.
+/// Return value of `follow_segment` for a segment that passes; an `Ending` is above it.
 const PASSES: u32 = 0;
 
 /// The port of this host that a SYN was let pass to.
@@ -101,7 +101,7 @@ pub fn refuse(client: &Client, next: u32, reason: Reason) {
     let _ = REFUSING.set(0, 1, 0);
 }
 
-/// What becomes of a segment.
+/// Verdict on a segment.
 pub enum Course {
     Passes,
     /// Its connection was refused; it is rewritten.

@@ -44,7 +44,7 @@ static PUBLISHED_SOCKETS: HashMap<
     { BPF_F_NO_PREALLOC as usize },
 > = HashMap::new();
 
-/// What is done about connections from before TLS was forced: an `Existing`.
+/// How connections from before TLS was forced are treated: an `Existing`.
 #[btf_map]
 static EXISTING: Array<u32, 1> = Array::new();
 /// The local port to which the agent connects to find out whether connections are judged, or zero.
@@ -182,10 +182,10 @@ extern "C" fn name_opening(skb: *mut __sk_buff, engine: u32) -> u32 {
 
 const NOT_TLS: u32 = Reason::NotTls as u32;
 
-/// What a segment is not refused for: no number of a `Reason` that refuses.
+/// No reason to refuse a segment: not the number of a `Reason` that refuses.
 const PASSES: u32 = Reason::Allowed as u32;
 
-/// What is said on this host is not judged, but for the connection by which the agent finds out whether it would be.
+/// Connections of this host to itself are not judged, but for the connection by which the agent finds out whether it would be.
 #[inline(always)]
 fn judge_proof(socket: Socket) -> u32 {
     let port = u32::from(socket.port());
@@ -207,7 +207,7 @@ fn judge_proof(socket: Socket) -> u32 {
     0
 }
 
-/// What `find_guard` returns where no guard is in force for the connection, or where it may be one of two. A guard is less
+/// Return values of `find_guard` where no guard is in force for the connection, or where it may be one of two. A guard is less
 /// than either.
 const UNGUARDED: u64 = 1 << 32;
 const UNCLEAR: u64 = 2 << 32;
@@ -257,7 +257,7 @@ extern "C" fn find_guard(skb: *mut __sk_buff) -> u64 {
     if is_noted {
         refuse::note_outsider(&segment.source);
     }
-    // What clients of this host's own say to each other is not judged.
+    // Connections between clients of this host are not judged.
     if refuse::is_local_client(&segment.source)
         || rules::is_exempt(guard, segment.is_v4, &segment.source)
     {
@@ -345,7 +345,8 @@ extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
     let is_whole = match forms {
         // Longer than a request: by what was received, one is told from the other later.
         Forms::HELLO if engine == POSTGRESQL => length > 8,
-        Forms::CANCEL => declared_length(skb, segment.data + header) == Some(length),
+        // As the length in its first four bytes says.
+        Forms::CANCEL => load(skb, segment.data + header) == Some([length.to_be()]),
         Forms::REQUEST | Forms::GSSENC if segment.length == 8 => return PASSES,
         _ => true,
     };
@@ -379,13 +380,6 @@ fn allowed_forms(opening: &Opening, guard: Guard) -> Forms {
     } else {
         opening.forms.without(Forms::CANCEL)
     }
-}
-
-/// The length in the first four bytes of a PostgreSQL packet.
-#[inline(always)]
-fn declared_length(skb: *mut __sk_buff, at: u32) -> Option<u32> {
-    let [length] = load::<u32, 1>(skb, at)?;
-    Some(u32::from_be(length))
 }
 
 /// Whether the stream of the connection that this segment opens begins with its first byte. With a SYN cookie it does, by
@@ -582,7 +576,7 @@ struct Place {
     place: u32,
 }
 
-/// What a segment holds of a stream that begins with a PROXY header.
+/// Content of a segment in a stream that begins with a PROXY header.
 enum Behind {
     /// Bytes of the header that decide nothing.
     Nothing,
@@ -710,7 +704,7 @@ fn refuse(segment: &Segment, guard: Guard, next: u32, judgement: JudgementPointe
     }
 }
 
-/// What a segment holds at decisive places.
+/// Content of a segment at decisive places.
 struct Content {
     /// The forms that may have it there.
     forms: Forms,
@@ -719,7 +713,7 @@ struct Content {
 }
 
 impl Content {
-    /// What is no form's.
+    /// The bytes of no form.
     const NOTHING: Self = Self {
         forms: Forms::NONE,
         seen: 0,

@@ -154,7 +154,7 @@ impl Programs {
         let output = self.output.join(target.name);
         let found = output.join("corpus");
         if !matches!(length, Length::Seconds(_)) {
-            // What an earlier run left there would change this one.
+            // The findings of an earlier run would change this one.
             let _ = fs::remove_dir_all(&found);
         }
         fs::create_dir_all(&found).with_context(|| format!("create {}", found.display()))?;

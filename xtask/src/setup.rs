@@ -123,7 +123,7 @@ pub fn install(needs: Needs) -> Result<()> {
     Ok(())
 }
 
-/// What to do by hand, in order.
+/// Lists what to do by hand, in order.
 fn refusal(components: &[&str], packages: &[String], linker: Option<&Linker>) -> anyhow::Error {
     let mut commands = Vec::new();
     if !components.is_empty() {
@@ -222,7 +222,7 @@ fn apt_install(packages: &[String]) -> Command {
 
 /// A file that tells Debian's packages something while they are installed.
 struct Declared {
-    /// What to remove again: the file, and the directories made for it.
+    /// To be removed again: the file, and the directories made for it.
     created: Vec<PathBuf>,
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use crate::fuzz::{self, Length};
 use crate::{bench, cargo, run, target_directory, vm};
 
-/// What needs no root.
+/// Runs the steps that need no root.
 pub fn check() -> Result<()> {
     let mut report = Report::default();
     let result = check_steps(&mut report);

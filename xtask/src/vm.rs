@@ -23,7 +23,7 @@ pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// At most, as `systemd-analyze security` sees the unit: 0 is the safest, 10 the least safe.
 const EXPOSURE: f32 = 2.0;
 
-/// What the machine goes through, and whether the database is up all the time.
+/// The phases of the machine, and whether the database is up all the time.
 const PHASES: [(&str, &str, bool); 9] = [
     (
         "agent stopped",
@@ -331,7 +331,7 @@ impl Scenario {
         Ok(())
     }
 
-    /// What systemd thinks of the unit.
+    /// Returns systemd's assessment of the unit.
     fn unit(&mut self) -> Result<String> {
         let complaints = self
             .machine

@@ -172,7 +172,7 @@ impl<'a> Agent<'a> {
 /// An answer that comes in lines.
 pub(super) struct Lines {
     answer: Incoming,
-    /// What has come of lines that were not returned.
+    /// Bytes of lines that were not returned yet.
     read: Vec<u8>,
 }
 

@@ -57,7 +57,7 @@ fn ago(at: Timestamp) -> String {
     format!("{} ago", age(at))
 }
 
-/// What a refused connection began with, and what is known of its source.
+/// The first bytes of a refused connection, in words, and the hint about its source.
 fn hint(dropped: &report::Dropped) -> String {
     let opening = dropped.opening.iter();
     let parts: Vec<&str> = opening.chain(&dropped.hint).map(String::as_str).collect();

@@ -88,7 +88,7 @@ pub fn main() -> ExitCode {
         .context("start the async runtime")
         .and_then(|runtime| {
             let done = runtime.block_on(execute(command));
-            // What hangs on a file system is not waited for.
+            // Threads that hang on a file system are not waited for.
             runtime.shutdown_background();
             done
         });

@@ -410,7 +410,7 @@ pub(super) fn by(by: &By) -> String {
     format!("added by {by}")
 }
 
-/// What was done, and when it was in force.
+/// Describes a change, and when it was in force.
 pub(super) fn describe_temporary(done: &report::Temporary) -> String {
     match &done.timing {
         Some(timing) => format!("{done}; {timing}"),

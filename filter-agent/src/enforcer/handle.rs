@@ -117,7 +117,7 @@ impl Handle {
         if !self.work.is_waiting.swap(true, Ordering::AcqRel) {
             let work = self.work.clone();
             self.send(move |enforcer| {
-                // What happens from now on is for the next check.
+                // The next check covers whatever happens from now on.
                 work.is_waiting.store(false, Ordering::Release);
                 check(enforcer, work.is_thorough.swap(false, Ordering::AcqRel));
             });

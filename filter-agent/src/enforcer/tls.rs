@@ -17,7 +17,7 @@ use crate::{
 /// connections of the host pay for it.
 const COUNTING_TIME: Duration = Duration::from_secs(600);
 
-/// What the errors of judging connections are about.
+/// Subject of errors in judging connections.
 pub(super) const TLS: &str = "tls";
 const LINK: &str = "the link of the program that judges connections";
 const PROOF: &str = "the agent's own connection";
@@ -116,7 +116,7 @@ impl Enforcer {
             Err(error) => Err(error),
         };
         let is_new = match attached {
-            // What is attached goes on judging.
+            // The program that is attached goes on judging.
             Err(error) if was_judged => {
                 self.note(LINK, Err(error), entries);
                 return Ok(());

@@ -28,7 +28,7 @@ pub const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often the programs may log `LINES_GRANTED` more lines.
 const GRANT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What a client asks to be traced.
+/// A client's request for a trace.
 #[derive(Clone, Debug)]
 pub struct TraceRequest {
     pub source: IpNet,
@@ -226,7 +226,7 @@ impl Enforcer {
             return;
         }
         let mut lines = self.read_lines().unwrap_or_default();
-        // What it sampled.
+        // Its last samples.
         let collected = self.collect_drops();
         let ended = self.filter.end_trace();
         let Some(trace) = self.traces.current.take() else {

@@ -127,7 +127,7 @@ pub struct Coverage {
     remembered: Vec<(u32, Listed)>,
     /// Entries `default` whose routes lead only through interfaces that cannot be filtered, such as tunnels.
     tunnels: Vec<String>,
-    /// What need not be listed.
+    /// Interfaces that need not be listed.
     ignored: Vec<Listed>,
 }
 

@@ -45,7 +45,7 @@ impl fmt::Display for NotTakenBack {
 }
 
 /// A change could not be taken back, and the maps cannot be read: this `Filter` must not be used any more.
-/// What is pinned stays in force, and the next agent reads it.
+/// The pinned maps stay in force, and the next agent reads them.
 #[derive(Debug)]
 pub struct Unknown;
 

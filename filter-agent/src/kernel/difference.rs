@@ -1,4 +1,4 @@
-//! What a change of image means for each database. Pure.
+//! The difference between two images, by database. Pure.
 
 use std::{borrow::Cow, collections::BTreeMap};
 

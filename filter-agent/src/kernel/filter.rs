@@ -44,7 +44,7 @@ pub struct Filter {
     /// The programs that run in place of those, while there is a trace.
     pub(super) tracing: Option<Traced>,
     pub(super) maps: Maps,
-    /// What the maps hold. The tries are read once, before this agent writes, and again only where a change
+    /// The content of the maps. The tries are read once, before this agent writes, and again only where a change
     /// could not be taken back: older kernels must not list a trie that changes.
     pub(super) image: Image,
     /// Prefixes of one address family that a policy may have.
@@ -251,7 +251,7 @@ impl Filter {
         })
     }
 
-    /// What the maps hold.
+    /// Returns the content of the maps.
     pub fn image(&self) -> &Image {
         &self.image
     }

@@ -152,7 +152,7 @@ impl Filter {
             .context("write the networks of this host")
     }
 
-    /// What is done about connections from before TLS was forced.
+    /// Returns how connections from before TLS was forced are treated.
     pub fn existing(&self) -> Result<Existing> {
         self.maps.existing()
     }
@@ -257,7 +257,7 @@ fn cgroup_root() -> Result<PathBuf> {
 /// Whether this host has what judging connections needs, as far as that can be seen without doing it.
 ///
 /// # Errors
-/// What is missing.
+/// The host lacks a part, which is named.
 pub fn check_host() -> Result<()> {
     cgroup_root()?;
     kernel_offsets().map(drop)

@@ -49,7 +49,7 @@ pub struct Image {
     pub protocols: u32,
 }
 
-/// What an image says of a source and a local port.
+/// The verdict of an image on a source and a local port.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Access<'a> {
     /// The port is not guarded, or only monitored.

@@ -49,7 +49,7 @@ pub(super) fn load_error(error: ProgramError) -> anyhow::Error {
 /// Whether the kernel can do what the filter needs of it.
 ///
 /// # Errors
-/// What is missing.
+/// The kernel lacks a part, which is named.
 pub fn check_kernel(bpffs: &Path) -> Result<()> {
     let kernel = KernelVersion::current().context("read the kernel's version")?;
     ensure!(

@@ -22,7 +22,7 @@ pub struct Dropped {
     pub monitored: bool,
     /// Index of the interface that the packet came in through.
     pub interface: u32,
-    /// What a refused connection began with instead of TLS.
+    /// First bytes of a refused connection, instead of TLS.
     pub opening: Option<OpeningKind>,
 }
 

@@ -36,7 +36,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tr
 /// Lines that the programs may log, whenever more are granted. Each is some 300 bytes of a ring of 128 KiB.
 const LINES_GRANTED: u64 = 100;
 
-/// What a trace is loaded over: for a thread of its own, since the verifier takes a while.
+/// Maps and pins that a trace is loaded over: for a thread of its own, since the verifier takes a while.
 #[derive(Clone, Debug)]
 pub struct TracePlace {
     pins: PathBuf,
@@ -211,7 +211,7 @@ pub struct Logged {
 }
 
 impl Filter {
-    /// What a trace of this filter is loaded over.
+    /// Returns the maps and pins that a trace of this filter is loaded over.
     pub fn trace_place(&self) -> TracePlace {
         TracePlace {
             pins: self.pins.clone(),

@@ -130,7 +130,7 @@ async fn accept(listener: &TcpListener, router: &Router, connections: &Arc<Semap
             Ok((stream, _)) => {
                 let router = router.clone();
                 tokio::spawn(async move {
-                    // What is wrong with it concerns the client alone.
+                    // An error of a connection concerns its client alone.
                     let _ = tokio::time::timeout(CONNECTION_TIMEOUT, answer(stream, router)).await;
                     drop(permit);
                 });

@@ -59,7 +59,7 @@ impl Scraper {
     }
 
     /// # Errors
-    /// What the kernel does cannot be read back, or takes too long.
+    /// The kernel's state cannot be read back, or that takes too long.
     pub async fn text(&self) -> Result<String, String> {
         let mut last = self.last.lock().await;
         if let Some((at, text)) = &last.text

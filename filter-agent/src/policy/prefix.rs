@@ -7,7 +7,7 @@ use ipnet::{IpNet, Ipv4Net};
 /// Parses a prefix as the policy spells it.
 ///
 /// # Errors
-/// What is wrong with the text, and the spelling that was probably meant.
+/// Names the mistake in the text, and the spelling that was probably meant.
 pub fn parse_cidr(text: &str) -> Result<IpNet, String> {
     let malformed = || format!("{text:?} is not a prefix, such as 192.0.2.0/24 or 2001:db8::/32");
     let Some((address, length)) = text.split_once('/') else {

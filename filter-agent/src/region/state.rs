@@ -291,7 +291,7 @@ impl State {
     /// Puts a stored set in force, if it passes the guards and is not older than `max_age`.
     ///
     /// # Errors
-    /// What is wrong with the set. Nothing is in force then.
+    /// The set is not valid. Nothing is in force then.
     pub fn restore(&mut self, mut set: Set, now: Timestamp) -> Result<()> {
         let guards = &self.region.guards;
         ensure!(

@@ -143,14 +143,14 @@ impl Machine {
         bail!("the machine does not get as far as a shell")
     }
 
-    /// What a command in the machine prints.
+    /// Runs a command in the machine. Returns its output.
     pub fn command(&mut self, command: &str) -> Result<String> {
         self.asked += 1;
         let (begin, end) = (
             format!("BEGIN-{}", self.asked),
             format!("END-{}", self.asked),
         );
-        // What the command prints need not end in a line's end.
+        // The command's output need not end in a line's end.
         let text = format!("\necho {begin}\n{command}\necho; echo {end}\n");
         self.shell
             .write_all(text.as_bytes())
@@ -262,7 +262,7 @@ const VIRTIO_NET: &str = "virtio-net-pci,netdev=net,guest_tso4=off,guest_tso6=of
 /// With offloads that the guest cannot switch off: the driver refuses native mode.
 const MERGING_VIRTIO_NET: &str = "virtio-net-pci,netdev=merging,ctrl_guest_offloads=off";
 
-/// What the image gets besides Debian: the package, a policy, a network, a database that is open to
+/// Adds to the image, besides Debian, the package, a policy, a network, a database that is open to
 /// everybody, and a shell on the second serial port.
 pub fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
     let write = |path: &str, text: &str| -> Result<()> {

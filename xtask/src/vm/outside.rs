@@ -1,4 +1,4 @@
-//! What is outside of the machine: a network namespace with a DHCP server that is slow to answer, and
+//! The machine's surroundings: a network namespace with a DHCP server that is slow to answer, and
 //! three clients that never stop trying.
 
 use std::collections::VecDeque;

@@ -95,7 +95,7 @@ pub(super) fn draw(
     screen.line(keys, KEYS, Style::new().add_modifier(Modifier::DIM));
 }
 
-/// What is wrong, or that nothing is.
+/// Lines about what is wrong, or one that nothing is.
 fn notices(state: &State, now: Timestamp, instant: Instant, width: usize) -> Vec<(Mark, String)> {
     let mut notices = Vec::new();
     if let Some(silence) = state.silence(instant) {
@@ -270,7 +270,7 @@ impl Screen<'_> {
     }
 }
 
-/// What a pane without rows says.
+/// Text of a pane without rows.
 fn nothing(pane: Pane, state: &State) -> String {
     if state.look.is_none() {
         return "not known yet".into();

@@ -1,4 +1,4 @@
-//! What keys do. Pure.
+//! The effect of keys. Pure.
 
 use crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use jiff::Timestamp;
@@ -8,7 +8,7 @@ use super::state::{Mode, PANES, Pane, State, Wanted};
 /// Rows of a page.
 const PAGE: usize = 10;
 
-/// What the terminal's owner has to do.
+/// A task for the owner of the terminal.
 #[derive(Debug, PartialEq)]
 pub(super) enum Action {
     Quit,

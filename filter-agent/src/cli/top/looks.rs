@@ -22,12 +22,12 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a source is allowed.
 const ALLOWED_FOR: Duration = Duration::from_hours(1);
 
-/// What comes of the requests. Errors are texts for the screen.
+/// Answers to the requests. Errors are texts for the screen.
 pub(super) enum Report {
     /// When its last answer came.
     Look(Box<Result<Look, String>>, Instant),
     Events(Result<Events, String>),
-    /// What came of an `allow`, in lines.
+    /// Result of an `allow`, in lines.
     Allowed(Vec<String>),
 }
 

@@ -1,4 +1,4 @@
-//! What counters grow by a second. Pure.
+//! Growth of counters per second. Pure.
 
 use std::{collections::HashMap, hash::Hash, time::Instant};
 

@@ -109,7 +109,7 @@ fn of_source(dropped: &Dropped, rules: &[Rule], now: Timestamp) -> Row {
     }
 }
 
-/// What `allow` would let in, or why it would not help.
+/// The rule that `allow` would add, or why it would not help.
 fn may_allow(dropped: &Dropped) -> Result<Wanted, String> {
     let Some(source) = dropped.source else {
         return Err("the source address of these packets could not be read".into());
@@ -128,7 +128,7 @@ fn may_allow(dropped: &Dropped) -> Result<Wanted, String> {
     }
 }
 
-/// What is left of a temporary rule that allows the source by now.
+/// Time left of a temporary rule that allows the source by now.
 fn allowed_for(dropped: &Dropped, rules: &[Rule]) -> Option<String> {
     let source = dropped.source.filter(|_| dropped.reason == "not-allowed")?;
     let rules = rules.iter().filter(|rule| {

@@ -1,4 +1,4 @@
-//! What the view shows, from the reports of the agent. Pure.
+//! The state of the view, from the reports of the agent. Pure.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -48,7 +48,7 @@ pub(super) struct Look {
     pub(super) drops: Drops,
 }
 
-/// What the keys mean now.
+/// Determines the meaning of keys.
 #[derive(Debug, PartialEq)]
 pub(super) enum Mode {
     Normal,
@@ -94,7 +94,7 @@ pub(super) struct State {
     /// The only database that is shown.
     pub(super) database: Option<String>,
     pub(super) mode: Mode,
-    /// What came of the last key, until the next one.
+    /// Result of the last key, until the next one.
     pub(super) message: Vec<String>,
 }
 

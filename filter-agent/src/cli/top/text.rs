@@ -2,7 +2,7 @@
 
 use unicode_width::UnicodeWidthChar as _;
 
-/// What is shown for the rest of a text that is cut.
+/// Stands for the rest of a text that is cut.
 const CUT: &str = "..";
 
 /// A text whose control characters are written out (`\u{1b}`), and so are characters without a width of their own that

@@ -118,7 +118,7 @@ enum Monitored {
     Tls,
 }
 
-/// What becomes of a database's ports where TLS cannot be enforced.
+/// State of a database's ports where TLS cannot be enforced.
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Unenforced {

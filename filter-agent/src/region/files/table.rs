@@ -1,4 +1,4 @@
-//! What inotify events mean for watched files. Asks the kernel for nothing but the removal of watches.
+//! Translates inotify events into changes of watched files. Asks the kernel for nothing but the removal of watches.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +20,7 @@ pub(super) const WRITE_TIMEOUT: Duration = Duration::from_mins(10);
 /// A name in a watched directory; `None`: the watched file itself.
 pub(super) type Hop = (WatchDescriptor, Option<OsString>);
 
-/// What a name on the way to a file stands for.
+/// Kind of a name on the way to a file.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Part {
     /// A directory or a symbolic link.
