@@ -90,7 +90,7 @@ fn members_of_a_cluster_have_labels_and_ends() {
             format!("orders: {source} passes: allowed by cluster\n")
         );
     }
-    let rules = net.agent_json(&["rules"]);
+    let rules = net.agent_json(&["rules"])["rules"].take();
     assert_eq!(rules[0]["source"], "cluster");
     assert_eq!(rules[0]["prefixes"], 2);
     assert_eq!(rules[1]["source"], "cluster member 10.1.0.0/16");
@@ -273,5 +273,8 @@ fn answer_that_cannot_be_written_is_a_failure_in_a_line() {
             "{error}"
         );
     }
-    assert_eq!(net.agent_json(&["rules"])[1]["origin"], "temporary");
+    assert_eq!(
+        net.agent_json(&["rules"])["rules"][1]["origin"],
+        "temporary"
+    );
 }

@@ -82,7 +82,7 @@ databases:
     fn region(&self) -> Value {
         let regions = self.net.agent_json(&["regions"]);
         let named = |region: &&Value| region["name"] == "x";
-        let regions = regions.as_array().unwrap();
+        let regions = regions["regions"].as_array().unwrap();
         regions.iter().find(named).unwrap().clone()
     }
 

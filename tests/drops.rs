@@ -165,7 +165,7 @@ fn readers_of_the_drops_grant_no_samples() {
         net.settle();
         let mut client = UnixStream::connect(net.socket()).unwrap();
         client
-            .write_all(b"GET /drops HTTP/1.1\r\nhost: x\r\n\r\n")
+            .write_all(b"GET /v1/drops HTTP/1.1\r\nhost: x\r\n\r\n")
             .unwrap();
         let mut answer = String::new();
         client.read_to_string(&mut answer).unwrap();

@@ -36,7 +36,7 @@ fn file(net: &Net, text: &str) -> PathBuf {
 }
 
 fn region(net: &Net) -> Value {
-    net.agent_json(&["regions"])
+    net.agent_json(&["regions"])["regions"]
         .as_array()
         .unwrap()
         .iter()

@@ -274,7 +274,7 @@ fn outsiders_cause_few_lines() {
             0 => "",
             1 => "GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n",
             2 => "\0\u{1b}[31m nonsense\r\n\r\n",
-            _ => "GET /drops?source=nonsense HTTP/1.1\r\nhost: x\r\n\r\n",
+            _ => "GET /v1/drops?source=nonsense HTTP/1.1\r\nhost: x\r\n\r\n",
         };
         let _ = client.write_all(request.as_bytes());
         if number % 4 != 0 {

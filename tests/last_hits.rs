@@ -40,7 +40,7 @@ fn date(value: &Value) -> Timestamp {
 #[track_caller]
 fn last_hit(net: &Net, database: &str, source: &str) -> (Value, Timestamp) {
     let rules = net.agent_json(&["rules", "--database", database]);
-    let mut found = rules.as_array().unwrap().iter();
+    let mut found = rules["rules"].as_array().unwrap().iter();
     let rule = found.find(|rule| rule["source"] == source);
     let rule = rule.unwrap_or_else(|| panic!("{source} is not in {rules:#}"));
     (rule["last_hit"].clone(), date(&rule["counted_since"]))
@@ -188,8 +188,9 @@ fn last_hit_is_kept_over_restarts_and_reboots() {
     );
     let json: Value =
         serde_json::from_slice(&net.agent(&["rules", "--unused", "30d", "--json"]).stdout).unwrap();
-    assert_eq!(json.as_array().unwrap().len(), 1, "{json:#}");
-    assert_eq!(json[0]["source"], OTHER);
+    let rules = json["rules"].as_array().unwrap();
+    assert_eq!(rules.len(), 1, "{json:#}");
+    assert_eq!(rules[0]["source"], OTHER);
 
     // Nothing is left after a detach.
     net.watch(&[]);
@@ -205,7 +206,7 @@ fn rule_that_others_cover_names_them() {
     net.agent_text(&["allow", "orders", WIDER, "--for", "1h"]);
     let covered = |net: &Net, source: &str| {
         let rules = net.agent_json(&["rules", "--database", "orders"]);
-        let mut found = rules.as_array().unwrap().iter();
+        let mut found = rules["rules"].as_array().unwrap().iter();
         found.find(|rule| rule["source"] == source).unwrap()["covered_by"].clone()
     };
     // A rule without an end outlasts one that has one.

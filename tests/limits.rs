@@ -49,7 +49,7 @@ fn clients_that_send(net: &Net, count: usize, text: &str) -> Vec<UnixStream> {
 
 /// The same with the beginning of a request.
 fn silent_clients(net: &Net, count: usize) -> Vec<UnixStream> {
-    clients_that_send(net, count, "GET /status HT")
+    clients_that_send(net, count, "GET /v1/status HT")
 }
 
 fn descriptors(net: &Net) -> usize {
@@ -129,7 +129,7 @@ fn agent_without_a_free_descriptor_says_what_is_not_filtered_and_filters_it_when
 #[test]
 fn clients_that_send_no_body_keep_nobody_out_for_ever() {
     let net = start("no-body");
-    let request = "POST /plan?file=a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n";
+    let request = "POST /v1/plan?file=a HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n";
     let clients = clients_that_send(&net, MAX_CONNECTIONS, request);
     assert!(wait_until(|| net.agent(&["status"]).status.success()));
     drop(clients);
@@ -151,7 +151,7 @@ fn clients_that_do_not_read_the_answer_keep_nobody_out_for_ever() {
     );
     let policy = policy("eth0", "native", &[orders]) + &region;
     let net = Net::enforcing("no-reader", &[], &policy);
-    let request = "GET /regions HTTP/1.1\r\nhost: x\r\n\r\n";
+    let request = "GET /v1/regions HTTP/1.1\r\nhost: x\r\n\r\n";
     let clients = clients_that_send(&net, MAX_CONNECTIONS, request);
     assert!(wait_until(|| net.agent(&["status"]).status.success()));
     drop(clients);
@@ -168,10 +168,13 @@ fn requests_that_are_none_are_refused_and_harm_nobody() {
         String::from_utf8_lossy(&answer).into_owned()
     };
     let long = format!(
-        "GET /status?{} HTTP/1.1\r\nhost: x\r\n\r\n",
+        "GET /v1/status?{} HTTP/1.1\r\nhost: x\r\n\r\n",
         "a".repeat(1 << 20)
     );
-    let headers = format!("GET /status HTTP/1.1\r\n{}\r\n", "a: b\r\n".repeat(10_000));
+    let headers = format!(
+        "GET /v1/status HTTP/1.1\r\n{}\r\n",
+        "a: b\r\n".repeat(10_000)
+    );
     for request in [
         "\0\0\0\0\r\n\r\n",
         &long,

@@ -238,7 +238,7 @@ fn refused_client_is_seen_and_allowed_in_the_view() {
             && has(screen, &["orders", "198.51.100.7/32", "top"])
     });
     let rules = net.agent_json(&["rules"]);
-    let rules = rules.as_array().unwrap();
+    let rules = rules["rules"].as_array().unwrap();
     let rule = rules
         .iter()
         .find(|rule| rule["origin"] == "temporary")
@@ -364,7 +364,9 @@ fn poisoned(net: &Net, word: &str) -> PathBuf {
 fn control_characters_in_answers_are_written_out() {
     let net = started("top-escapes");
     fs::write(net.dir().join("office.txt"), "evil\n").unwrap();
-    assert!(wait_until(|| ask(&net.socket(), "/events").contains("evil")));
+    assert!(wait_until(
+        || ask(&net.socket(), "/v1/events").contains("evil")
+    ));
     net.agent_text(&[
         "allow",
         "orders",
@@ -429,7 +431,7 @@ fn without_a_terminal_or_on_one_that_only_prints_it_refuses() {
 #[test]
 fn last_lines_of_the_log_are_answered_as_the_page_says() {
     let net = started("top-events");
-    let events = get(&net, "/events");
+    let events = get(&net, "/v1/events");
     let lines = events["events"].as_array().unwrap();
     let last = lines.last().unwrap();
     let fields = |value: &Value| -> Vec<String> {
@@ -455,11 +457,11 @@ fn last_lines_of_the_log_are_answered_as_the_page_says() {
     }
     assert!(section.contains("`events[].fields.*`"));
     let number = last["number"].as_u64().unwrap();
-    let none = get(&net, &format!("/events?after={number}"));
+    let none = get(&net, &format!("/v1/events?after={number}"));
     assert_eq!(none["events"], serde_json::json!([]));
     assert_eq!(none["since"], events["since"]);
     net.agent_text(&["reload"]);
-    let newer = get(&net, &format!("/events?after={number}"));
+    let newer = get(&net, &format!("/v1/events?after={number}"));
     let newer = newer["events"].as_array().unwrap();
     assert_eq!(newer[0]["number"], number + 1);
     let output: Output = Command::new(agent_binary())

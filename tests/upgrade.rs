@@ -65,6 +65,8 @@ fn dropped_and_hits(net: &Net) -> (u64, u64) {
         .as_u64()
         .unwrap_or(0);
     let rules = net.agent_json(&["rules"]);
+    // The agent of before lists them without a name.
+    let rules = rules.get("rules").unwrap_or(&rules);
     (dropped, rules[0]["hits"].as_u64().unwrap())
 }
 

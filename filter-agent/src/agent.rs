@@ -7,7 +7,7 @@ mod temporary;
 
 use std::{collections::VecDeque, mem, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use jiff::Timestamp;
 
 use crate::{
@@ -394,11 +394,11 @@ impl Agent {
                 self.retry_later(error, not_taken_back);
             }
             Cause::Temporary { reply, .. } => {
-                let error = refused.describe_alone();
+                let error = refused.alone();
                 if not_taken_back {
-                    self.retry_later(error.clone(), true);
+                    self.retry_later(format!("{error:#}"), true);
                 }
-                reply.send(Err(anyhow!(error)));
+                reply.send(Err(error));
             }
         }
     }

@@ -103,14 +103,14 @@ pub async fn run(options: Options) -> Result<()> {
         scraper.clone(),
         failed,
     ));
-    let mut server = control::Server::start(
-        listener,
-        events.clone(),
+    let shared = control::Shared {
+        events: events.clone(),
         snapshot,
-        enforcer.clone(),
+        enforcer: enforcer.clone(),
         clock,
         scraper,
-    );
+    };
+    let mut server = control::Server::start(listener, shared);
 
     let mut ticks = tokio::time::interval(CHECK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

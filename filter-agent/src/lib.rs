@@ -29,6 +29,7 @@ pub mod protection;
 mod ranges;
 pub mod reconcile;
 mod refreshes;
+pub mod refusal;
 pub mod region;
 pub mod report;
 mod retry;

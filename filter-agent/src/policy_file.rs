@@ -12,6 +12,7 @@ use crate::{
     clock::Accepted,
     compile::Compiled,
     policy::{self, Policy},
+    refusal::Refusal,
     whole_file,
 };
 
@@ -73,7 +74,7 @@ impl PolicyFile {
         let named = |problem: policy::Problem| format!("{}: {problem}", path.display());
         let (policy, problems) = policy::parse(&text).map_err(|problems| {
             let lines: Vec<String> = problems.into_iter().map(named).collect();
-            anyhow!(lines.join("\n"))
+            Refusal::Unprocessable(lines.join("\n"))
         })?;
         Ok(Self {
             path: path.to_owned(),

@@ -24,7 +24,9 @@ use crate::{
     log::Entry,
     policy::{Mode, Policy, differences},
     policy_file::PolicyFile,
-    protection, report,
+    protection,
+    refusal::Refusal,
+    report,
     temporary::Timed,
     text::{counted, list},
 };
@@ -160,11 +162,16 @@ impl From<anyhow::Error> for Refused {
 
 impl Refused {
     /// The error, where another message says what stays in force.
-    pub fn describe_alone(self) -> String {
+    pub fn alone(self) -> anyhow::Error {
         match self.kernel {
-            Kernel::Unchanged => format!("{:#}", self.error),
-            _ => format!("{:#}", self.describe("change")),
+            Kernel::Unchanged => Refusal::or(self.error, Refusal::Conflict),
+            _ => self.describe("change"),
         }
+    }
+
+    /// The same as text.
+    pub fn describe_alone(self) -> String {
+        format!("{:#}", self.alone())
     }
 
     /// The error with its consequence. `what`: the kind of change, as in `reload`.
@@ -177,7 +184,11 @@ impl Refused {
                 "failed half way, and the agent ends; the next one goes on from what is in force"
             }
         };
-        self.error.context(format!("{what} {outcome}"))
+        let error = match self.kernel {
+            Kernel::Unchanged => Refusal::or(self.error, Refusal::Conflict),
+            _ => self.error,
+        };
+        error.context(format!("{what} {outcome}"))
     }
 }
 

@@ -6,6 +6,7 @@ use anyhow::{Result, bail, ensure};
 
 use crate::{
     event::Reply,
+    refusal::Refusal,
     region::state::{Change, Regions, State},
     report,
     text::list,
@@ -79,15 +80,21 @@ pub fn to_refresh(regions: &Regions, region: Option<String>) -> Result<Vec<Strin
     };
     match regions.get(&name) {
         None if regions.is_empty() => {
-            bail!("no rule names region {name}, nor any other")
+            bail!(Refusal::NotFound(format!(
+                "no rule names region {name}, nor any other"
+            )))
         }
         None => {
             let known = list(regions.keys());
-            bail!("no rule names region {name}; the rules name {known}")
+            bail!(Refusal::NotFound(format!(
+                "no rule names region {name}; the rules name {known}"
+            )))
         }
         Some(state) => ensure!(
             !state.region.is_constant(),
-            "the prefixes of region {name} stand in the policy: there is nothing to look up"
+            Refusal::Unprocessable(format!(
+                "the prefixes of region {name} stand in the policy: there is nothing to look up"
+            ))
         ),
     }
     Ok(vec![name])

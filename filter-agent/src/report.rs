@@ -130,6 +130,11 @@ pub struct Verified {
 }
 
 #[derive(Debug, Deserialize, Serialize)]
+pub struct Rules {
+    pub rules: Vec<Rule>,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
 pub struct Rule {
     pub database: String,
     /// Place in the database's `rules`, counted from 1. `None`: from another field, such as `cluster`.
@@ -176,6 +181,11 @@ pub enum Origin {
     Temporary,
     /// Added by `block`.
     Block,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Regions {
+    pub regions: Vec<Region>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -228,6 +238,11 @@ pub struct Change {
     pub timing: Option<Timing>,
 }
 
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Refreshes {
+    pub regions: Vec<Refreshed>,
+}
+
 /// The result of `refresh` for a region.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Refreshed {
@@ -241,6 +256,11 @@ pub struct Refreshed {
     /// Whether its result is in force all the same.
     #[serde(default)]
     pub partial: bool,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Verdicts {
+    pub verdicts: Vec<Explanation>,
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -413,6 +433,12 @@ pub struct Reloaded {
     pub verified: Verified,
     /// Errors after the policy was enforced.
     pub errors: Vec<String>,
+}
+
+/// The interfaces that are no longer filtered.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Detached {
+    pub interfaces: Vec<String>,
 }
 
 /// The client of the control socket that asked for a change.

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-use anyhow::{Error, Result, anyhow, bail, ensure};
+use anyhow::{Error, Result, bail, ensure};
 use filter_common::{MAX_BLOCKS, MAX_RULES};
 use ipnet::IpNet;
 use jiff::{Timestamp, Unit};
@@ -13,6 +13,7 @@ use crate::{
     log::Entry,
     policy::{Database, Model, Policy, Source, check_label, parse_cidr, without},
     policy_file::PolicyFile,
+    refusal::Refusal,
     report::{self, By},
     rules::{Regions, RuleKey, held},
     text::list,
@@ -212,16 +213,19 @@ impl Timed {
             label,
         } = wanted;
         let database = dedicated(&file.policy, &database)?;
-        let source = parse_source(&source)?;
+        let source = wanted_source(&source)?;
         let lasting = Duration::from_secs(seconds);
         ensure!(
             (SHORTEST..=LONGEST).contains(&lasting),
-            "a temporary rule lasts from a second to 366 days: {seconds} s is not such a time; for longer write it into {}",
-            file.path.display()
+            Refusal::Unprocessable(format!(
+                "a temporary rule lasts from a second to 366 days: {seconds} s is not such a time; for longer write it \
+                 into {}",
+                file.path.display()
+            ))
         );
         let label = label.filter(|label| !label.is_empty());
         if let Some(label) = &label {
-            check_label(label).map_err(Error::msg)?;
+            check_label(label).map_err(Refusal::Unprocessable)?;
         }
         let mut notes = Vec::new();
         match kind {
@@ -252,16 +256,21 @@ impl Timed {
         match kind {
             Kind::Allow => ensure!(
                 used < rules,
-                "database {} has {MAX_RULES} rules, {} of them temporary{beyond}, which is the most: revoke one, or take \
-                 one out of {}",
-                database.name,
-                used.min(rules),
-                file.path.display()
+                Refusal::Unprocessable(format!(
+                    "database {} has {MAX_RULES} rules, {} of them temporary{beyond}, which is the most: revoke one, or \
+                     take one out of {}",
+                    database.name,
+                    used.min(rules),
+                    file.path.display()
+                ))
             ),
             Kind::Block => ensure!(
                 used < blocks,
-                "database {} has {MAX_BLOCKS} blocks, which is the most: revoke one, or block a network that holds several",
-                database.name
+                Refusal::Unprocessable(format!(
+                    "database {} has {MAX_BLOCKS} blocks, which is the most: revoke one, or block a network that holds \
+                     several",
+                    database.name
+                ))
             ),
         }
         let end = self.now.boot.after(lasting);
@@ -335,8 +344,11 @@ impl Timed {
             .collect();
         ensure!(
             !without(&[source], &members).is_empty(),
-            "{source} is in the cluster of database {}, which no block changes: take it out of `cluster:` in the policy file",
-            database.name
+            Refusal::Unprocessable(format!(
+                "{source} is in the cluster of database {}, which no block changes: take it out of `cluster:` in the \
+                 policy file",
+                database.name
+            ))
         );
         let inside: Vec<&IpNet> = members.iter().filter(|m| source.contains(*m)).collect();
         if !inside.is_empty() {
@@ -353,7 +365,7 @@ impl Timed {
         source: &str,
     ) -> Result<report::Temporary> {
         let database = dedicated(&file.policy, database)?;
-        let source = parse_source(source)?;
+        let source = wanted_source(source)?;
         let is_meant = |rule: &Temporary| rule.database == database.name && rule.source == source;
         let label = self
             .temporary
@@ -379,16 +391,16 @@ impl Timed {
     }
 
     /// Why nothing can be revoked.
-    fn not_temporary(&self, file: &PolicyFile, database: &Database, source: IpNet) -> Error {
+    fn not_temporary(&self, file: &PolicyFile, database: &Database, source: IpNet) -> Refusal {
         let written = database.rules().iter().chain(&database.cluster);
         if written
             .map(|rule| &rule.source)
             .any(|s| *s == Source::Cidr(source))
         {
-            return anyhow!(
+            return Refusal::Conflict(format!(
                 "{source} is a rule of the policy file: take it out of {}, then `filter-agent reload`",
                 file.path.display()
-            );
+            ));
         }
         let temporary = self
             .temporary
@@ -399,10 +411,10 @@ impl Timed {
             true => "it has none".to_owned(),
             false => format!("it has {}", list(temporary.iter())),
         };
-        anyhow!(
+        Refusal::NotFound(format!(
             "database {} has no temporary rule and no block of {source}; {there}",
             database.name
-        )
+        ))
     }
 
     /// The temporary rules and blocks of a database that have not ended and are not suspended, oldest first.
@@ -565,14 +577,23 @@ fn dedicated<'a>(policy: &'a Policy, name: &str) -> Result<&'a Database> {
     let mut databases = policy.databases.iter();
     let Some(database) = databases.find(|database| database.name == name) else {
         let names = list(policy.databases.iter().map(|database| &database.name));
-        bail!("no database {name} in the policy, which has {names}");
+        bail!(Refusal::NotFound(format!(
+            "no database {name} in the policy, which has {names}"
+        )));
     };
     ensure!(
         matches!(database.model, Model::Dedicated { .. }),
-        "database {name} is shared, and open to the regional network without rules: only a dedicated database has \
-         temporary rules and blocks"
+        Refusal::Unprocessable(format!(
+            "database {name} is shared, and open to the regional network without rules: only a dedicated database has \
+             temporary rules and blocks"
+        ))
     );
     Ok(database)
+}
+
+/// As `parse_source`, of a change.
+fn wanted_source(text: &str) -> Result<IpNet> {
+    parse_source(text).map_err(|error| Refusal::Unprocessable(format!("{error:#}")).into())
 }
 
 /// A prefix, or an address alone: that one host.

@@ -12,6 +12,7 @@ use crate::{
     kernel::{filter::Filter, probe},
     policy::{Model, Rule, Source},
     reconcile::InForce,
+    refusal::Refusal,
     report::{self, By},
     rules::RuleKey,
     temporary::Kind,
@@ -85,7 +86,9 @@ pub fn explain(
         let Some(destination) = probe::destination(entries, source) else {
             ensure!(
                 database.is_none(),
-                "database {name} has no address of {source}'s family"
+                Refusal::NotFound(format!(
+                    "database {name} has no address of {source}'s family"
+                ))
             );
             continue;
         };
@@ -130,12 +133,14 @@ impl InForce {
         let databases = &self.compiled.databases;
         ensure!(
             !databases.is_empty(),
-            "no database {name} in the policy, which has none"
+            Refusal::NotFound(format!("no database {name} in the policy, which has none"))
         );
         ensure!(
             databases.contains_key(name),
-            "no database {name} in the policy, which has {}",
-            list(databases.keys())
+            Refusal::NotFound(format!(
+                "no database {name} in the policy, which has {}",
+                list(databases.keys())
+            ))
         );
         Ok(())
     }

@@ -108,7 +108,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
                 "enforced",
                 "verified",
                 "difference",
-                "[].change.timing",
+                "regions[].change.timing",
             ]
             .into_iter();
             let mut other = other.filter(|other| described.contains(other));

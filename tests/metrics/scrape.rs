@@ -136,7 +136,7 @@ fn scrape_agrees_with_status_and_rules() {
         1.0
     );
     let rules = net.agent_json(&["rules", "--database", "orders"]);
-    for rule in rules.as_array().unwrap() {
+    for rule in rules["rules"].as_array().unwrap() {
         let [source, origin] = ["source", "origin"].map(|field| rule[field].as_str().unwrap());
         let hits = format!(
             "filter_agent_rule_packets_total{{database=\"orders\",rule=\"{source}\",origin=\"{origin}\"}}"

@@ -76,7 +76,7 @@ fn allowed_sources_connect_and_others_get_no_answer(name: &str, mode: &str, mtu:
     for (outcome, (from, to, expected)) in net.connect_all(&attempts).iter().zip(expected) {
         assert_eq!(*outcome, expected, "from {from} to {to}");
     }
-    for rule in net.agent_json(&["rules"]).as_array().unwrap() {
+    for rule in net.agent_json(&["rules"])["rules"].as_array().unwrap() {
         assert!(rule["hits"].as_u64().unwrap() >= 2, "{rule:#}");
     }
     let status = net.agent_json(&["status", "--verify"]);
@@ -391,7 +391,9 @@ fn explain_says_of_local_sources_that_their_way_is_not_filtered() {
     let unfiltered = |source: &str| {
         let explained = net.agent_json(&["explain", source]);
         let text = net.agent_text(&["explain", source]);
-        let interface = explained[0]["unfiltered"].as_str().map(str::to_owned);
+        let interface = explained["verdicts"][0]["unfiltered"]
+            .as_str()
+            .map(str::to_owned);
         let says = text.contains("which is not filtered");
         assert_eq!(says, interface.is_some(), "{text}");
         interface

@@ -221,7 +221,7 @@ fn long_answers_and_chains_of_names_arrive_whole() {
         "long",
         &["192.0.2.0/25", "192.0.2.128/26", "192.0.2.192/29"],
     );
-    let rules = net.agent_json(&["rules", "--database", "orders"]);
+    let rules = net.agent_json(&["rules", "--database", "orders"])["rules"].take();
     assert_eq!(
         (&rules[0]["source"], &rules[0]["prefixes"]),
         (&"region long".into(), &3.into())

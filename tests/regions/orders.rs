@@ -47,7 +47,7 @@ pub fn dns(more: &str) -> String {
 
 pub fn region(net: &Net, name: &str) -> Value {
     let regions = net.agent_json(&["regions"]);
-    let regions = regions.as_array().unwrap();
+    let regions = regions["regions"].as_array().unwrap();
     regions
         .iter()
         .find(|region| region["name"] == name)

@@ -31,7 +31,7 @@ pub fn others(count: u8) -> Vec<String> {
 /// Temporary rules and blocks as `rules` lists them, oldest first.
 pub fn temporary(net: &Net) -> Vec<Value> {
     let rules = net.agent_json(&["rules"]);
-    let rules = rules.as_array().unwrap().iter();
+    let rules = rules["rules"].as_array().unwrap().iter();
     rules
         .filter(|rule| rule["origin"] != "file")
         .cloned()
@@ -73,7 +73,7 @@ pub fn kept_sources(net: &Net) -> Vec<String> {
 /// All that a change of temporary rules can change, without what time changes.
 pub fn state(net: &Net) -> Value {
     let mut rules = net.agent_json(&["rules"]);
-    for rule in rules.as_array_mut().unwrap() {
+    for rule in rules["rules"].as_array_mut().unwrap() {
         for field in ["left", "hits", "last_hit", "counted_since"] {
             rule[field] = Value::Null;
         }
@@ -89,7 +89,7 @@ pub fn state(net: &Net) -> Value {
 
 /// The verdict on a source of `orders`.
 pub fn explain(net: &Net, source: &str) -> Value {
-    net.agent_json(&["explain", source, "--database", "orders"])[0].clone()
+    net.agent_json(&["explain", source, "--database", "orders"])["verdicts"][0].clone()
 }
 
 /// Results of connections from each source, all at once.

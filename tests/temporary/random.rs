@@ -76,7 +76,7 @@ fn change(net: &Net, change: &Value) -> bool {
     let body = change.to_string();
     let mut stream = UnixStream::connect(net.socket()).unwrap();
     let length = body.len();
-    let head = format!("POST /temporary HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n");
+    let head = format!("POST /v1/temporary HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n");
     stream
         .write_all(format!("{head}Connection: close\r\n\r\n{body}").as_bytes())
         .unwrap();

@@ -159,7 +159,7 @@ fn after_a_reboot_the_smaller_of_both_times_is_left() {
     for (source, left) in expected.iter().zip([HOUR, HOUR, 2 * HOUR, HOUR]) {
         assert_left(&rule(&net, source), left);
     }
-    let member = |net: &Net| net.agent_json(&["rules"])[0].clone();
+    let member = |net: &Net| net.agent_json(&["rules"])["rules"][0].clone();
     assert_left(&member(&net), HOUR);
     for (source, passes) in [
         ("198.51.100.1", true),

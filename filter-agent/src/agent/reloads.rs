@@ -12,6 +12,7 @@ use crate::{
     policy_file::PolicyFile,
     proposals::{Aim, Proposal, Reload},
     reconcile::{Occasion, Refused},
+    refusal::Refusal,
     region::state as region,
     report,
     temporary::{Ends, Timed},
@@ -124,7 +125,7 @@ impl Agent {
     pub(super) fn refuse_aim(&mut self, aim: Aim, error: anyhow::Error) {
         match aim {
             Aim::Plan { reply, .. } => {
-                reply.send(Err(error));
+                reply.send(Err(Refusal::or(error, Refusal::Conflict)));
                 self.watch_used();
             }
             Aim::Reload(reload) => self.refuse_reload(reload.reply, Refused::from(error)),

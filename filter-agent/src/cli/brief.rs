@@ -53,7 +53,7 @@ pub(super) fn end_with_usage(error: &clap::Error) -> ExitCode {
 }
 
 pub(super) async fn brief(verify: bool, socket: &Path, bpffs: &Path, state_dir: &Path) -> ExitCode {
-    let path = format!("/status?verify={verify}");
+    let path = format!("/v1/status?verify={verify}");
     let status: anyhow::Result<Status> = Agent::new(socket).get(&path).await;
     finish(match status {
         Ok(status) => with_agent(&status),

@@ -248,8 +248,8 @@ mod tests {
             timeout: Duration::from_millis(300),
             while_it: None,
         };
-        let read = agent.get::<Vec<String>>("/rules").await.unwrap_err();
-        let change = agent.post::<Vec<String>>("/detach", String::new()).await;
+        let read = agent.get::<Vec<String>>("/v1/rules").await.unwrap_err();
+        let change = agent.post::<Vec<String>>("/v1/detach", String::new()).await;
         let change = format!("{:#}", change.unwrap_err());
         assert!(
             change.contains("may still do what was asked for"),

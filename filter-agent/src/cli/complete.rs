@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     cli::client::{Agent, SOCKET},
-    report::{Drops, Origin, Region, Rule, Status},
+    report::{Drops, Origin, Regions, Rules, Status},
 };
 
 /// Time for everything that one completion asks for.
@@ -39,7 +39,7 @@ struct Offer {
 
 pub(super) fn databases(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, async |line| {
-        let status: Status = line.get("/status").await?;
+        let status: Status = line.get("/v1/status").await?;
         let databases = status.databases.into_iter();
         let offers = databases.map(|database| Offer {
             note: database.ports.join(", "),
@@ -52,8 +52,8 @@ pub(super) fn databases(current: &OsStr) -> Vec<CompletionCandidate> {
 
 pub(super) fn regions(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, async |line| {
-        let regions: Vec<Region> = line.get("/regions").await?;
-        let used = regions.into_iter().filter(|region| region.used);
+        let answer: Regions = line.get("/v1/regions").await?;
+        let used = answer.regions.into_iter().filter(|region| region.used);
         let offers = used.map(|region| Offer {
             value: region.name,
             note: region.source,
@@ -177,7 +177,7 @@ impl Line {
     }
 
     async fn refused(&self) -> Result<Vec<Offer>> {
-        let mut drops: Drops = self.get("/drops?hints=false").await?;
+        let mut drops: Drops = self.get("/v1/drops?hints=false").await?;
         drops
             .sources
             .sort_by_key(|dropped| Reverse(dropped.last_seen));
@@ -193,8 +193,8 @@ impl Line {
     }
 
     async fn rules(&self, is_meant: impl Fn(Origin) -> bool) -> Result<Vec<Offer>> {
-        let rules: Vec<Rule> = self.get("/rules").await?;
-        let rules = rules.into_iter().filter(|rule| {
+        let answer: Rules = self.get("/v1/rules").await?;
+        let rules = answer.rules.into_iter().filter(|rule| {
             // Others are regions and what the policy calls by a name.
             is_meant(rule.origin) && rule.source.parse::<IpNet>().is_ok()
         });

@@ -15,6 +15,7 @@ use crate::{
         output::end_with_the_reader,
     },
     kernel::pins,
+    report::Detached,
     store,
 };
 
@@ -73,7 +74,8 @@ pub(super) async fn detach(
     };
     // An agent that hangs would attach again when it goes on: then nothing is removed here.
     let names: Vec<String> = if agent.is_running().await? {
-        agent.post("/detach", String::new()).await?
+        let detached: Detached = agent.post("/v1/detach", String::new()).await?;
+        detached.interfaces
     } else {
         let interfaces = pins::remove(bpffs)?;
         store::forget_confirmed(state_dir).context(

@@ -48,7 +48,7 @@ pub(super) fn print_enforcement(found: &Enforcement) {
 /// # Errors
 /// It is not, or that cannot be found out.
 pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
-    let status: Result<Status> = Agent::new(socket).get("/status?verify=true").await;
+    let status: Result<Status> = Agent::new(socket).get("/v1/status?verify=true").await;
     match status {
         Ok(status) => {
             ensure!(

@@ -36,7 +36,7 @@ use crate::{
     enforcer::LOAD_TIMEOUT,
     log,
     policy_file::PolicyFile,
-    report::{self, Drops, Explanation, Plan, Refreshed, Reloaded, Rule, Status},
+    report::{self, Drops, Plan, Refreshes, Regions, Reloaded, Rules, Status, Verdicts},
     temporary::parse_source,
     threads,
 };
@@ -157,10 +157,10 @@ async fn execute(command: Command) -> Result<ExitCode> {
                 Some(file) => {
                     let file = read_within(file, limit).await?;
                     let name = encode(&file.path.to_string_lossy());
-                    let path = format!("/plan?file={name}&{from}");
+                    let path = format!("/v1/plan?file={name}&{from}");
                     agent.post(&path, file.text).await?
                 }
-                None => agent.get(&format!("/plan?{from}")).await?,
+                None => agent.get(&format!("/v1/plan?{from}")).await?,
             };
             output.print(&plan, |plan| {
                 print_plan(plan);
@@ -182,7 +182,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let caller = Caller::find();
             let from = caller.query();
             let path = format!(
-                "/reload?existing={existing}&allow_unprotect={allow_unprotect}{max_cut}&{from}"
+                "/v1/reload?existing={existing}&allow_unprotect={allow_unprotect}{max_cut}&{from}"
             );
             let agent = patient(&socket, timeout);
             let reloaded: Reloaded = agent.post(&path, String::new()).await?;
@@ -257,7 +257,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output,
             ..
         } => {
-            let path = format!("/status?verify={verify}");
+            let path = format!("/v1/status?verify={verify}");
             let status: Result<Status> = Agent::new(&socket.socket).get(&path).await;
             let status = status.map_err(|error| tell_what_is_left(error, &bpffs.bpffs))?;
             output.print(&status, print_status)?;
@@ -270,17 +270,17 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output,
         } => {
             let database = database.map(|database| format!("?database={}", encode(&database)));
-            let path = format!("/rules{}", database.unwrap_or_default());
-            let rules: Vec<Rule> = Agent::new(&socket.socket).get(&path).await?;
+            let path = format!("/v1/rules{}", database.unwrap_or_default());
+            let rules: Rules = Agent::new(&socket.socket).get(&path).await?;
             match unused {
-                None => output.print(&rules, |rules| print_rules(rules))?,
+                None => output.print(&rules, |Rules { rules }| print_rules(rules))?,
                 Some(unused) => print_unused(rules, unused, &output)?,
             }
         }
         Command::Regions { socket, output } => {
             let agent = Agent::new(&socket.socket);
-            let regions: Vec<report::Region> = agent.get("/regions").await?;
-            output.print(&regions, |regions| print_regions(regions))?;
+            let regions: Regions = agent.get("/v1/regions").await?;
+            output.print(&regions, |Regions { regions }| print_regions(regions))?;
         }
         Command::Refresh {
             region,
@@ -290,11 +290,14 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output,
         } => {
             let region = region.map(|region| format!("&region={}", encode(&region)));
-            let path = format!("/refresh?accept={accept}{}", region.unwrap_or_default());
+            let path = format!("/v1/refresh?accept={accept}{}", region.unwrap_or_default());
             let agent = patient(&socket, timeout);
-            let refreshed: Vec<Refreshed> = agent.post(&path, String::new()).await?;
-            output.print(&refreshed, |refreshed| print_refreshed(refreshed))?;
-            let failed = refreshed.iter().any(|region| region.error.is_some());
+            let refreshed: Refreshes = agent.post(&path, String::new()).await?;
+            output.print(&refreshed, |Refreshes { regions }| print_refreshed(regions))?;
+            let failed = refreshed
+                .regions
+                .iter()
+                .any(|region| region.error.is_some());
             return Ok(failure_if(failed));
         }
         Command::Explain {
@@ -304,9 +307,14 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output,
         } => {
             let database = database.map(|database| format!("&database={}", encode(&database)));
-            let path = format!("/explain?source={source}{}", database.unwrap_or_default());
-            let verdicts: Vec<Explanation> = Agent::new(&socket.socket).get(&path).await?;
-            output.print(&verdicts, |verdicts| print_explanations(verdicts))?;
+            let path = format!(
+                "/v1/explain?source={source}{}",
+                database.unwrap_or_default()
+            );
+            let verdicts: Verdicts = Agent::new(&socket.socket).get(&path).await?;
+            output.print(&verdicts, |Verdicts { verdicts }| {
+                print_explanations(verdicts)
+            })?;
         }
         Command::Drops {
             database,
@@ -322,7 +330,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let limit = limit.map(NonZeroUsize::get).or(usual);
             let limit = limit.map(|limit| format!("&limit={limit}"));
             let wanted: String = [database, source, limit].into_iter().flatten().collect();
-            let path = format!("/drops?hints={}{wanted}", !follow);
+            let path = format!("/v1/drops?hints={}{wanted}", !follow);
             let agent = Agent::new(&socket.socket);
             let drops: Drops = agent.get(&path).await?;
             if follow {
@@ -395,7 +403,7 @@ async fn send_temporary(mut change: Value, socket: &Socket, output: &Output) -> 
     let agent = Agent::new(&socket.socket);
     let caller = Caller::find();
     change["caller"] = json!(caller.address());
-    let done: report::Temporary = agent.post("/temporary", change.to_string()).await?;
+    let done: report::Temporary = agent.post("/v1/temporary", change.to_string()).await?;
     output.print(&done, |done| {
         print_temporary(done);
         caller.print(&done.lock_out);

@@ -12,7 +12,7 @@ use crate::{
         print::by,
     },
     policy::spelled,
-    report::{Origin, Rule},
+    report::{Origin, Rule, Rules},
     text::counted,
 };
 
@@ -93,10 +93,10 @@ fn coarse(time: SignedDuration) -> String {
 }
 
 /// Prints the rules that are not used, and how many are left out since nothing can be said of them.
-pub(super) fn print_unused(rules: Vec<Rule>, unused: Duration, output: &Output) -> Result<()> {
+pub(super) fn print_unused(rules: Rules, unused: Duration, output: &Output) -> Result<()> {
     let unused = SignedDuration::try_from(unused).unwrap_or(SignedDuration::MAX);
-    let (rules, left_out) = split(rules, Timestamp::now(), unused);
-    output.print(&rules, |rules| {
+    let (rules, left_out) = split(rules.rules, Timestamp::now(), unused);
+    output.print(&Rules { rules }, |Rules { rules }| {
         let lasting = coarse(unused);
         match rules.as_slice() {
             [] => say!("no rule is without a hit for {lasting}"),

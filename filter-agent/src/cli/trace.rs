@@ -26,7 +26,7 @@ pub(super) async fn trace(
 ) -> Result<ExitCode> {
     let database = database.map(|database| format!("&database={}", encode(database)));
     let path = format!(
-        "/trace?source={}&seconds={}{}",
+        "/v1/trace?source={}&seconds={}{}",
         encode(source),
         time.as_secs(),
         database.unwrap_or_default()

@@ -9,16 +9,21 @@ use anyhow::Context as _;
 use axum::{
     Extension,
     body::{Body, Bytes},
-    extract::{Query, State},
+    extract::State,
     response::{IntoResponse as _, Response},
 };
 use futures_util::stream;
 use serde::Deserialize;
 
-use super::{AnswerTime, CLIENT_TIMEOUT, Failed, Shared};
+use super::{
+    answers::{Failed, Params},
+    limits::{AnswerTime, CLIENT_TIMEOUT},
+    shared::Shared,
+};
 use crate::{
     enforcer::{Handle, TraceRequest, USUAL_TRACE},
     kernel::traced::Traced,
+    refusal::Refusal,
     report::{By, TraceLine},
     temporary::parse_source,
     threads,
@@ -32,6 +37,7 @@ const READ_INTERVAL: Duration = Duration::from_millis(100);
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct TraceQuery {
     source: String,
     database: Option<String>,
@@ -41,14 +47,15 @@ pub(super) struct TraceQuery {
 pub(super) async fn trace(
     State(shared): State<Shared>,
     Extension(by): Extension<Option<By>>,
-    Query(query): Query<TraceQuery>,
+    Params(query): Params<TraceQuery>,
 ) -> Result<Response, Failed> {
     let TraceQuery {
         source,
         database,
         seconds,
     } = query;
-    let source = parse_source(&source).with_context(|| format!("trace {source}"))?;
+    let source = parse_source(&source)
+        .map_err(|error| Refusal::Invalid(format!("trace {source}: {error:#}")))?;
     let time = seconds.map_or(USUAL_TRACE, Duration::from_secs);
     let request = TraceRequest {
         source,
@@ -56,10 +63,8 @@ pub(super) async fn trace(
         time,
         by,
     };
-    let prepared = shared
-        .enforcer
-        .call(|enforcer| enforcer.prepare_trace(request));
-    let (number, place) = prepared.await.flatten()?;
+    let prepared = shared.call(|enforcer| enforcer.prepare_trace(request));
+    let (number, place) = prepared.await?;
     let ending = Ending {
         enforcer: shared.enforcer.clone(),
         number,
@@ -68,10 +73,8 @@ pub(super) async fn trace(
     let load = move || Traced::load(&place, source);
     let loaded = threads::run_on_thread("load-trace", load).await;
     let loaded = loaded.context("load the programs of a trace").flatten();
-    let begun = shared
-        .enforcer
-        .call(move |enforcer| enforcer.begin_trace(number, loaded));
-    let first = begun.await.flatten()?;
+    let begun = shared.call(move |enforcer| enforcer.begin_trace(number, loaded));
+    let first = begun.await?;
     let reading = Reading {
         ending,
         next: vec![first],

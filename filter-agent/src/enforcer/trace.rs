@@ -14,6 +14,7 @@ use crate::{
     kernel::traced::{TracePlace, Traced},
     log::Entry,
     policy::spelled,
+    refusal::Refusal,
     report::{self, By, TraceLine},
     trace::{self, Names},
 };
@@ -88,25 +89,30 @@ impl Enforcer {
     /// # Errors
     /// Another trace, nothing that is filtered, a database that the policy does not have.
     pub fn prepare_trace(&mut self, request: TraceRequest) -> Result<(u64, TracePlace)> {
-        ensure!(!self.is_detached, "the filter is detached");
+        ensure!(
+            !self.is_detached,
+            Refusal::Unavailable("the filter is detached".into())
+        );
         self.in_force.check_database(request.database.as_deref())?;
         ensure!(
             (Duration::from_secs(1)..=LONGEST_TRACE).contains(&request.time),
-            "a trace lasts from 1s to {}",
-            spelled(LONGEST_TRACE)
+            Refusal::Invalid(format!(
+                "a trace lasts from 1s to {}",
+                spelled(LONGEST_TRACE)
+            ))
         );
         if let Some(current) = &self.traces.current {
-            bail!(
+            bail!(Refusal::Conflict(format!(
                 "a {} is on until {:.0}{}: one at a time",
                 current.describe(),
                 current.until,
                 current.describe_by()
-            );
+            )));
         }
         let pinned = self.filter.pinned()?;
         ensure!(
             !pinned.is_empty(),
-            "no interface is filtered: there is nothing to trace"
+            Refusal::Conflict("no interface is filtered: there is nothing to trace".into())
         );
         self.traces.numbers += 1;
         let now = Instant::now();
@@ -135,7 +141,9 @@ impl Enforcer {
                 self.filter.begin_trace(traced, database)
             });
         let Some(mut trace) = self.traces.current.take_if(|trace| trace.number == number) else {
-            bail!("the trace was ended before it began");
+            bail!(Refusal::Conflict(
+                "the trace was ended before it began".into()
+            ));
         };
         begun?;
         trace.end = Instant::now() + trace.request.time;

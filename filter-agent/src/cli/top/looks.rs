@@ -13,7 +13,7 @@ use tokio::{sync::mpsc::UnboundedSender, time::MissedTickBehavior};
 use super::state::{Look, Wanted};
 use crate::{
     cli::{caller::Caller, client::Agent, print::describe_temporary},
-    report::{Events, Temporary},
+    report::{Events, Rules, Temporary},
 };
 
 /// Time limit of each request of a look: the view shows an agent that hangs as such, and asks again.
@@ -57,10 +57,10 @@ pub(super) async fn look_on(socket: PathBuf, interval: Duration, reports: Unboun
 
 async fn look(agent: &Agent<'_>) -> Result<Look> {
     Ok(Look {
-        rules: agent.get("/rules").await?,
-        drops: agent.get("/drops").await?,
+        rules: agent.get::<Rules>("/v1/rules").await?.rules,
+        drops: agent.get("/v1/drops").await?,
         // At the end: rates are of this moment.
-        status: agent.get("/status").await?,
+        status: agent.get("/v1/status").await?,
     })
 }
 
@@ -74,11 +74,11 @@ struct Seen {
 impl Seen {
     /// Reads the lines that came since.
     async fn next(&mut self, agent: &Agent<'_>) -> Result<Events> {
-        let path = format!("/events?after={}", self.last);
+        let path = format!("/v1/events?after={}", self.last);
         let mut events: Events = agent.get(&path).await?;
         // Another agent's numbers begin at 1 again.
         if self.since.replace(events.since) != Some(events.since) && self.last > 0 {
-            events = agent.get("/events").await?;
+            events = agent.get("/v1/events").await?;
             self.since = Some(events.since);
             self.last = 0;
         }
@@ -102,7 +102,7 @@ pub(super) async fn allow(socket: &Path, wanted: &Wanted) -> Vec<String> {
         "caller": caller.address(),
     });
     let agent = Agent::new(socket);
-    let done: Result<Temporary> = agent.post("/temporary", change.to_string()).await;
+    let done: Result<Temporary> = agent.post("/v1/temporary", change.to_string()).await;
     match done {
         Ok(done) => {
             let mut lines = vec![describe_temporary(&done)];

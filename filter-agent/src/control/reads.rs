@@ -1,0 +1,149 @@
+//! Requests that only read.
+
+use std::net::IpAddr;
+
+use axum::{Json, extract::State, http::header::CONTENT_TYPE, response::IntoResponse};
+use prometheus::TEXT_FORMAT;
+use serde::Deserialize;
+
+use super::{
+    answers::{Answer, Failed, Params},
+    shared::Shared,
+};
+use crate::{
+    drops::Wanted, enforcer::drops::Found, hints, log::recent, refusal::Refusal,
+    region::state as region, report, temporary::parse_source, threads,
+};
+
+/// For requests that have no parameters.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NoQuery {}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StatusQuery {
+    #[serde(default)]
+    verify: bool,
+}
+
+pub(super) async fn status(
+    State(shared): State<Shared>,
+    Params(query): Params<StatusQuery>,
+) -> Answer<report::Status> {
+    let observed = shared.observe(query.verify).await?;
+    let mut status = shared.snapshot().status(&observed);
+    status
+        .errors
+        .extend(shared.scraper.listener.borrow().clone());
+    Ok(Json(status))
+}
+
+pub(super) async fn metrics(
+    State(shared): State<Shared>,
+    Params(NoQuery {}): Params<NoQuery>,
+) -> Result<impl IntoResponse, Failed> {
+    let text = shared.scraper.text().await;
+    let text = text.map_err(Refusal::Unavailable)?;
+    Ok(([(CONTENT_TYPE, TEXT_FORMAT)], text))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DatabaseQuery {
+    /// `None`: every database.
+    database: Option<String>,
+}
+
+pub(super) async fn rules(
+    State(shared): State<Shared>,
+    Params(query): Params<DatabaseQuery>,
+) -> Answer<report::Rules> {
+    let observed = shared.observe(false).await?;
+    let (snapshot, now) = (shared.snapshot(), shared.clock.now());
+    // Regions may hold a million prefixes.
+    let rules = threads::run_on_thread("rules", move || {
+        let regions = region::prefixes(&snapshot.regions);
+        observed.rules(query.database.as_deref(), Some(&regions), now)
+    });
+    let rules = rules.await.flatten()?;
+    Ok(Json(report::Rules { rules }))
+}
+
+pub(super) async fn regions(
+    State(shared): State<Shared>,
+    Params(NoQuery {}): Params<NoQuery>,
+) -> Answer<report::Regions> {
+    let regions = shared.snapshot().regions();
+    Ok(Json(report::Regions { regions }))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ExplainQuery {
+    source: IpAddr,
+    database: Option<String>,
+}
+
+pub(super) async fn explain(
+    State(shared): State<Shared>,
+    Params(query): Params<ExplainQuery>,
+) -> Answer<report::Verdicts> {
+    let ExplainQuery { source, database } = query;
+    // As a server on a socket for both families names an IPv4 client.
+    let source = source.to_canonical();
+    let explained = shared.call(move |enforcer| enforcer.explain(source, database.as_deref()));
+    let verdicts = explained.await?;
+    Ok(Json(report::Verdicts { verdicts }))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DropsQuery {
+    database: Option<String>,
+    /// An address or a prefix.
+    source: Option<String>,
+    limit: Option<usize>,
+    hints: Option<bool>,
+}
+
+pub(super) async fn drops(
+    State(shared): State<Shared>,
+    Params(query): Params<DropsQuery>,
+) -> Answer<report::Drops> {
+    let source = query.source.as_deref().map(parse_source).transpose();
+    let source = source.map_err(|error| Refusal::or(error, Refusal::Invalid))?;
+    let wanted = Wanted {
+        database: query.database,
+        source,
+        limit: query.limit,
+    };
+    let found = shared.call(move |enforcer| enforcer.drops(&wanted));
+    let mut found = found.await?;
+    if query.hints == Some(false) {
+        return Ok(Json(found.drops));
+    }
+    let (snapshot, now) = (shared.snapshot(), shared.clock.now());
+    let hinted = threads::run_on_thread("hints", move || {
+        let Found {
+            drops,
+            in_force,
+            ended,
+        } = &mut found;
+        hints::add(drops, in_force, &snapshot.regions, ended, now);
+        found.drops
+    });
+    Ok(Json(hinted.await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EventsQuery {
+    /// Leaves out the lines up to this number.
+    #[serde(default)]
+    after: u64,
+}
+
+pub(super) async fn events(Params(query): Params<EventsQuery>) -> Json<report::Events> {
+    Json(recent::after(query.after))
+}
