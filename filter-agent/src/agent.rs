@@ -1,6 +1,7 @@
 //! The agent's state machine: events in, effects out. It does no I/O and reads no clock. One change is under way at
 //! a time; events that would start another one wait until it is done.
 
+mod history;
 mod regions;
 mod reloads;
 mod temporary;
@@ -14,6 +15,7 @@ use crate::{
     clock::{BootTime, Now},
     enforcer::Checked,
     event::{Effect, Event, Order, ReloadOptions, Reply, Request},
+    history::{History, Origin},
     host::coverage::Remembered,
     late::Late,
     log::Entry,
@@ -23,7 +25,7 @@ use crate::{
     reconcile::{Committed, Kernel, Occasion, Refused},
     refreshes::Refreshes,
     region::state::{self as region, Change, Regions, State},
-    report,
+    report::{self, By},
     retry::Retry,
     saves::Saves,
     snapshot::Snapshot,
@@ -32,6 +34,8 @@ use crate::{
     temporary::Timed,
     text::list,
 };
+
+use history::{numbered, with_change};
 
 /// Longest time between two ticks: the host's clock may be set meanwhile.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
@@ -45,6 +49,7 @@ enum UnderWay {
         cause: Cause,
     },
     Detach {
+        by: Option<By>,
         reply: Reply<Vec<String>>,
     },
 }
@@ -54,6 +59,8 @@ enum Cause {
     Reload {
         file: Arc<PolicyFile>,
         asked: Vec<String>,
+        origin: Origin,
+        by: Option<By>,
         reply: Option<Reply<report::Reloaded>>,
     },
     Region {
@@ -63,11 +70,12 @@ enum Cause {
     },
     Time {
         changes: Vec<(String, Change)>,
-        /// Lines for the log about rules and blocks that have ended.
+        /// Lines for the log about rules of the policy that have ended.
         ended: Vec<Entry>,
     },
     Temporary {
         done: Box<report::Temporary>,
+        by: Option<By>,
         reply: Reply<report::Temporary>,
     },
 }
@@ -93,10 +101,13 @@ pub struct Agent {
     /// The change that the kernel refused last, if it has taken none since.
     stuck: Option<Retry>,
     saves: Saves,
+    history: History,
     instead_of_file: Option<String>,
     unreadable: Option<String>,
     /// Why the temporary rules that were kept could not be read; until a reload.
     unkept: Option<String>,
+    /// What could not be read of the history; until a reload.
+    unread_history: Vec<String>,
     late: Vec<Late>,
     is_ready: bool,
     is_detached: bool,
@@ -121,9 +132,13 @@ impl Agent {
             instead_of_file,
             unreadable,
             unkept,
+            history,
+            change_id,
+            unread_history,
         } = started;
         let saved = regions.keys().filter(|name| !unsaved.contains(*name));
-        let saves = Saves::new(confirmed, kept, saved.cloned(), now.steady);
+        let noted = (history.clone(), change_id);
+        let saves = Saves::new(confirmed, kept, noted, saved.cloned(), now.steady);
         let mut agent = Self {
             path,
             file,
@@ -141,20 +156,28 @@ impl Agent {
             refreshes: Refreshes::default(),
             stuck: None,
             saves,
+            history,
             instead_of_file,
             unreadable,
             unkept,
+            unread_history,
             late: Vec::new(),
             is_ready: false,
             is_detached: false,
             is_ending: false,
             effects: Vec::new(),
         };
+        let (file, origin) = (agent.file.clone(), Origin::Start);
+        let id = agent.note_policy(&file, &committed.report, origin, None);
+        // It may not be on disk although the list is.
+        agent.history.keep_text(&file);
+        agent.keep_history();
         if let Some(reason) = &agent.instead_of_file {
             let error = format!("{reason}; the confirmed policy is enforced instead");
             agent.log(Entry::error(error));
         }
         agent.log_all(committed.entries);
+        agent.log_policy(checked.summary.as_ref(), id, origin, None);
         for name in &unsaved {
             agent.save_region(name, true);
         }
@@ -164,6 +187,9 @@ impl Agent {
         let unread = unread.into_iter().flatten();
         for error in committed.errors.into_iter().chain(unread) {
             agent.log(Entry::error(error));
+        }
+        for error in agent.unread_history.clone() {
+            agent.log(Entry::warning(error));
         }
         agent.tick();
         let effects = mem::take(&mut agent.effects);
@@ -231,8 +257,8 @@ impl Agent {
             }) => {
                 self.change_temporary(change, caller, by, reply);
             }
-            Event::Request(Request::Detach { reply }) => {
-                self.under_way = Some(UnderWay::Detach { reply });
+            Event::Request(Request::Detach { by, reply }) => {
+                self.under_way = Some(UnderWay::Detach { by, reply });
                 self.effects.push(Effect::Detach);
             }
             Event::PolicyRead { proposal, file } => self.policy_read(proposal, file),
@@ -312,7 +338,7 @@ impl Agent {
             return;
         };
         match result {
-            Ok((committed, checked)) => {
+            Ok((mut committed, checked)) => {
                 if self.stuck.take().is_some() {
                     self.log(Entry::info("the kernel takes changes again"));
                 }
@@ -320,11 +346,29 @@ impl Agent {
                 self.enforced.next_expiry = committed.enforced.next_expiry;
                 let timing = committed.enforced.timing.clone();
                 self.next_end = committed.compiled.next_end;
-                self.timed = *timed;
+                let timed = mem::replace(&mut self.timed, *timed);
+                let id = match &cause {
+                    Cause::Reload {
+                        file, origin, by, ..
+                    } => self.note_policy(file, &committed.report, *origin, by.clone()),
+                    Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
+                    Cause::Region { .. } | Cause::Time { .. } => 0,
+                };
+                self.note_ended(&timed.temporary);
+                self.keep_history();
                 self.keep_temporary(false);
                 match cause {
-                    Cause::Reload { file, asked, reply } => {
-                        self.reloaded(file, &asked, &before, committed, checked, reply);
+                    Cause::Reload {
+                        file,
+                        asked,
+                        origin,
+                        by,
+                        reply,
+                    } => {
+                        self.file = file;
+                        self.log_all(mem::take(&mut committed.entries));
+                        self.log_policy(checked.summary.as_ref(), id, origin, by.as_ref());
+                        self.reloaded(id, &asked, &before, committed, checked, reply);
                     }
                     Cause::Region {
                         name,
@@ -351,8 +395,13 @@ impl Agent {
                         }
                         self.checked(checked);
                     }
-                    Cause::Temporary { done, reply } => {
-                        self.temporary_changed(done, committed, checked, reply);
+                    Cause::Temporary {
+                        mut done,
+                        by,
+                        reply,
+                    } => {
+                        done.id = id;
+                        self.temporary_changed(done, by, committed, checked, reply);
                     }
                 }
             }
@@ -415,18 +464,18 @@ impl Agent {
 
     fn reloaded(
         &mut self,
-        file: Arc<PolicyFile>,
+        id: u64,
         asked: &[String],
         before: &Regions,
         committed: Committed,
         checked: Checked,
         reply: Option<Reply<report::Reloaded>>,
     ) {
-        self.file = file;
         self.enforced = committed.enforced;
         self.instead_of_file = None;
         self.unreadable = None;
         self.unkept = None;
+        self.unread_history.clear();
         // What was asked before is overtaken, or about a region that is no longer what it was.
         let regions = &self.regions;
         let ended = self.look_ups.end(|name| {
@@ -441,9 +490,8 @@ impl Agent {
             self.save_region(name, !is_saved);
         }
         self.forget_unused();
-        self.log_all(committed.entries);
         let verified = checked.verified.clone();
-        let is_saving = self.checked(checked);
+        self.checked(checked);
         for error in &committed.errors {
             self.log(Entry::error(error.clone()));
         }
@@ -454,6 +502,7 @@ impl Agent {
         }
         if let Some(reply) = reply {
             let reloaded = report::Reloaded {
+                id,
                 plan: *committed.report,
                 enforced: self.enforced.clone(),
                 verified,
@@ -461,11 +510,7 @@ impl Agent {
             };
             let late = Late::reloaded(reloaded, reply, self.now.steady);
             // A restart right after a reload starts with what the reload enforced.
-            if is_saving {
-                self.late.push(late);
-            } else {
-                self.answer(late);
-            }
+            self.answer_when_kept(late);
         }
         let next = self.proposals.next_reload();
         self.begin_reload(next);
@@ -545,13 +590,15 @@ impl Agent {
 
     // What the kernel and the disk report.
 
-    /// Returns whether the confirmed policy is on its way to disk.
-    fn checked(&mut self, checked: Checked) -> bool {
+    fn checked(&mut self, checked: Checked) {
         for name in self.saves.unwritten_regions() {
             self.save_region(&name, false);
         }
         if self.saves.error(&Record::Regions).is_some() {
             self.forget_unused();
+        }
+        if self.saves.must_repeat_history(self.now.steady) {
+            self.keep_history();
         }
         self.remembered = checked.remembered;
         let write = self.saves.last_hits(checked.last_hits, self.now.steady);
@@ -562,19 +609,17 @@ impl Agent {
             self.is_ready = true;
             self.effects.push(Effect::Ready);
         }
-        self.confirm()
+        self.confirm();
     }
 
     /// Has the policy in force written to disk, with what its entries of `interfaces` stand for, if that is not
-    /// what was written last. Returns whether it is. What cannot be read is left for the operator to see until
-    /// a reload.
-    fn confirm(&mut self) -> bool {
+    /// what was written last. What cannot be read is left for the operator to see until a reload.
+    fn confirm(&mut self) {
         if self.unreadable.is_some() {
-            return false;
+            return;
         }
         let write = self.saves.confirm(&self.file.text, &self.remembered);
         self.effects.extend(write.map(Effect::Save));
-        self.saves.is_under_way(&Record::Confirmed)
     }
 
     /// Has a region's set written to disk, if it changed or its time there is old.
@@ -604,23 +649,24 @@ impl Agent {
         let entry = self.saves.written(write, result);
         self.effects.extend(entry.map(Effect::Log));
         // Not after a version that was overtaken: what is to outlast a restart is the latest one.
-        let record = write.record();
-        if self.saves.is_under_way(&record) {
-            return;
-        }
-        let waited = self.late.extract_if(.., |late| late.record() == record);
+        let saves = &self.saves;
+        let waited = self.late.extract_if(.., |late| !late.must_wait(saves));
         for late in waited.collect::<Vec<_>>() {
             self.answer(late);
         }
     }
 
     fn detached(&mut self, result: Result<Vec<String>>) {
-        let Some(UnderWay::Detach { reply }) = self.under_way.take() else {
+        let Some(UnderWay::Detach { by, reply }) = self.under_way.take() else {
             return;
         };
         match result {
             Ok(names) => {
                 self.is_detached = true;
+                let id = self.history.detached(self.now.wall, by.clone());
+                let entry = Entry::info(format!("detached; {}", numbered(id, by.as_ref())));
+                self.log(with_change(entry, id, Origin::Socket, by.as_ref()));
+                self.keep_history();
                 let forget = self.saves.forget();
                 self.effects.extend(forget.map(Effect::Save));
                 self.late
@@ -633,12 +679,18 @@ impl Agent {
         }
     }
 
+    /// Sends a reply once the change is on disk, or cannot be.
+    fn answer_when_kept(&mut self, late: Late) {
+        match late.must_wait(&self.saves) {
+            true => self.late.push(late),
+            false => self.answer(late),
+        }
+    }
+
     /// Sends a reply that waited for the disk.
     fn answer(&mut self, late: Late) {
         let ends_agent = late.ends_agent();
-        let record = late.record();
-        let error = self.saves.error(&record).map(String::as_str);
-        late.send(error, self.saves.is_under_way(&record));
+        late.send(&self.saves);
         if ends_agent {
             self.effects.push(Effect::Stop);
         }
@@ -655,7 +707,14 @@ impl Agent {
             enforced: self.enforced.clone(),
             regions: self.regions.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
-            unsaved: self.saves.errors().chain(&self.unkept).cloned().collect(),
+            unsaved: self
+                .saves
+                .errors()
+                .chain(&self.unkept)
+                .chain(&self.unread_history)
+                .cloned()
+                .collect(),
+            history: self.history.clone(),
         }
     }
 

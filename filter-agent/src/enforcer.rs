@@ -340,7 +340,6 @@ impl Enforcer {
         if !is_change {
             match self.summary(&committed.enforced) {
                 Ok((text, inert)) => {
-                    entries.push(Entry::info(text.clone()));
                     summary = Some(text);
                     committed.errors.extend(inert);
                 }

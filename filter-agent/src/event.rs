@@ -87,11 +87,12 @@ pub enum Request {
         reply: Reply<report::Temporary>,
     },
     Detach {
+        by: Option<By>,
         reply: Reply<Vec<String>>,
     },
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ReloadOptions {
     /// Judge connections from before TLS was forced, too.
     pub existing: bool,
@@ -101,6 +102,8 @@ pub struct ReloadOptions {
     pub max_cut: Option<usize>,
     /// The address of who asks, if it is known.
     pub caller: Option<IpAddr>,
+    /// Who asks. `None`: nobody, or it is not known.
+    pub by: Option<By>,
 }
 
 /// An effect to carry out for the agent.

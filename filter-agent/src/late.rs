@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use jiff::Timestamp;
 
-use crate::{event::Reply, report, store::Record};
+use crate::{event::Reply, report, saves::Saves, store::Record};
 
 /// Time that a reply waits for the disk.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -54,12 +54,27 @@ impl Late {
         }
     }
 
-    /// The record that it waits for.
-    pub fn record(&self) -> Record {
+    /// The record that keeps the change for the next start.
+    fn record(&self) -> Record {
         match self.answer {
             Answer::Reloaded(..) | Answer::Detached(..) => Record::Confirmed,
             Answer::Temporary(..) => Record::Temporary,
         }
+    }
+
+    /// The records that tell who made the change.
+    fn history(&self) -> &'static [Record] {
+        match self.answer {
+            Answer::Reloaded(..) => &[Record::ChangeId, Record::Policies],
+            Answer::Temporary(..) => &[Record::ChangeId, Record::Changes],
+            Answer::Detached(..) => &[],
+        }
+    }
+
+    /// Whether the disk has not yet said what became of a record that it waits for.
+    pub fn must_wait(&self, saves: &Saves) -> bool {
+        let is_under_way = |record: &Record| saves.is_under_way(record);
+        is_under_way(&self.record()) || self.history().iter().any(is_under_way)
     }
 
     /// Whether the agent ends with it.
@@ -67,8 +82,18 @@ impl Late {
         matches!(self.answer, Answer::Detached(..))
     }
 
-    /// Sends it. `error`: why the record is not on disk as it should be. `is_slow`: it is on its way there.
-    pub fn send(self, error: Option<&str>, is_slow: bool) {
+    /// Sends it, with why the records are not on disk as they should be.
+    pub fn send(self, saves: &Saves) {
+        let record = self.record();
+        let is_slow = saves.is_under_way(&record);
+        let error = saves.error(&record).map(String::as_str);
+        let history = self.history().iter();
+        let unnoted = history.filter_map(|record| match saves.is_under_way(record) {
+            true => Some("the history is not kept yet: the disk takes too long".to_owned()),
+            false => saves.error(record).cloned(),
+        });
+        let mut unnoted: Vec<String> = unnoted.collect();
+        unnoted.dedup();
         match self.answer {
             Answer::Reloaded(mut reloaded, reply) => {
                 let error = match error {
@@ -78,6 +103,7 @@ impl Late {
                     error => error,
                 };
                 reloaded.plan.warnings.extend(error.map(str::to_owned));
+                reloaded.plan.warnings.extend(unnoted);
                 reply.send(Ok(*reloaded));
             }
             Answer::Temporary(mut done, reply) => {
@@ -88,6 +114,7 @@ impl Late {
                     error => error,
                 };
                 done.errors.extend(error.map(str::to_owned));
+                done.notes.extend(unnoted);
                 reply.send(Ok(*done));
             }
             Answer::Detached(names, reply) => {

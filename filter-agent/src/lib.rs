@@ -12,6 +12,7 @@ pub mod enforcer;
 pub mod event;
 pub mod former;
 mod hints;
+pub mod history;
 mod holding;
 pub mod host;
 pub mod kernel;

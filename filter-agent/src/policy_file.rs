@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use ring::digest::{SHA256, digest};
 
 use crate::{
     clock::Accepted,
@@ -24,6 +25,8 @@ pub const MAX_LENGTH: u64 = 64 << 20;
 pub struct PolicyFile {
     pub path: PathBuf,
     pub text: String,
+    /// SHA-256 of the text, in hexadecimal digits.
+    pub hash: String,
     pub policy: Policy,
     pub warnings: Vec<String>,
     /// When the text was there.
@@ -78,6 +81,7 @@ impl PolicyFile {
         })?;
         Ok(Self {
             path: path.to_owned(),
+            hash: hash(&text),
             text,
             policy,
             warnings: problems.into_iter().map(named).collect(),
@@ -93,6 +97,13 @@ impl PolicyFile {
             .cloned()
             .collect()
     }
+}
+
+/// SHA-256 of a policy's text, in hexadecimal digits.
+pub fn hash(text: &str) -> String {
+    let digest = digest(&SHA256, text.as_bytes());
+    let digits = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
+    digits.collect()
 }
 
 /// The text of a policy file, without the byte order mark that Windows editors put in front.

@@ -428,6 +428,9 @@ impl std::fmt::Display for Cut {
 
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Reloaded {
+    /// The number of the change; where nothing changed, that of the policy in force.
+    #[serde(default)]
+    pub id: u64,
     pub plan: Plan,
     pub enforced: Enforced,
     pub verified: Verified,
@@ -454,6 +457,9 @@ pub struct By {
 /// A change of the temporary rules.
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Temporary {
+    /// The number of the change; 0: it is not made yet.
+    #[serde(default)]
+    pub id: u64,
     pub database: String,
     pub action: Action,
     pub source: IpNet,
@@ -479,6 +485,7 @@ impl Temporary {
     /// The report of a change that is not made yet.
     pub fn new(database: &str, action: Action, source: IpNet) -> Self {
         Self {
+            id: 0,
             database: database.to_owned(),
             action,
             source,
@@ -501,6 +508,10 @@ pub enum Action {
     Allowed,
     Blocked,
     Revoked,
+    /// The time of a temporary rule is over.
+    Ended,
+    /// The time of a block is over.
+    Unblocked,
 }
 
 impl Action {
@@ -509,6 +520,8 @@ impl Action {
             Self::Allowed => "allowed",
             Self::Blocked => "blocked",
             Self::Revoked => "revoked",
+            Self::Ended => "ended",
+            Self::Unblocked => "unblocked",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem,
     time::Duration,
 };
 
@@ -9,6 +10,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use crate::{
+    history::History,
     host::coverage::Remembered,
     last_hits,
     log::Entry,
@@ -33,6 +35,9 @@ const LEFT_INTERVAL: Duration = Duration::from_mins(1);
 /// the kernel's counters which rules were hit since.
 const HITS_INTERVAL: Duration = Duration::from_mins(1);
 
+/// Pause before records of the history that could not be written are written again, where there is no change before.
+const HISTORY_RETRY: Duration = Duration::from_secs(10);
+
 #[derive(Debug)]
 pub struct Saves {
     /// The confirmed policy that was given to the store last.
@@ -43,6 +48,10 @@ pub struct Saves {
     /// Last hits of rules that are not on disk, and when a version was given to the store last.
     last_hits: Option<last_hits::Kept>,
     last_hits_at: Option<Timestamp>,
+    /// The history that was given to the store last, and when; and the id of a change.
+    history: History,
+    history_at: Timestamp,
+    change_id: Option<u64>,
     /// Records of which one kind there is that are on their way to disk.
     under_way: BTreeSet<Record>,
     /// When each region's set was given to the store last.
@@ -56,10 +65,11 @@ pub struct Saves {
 }
 
 impl Saves {
-    /// `confirmed` and `temporary`: as on disk. `regions`: those whose set is on disk.
+    /// `confirmed`, `temporary`, `history` and `change_id`: as on disk. `regions`: those whose set is on disk.
     pub fn new(
         confirmed: Option<Confirmed>,
         temporary: Kept,
+        (history, change_id): (History, Option<u64>),
         regions: impl Iterator<Item = String>,
         now: Timestamp,
     ) -> Self {
@@ -69,6 +79,9 @@ impl Saves {
             temporary_at: now,
             last_hits: None,
             last_hits_at: None,
+            history,
+            history_at: now,
+            change_id,
             under_way: BTreeSet::new(),
             regions: regions.map(|name| (name, now)).collect(),
             changed: BTreeMap::new(),
@@ -128,6 +141,58 @@ impl Saves {
         self.temporary.clock
     }
 
+    /// The writes that keep the history for the next start: of what changed, and of what could not be written.
+    pub fn history(&mut self, history: &History, now: Timestamp) -> Vec<Write> {
+        let before = mem::replace(&mut self.history, history.clone());
+        self.history_at = now;
+        let hashes = |history: &History| history.texts().keys().cloned().collect::<BTreeSet<_>>();
+        let kept = hashes(history);
+        self.errors.retain(|record, _| match record {
+            Record::Text(hash) => kept.contains(hash),
+            _ => true,
+        });
+        let failed = |record: &Record| self.errors.contains_key(record);
+        let mut writes = Vec::new();
+        if self.change_id != Some(history.last_id()) || failed(&Record::ChangeId) {
+            writes.push(Write::ChangeId(history.last_id()));
+        }
+        for (hash, text) in history.texts() {
+            if !before.texts().contains_key(hash) || failed(&Record::Text(hash.clone())) {
+                writes.push(Write::Text {
+                    hash: hash.clone(),
+                    text: text.clone(),
+                });
+            }
+        }
+        if before.policies() != history.policies() || failed(&Record::Policies) {
+            writes.push(Write::Policies(history.policies().clone()));
+        }
+        if before.others() != history.others() || failed(&Record::Changes) {
+            writes.push(Write::Changes(history.others().clone()));
+        }
+        if hashes(&before) != kept || failed(&Record::Texts) {
+            writes.push(Write::Texts(kept));
+        }
+        self.change_id = Some(history.last_id());
+        self.under_way.extend(writes.iter().map(Write::record));
+        writes
+    }
+
+    /// Whether parts of the history could not be written, and it is time to try again.
+    pub fn must_repeat_history(&self, now: Timestamp) -> bool {
+        let is_of_it = |record: &Record| {
+            matches!(
+                record,
+                Record::ChangeId
+                    | Record::Text(_)
+                    | Record::Policies
+                    | Record::Changes
+                    | Record::Texts
+            )
+        };
+        self.history_at + HISTORY_RETRY <= now && self.errors.keys().any(is_of_it)
+    }
+
     /// The writes that keep neither a policy nor temporary rules nor last hits for the next start.
     pub fn forget(&mut self) -> [Write; 3] {
         self.confirmed = None;
@@ -142,7 +207,7 @@ impl Saves {
         ]
     }
 
-    /// Whether the confirmed policy or the temporary rules, or their removal, are on their way to disk.
+    /// Whether the latest version of a record, other than of a region, is on its way to disk.
     pub fn is_under_way(&self, record: &Record) -> bool {
         self.under_way.contains(record)
     }
@@ -217,6 +282,10 @@ impl Saves {
         let is_latest = match write {
             Write::Confirmed(written) => *written == self.confirmed,
             Write::Temporary(written) => *written == self.temporary,
+            Write::ChangeId(written) => Some(*written) == self.change_id,
+            Write::Policies(written) => written == self.history.policies(),
+            Write::Changes(written) => written == self.history.others(),
+            Write::Text { .. } | Write::Texts(_) => true,
             Write::Region { .. } | Write::Regions(_) | Write::LastHits(_) => false,
         };
         if is_latest {
@@ -239,6 +308,13 @@ impl Saves {
                         "the last hits of rules are kept for the next start again".into()
                     }
                     Record::Regions => "the sets of unused regions are removed".into(),
+                    Record::ChangeId => "the numbers of changes are kept again".into(),
+                    Record::Text(_) => "the text of the policy is kept in the history".into(),
+                    Record::Policies => "the history of policies is kept again".into(),
+                    Record::Changes => "the history of temporary rules is kept again".into(),
+                    Record::Texts => {
+                        "the texts of policies that are not in the history are removed".into()
+                    }
                 })))
             }
             Err(error) => {
@@ -260,7 +336,17 @@ impl Saves {
                         format!("the last hits of rules are not kept for the next start: {error:#}")
                     }
                     Record::Region(name) => format!("region {name}: {error:#}"),
-                    Record::Confirmed | Record::Regions => format!("{error:#}"),
+                    Record::ChangeId => format!(
+                        "the numbers of changes are not kept, and may be given again: {error:#}"
+                    ),
+                    Record::Text(_) => {
+                        format!("the text of the policy is not kept in the history: {error:#}")
+                    }
+                    Record::Policies => format!("the history of policies is not kept: {error:#}"),
+                    Record::Changes => {
+                        format!("the history of temporary rules is not kept: {error:#}")
+                    }
+                    Record::Confirmed | Record::Regions | Record::Texts => format!("{error:#}"),
                 };
                 let is_new = self.error(record) != Some(&error);
                 self.errors.insert(record.clone(), error.clone());
@@ -300,7 +386,13 @@ mod tests {
         let (policy, _) = parse(text).unwrap();
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
         let mut state = State::new(policy.regions["x"].clone(), at(0));
-        let mut saves = Saves::new(None, Kept::default(), ["x".to_owned()].into_iter(), at(0));
+        let mut saves = Saves::new(
+            None,
+            Kept::default(),
+            Default::default(),
+            ["x".to_owned()].into_iter(),
+            at(0),
+        );
         let mut written = Vec::new();
         for second in 0..150 {
             let prefixes = vec![format!("192.0.2.{second}/32").parse().unwrap()];

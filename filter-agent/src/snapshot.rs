@@ -9,6 +9,7 @@ use jiff::{Timestamp, Unit};
 use crate::{
     clock::Now,
     enforcer::Observed,
+    history::History,
     holding::{self, Regional},
     host::coverage::{Coverage, address_warnings, describe_missing},
     log::Entry,
@@ -37,6 +38,7 @@ pub struct Snapshot {
     pub errors: Vec<String>,
     /// Why records are not on disk, where a restart would look for them.
     pub unsaved: Vec<String>,
+    pub history: History,
 }
 
 impl Snapshot {

@@ -16,6 +16,7 @@ use crate::{
     compile::{Compiled, compile},
     enforcer::{Checked, Enforcer, Handle},
     event::Order,
+    history::History,
     host::{self, coverage::Remembered},
     kernel::pins,
     last_hits::LastHits,
@@ -29,7 +30,7 @@ use crate::{
         lookup,
         state::{self as region, Regions, State},
     },
-    store::{self, Confirmed},
+    store::{self, Confirmed, history as kept_history},
     temporary::{Ends, InKernel, Kept, Temporary, Timed},
     threads,
 };
@@ -70,6 +71,10 @@ pub struct Started {
     pub unreadable: Option<String>,
     /// Why what was kept of temporary rules could not be read.
     pub unkept: Option<String>,
+    /// The history as it is on disk, and what could not be read of it.
+    pub history: History,
+    pub change_id: Option<u64>,
+    pub unread_history: Vec<String>,
 }
 
 /// Policies that a start may enforce, and what the last agent left on disk.
@@ -276,6 +281,7 @@ pub async fn enforce(
         Ok(kept) => (kept, None),
         Err(error) => (Kept::default(), Some(format!("{error:#}"))),
     };
+    let (history, change_id, unread_history) = read_history(options, is_foreign).await;
     let last_hits = read_last_hits(options, is_foreign).await;
     let held = enforcer
         .call(|enforcer| {
@@ -344,6 +350,9 @@ pub async fn enforce(
         instead_of_file,
         unreadable,
         unkept,
+        history,
+        change_id,
+        unread_history,
     })
 }
 
@@ -358,6 +367,44 @@ async fn read_temporary(options: &Options, is_foreign: bool) -> Result<Kept> {
     let read = move || store::read_temporary(&directory);
     let kept = threads::run_within(&threads::POLICIES, READ_TIMEOUT, what, &path, read).await;
     Ok(kept?.unwrap_or_default())
+}
+
+/// The history that was kept on this machine, the id of its last change, and errors. Records that cannot be read are moved out
+/// of the way: nothing of them is overwritten.
+async fn read_history(options: &Options, is_foreign: bool) -> (History, Option<u64>, Vec<String>) {
+    let directory = options.state_dir.clone();
+    let what = "read the history that was kept";
+    let place = kept_history::history_path(&directory);
+    let read = move || {
+        let mut kept = kept_history::read_history(&directory);
+        if is_foreign {
+            let records = [
+                kept_history::history_path(&directory),
+                kept_history::changes_path(&directory),
+                kept_history::change_id_path(&directory),
+            ];
+            let there = records.into_iter().filter(|path| path.exists());
+            let of_another = |path: PathBuf| {
+                let error = anyhow!("{} is of another machine", path.display());
+                (path, error)
+            };
+            kept = kept_history::Kept {
+                unreadable: there.map(of_another).collect(),
+                ..Default::default()
+            };
+        }
+        let errors =
+            kept.unreadable
+                .into_iter()
+                .map(|(path, error)| match kept_history::set_aside(&path) {
+                    Ok(aside) => format!("{error:#}; it is now {}", aside.display()),
+                    Err(more) => format!("{error:#}; {more:#}"),
+                });
+        let errors = errors.collect();
+        Ok((kept.history, kept.change_id, errors))
+    };
+    let kept = threads::run_within(&threads::POLICIES, READ_TIMEOUT, what, &place, read).await;
+    kept.unwrap_or_else(|error| (History::default(), None, vec![format!("{error:#}")]))
 }
 
 /// The last hits of rules that were kept on this machine. Where they cannot be read, rules are counted from now on.

@@ -2,8 +2,10 @@
 //! unchanged, and read only if no other user could have written it. One thread writes; of several versions of a record
 //! that wait for a slow disk only the latest is written.
 
+pub mod history;
+
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _},
@@ -22,7 +24,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
 use crate::{
-    clock::boot_id, host::coverage::Remembered, last_hits, policy::RegionSource,
+    clock::boot_id, history::Past, host::coverage::Remembered, last_hits, policy::RegionSource,
     region::state::Set, temporary,
 };
 
@@ -67,9 +69,12 @@ fn machine() -> Option<String> {
     is_id.then(|| id.to_owned())
 }
 
-/// Names a record of the state directory.
+/// Names a record of the state directory. Of several that wait the first is written first: the id of a change before all that
+/// tells of it, a policy's text before the list that names it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Record {
+    /// The id of the last change.
+    ChangeId,
     /// When rules were last hit.
     LastHits,
     Confirmed,
@@ -79,16 +84,29 @@ pub enum Record {
     Region(String),
     /// The regions of which anything is kept.
     Regions,
+    /// The text of a policy, by its hash.
+    Text(String),
+    /// The last policies.
+    Policies,
+    /// The last changes of temporary rules.
+    Changes,
+    /// The policies whose text is kept.
+    Texts,
 }
 
 impl Record {
     fn path(&self, directory: &Path) -> PathBuf {
         match self {
+            Self::ChangeId => history::change_id_path(directory),
             Self::LastHits => last_hits_path(directory),
             Self::Confirmed => confirmed_path(directory),
             Self::Temporary => temporary_path(directory),
             Self::Region(name) => region_path(directory, name),
             Self::Regions => directory.join("regions"),
+            Self::Text(hash) => history::text_path(directory, hash),
+            Self::Policies => history::history_path(directory),
+            Self::Changes => history::changes_path(directory),
+            Self::Texts => history::texts_path(directory),
         }
     }
 }
@@ -107,6 +125,15 @@ pub enum Write {
     },
     /// Nothing is kept of any other region.
     Regions(BTreeSet<String>),
+    ChangeId(u64),
+    Text {
+        hash: String,
+        text: Arc<str>,
+    },
+    Policies(Arc<VecDeque<Past>>),
+    Changes(Arc<VecDeque<Past>>),
+    /// No other text is kept.
+    Texts(BTreeSet<String>),
 }
 
 impl Write {
@@ -117,6 +144,11 @@ impl Write {
             Self::LastHits(_) => Record::LastHits,
             Self::Region { name, .. } => Record::Region(name.clone()),
             Self::Regions(_) => Record::Regions,
+            Self::ChangeId(_) => Record::ChangeId,
+            Self::Text { hash, .. } => Record::Text(hash.clone()),
+            Self::Policies(_) => Record::Policies,
+            Self::Changes(_) => Record::Changes,
+            Self::Texts(_) => Record::Texts,
         }
     }
 }
@@ -157,10 +189,9 @@ impl Store {
     pub fn open(directory: &Path, warn: impl FnOnce(&anyhow::Error)) -> Result<Self> {
         let lock = match lock(directory) {
             Ok(lock) => {
-                let regions = directory.join("regions");
-                let removed =
-                    remove_unfinished(directory).and_then(|()| remove_unfinished(&regions));
-                if let Err(error) = removed {
+                let within = [directory.join("regions"), history::texts_path(directory)];
+                let mut directories = [directory.to_owned()].into_iter().chain(within);
+                if let Err(error) = directories.try_for_each(|each| remove_unfinished(&each)) {
                     warn(&error);
                 }
                 Some(lock)
@@ -418,6 +449,15 @@ fn write(directory: &Path, write: &Write) -> Result<()> {
             }
             Ok(())
         }
+        Write::ChangeId(id) => history::write_change_id(directory, *id),
+        Write::Text { hash, text } => history::write_text(directory, hash, text),
+        Write::Policies(policies) => {
+            history::write_changes(directory, &history::history_path(directory), policies)
+        }
+        Write::Changes(changes) => {
+            history::write_changes(directory, &history::changes_path(directory), changes)
+        }
+        Write::Texts(hashes) => history::keep_texts(directory, hashes),
     }
 }
 

@@ -114,8 +114,8 @@ impl Timed {
         }
     }
 
-    /// Returns what is to be enforced after time has passed, and lines for the log about the rules and blocks that have
-    /// ended since.
+    /// Returns what is to be enforced after time has passed, and lines for the log about the policy's rules that have ended
+    /// since.
     pub fn passed(&self, now: Now) -> (Self, Vec<Entry>) {
         let mut timed = self.at(now);
         timed.drop_ended();
@@ -129,41 +129,19 @@ impl Timed {
         self.temporary.retain(|rule| rule.end > now);
     }
 
-    /// Lines for the log about the rules and blocks that ended from then on until `now`.
+    /// Lines for the log about the policy's rules that ended from then on until `now`.
     fn ended(&self, now: BootTime) -> Vec<Entry> {
         let is_new = |end: BootTime| self.now.boot < end && end <= now;
-        let temporary = self.temporary.iter().filter(|rule| is_new(rule.end));
-        let temporary = temporary.map(
-            |Temporary {
-                 database,
-                 kind,
-                 source,
-                 ..
-             }| {
-                let text = match kind {
-                    Kind::Allow => {
-                        format!("database {database}: temporary rule {source} has ended")
-                    }
-                    Kind::Block => format!("database {database}: block {source} has ended"),
-                };
-                (database, source.to_string(), text)
-            },
-        );
         let dated = self.ends.iter().filter(|(_, end)| is_new(*end));
         let dated = dated.map(|(Dated { database, rule, .. }, _)| {
             let rule = rule.trim_start_matches(['=', '&', '@']);
             let text = format!("database {database}: the rule of {rule} has expired");
-            (database, rule.to_owned(), text)
+            Entry::info(text)
+                .with("DATABASE", database)
+                .with("RULE", rule)
+                .with("REASON", "ended")
         });
-        let lines = temporary.chain(dated);
-        lines
-            .map(|(database, rule, text)| {
-                Entry::info(text)
-                    .with("DATABASE", database)
-                    .with("RULE", rule)
-                    .with("REASON", "ended")
-            })
-            .collect()
+        dated.collect()
     }
 
     /// The temporary rules of databases that a policy has, and filters by source.

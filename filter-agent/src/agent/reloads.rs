@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::{Agent, Cause};
 use crate::{
     event::{Effect, Order, ReloadOptions, Reply},
+    history::Origin,
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
@@ -97,9 +98,15 @@ impl Agent {
                     max_cut: options.max_cut,
                     caller: options.caller,
                 };
+                let origin = match reply {
+                    Some(_) => Origin::Reload,
+                    None => Origin::Sighup,
+                };
                 let cause = Cause::Reload {
                     file: file.clone(),
                     asked,
+                    origin,
+                    by: options.by,
                     reply,
                 };
                 self.change(file, regions, timed, cause, occasion, options.existing);

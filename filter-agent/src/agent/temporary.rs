@@ -2,10 +2,14 @@
 
 use std::net::IpAddr;
 
-use super::{Agent, Cause};
+use super::{
+    Agent, Cause,
+    history::{numbered, with_change},
+};
 use crate::{
     enforcer::Checked,
     event::{Effect, Reply},
+    history::Origin,
     late::Late,
     log::Entry,
     reconcile::{Committed, Occasion},
@@ -24,10 +28,10 @@ impl Agent {
     ) {
         let prefixes = region::prefixes(&self.regions);
         let timed = self.timed.at(self.now);
-        match timed.changed(&self.file, &prefixes, change, by) {
+        match timed.changed(&self.file, &prefixes, change, by.clone()) {
             Ok((timed, done)) => {
                 let done = done.into();
-                let cause = Cause::Temporary { done, reply };
+                let cause = Cause::Temporary { done, by, reply };
                 self.change_timed(self.regions.clone(), timed, cause, caller);
             }
             Err(error) => reply.send(Err(error)),
@@ -50,17 +54,18 @@ impl Agent {
     pub(super) fn temporary_changed(
         &mut self,
         mut done: Box<report::Temporary>,
+        by: Option<By>,
         committed: Committed,
         checked: Checked,
         reply: Reply<report::Temporary>,
     ) {
         let timing = committed.enforced.timing;
-        self.log(
-            Entry::info(format!("{done}; {timing}"))
-                .with("DATABASE", done.database.clone())
-                .with("PREFIX", done.source.to_string())
-                .with("REASON", done.action.name()),
-        );
+        let numbered = numbered(done.id, by.as_ref());
+        let entry = Entry::info(format!("{done}; {timing}; {numbered}"))
+            .with("DATABASE", done.database.clone())
+            .with("PREFIX", done.source.to_string())
+            .with("REASON", done.action.name());
+        self.log(with_change(entry, done.id, Origin::Socket, by.as_ref()));
         self.log_all(committed.entries);
         self.checked(checked);
         done.timing = Some(timing);
@@ -71,11 +76,7 @@ impl Agent {
         done.errors = committed.errors;
         // The reply waits for the disk: the change must be in force after a reboot.
         let late = Late::temporary(*done, reply, self.now.steady);
-        if self.saves.is_under_way(&late.record()) {
-            self.late.push(late);
-        } else {
-            self.answer(late);
-        }
+        self.answer_when_kept(late);
     }
 
     /// Has the ends of rules and the temporary rules written to disk, if they changed or the time on disk is old.

@@ -127,6 +127,9 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
         confirmed: None,
         instead_of_file: None,
         unreadable: None,
+        history: History::default(),
+        change_id: None,
+        unread_history: Vec::new(),
     }
 }
 
@@ -566,7 +569,7 @@ fn detach_that_fails_leaves_an_agent_that_goes_on() {
     let mut world = settled();
     let (reply, mut answer) = oneshot::channel();
     let reply = Reply(reply);
-    world.send(Event::Request(Request::Detach { reply }));
+    world.send(Event::Request(Request::Detach { by: None, reply }));
     let detach = world.find(|effect| matches!(effect, Effect::Detach));
     world.perform(detach.unwrap(), OFFICE, true, false);
     assert_eq!(error(&mut answer), "busy");
@@ -576,7 +579,7 @@ fn detach_that_fails_leaves_an_agent_that_goes_on() {
     assert!(answer.try_recv().unwrap().is_ok());
     let (reply, mut answer) = oneshot::channel();
     let reply = Reply(reply);
-    world.send(Event::Request(Request::Detach { reply }));
+    world.send(Event::Request(Request::Detach { by: None, reply }));
     while !world
         .effects
         .iter()

@@ -115,10 +115,11 @@ pub(super) fn print_reloaded(reloaded: &Reloaded) {
     say!("");
     let report::Enforced { file, timing, .. } = &reloaded.enforced;
     say!(
-        "{} is enforced, in {:.1} ms (compiled in {:.1} ms)",
+        "{} is enforced, in {:.1} ms (compiled in {:.1} ms); change {}",
         file.display(),
         timing.enforced_ms,
-        timing.compiled_ms
+        timing.compiled_ms,
+        reloaded.id
     );
     print_verified(&reloaded.verified);
     for error in &reloaded.errors {
@@ -413,7 +414,7 @@ pub(super) fn by(by: &By) -> String {
 /// Describes a change, and when it was in force.
 pub(super) fn describe_temporary(done: &report::Temporary) -> String {
     match &done.timing {
-        Some(timing) => format!("{done}; {timing}"),
+        Some(timing) => format!("{done}; {timing}; change {}", done.id),
         None => done.to_string(),
     }
 }

@@ -77,6 +77,7 @@ pub(super) struct ReloadQuery {
 
 pub(super) async fn reload(
     State(shared): State<Shared>,
+    Extension(by): Extension<Option<By>>,
     Params(query): Params<ReloadQuery>,
 ) -> Answer<report::Reloaded> {
     let options = ReloadOptions {
@@ -84,6 +85,7 @@ pub(super) async fn reload(
         allow_unprotect: query.allow_unprotect,
         max_cut: query.max_cut,
         caller: query.caller,
+        by,
     };
     let reloaded = shared.ask(|reply| Request::Reload { options, reply });
     Ok(Json(reloaded.await?))
@@ -140,9 +142,10 @@ fn read_change(body: &[u8]) -> serde_json::Result<(Change, Option<IpAddr>)> {
 
 pub(super) async fn detach(
     State(shared): State<Shared>,
+    Extension(by): Extension<Option<By>>,
     Params(NoQuery {}): Params<NoQuery>,
 ) -> Answer<report::Detached> {
-    let names = shared.ask(|reply| Request::Detach { reply });
+    let names = shared.ask(|reply| Request::Detach { by, reply });
     let interfaces = names.await?;
     Ok(Json(report::Detached { interfaces }))
 }

@@ -5,14 +5,32 @@ use super::*;
 fn detach(world: &mut World) -> oneshot::Receiver<Result<Vec<String>>> {
     let (reply, answer) = oneshot::channel();
     let reply = Reply(reply);
-    world.send(Event::Request(Request::Detach { reply }));
+    world.send(Event::Request(Request::Detach { by: None, reply }));
     answer
 }
 
 impl World {
     /// Carries out everything but writes to disk, which hangs.
     fn settle_but_disk(&mut self) {
-        while let Some(place) = self.find(|effect| !matches!(effect, Effect::Save(_))) {
+        let is_history = |write: &Write| {
+            !matches!(
+                write.record(),
+                Record::Confirmed | Record::Temporary | Record::Region(_) | Record::Regions
+            )
+        };
+        let is_done = |effect: &Effect| match effect {
+            Effect::Save(write) => is_history(write),
+            _ => true,
+        };
+        while let Some(place) = self.find(is_done) {
+            self.perform(place, OFFICE, false, false);
+        }
+    }
+
+    /// The disk takes what it was given of the history.
+    fn write_history(&mut self) {
+        let is_meant = |effect: &Effect| matches!(effect, Effect::Save(write) if write.record() != Record::Confirmed);
+        while let Some(place) = self.find(is_meant) {
             self.perform(place, OFFICE, false, false);
         }
     }
@@ -45,6 +63,7 @@ fn reply_waits_for_the_write_that_it_is_about_and_not_for_an_earlier_one() {
     let mut detached = detach(&mut world);
     let place = world.find(|effect| matches!(effect, Effect::Detach));
     world.perform(place.unwrap(), OFFICE, false, false);
+    world.write_history();
     world.write_confirmed();
     assert!(detached.try_recv().is_err());
     assert!(!world.has_stopped());
@@ -245,4 +264,69 @@ fn set_that_waits_is_written_at_the_end() {
     }
     world.send(Event::Terminate);
     assert!(world.find(is_set).is_some());
+}
+
+/// Whoever was answered must find the change under its number after a crash.
+#[test]
+fn reply_waits_for_the_history_and_the_id_is_given_to_the_disk_first() {
+    let mut world = settled();
+    world.text = policy(2, "");
+    let mut answer = world.reload();
+    while world.find(is_commit).is_some() || world.find(|e| !matches!(e, Effect::Save(_))).is_some()
+    {
+        let place = world.find(|effect| !matches!(effect, Effect::Save(_)));
+        world.perform(place.unwrap(), OFFICE, false, false);
+    }
+    let records = world.effects.iter().map(|effect| match effect {
+        Effect::Save(write) => write.record(),
+        effect => panic!("{effect:?}"),
+    });
+    assert_eq!(records.clone().next(), Some(Record::ChangeId));
+    assert!(records.collect::<Vec<_>>().contains(&Record::Policies));
+    world.write_confirmed();
+    assert!(answer.try_recv().is_err());
+    world.write_history();
+    let reloaded = answer.try_recv().unwrap().unwrap();
+    assert_eq!(reloaded.id, 2);
+    assert_eq!(world.disk[&Record::ChangeId], Write::ChangeId(2));
+}
+
+/// A disk that takes nothing delays no change, and takes all when it has room.
+#[test]
+fn history_that_could_not_be_written_is_said_once_and_written_later() {
+    let mut world = settled();
+    let fail = |world: &mut World| {
+        while !world.effects.is_empty() {
+            let is_save = matches!(world.effects[0], Effect::Save(_));
+            world.perform(0, OFFICE, is_save, false);
+        }
+    };
+    world.text = policy(2, "");
+    let mut answer = world.reload();
+    fail(&mut world);
+    let warnings = answer.try_recv().unwrap().unwrap().plan.warnings;
+    let said = warnings
+        .iter()
+        .filter(|line| line.contains("history of policies is not kept"));
+    assert_eq!(said.count(), 1, "{warnings:?}");
+    for _ in 0..30 {
+        world.pass(1);
+        world.send(Event::Checked(checked()));
+        fail(&mut world);
+    }
+    let lines = world.log.iter();
+    let lines =
+        lines.filter(|line| line.starts_with("warning: the history of policies is not kept"));
+    assert_eq!(lines.count(), 1, "{:#?}", world.log);
+    assert!(!world.agent.snapshot().unsaved.is_empty());
+    world.pass(10);
+    world.send(Event::Checked(checked()));
+    world.settle(OFFICE);
+    assert_eq!(world.agent.snapshot().unsaved, Vec::<String>::new());
+    let Write::Policies(policies) = &world.disk[&Record::Policies] else {
+        unreachable!();
+    };
+    let ids = policies.iter().map(|past| past.id);
+    assert_eq!(ids.collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(world.disk[&Record::ChangeId], Write::ChangeId(2));
 }

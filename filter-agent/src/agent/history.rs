@@ -1,0 +1,150 @@
+//! What the history says of each change, and the fields that the log gets of it.
+
+use std::sync::Arc;
+
+use super::Agent;
+use crate::{
+    event::Effect,
+    history::{Origin, Past, PastTemporary, State, Summary, What},
+    log::Entry,
+    policy_file::PolicyFile,
+    report::{self, Action, By},
+    temporary::{Kind, Temporary},
+};
+
+impl Agent {
+    /// Gives the next change its id.
+    pub(super) fn next_change(&mut self) -> u64 {
+        self.history.next_id()
+    }
+
+    /// Notes a policy that is in force. Returns the id of the change; where it is no news, of the policy in force.
+    pub(super) fn note_policy(
+        &mut self,
+        file: &Arc<PolicyFile>,
+        plan: &report::Plan,
+        origin: Origin,
+        by: Option<By>,
+    ) -> u64 {
+        let difference = Summary::of(plan);
+        if let Some(id) = self.history.is_in_force(file, &difference) {
+            return id;
+        }
+        let id = self.next_change();
+        let past = Past {
+            id,
+            at: self.now.wall,
+            origin,
+            by,
+            what: What::policy(file, State::Confirmed, difference),
+        };
+        self.history.enforced(past, file);
+        id
+    }
+
+    pub(super) fn note_temporary(&mut self, done: &report::Temporary, by: Option<By>) -> u64 {
+        let what = PastTemporary {
+            action: done.action,
+            database: done.database.clone(),
+            source: done.source,
+            label: done.label.clone(),
+            until: done.until,
+        };
+        self.note(Origin::Socket, by, what)
+    }
+
+    fn note(&mut self, origin: Origin, by: Option<By>, what: PastTemporary) -> u64 {
+        let id = self.next_change();
+        self.history.changed(Past {
+            id,
+            at: self.now.wall,
+            origin,
+            by,
+            what: What::Temporary(what),
+        });
+        id
+    }
+
+    /// Notes and logs which of the temporary rules have ended that were in force before the last change.
+    pub(super) fn note_ended(&mut self, before: &[Temporary]) {
+        let now = self.timed.now.boot;
+        let has_ended = |rule: &&Temporary| {
+            let mut rules = self.timed.temporary.iter();
+            rule.end <= now && !rules.any(|other| other.is_same(rule))
+        };
+        let ended: Vec<Temporary> = before.iter().filter(has_ended).cloned().collect();
+        for rule in ended {
+            let Temporary {
+                database,
+                kind,
+                source,
+                label,
+                until,
+                ..
+            } = rule;
+            let (action, what) = match kind {
+                Kind::Allow => (Action::Ended, "temporary rule"),
+                Kind::Block => (Action::Unblocked, "block"),
+            };
+            let entry = Entry::info(format!("database {database}: {what} {source} has ended"))
+                .with("DATABASE", database.clone())
+                .with("RULE", source.to_string())
+                .with("REASON", "ended");
+            let past = PastTemporary {
+                action,
+                database,
+                source,
+                label,
+                until: Some(until),
+            };
+            let id = self.note(Origin::Time, None, past);
+            self.log(with_change(entry, id, Origin::Time, None));
+        }
+    }
+
+    /// Has what is new in the history written to disk: before anything else of a change, so that its id is given to no other
+    /// one however the agent ends.
+    pub(super) fn keep_history(&mut self) {
+        let writes = self.saves.history(&self.history, self.now.steady);
+        self.effects.extend(writes.into_iter().map(Effect::Save));
+    }
+
+    /// Logs a policy that is in force. `summary`: what is enforced, where that is known.
+    pub(super) fn log_policy(
+        &mut self,
+        summary: Option<&String>,
+        id: u64,
+        origin: Origin,
+        by: Option<&By>,
+    ) {
+        let unknown = || format!("enforcing {}", self.file.path.display());
+        let summary = summary.cloned().unwrap_or_else(unknown);
+        let entry = Entry::info(format!("{summary}; {}", numbered(id, by)));
+        self.log(with_change(entry, id, origin, by));
+    }
+}
+
+/// `change 12 by uid 0 (logged in as 1000), filter-agent`.
+pub(super) fn numbered(id: u64, by: Option<&By>) -> String {
+    match by {
+        Some(by) => format!("change {id} by {by}"),
+        None => format!("change {id}"),
+    }
+}
+
+/// A line of the log about a change, with who asked for it.
+pub(super) fn with_change(entry: Entry, id: u64, origin: Origin, by: Option<&By>) -> Entry {
+    let entry = entry
+        .with("CHANGE", id.to_string())
+        .with("ORIGIN", origin.name());
+    let Some(by) = by else { return entry };
+    let entry = entry.with("BY_UID", by.uid.to_string());
+    let entry = match by.login_uid {
+        Some(uid) => entry.with("BY_LOGIN_UID", uid.to_string()),
+        None => entry,
+    };
+    match &by.command {
+        Some(command) => entry.with("BY_COMMAND", command.clone()),
+        None => entry,
+    }
+}
