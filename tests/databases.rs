@@ -191,10 +191,7 @@ impl Maria {
             .args(["--skip-name-resolve", "--innodb-flush-log-at-trx-commit=0"])
             .arg("--connect-timeout=600")
             // Takes a PROXY header, and does without.
-            .arg(format!(
-                "--proxy-protocol-networks={}",
-                crate::net::ALLOWED4
-            ))
+            .arg("--proxy-protocol-networks=203.0.113.0/24")
             .arg(format!("--datadir={}", data.display()))
             .arg(format!("--tmpdir={}", home.display()))
             .arg(format!("--socket={}", home.join("socket").display()))

@@ -137,6 +137,14 @@ impl Opening {
             .exactly(form, at + HELLO - 1, &[1])
     }
 
+    /// MongoDB takes what answers message 0 or -1, by the bytes at places 8 to 11, for a message in the clear, and all else for
+    /// TLS. There a ClientHello has its version at place 9 (RFC 8446 section 4.1.2), if its first record holds that.
+    const fn mongodb() -> Self {
+        Self::new()
+            .hello(Forms::HELLO, 0)
+            .byte(Forms::HELLO, 9, 0xff, 3, 3)
+    }
+
     const fn postgresql() -> Self {
         Self::new()
             .hello(Forms::HELLO, 0)
@@ -181,20 +189,23 @@ impl Opening {
     }
 }
 
-/// The openings: that of engines that speak TLS from the first byte, PostgreSQL's and MySQL's.
-pub const OPENINGS: [Opening; 3] = [
+/// The openings: that of engines that speak TLS from the first byte, PostgreSQL's, MySQL's and MongoDB's.
+pub const OPENINGS: [Opening; 4] = [
     Opening::new().hello(Forms::HELLO, 0),
     Opening::postgresql(),
     Opening::mysql(),
+    Opening::mongodb(),
 ];
 
 /// The place of an engine's opening among `OPENINGS`.
 pub const fn opening_of(engine: u32) -> usize {
     const POSTGRESQL: u32 = Engine::Postgresql as u32;
     const MYSQL: u32 = Engine::Mysql as u32;
+    const MONGODB: u32 = Engine::Mongodb as u32;
     match engine {
         POSTGRESQL => 1,
         MYSQL => 2,
+        MONGODB => 3,
         _ => 0,
     }
 }
@@ -264,6 +275,11 @@ impl OpeningKind {
         let [first, second, _, fourth] = words;
         let operation = fourth.swap_bytes();
         let [a, b, _, number] = first.to_be_bytes();
+        // OP_QUERY, OP_COMPRESSED and OP_MSG (MongoDB Wire Protocol), least significant byte first. Some lengths look as TLS
+        // does.
+        if engine == MONGODB && matches!(operation, 2004 | 2012 | 2013) {
+            return Self::MongodbMessage;
+        }
         if a == 22 && b == 3 {
             return Self::ClientHello;
         }
@@ -281,8 +297,6 @@ impl OpeningKind {
             POSTGRESQL if second == CANCEL => Self::PostgresqlCancel,
             // The second packet of a connection.
             MYSQL if number == 1 => Self::MysqlLogin,
-            // OP_QUERY, OP_COMPRESSED and OP_MSG (MongoDB Wire Protocol), least significant byte first.
-            MONGODB if matches!(operation, 2004 | 2012 | 2013) => Self::MongodbMessage,
             _ => Self::Unknown,
         }
     }
@@ -375,6 +389,11 @@ mod tests {
             (Engine::Mysql, &mysql[..], OpeningKind::MysqlLogin),
             (Engine::Mysql, &HELLO[..], OpeningKind::ClientHello),
             (Engine::Mongodb, &op_msg[..], OpeningKind::MongodbMessage),
+            (
+                Engine::Mongodb,
+                &[&[22, 3, 0, 0, 7, 1, 0, 0], &op_msg[8..]].concat()[..],
+                OpeningKind::MongodbMessage,
+            ),
             (Engine::Mongodb, &[0; 16][..], OpeningKind::Unknown),
             (Engine::Other, b"", OpeningKind::Unknown),
         ] {

@@ -1,9 +1,10 @@
 //! The header of the PROXY protocol, with which a load balancer begins a connection: where it ends.
 //!
-//! HAProxy, "The PROXY protocol" versions 1 and 2: a sender writes the header at once, so that it is in one segment.
+//! HAProxy, "The PROXY protocol" versions 1 and 2: a sender writes the header at once, so that it is in one segment. Servers
+//! count on it: MariaDB takes what has come by then for the whole header.
 
 use aya_ebpf::bindings::__sk_buff;
-use filter_common::MAX_PROXY_HEADER;
+use filter_common::{Engine, MAX_PROXY_HEADER};
 
 use crate::socket::load;
 
@@ -17,8 +18,6 @@ impl Header {
     const NONE: u32 = 0;
     /// One that may, and ends before that is certain.
     const CUT: u32 = 1;
-    /// Set for version 2, whose length stands in its beginning.
-    const VERSION_2: u32 = 1 << 16;
 
     #[inline(always)]
     pub const fn word(self) -> u64 {
@@ -35,13 +34,7 @@ impl Header {
     /// In bytes.
     #[inline(always)]
     pub const fn length(self) -> u32 {
-        self.0 & 0xffff
-    }
-
-    /// Whether any byte may stand at this place of it: one that does not decide where it ends.
-    #[inline(always)]
-    pub const fn is_free(self, place: u32) -> bool {
-        self.0 & Self::VERSION_2 != 0 && place >= BEGINNING_2
+        self.0
     }
 }
 
@@ -56,8 +49,8 @@ pub enum Found {
 
 /// Looks for a header in the `length` bytes at `at` of the packet, where a stream begins.
 #[inline(always)]
-pub fn find(skb: *mut __sk_buff, at: u32, length: u32) -> Found {
-    match find_header(skb, at, length) {
+pub fn find(skb: *mut __sk_buff, engine: u32, at: u32, length: u32) -> Found {
+    match find_header(skb, engine, at, length) {
         Header::NONE => Found::Nothing,
         Header::CUT => Found::Cut,
         found => Found::Header(Header(found)),
@@ -72,10 +65,19 @@ const SIGNATURE: [u32; 3] = [
     u32::from_be_bytes(*b"UIT\n"),
 ];
 
+/// MariaDB takes no longer one, and of the length only the lower byte (10.11, `parse_proxy_protocol_header`): it would read
+/// the rest of a longer one as what the client says.
+const LONGEST_MYSQL: u32 = 256;
+const MYSQL: u32 = Engine::Mysql as u32;
+
 /// A global function, which the kernel verifies once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn find_header(skb: *mut __sk_buff, at: u32, length: u32) -> u32 {
+extern "C" fn find_header(skb: *mut __sk_buff, engine: u32, at: u32, length: u32) -> u32 {
+    let longest = match engine {
+        MYSQL => LONGEST_MYSQL,
+        _ => MAX_PROXY_HEADER,
+    };
     let Some([first]) = load::<u8, 1>(skb, at).filter(|_| length != 0) else {
         return Header::CUT;
     };
@@ -87,13 +89,15 @@ extern "C" fn find_header(skb: *mut __sk_buff, at: u32, length: u32) -> u32 {
                 return Header::CUT;
             };
             let [a, b, c, rest] = words.map(u32::from_be);
-            let length = BEGINNING_2 + (rest & 0xffff);
+            let header = BEGINNING_2 + (rest & 0xffff);
             // Version 2; whether the balancer speaks for a client or for itself.
             let is_version_2 = rest >> 24 == 0x20 || rest >> 24 == 0x21;
-            if [a, b, c] == SIGNATURE && is_version_2 && length <= MAX_PROXY_HEADER {
-                length | Header::VERSION_2
-            } else {
+            if [a, b, c] != SIGNATURE || !is_version_2 || header > longest {
                 Header::NONE
+            } else if header > length {
+                Header::CUT
+            } else {
+                header
             }
         }
         _ => Header::NONE,

@@ -123,6 +123,13 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
         }
         guard => Guard(guard as u32),
     };
+    // Where a header was let pass the opening is behind it, whatever the policy says by now.
+    let began_with_header = judgement_of(socket.sk, None).is_some_and(|known| known.header() != 0);
+    let guard = if began_with_header {
+        guard.proxied()
+    } else {
+        guard
+    };
     let is_past = socket.received() >= guard.judged_bytes();
     let refusal = if segment.is_urgent && !is_past {
         // Urgent data is taken out of the stream, which moves what follows.
@@ -333,7 +340,7 @@ extern "C" fn judge_handshake(skb: *mut __sk_buff, guard: u32) -> u32 {
     };
     let header = match guard.is_proxied() {
         false => 0,
-        true => match proxy::find(skb, segment.data, segment.length) {
+        true => match proxy::find(skb, engine, segment.data, segment.length) {
             Found::Header(header) if header.length() < segment.length => header.length(),
             // With nothing behind it, it comes again, once the connection is the server's.
             _ => return UNCLEAR,
@@ -530,7 +537,7 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
     let mut opens = Place { skip: old, place };
     let mut reason = Reason::NotTls;
     if guard.is_proxied() {
-        match behind_header(segment, opens, judgement, skb) {
+        match behind_header(skb, engine, segment, opens, judgement) {
             Behind::Nothing => return PASSES,
             Behind::Unclear => return UNCLEAR,
             Behind::Opening(place) => opens = place,
@@ -578,7 +585,7 @@ struct Place {
 
 /// Content of a segment in a stream that begins with a PROXY header.
 enum Behind {
-    /// Bytes of the header that decide nothing.
+    /// Nothing but the header.
     Nothing,
     Opening(Place),
     /// It has to come again, whole or in its order.
@@ -586,18 +593,18 @@ enum Behind {
     NoHeader,
 }
 
-/// Finds what comes behind the PROXY header, which has to be the first that is let pass, in one segment as far as it decides
-/// where it ends.
+/// Finds what comes behind the PROXY header, which has to be the first that is let pass, in one segment.
 #[inline(always)]
 fn behind_header(
+    skb: *mut __sk_buff,
+    engine: u32,
     segment: &Segment,
     from: Place,
     judgement: JudgementPointer,
-    skb: *mut __sk_buff,
 ) -> Behind {
     let length = segment.length - from.skip;
     let header = if from.place == 0 {
-        match proxy::find(skb, segment.data + from.skip, length) {
+        match proxy::find(skb, engine, segment.data + from.skip, length) {
             Found::Header(_) if is_intact(skb) == 0 => return Behind::Unclear,
             Found::Header(found) if judgement.set_header(found) == found.word() => found,
             Found::Header(_) | Found::Cut => return Behind::Unclear,
@@ -605,7 +612,7 @@ fn behind_header(
         }
     } else {
         match Header::of(judgement.header()) {
-            Some(header) if from.place >= header.length() || header.is_free(from.place) => header,
+            Some(header) if from.place >= header.length() => header,
             // Refused before.
             None if judgement.forms().is_none() => return Behind::NoHeader,
             _ => return Behind::Unclear,
@@ -615,12 +622,11 @@ fn behind_header(
         let place = from.place - header.length();
         return Behind::Opening(Place { place, ..from });
     }
-    let rest = header.length() - from.place;
-    if length <= rest {
+    if length == header.length() {
         return Behind::Nothing;
     }
     Behind::Opening(Place {
-        skip: from.skip + rest,
+        skip: from.skip + header.length(),
         place: 0,
     })
 }

@@ -51,7 +51,9 @@ impl Laboratory {
         let mut text = format!("interfaces: [eth0]\nmode: {}\ndatabases:\n", self.mode);
         for engine in Engine::ALL {
             let cancel = match engine {
-                Engine::PostgresqlWithoutCancel => "cancel_in_clear: false, ",
+                Engine::PostgresqlWithoutCancel if !more.contains("force_tls: false") => {
+                    "cancel_in_clear: false, "
+                }
                 _ => "",
             };
             writeln!(

@@ -104,3 +104,38 @@ fn query_is_cancelled_in_the_clear_only_where_that_is_allowed() {
         }
     }
 }
+
+/// Its length and its number look like a record with a ClientHello.
+#[test]
+fn message_of_mongodb_that_looks_like_a_hello_is_never_read() {
+    let laboratory = Laboratory::new("message", "native");
+    let engine = Engine::Mongodb;
+    let mut server = laboratory.serve(engine);
+    for client in laboratory.clients() {
+        for answers_to in [[0; 4], [0xff; 4]] {
+            // Of 790 bytes; OP_MSG with one section.
+            let mut message = vec![22, 3, 0, 0, 7, 1, 0, 0];
+            message.extend(answers_to);
+            message.extend([0xdd, 7, 0, 0, 0, 0, 0, 0, 0]);
+            message.resize(790, 1);
+            for ends_handshake in [false, true] {
+                for cut in [1, 8, 9, 10, 12, 790] {
+                    let mut connection = client.connection(engine.port());
+                    connection.ask();
+                    if !ends_handshake {
+                        connection.send(&connection.segment());
+                    }
+                    connection.write(0, &message[..cut]);
+                    connection.write(cut as u32, &message[cut..]);
+                    connection.send(&connection.segment());
+                    connection.write(0, &message[..cut]);
+                    connection.write(cut as u32, &message[cut..]);
+                    client.fence();
+                    server.assert_tls_only();
+                    connection.reset(0);
+                    connection.reset(cut as u32);
+                }
+            }
+        }
+    }
+}

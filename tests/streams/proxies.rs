@@ -12,7 +12,7 @@ use crate::{
 
 const ENGINES: [Engine; 3] = [Engine::Postgresql, Engine::Mysql, Engine::Other];
 
-fn version_2(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
+pub fn version_2(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
     let mut header = b"\r\n\r\n\0\r\nQUIT\n".to_vec();
     header.extend([0x20 | command, family]);
     header.extend((rest.len() as u16).to_be_bytes());
@@ -20,13 +20,14 @@ fn version_2(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
     header
 }
 
-/// Headers as load balancers write them, the longest included.
-fn headers() -> Vec<Vec<u8>> {
+/// Headers as load balancers write them, the longest included: MariaDB takes 256 bytes.
+pub fn headers(engine: Engine) -> Vec<Vec<u8>> {
     let longest = format!(
         "PROXY TCP6 {0} {0} 65535 65535\r\n",
         "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
     );
     assert_eq!(longest.len(), 104);
+    let most = if engine == Engine::Mysql { 256 } else { 1024 };
     vec![
         b"PROXY TCP4 198.51.100.1 192.0.2.1 4711 5432\r\n".to_vec(),
         longest.into_bytes(),
@@ -34,13 +35,14 @@ fn headers() -> Vec<Vec<u8>> {
         version_2(0, 0, &[]),
         version_2(1, 0x11, &[7; 12]),
         version_2(1, 0x21, &[b'\n'; 36]),
-        version_2(1, 0x11, &[0x16; 300]),
-        version_2(1, 0x11, &[3; 1008]),
+        version_2(1, 0x11, &[0x16; 225]),
+        version_2(1, 0x11, &vec![3; most - 16]),
     ]
 }
 
 /// What is none, or comes too long.
-fn no_headers() -> Vec<Vec<u8>> {
+fn no_headers(engine: Engine) -> Vec<Vec<u8>> {
+    let most = if engine == Engine::Mysql { 256 } else { 1024 };
     let mut version_3 = version_2(1, 0x11, &[7; 12]);
     version_3[12] = 0x31;
     vec![
@@ -52,7 +54,7 @@ fn no_headers() -> Vec<Vec<u8>> {
         [b"PROXY ", &[b'x'; 100][..], b"\r\n"].concat(),
         version_2(2, 0x11, &[7; 12]),
         version_3,
-        version_2(1, 0x11, &[7; 1009]),
+        version_2(1, 0x11, &vec![7; most - 15]),
     ]
 }
 
@@ -67,10 +69,13 @@ fn after_header(read: &[u8]) -> Option<&[u8]> {
 }
 
 #[track_caller]
-fn assert_tls_only(server: &mut Server) {
+pub fn assert_tls_only(server: &mut Server) {
     server.poll();
     for accepted in &server.accepted {
-        let opening = after_header(&accepted.read).unwrap_or_default();
+        let opening = match &accepted.read[..] {
+            [] => &[],
+            read => after_header(read).unwrap_or_else(|| panic!("no header: {read:?}")),
+        };
         let is_allowed = server.engine.may_read(opening);
         assert!(is_allowed, "{:?} read {opening:?}", server.engine);
     }
@@ -111,7 +116,7 @@ fn opening_behind_a_header_is_read_whole() {
         let client = laboratory.client(address);
         for engine in ENGINES {
             let mut server = laboratory.serve(engine);
-            for header in headers() {
+            for header in headers(engine) {
                 for opening in openings(engine) {
                     let stream = [&header[..], &opening].concat();
                     for way in ways(header.len(), stream.len(), &mut rng) {
@@ -137,7 +142,7 @@ fn opening_behind_a_header_that_ends_the_handshake_is_read_whole() {
     for engine in [Engine::Postgresql, Engine::Other] {
         let mut server = laboratory.serve(engine);
         for client in laboratory.clients() {
-            for header in headers() {
+            for header in headers(engine) {
                 for opening in openings(engine) {
                     let stream = [&header[..], &opening].concat();
                     let mut connection = client.connection(engine.port());
@@ -158,7 +163,7 @@ fn plaintext_behind_a_header_is_never_read() {
         let client = laboratory.client(address);
         for engine in Engine::ALL {
             let mut server = laboratory.serve(engine);
-            for header in headers() {
+            for header in headers(engine) {
                 for ends_handshake in [false, true] {
                     let stream = [&header[..], &engine.clear()].concat();
                     let mut connection = client.connection(engine.port());
@@ -189,7 +194,7 @@ fn connection_without_a_header_is_refused() {
     for engine in ENGINES {
         let mut server = laboratory.serve(engine);
         let client = laboratory.client(RAW4);
-        for header in no_headers() {
+        for header in no_headers(engine) {
             let connection = client.open(engine.port());
             let stream = [&header[..], &openings(engine)[0]].concat();
             connection.write(0, &stream);
@@ -198,12 +203,40 @@ fn connection_without_a_header_is_refused() {
             connection.reset(0);
         }
         let database = laboratory.database(engine);
-        let expected = no_headers().len();
+        let expected = no_headers(engine).len();
         assert_eq!(database["connections"]["refused"], expected, "{database}");
         assert_eq!(
             database["dropped"]["no-proxy-header"], expected,
             "{database}"
         );
+    }
+}
+
+/// A server that takes what has come for the whole header, as MariaDB does, reads its rest as what follows.
+#[test]
+fn header_in_pieces_is_never_read() {
+    let laboratory = proxied("proxied-pieces", "native");
+    for engine in ENGINES {
+        let mut server = laboratory.serve(engine);
+        for client in laboratory.clients() {
+            for header in headers(engine) {
+                let stream = [&header[..], &openings(engine)[0]].concat();
+                for cut in (1..header.len()).step_by(if header.len() > 110 { 17 } else { 1 }) {
+                    let connection = client.open(engine.port());
+                    for (from, to) in [(0, cut), (cut, stream.len()), (cut, header.len())] {
+                        connection.write(from as u32, &stream[from..to]);
+                    }
+                    client.fence();
+                    assert!(server.read_from(connection.from).concat().is_empty());
+                    // It comes again, as it should.
+                    connection.write(0, &stream);
+                    server.wait_for_any(connection.from, &stream);
+                    connection.reset(stream.len() as u32);
+                    client.forget();
+                }
+                server.forget();
+            }
+        }
     }
 }
 
@@ -343,5 +376,37 @@ fn session_from_before_a_header_was_required_goes_on() {
             let stream = [&opening[..], b"more"].concat();
             server.wait_for(connection.from, &stream);
         }
+    }
+}
+
+/// What was required when the connection began with it is judged by it.
+#[test]
+fn header_of_a_connection_counts_when_none_is_required_any_more() {
+    let laboratory = proxied("proxied-before", "native");
+    for engine in ENGINES {
+        let mut server = laboratory.serve(engine);
+        for client in laboratory.clients() {
+            for header in headers(engine) {
+                for is_clear in [true, false] {
+                    laboratory
+                        .net
+                        .reload(&laboratory.policy("proxy_protocol: required"));
+                    let connection = client.open(engine.port());
+                    connection.write(0, &header);
+                    server.wait_for_any(connection.from, &header);
+                    laboratory.net.reload(&laboratory.policy(""));
+                    let opening = openings(engine).remove(0);
+                    let sent = if is_clear { engine.clear() } else { opening };
+                    connection.write(header.len() as u32, &sent);
+                    client.fence();
+                    assert_tls_only(&mut server);
+                    if !is_clear {
+                        server.wait_for_any(connection.from, &[&header[..], &sent].concat());
+                    }
+                    connection.reset(header.len() as u32);
+                }
+            }
+        }
+        server.forget();
     }
 }

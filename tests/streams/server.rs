@@ -110,7 +110,7 @@ impl Engine {
                     _ => agrees(stream, request, request.len()),
                 };
                 requests && stream.get(request.len()..).is_none_or(is_hello)
-            })
+            }) && !(self == Self::Mongodb && is_message(stream))
     }
 }
 
@@ -118,6 +118,13 @@ impl Engine {
 fn agrees(stream: &[u8], expected: &[u8], count: usize) -> bool {
     let count = count.min(stream.len());
     stream[..count] == expected[..count]
+}
+
+/// Whether MongoDB, which takes both at one port, takes a stream for a message in the clear: one that is no answer to
+/// another.
+fn is_message(stream: &[u8]) -> bool {
+    let answers_to = stream.get(8..12);
+    answers_to.is_some_and(|number| [0, u8::MAX].iter().any(|&byte| number == [byte; 4]))
 }
 
 /// Whether these bytes may begin a record with a ClientHello.
@@ -156,7 +163,8 @@ pub fn hello(length: usize, seed: u64) -> Vec<u8> {
     hello.extend((length as u16 - 5).to_be_bytes());
     hello.extend([1, 0]);
     hello.extend((message as u16).to_be_bytes());
-    hello.extend((0..message).map(|_| rng.u8(..)));
+    hello.extend([3, 3]);
+    hello.extend((2..message).map(|_| rng.u8(..)));
     hello
 }
 
