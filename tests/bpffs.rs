@@ -4,10 +4,11 @@ use std::path::Path;
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
     unistd::geteuid,
 };
 use tempfile::TempDir;
+
+use crate::mounts::own_mounts;
 
 /// Seen by the thread that made it, and gone with it, however that ends: it is mounted in a mount
 /// namespace of the thread's own.
@@ -20,10 +21,8 @@ impl Bpffs {
             "this test loads BPF programs: run it as root"
         );
         let directory = TempDir::with_prefix("filter-agent-").expect("make a directory");
-        unshare(CloneFlags::CLONE_NEWNS).expect("make a mount namespace");
+        own_mounts();
         let none = None::<&str>;
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(none, "/", none, private, none).expect("make the mounts private");
         mount(none, directory.path(), Some("bpf"), MsFlags::empty(), none)
             .expect("mount a BPF file system");
         Self(directory)

@@ -6,7 +6,18 @@ use std::{
     path::Path,
 };
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
+
+/// Has the mounts of this thread and of the programs that it starts seen by nobody else.
+pub fn own_mounts() {
+    unshare(CloneFlags::CLONE_NEWNS).expect("make a mount namespace");
+    let none = None::<&str>;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(none, "/", none, private, none).expect("make the mounts private");
+}
 
 /// A mount that is gone when it is dropped.
 pub struct Mounted<'a> {

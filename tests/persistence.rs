@@ -516,7 +516,7 @@ fn status_enforced_looks_by_itself_where_no_agent_runs() {
     net.agent_text(&["detach", "--yes"]);
     net.wait_for_exit();
     let line = net.agent_error(&enforced);
-    assert!(line.contains("no policy was ever confirmed"), "{line}");
+    assert!(line.contains("no confirmed policy is kept"), "{line}");
     for wrong in ["abc", "-5s", "2h"] {
         let output = net.agent(&["status", "--enforced", "--wait", wrong]);
         assert_eq!(output.status.code(), Some(2), "{wrong}");

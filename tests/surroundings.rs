@@ -4,11 +4,12 @@ use std::{
     fs,
     net::SocketAddr,
     os::unix::net::{UnixDatagram, UnixStream},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use filter_tests::{
-    mounts::Mounted,
+    mounts::{Mounted, own_mounts},
     net::{
         ALLOWED4, Connection, DB4, DENIED4, Hammer, Net, Protected, dedicated, policy, wait_until,
     },
@@ -189,4 +190,77 @@ fn policy_that_was_confirmed_on_another_machine_is_ignored() {
     );
     fs::remove_dir_all(&etc).unwrap();
     let _ = fs::remove_dir("/etc/netns");
+}
+
+/// A reload that shut everybody out said that all was well, and `explain` that no rule allows the source.
+#[test]
+fn forced_tls_that_cannot_be_judged_is_announced_by_plan_and_an_error_of_the_reload() {
+    // Other tests need the hierarchy.
+    own_mounts();
+    let mut net = Net::new("unjudged");
+    let none = None::<&str>;
+    for hierarchy in cgroup2_mounts() {
+        mount(
+            Some("hidden"),
+            &hierarchy,
+            Some("tmpfs"),
+            MsFlags::empty(),
+            none,
+        )
+        .unwrap();
+    }
+    net.write_policy(&orders(&ALLOWED));
+    net.start();
+    let source = ALLOWED4.to_string();
+    let forced = orders(&ALLOWED).replace("force_tls: false", "force_tls: true");
+    net.write_policy(&forced);
+    let plan = net.agent_text(&["plan"]);
+    let foreseen =
+        "warning: TLS cannot be enforced here: another mount hides the cgroup2 hierarchy";
+    assert!(plan.contains(foreseen), "{plan}");
+    for arguments in [&["reload"][..], &["reload", "--existing"]] {
+        let reloaded = net.agent(arguments);
+        let text = String::from_utf8(reloaded.stdout).unwrap();
+        assert_eq!(reloaded.status.code(), Some(1), "{text}");
+        let closed = "error: TLS cannot be enforced; where it is forced, ports are closed";
+        assert!(text.contains(closed), "{text}");
+        assert!(!text.contains("are judged"), "{text}");
+    }
+    let explained = net.agent_text(&["explain", &source]);
+    let closed = format!("{source} is dropped: {source}/32 allows it, but the port is closed");
+    assert!(explained.contains(&closed), "{explained}");
+    // Mounted anywhere, and listed behind those that are hidden.
+    let hierarchy = net.dir().join("cgroup2");
+    fs::create_dir(&hierarchy).unwrap();
+    mount(
+        Some("seen"),
+        &hierarchy,
+        Some("cgroup2"),
+        MsFlags::empty(),
+        none,
+    )
+    .unwrap();
+    let text = net.agent_text(&["reload", "--existing"]);
+    assert!(text.contains("are judged by their next packet"), "{text}");
+    assert!(!net.agent_text(&["plan"]).contains("cannot be enforced"));
+    let explained = net.agent_text(&["explain", &source]);
+    assert!(
+        explained.contains("if the connection begins with TLS"),
+        "{explained}"
+    );
+    net.reload(&orders(&ALLOWED));
+    let reloaded = net.agent(&["reload", "--existing"]);
+    let text = String::from_utf8(reloaded.stdout).unwrap();
+    assert_eq!(reloaded.status.code(), Some(1), "{text}");
+    let nowhere = "no database of the policy forces TLS";
+    assert!(text.contains(nowhere), "{text}");
+    net.terminate();
+    umount2(&hierarchy, MntFlags::MNT_DETACH).unwrap();
+}
+
+fn cgroup2_mounts() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+    let hierarchies = mounts.lines().filter(|line| line.contains(" - cgroup2 "));
+    let places = hierarchies.map(|line| line.split(' ').nth(4).unwrap().into());
+    places.collect()
 }

@@ -125,7 +125,13 @@ impl Drops {
             let seen = self.seen.entry(who).or_insert(seen);
             seen.packets += 1;
             seen.last = now;
-            seen.opening = packet.opening.or(seen.opening);
+            // What follows a connection's beginning is unknown, and says less than the beginning did.
+            let is_known = |opening: &OpeningKind| *opening != OpeningKind::Unknown;
+            seen.opening = packet
+                .opening
+                .filter(is_known)
+                .or(seen.opening)
+                .or(packet.opening);
         }
         // A forged source of a flood comes once: the sources with the most packets stay.
         if self.seen.len() > 2 * MOST {
@@ -238,6 +244,29 @@ mod tests {
         assert_eq!(report.sources[0].source, packet(1).source);
         assert_eq!(report.sources[0].packets, 2);
         assert_eq!(drops.sampled[&counter()], 2 + 19 * 2048);
+    }
+
+    /// A monitored connection goes on, and its later packets said `nothing known`.
+    #[test]
+    fn known_opening_outlasts_unknown_ones() {
+        let mut drops = none();
+        let opening = |opening| Dropped {
+            reason: Reason::NotTls,
+            opening,
+            ..packet(1)
+        };
+        let mut reported = |kind| {
+            drops.add(vec![opening(kind)], Timestamp::now());
+            let mut report = drops.report(&Counts::new(), &Wanted::default());
+            report.sources.remove(0).opening
+        };
+        let unknown = Some(OpeningKind::Unknown);
+        assert_eq!(reported(None), None);
+        assert_eq!(reported(unknown).as_deref(), Some("nothing known"));
+        for opening in [Some(OpeningKind::Http), None, unknown] {
+            assert_eq!(reported(opening).as_deref(), Some("HTTP request"));
+        }
+        assert_eq!(reported(Some(OpeningKind::Ssh)).as_deref(), Some("SSH"));
     }
 
     #[test]

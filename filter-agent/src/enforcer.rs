@@ -246,10 +246,13 @@ impl Enforcer {
             max_cut: None,
             caller,
         };
+        let file = desired.file.clone();
         let plan = self.prepare(desired, &occasion, &host)?;
         let compiled = plan.compiled();
         let mut report = plan.report;
         self.find_effects(&compiled, caller, &mut report);
+        let unenforced = self.foresee_tls(&compiled, &file.policy, &host);
+        report.warnings.extend(unenforced);
         if !plan.unguarded.is_empty() {
             let why = reconcile::describe_unguarded(&plan.unguarded);
             report.warnings.push(format!("a reload is refused: {why}"));
@@ -327,6 +330,12 @@ impl Enforcer {
         });
         self.reset_cut(before, &mut entries);
         self.hold_tls(&committed.compiled, false, &mut entries);
+        // The change is in force, and shuts everybody out who is not exempt: a reload must not look as if all were well.
+        if let Some(error) = self.complaints.get(tls::TLS).filter(|_| !is_change) {
+            // Errors of the change are logged as such.
+            entries.retain(|entry| entry.text != *error);
+            committed.errors.push(error.clone());
+        }
         self.look_for_lost(&mut entries);
         self.verify(&mut entries);
         let timing = &mut committed.enforced.timing;

@@ -189,13 +189,8 @@ impl Facts<'_> {
                 "temporary rule {source}{label} allowed it until {until}"
             ));
         }
-        for rule in database.rules() {
-            if let Source::Cidr(prefix) = &rule.source
-                && prefix.contains(&source)
-                && let Some(except) = rule.except.iter().find(|hole| hole.contains(&source))
-            {
-                return Some(format!("rule {prefix} excepts {except}"));
-            }
+        if let Some(exception) = exception(database, source) {
+            return Some(exception);
         }
         let named = database
             .rules()
@@ -232,6 +227,17 @@ impl Facts<'_> {
         });
         allowed.next()
     }
+}
+
+/// The exception of a rule that holds the source: `rule 203.0.113.0/24 excepts 203.0.113.66/32`.
+pub fn exception(database: &Database, source: IpAddr) -> Option<String> {
+    database.rules().iter().find_map(|rule| match &rule.source {
+        Source::Cidr(prefix) if prefix.contains(&source) => {
+            let except = rule.except.iter().find(|hole| hole.contains(&source))?;
+            Some(format!("rule {prefix} excepts {except}"))
+        }
+        _ => None,
+    })
 }
 
 /// Without fractions, which people do not read.

@@ -281,6 +281,9 @@ pub struct Explanation {
     pub left: Option<u64>,
     #[serde(default)]
     pub by: Option<By>,
+    /// The exception of a rule that keeps the source out, in words.
+    #[serde(default)]
+    pub exception: Option<String>,
     /// The interface through which packets of this source come, where that is not filtered: loopback for the host's own
     /// addresses.
     #[serde(default)]

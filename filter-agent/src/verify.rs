@@ -8,6 +8,7 @@ use jiff::Timestamp;
 
 use crate::{
     clock::BootTime,
+    hints,
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
     policy::{Model, Rule, Source},
@@ -119,6 +120,7 @@ pub fn explain(
             expires: described.expires,
             left: end.map(|end| end.since(now).as_secs()),
             by: described.by,
+            exception: in_force.exception(name, judged.reason, source),
             unfiltered: unfiltered.map(str::to_owned),
         });
     }
@@ -143,6 +145,13 @@ impl InForce {
             ))
         );
         Ok(())
+    }
+
+    /// The exception that keeps out a source which no rule allows.
+    fn exception(&self, database: &str, reason: Reason, source: IpAddr) -> Option<String> {
+        let mut databases = self.file.policy.databases.iter();
+        let database = databases.find(|written| written.name == database)?;
+        (reason == Reason::NotAllowed).then(|| hints::exception(database, source))?
     }
 
     /// Label, end and origin of the rule behind a key; for the cluster those of the member that holds the source.

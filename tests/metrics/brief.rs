@@ -28,7 +28,7 @@ fn orders(net: &Net) -> String {
 fn one_line_and_an_exit_status_say_how_it_is() {
     let mut net = Net::new("brief");
     let (status, line) = brief(&net, &[]);
-    let never = "CRITICAL - no agent answers, and no policy was ever confirmed on this host";
+    let never = "CRITICAL - no agent answers, and no confirmed policy is kept on this host";
     assert_eq!((status, line.as_str()), (2, never));
 
     let office = net.dir().join("office.txt");

@@ -261,7 +261,7 @@ pub(super) enum Command {
         #[arg(long, value_name = "SRC", add = ArgValueCompleter::new(complete::refused))]
         source: Option<String>,
         /// Show at most so many sources [default: 20; with --json: all].
-        #[arg(long, value_name = "NUMBER")]
+        #[arg(long, value_name = "NUMBER", value_parser = at_least_one)]
         limit: Option<NonZeroUsize>,
         /// Keep running, and print every second a line for each source whose packets were dropped.
         #[arg(long, conflicts_with = "limit")]
@@ -309,11 +309,15 @@ pub(super) enum Command {
     },
 }
 
+fn at_least_one(text: &str) -> Result<NonZeroUsize, &'static str> {
+    text.parse().map_err(|_| "not a whole number from 1 on")
+}
+
 /// A duration of the command line. Days have 24 hours.
 fn lasting(text: &str) -> Result<Duration, String> {
     let span: Span = text
         .parse()
-        .map_err(|_| "is not a valid duration, such as 60s, 2m or 3d")?;
+        .map_err(|_| "not a duration with its unit, such as 60s, 2m or 3d")?;
     let duration = span.to_duration(SpanRelativeTo::days_are_24_hours());
     let duration = duration.map_err(|_| "write it in days, hours, minutes and seconds")?;
     Ok(Duration::try_from(duration).map_err(|_| "a duration must not be negative")?)

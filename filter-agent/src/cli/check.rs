@@ -162,7 +162,7 @@ pub(super) async fn check(
             .await?;
             errors.extend(refusals(bpffs, &coverage));
             if compiled.forces_tls() {
-                errors.extend(tls_unenforced(&coverage));
+                errors.extend(hook::unenforceable(&coverage));
             }
             errors.extend(found.iter().filter_map(|driver| driver.error.clone()));
             drivers = Some(found);
@@ -262,19 +262,6 @@ fn refusals(bpffs: &Path, coverage: &Coverage) -> Vec<String> {
     let others = others.filter_map(|interface| links::check_free(interface).err());
     refusals.extend(others.map(|error| format!("{error:#}")));
     refusals
-}
-
-/// Returns why TLS could not be enforced on this host.
-fn tls_unenforced(coverage: &Coverage) -> Option<String> {
-    let bridged = coverage.present.iter().find(|found| found.is_bridge_port);
-    let why = match (hook::check_host(), bridged) {
-        (Err(error), _) => format!("{error:#}"),
-        (Ok(()), Some(interface)) => {
-            format!("{} is a port of a bridge", interface.name)
-        }
-        (Ok(()), None) => return None,
-    };
-    Some(format!("TLS cannot be enforced here: {why}"))
 }
 
 fn print_drivers(drivers: &[Driver]) {

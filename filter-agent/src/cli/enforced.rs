@@ -98,7 +98,7 @@ pub(super) async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Re
     };
     let kept = store::read_confirmed(state_dir)?;
     let kept = kept.ok_or_else(|| {
-        NotEnforced("no agent answers, and no policy was ever confirmed on this host".into())
+        NotEnforced("no agent answers, and no confirmed policy is kept on this host".into())
     })?;
     let (policy, _) = policy::parse(&kept.policy).map_err(|problems| {
         let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();

@@ -188,7 +188,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let reloaded: Reloaded = agent.post(&path, String::new()).await?;
             output.print(&reloaded, |reloaded| {
                 print_reloaded(reloaded);
-                if existing {
+                if existing && reloaded.errors.is_empty() {
                     say!("connections that are open are judged by their next packet");
                 }
                 caller.print(&reloaded.plan.lock_out);

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use filter_common::Reason;
 use ipnet::IpNet;
+use jiff::Unit;
 
 use crate::{
     cli::output::{LISTED, age, list, or, print_table, table, until},
@@ -153,6 +155,7 @@ pub(super) fn print_status(status: &Status) {
         policy.timing.compiled_ms
     );
     if let Some(expiry) = policy.next_expiry {
+        let expiry = expiry.round(Unit::Second).unwrap_or(expiry);
         say!("next rule expires at {expiry}");
     }
     print_verified(&status.verified);
@@ -171,7 +174,9 @@ pub(super) fn print_status(status: &Status) {
             or(&program.unwrap_or_default(), "-"),
         ]);
     }
-    say!("");
+    if !status.interfaces.is_empty() {
+        say!("");
+    }
     print_table(&interfaces, status.interfaces.len());
     if status.repairs > 0 {
         let times = if status.repairs == 1 { "time" } else { "times" };
@@ -200,7 +205,9 @@ pub(super) fn print_status(status: &Status) {
             dropped,
         ]);
     }
-    say!("");
+    if !status.databases.is_empty() {
+        say!("");
+    }
     print_table(&databases, status.databases.len());
     for database in &status.databases {
         let parts = [
@@ -378,13 +385,21 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
         };
         let expires = verdict.expires.map(|at| format!(", until {at}"));
         let expires = expires.unwrap_or_default();
-        let is_blocked = verdict.reason == "blocked";
+        let is_blocked = verdict.reason == Reason::Blocked.name();
+        let is_closed = verdict.reason == Reason::TlsUnenforced.name();
         let why = match &verdict.rule {
             Some(rule) if is_blocked => format!("{rule}{label}{expires}"),
+            Some(rule) if is_closed => format!(
+                "{rule}{label}{expires} allows it, but the port is closed, since TLS cannot be enforced: \
+                 `filter-agent status` says why"
+            ),
             Some(rule) => format!("allowed by {rule}{label}{expires}"),
             None => match verdict.reason.as_str() {
                 "bad-source" => "no packet may come from this address".into(),
-                _ => "no rule allows it".into(),
+                _ => match &verdict.exception {
+                    Some(exception) => format!("no rule allows it; {exception}"),
+                    None => "no rule allows it".into(),
+                },
             },
         };
         let monitor = if verdict.monitor && (verdict.rule.is_none() || is_blocked) {
@@ -392,7 +407,7 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
         } else {
             ""
         };
-        let tls = match verdict.force_tls && verdict.rule.is_some() && !is_blocked {
+        let tls = match verdict.force_tls && verdict.rule.is_some() && !is_blocked && !is_closed {
             true => ", if the connection begins with TLS",
             false => "",
         };

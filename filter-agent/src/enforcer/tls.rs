@@ -9,6 +9,7 @@ use super::Enforcer;
 use crate::{
     compile::Compiled,
     host::{Interface, coverage::Coverage},
+    kernel::hook,
     log::Entry,
     policy::Policy,
 };
@@ -72,6 +73,19 @@ impl Enforcer {
         let networks = local.flat_map(|interface| interface.networks.iter().copied());
         let written = self.filter.set_local_networks(&networks.collect());
         self.note("local networks", written, entries);
+    }
+
+    /// Returns why a policy's connections could not be judged, as far as that can be seen without doing it.
+    pub(super) fn foresee_tls(
+        &self,
+        compiled: &Compiled,
+        policy: &Policy,
+        host: &[Interface],
+    ) -> Option<String> {
+        let coverage = Coverage::of(policy, &self.in_force.remembered, host);
+        let is_bridged = coverage.present.iter().any(|found| found.is_bridge_port);
+        let is_uncertain = is_bridged || !self.filter.is_judged();
+        (compiled.forces_tls() && is_uncertain).then(|| hook::unenforceable(&coverage))?
     }
 
     /// Has connections judged where TLS is forced, or closes the ports where it is and nothing judges them. `prove`: tries
@@ -150,8 +164,12 @@ impl Enforcer {
     /// Judges the connections that were under way before TLS was forced by what they send next.
     ///
     /// # Errors
-    /// The kernel refuses a write.
+    /// TLS is forced nowhere, or the kernel refuses a write.
     pub fn judge_existing(&mut self) -> Result<()> {
+        ensure!(
+            self.in_force.compiled.forces_tls(),
+            "no database of the policy forces TLS"
+        );
         self.counting_until = None;
         self.filter.set_existing(Existing::JUDGED)
     }

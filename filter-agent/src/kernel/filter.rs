@@ -237,7 +237,9 @@ impl Filter {
             }
             Some(value) => (Reason::Allowed, Some(value.rule())),
         };
-        let place = rule.map(|id| self.image.rules.binary_search_by_key(&id, |&(id, _)| id));
+        // A rule that a closed port leaves without effect is named all the same.
+        let named = rule.or(value.filter(|_| !bad).map(RuleValue::rule));
+        let place = named.map(|id| self.image.rules.binary_search_by_key(&id, |&(id, _)| id));
         let name = place
             .and_then(Result::ok)
             .map(|place| self.image.rules[place].1);

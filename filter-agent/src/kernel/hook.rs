@@ -17,12 +17,18 @@ use aya::programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, ProgramInf
 use btf_rs::{Backend, Btf, BtfType, Type};
 use filter_common::{Existing, KernelOffsets};
 use ipnet::IpNet;
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    statfs::{CGROUP2_SUPER_MAGIC, statfs},
+};
 
-use crate::kernel::{
-    filter::Filter,
-    pins::{exists, linked_program},
-    program::load_error,
+use crate::{
+    host::coverage::Coverage,
+    kernel::{
+        filter::Filter,
+        pins::{exists, linked_program},
+        program::load_error,
+    },
 };
 
 /// The pin of the link.
@@ -235,32 +241,51 @@ impl Filter {
 fn cgroup_root() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("list the mounts")?;
     // proc_pid_mountinfo(5): the root and the mount point are the fourth and fifth field, the type follows a hyphen.
-    let root = mounts.lines().find_map(|line| {
+    let roots = mounts.lines().filter_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
         let mut mount = mount.split(' ').skip(3);
         let is_root = mount.next()? == "/" && kind.starts_with("cgroup2 ");
-        mount.next().filter(|_| is_root)
+        mount.next().filter(|_| is_root).map(PathBuf::from)
     });
-    let root = root.map(PathBuf::from).context(
-        "no cgroup2 hierarchy is mounted: mount one with `mount -t cgroup2 none DIRECTORY`",
-    )?;
+    let mut refused = None;
+    for root in roots {
+        // Another mount may hide it.
+        match check_cgroup_root(&root) {
+            Ok(()) => return Ok(root),
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    Err(refused.unwrap_or_else(|| {
+        anyhow!("no cgroup2 hierarchy is mounted: mount one with `mount -t cgroup2 none DIRECTORY`")
+    }))
+}
+
+fn check_cgroup_root(root: &Path) -> Result<()> {
+    let file_system = statfs(root).with_context(|| format!("examine {}", root.display()))?;
+    ensure!(
+        file_system.filesystem_type() == CGROUP2_SUPER_MAGIC,
+        "another mount hides the cgroup2 hierarchy at {}: mount one with `mount -t cgroup2 none DIRECTORY`",
+        root.display()
+    );
     // In a cgroup namespace the root is one of a part, whose sockets are not all of the host's.
-    let metadata = fs::metadata(&root).with_context(|| format!("examine {}", root.display()))?;
+    let metadata = fs::metadata(root).with_context(|| format!("examine {}", root.display()))?;
     ensure!(
         metadata.ino() == 1,
         "{} is not the root of the cgroups: run the agent in the host's cgroup namespace",
         root.display()
     );
-    Ok(root)
+    Ok(())
 }
 
-/// Whether this host has what judging connections needs, as far as that can be seen without doing it.
-///
-/// # Errors
-/// The host lacks a part, which is named.
-pub fn check_host() -> Result<()> {
-    cgroup_root()?;
-    kernel_offsets().map(drop)
+/// Returns why TLS could not be enforced on this host, as far as that can be seen without doing it.
+pub fn unenforceable(coverage: &Coverage) -> Option<String> {
+    let bridged = coverage.present.iter().find(|found| found.is_bridge_port);
+    let why = match (cgroup_root().and_then(|_| kernel_offsets()), bridged) {
+        (Err(error), _) => format!("{error:#}"),
+        (Ok(_), Some(interface)) => format!("{} is a port of a bridge", interface.name),
+        (Ok(_), None) => return None,
+    };
+    Some(format!("TLS cannot be enforced here: {why}"))
 }
 
 /// Finds in the kernel's type information where it keeps what the program reads.

@@ -19,10 +19,9 @@ use crate::policy::{
 type Settings = BTreeMap<String, BTreeMap<String, String>>;
 
 /// Settings of a database that mean something only while TLS is forced.
-const OF_FORCED_TLS: [&str; 5] = [
+const OF_FORCED_TLS: [&str; 4] = [
     "engine",
     "cancel_in_clear",
-    "monitor: tls",
     "tls_unenforced",
     "proxy_protocol",
 ];
@@ -245,7 +244,16 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     set("ports", list(ports));
     set("addresses", list(addresses));
     set("model", model.name().into());
-    set("monitor", monitor.to_string());
+    let monitors_tls = tls.as_ref().is_some_and(|tls| tls.monitor);
+    set(
+        "monitor",
+        match (monitor, monitors_tls) {
+            (true, _) => "true",
+            (false, true) => "tls",
+            (false, false) => "false",
+        }
+        .into(),
+    );
     let on_removal = match on_removal {
         OnRemoval::Reset => "reset",
         OnRemoval::Keep => "keep",
@@ -257,19 +265,19 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
             engine,
             cancel_in_clear,
             open_unenforced,
-            monitor,
+            monitor: _,
             proxied,
         } = tls;
         set("engine", spell(*engine).into());
         set("cancel_in_clear", cancel_in_clear.to_string());
-        set("monitor: tls", monitor.to_string());
         // A database that is only monitored stays open in any case.
-        if !monitor {
+        if !monitors_tls {
             let unenforced = if *open_unenforced { "allow" } else { "close" };
             set("tls_unenforced", unenforced.into());
         }
-        let proxied = if *proxied { "required" } else { "" };
-        set("proxy_protocol", proxied.into());
+        if *proxied {
+            set("proxy_protocol", "required".into());
+        }
     }
     match model {
         Model::Dedicated { rules } => {
@@ -383,7 +391,7 @@ databases:
             (
                 "    rules:",
                 "    proxy_protocol: required\n    rules:",
-                "~ database orders: proxy_protocol: nothing -> required",
+                "+ database orders: proxy_protocol: required",
             ),
             (
                 "office.txt}",
@@ -431,6 +439,22 @@ databases:
             let more = usize::from(to.contains("shop"));
             assert_eq!(lines.len(), 1 + more, "{lines:#?}");
         }
+    }
+
+    /// `+ proxy_protocol` stood there, although no PROXY header is required.
+    #[test]
+    fn forcing_tls_lists_only_what_is_set() {
+        let clear = BEFORE.replace("    engine: postgresql", "    force_tls: false");
+        let [before, after] = [clear.as_str(), BEFORE].map(|text| parse(text).unwrap().0);
+        assert_eq!(
+            differences(&before, &after),
+            [
+                "+ database orders: cancel_in_clear: true",
+                "+ database orders: engine: postgresql",
+                "~ database orders: force_tls: false -> true",
+                "+ database orders: tls_unenforced: close",
+            ]
+        );
     }
 
     /// `plan` said that there is no difference, although `explain` and `rules` name another rule.
@@ -531,7 +555,7 @@ databases:
             (database("monitor: true"), "~ database orders: monitor: "),
             (
                 database("monitor: tls"),
-                "~ database orders: monitor: tls: false -> true",
+                "~ database orders: monitor: false -> tls",
             ),
             (
                 database("tls_unenforced: allow"),

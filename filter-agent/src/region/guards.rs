@@ -37,11 +37,11 @@ pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
     // An empty file is more likely a failed download than a region without addresses.
     ensure!(
         !prefixes.is_empty() || guards.allow_empty,
-        "the answer holds no prefix (a file may with `allow_empty: true`)"
+        "it holds no prefix (a file may with `allow_empty: true`)"
     );
     ensure!(
         prefixes.len() <= guards.max_prefixes,
-        "the answer holds {} prefixes; at most {} (`max_prefixes`)",
+        "it holds {} prefixes; at most {} (`max_prefixes`)",
         prefixes.len(),
         guards.max_prefixes
     );

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, path::PathBuf, time::Duration};
 
+use ipnet::IpNet;
 use jiff::{Span, SpanRelativeTo};
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
@@ -315,7 +316,15 @@ impl Reader<'_> {
             self.problem(&list, "no names to look up");
         }
         for (index, host) in names.iter().enumerate() {
-            if !is_host_name(host) {
+            if let Ok(address) = host.parse::<IpAddr>() {
+                let prefix = IpNet::from(address);
+                self.problem(
+                    &list.index(index),
+                    format!(
+                        "{host} is an address, not a name to look up: write `prefixes: [{prefix}]`"
+                    ),
+                );
+            } else if !is_host_name(host) {
                 self.problem(
                     &list.index(index),
                     format!("{host:?} is not a valid host name"),
