@@ -1,12 +1,15 @@
 //! The agent's state machine: events in, effects out. It does no I/O and reads no clock. One change is under way at
 //! a time; events that would start another one wait until it is done.
 
+mod fall_back;
 mod history;
 mod regions;
 mod reloads;
 mod temporary;
+mod time;
+mod window;
 
-use std::{collections::VecDeque, mem, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::VecDeque, mem, path::PathBuf, sync::Arc};
 
 use anyhow::Result;
 use jiff::Timestamp;
@@ -21,10 +24,10 @@ use crate::{
     log::Entry,
     look_ups::LookUps,
     policy_file::PolicyFile,
-    proposals::{Aim, Proposals},
+    proposals::{Aim, Proposals, Wanted},
     reconcile::{Committed, Kernel, Occasion, Refused},
     refreshes::Refreshes,
-    region::state::{self as region, Change, Regions, State},
+    region::state::{self as region, Change, Regions},
     report::{self, By},
     retry::Retry,
     saves::Saves,
@@ -33,12 +36,11 @@ use crate::{
     store::{Record, Write},
     temporary::Timed,
     text::list,
+    window::{Open, Reason, Window},
 };
 
 use history::{numbered, with_change};
-
-/// Longest time between two ticks: the host's clock may be set meanwhile.
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+use window::Trial;
 
 /// The change that is under way.
 #[derive(Debug)]
@@ -58,10 +60,18 @@ enum UnderWay {
 enum Cause {
     Reload {
         file: Arc<PolicyFile>,
+        wanted: Wanted,
         asked: Vec<String>,
         origin: Origin,
         by: Option<By>,
+        /// The window in which it has to be confirmed.
+        open: Option<Box<Open>>,
         reply: Option<Reply<report::Reloaded>>,
+    },
+    FallBack {
+        reason: Reason,
+        by: Option<By>,
+        reply: Option<Reply<report::Decided>>,
     },
     Region {
         name: String,
@@ -102,6 +112,7 @@ pub struct Agent {
     stuck: Option<Retry>,
     saves: Saves,
     history: History,
+    trial: Trial,
     instead_of_file: Option<String>,
     unreadable: Option<String>,
     /// Why the temporary rules that were kept could not be read; until a reload.
@@ -129,7 +140,12 @@ impl Agent {
             checked,
             confirmed,
             kept,
+            window,
+            kept_window,
+            is_window_unknown,
+            abandoned,
             instead_of_file,
+            is_abandoned,
             unreadable,
             unkept,
             history,
@@ -138,7 +154,15 @@ impl Agent {
         } = started;
         let saved = regions.keys().filter(|name| !unsaved.contains(*name));
         let noted = (history.clone(), change_id);
-        let saves = Saves::new(confirmed, kept, noted, saved.cloned(), now.steady);
+        let saved = saved.cloned();
+        let saves = Saves::new(
+            confirmed,
+            kept,
+            kept_window.clone(),
+            noted,
+            saved,
+            now.steady,
+        );
         let mut agent = Self {
             path,
             file,
@@ -157,6 +181,7 @@ impl Agent {
             stuck: None,
             saves,
             history,
+            trial: Trial::new(window, abandoned, is_window_unknown),
             instead_of_file,
             unreadable,
             unkept,
@@ -168,7 +193,11 @@ impl Agent {
             effects: Vec::new(),
         };
         let (file, origin) = (agent.file.clone(), Origin::Start);
-        let id = agent.note_policy(&file, &committed.report, origin, None);
+        let id = agent.note_start(
+            &file,
+            &committed.report,
+            kept_window.and_then(|kept| kept.open),
+        );
         // It may not be on disk although the list is.
         agent.history.keep_text(&file);
         agent.keep_history();
@@ -182,6 +211,10 @@ impl Agent {
             agent.save_region(name, true);
         }
         agent.forget_unused();
+        agent.save_window();
+        if is_abandoned {
+            agent.watch_abandoned();
+        }
         agent.checked(checked);
         let unread = [agent.unreadable.clone(), agent.unkept.clone()];
         let unread = unread.into_iter().flatten();
@@ -205,6 +238,7 @@ impl Agent {
         {
             self.take(event);
         }
+        self.go_on();
         if self.is_ending && self.under_way.is_none() && self.late.is_empty() {
             self.effects.push(Effect::Stop);
         }
@@ -227,15 +261,19 @@ impl Agent {
                 self.checked(checked);
             }
             Event::Saved { write, result } => self.saved(&write, result),
+            Event::PolicyHashed(hash) => self.policy_hashed(hash),
             Event::Tick => self.tick(),
             Event::Terminate => self.terminate(),
             // Each reads the file when its turn comes: one is enough.
             Event::Hangup if self.deferred.iter().any(|e| matches!(e, Event::Hangup)) => {}
             event if self.under_way.is_some() => self.deferred.push_back(event),
             Event::Request(Request::Reload { options, reply }) => {
-                self.reload(options, Some(reply));
+                self.reload(Wanted::File, options, Some(reply));
             }
-            Event::Hangup => self.reload(ReloadOptions::default(), None),
+            Event::Request(Request::Rollback { to, options, reply }) => {
+                self.reload(Wanted::Rollback { to }, options, Some(reply));
+            }
+            Event::Hangup => self.reload(Wanted::File, ReloadOptions::default(), None),
             Event::Request(Request::Plan {
                 text,
                 path,
@@ -257,6 +295,12 @@ impl Agent {
             }) => {
                 self.change_temporary(change, caller, by, reply);
             }
+            Event::Request(Request::Confirm {
+                id,
+                fall_back,
+                by,
+                reply,
+            }) => self.decide_on_tried(id, fall_back, by, reply),
             Event::Request(Request::Detach { by, reply }) => {
                 self.under_way = Some(UnderWay::Detach { by, reply });
                 self.effects.push(Effect::Detach);
@@ -282,6 +326,7 @@ impl Agent {
         self.deferred.clear();
         self.proposals = Proposals::default();
         self.refreshes = Refreshes::default();
+        self.end_trial();
         // The time left of each rule, for a start after a reboot.
         self.keep_temporary(true);
         for name in self.saves.unwritten_regions() {
@@ -302,7 +347,10 @@ impl Agent {
     ) {
         let accepted = match cause {
             Cause::Reload { .. } => file.accepted,
-            Cause::Region { .. } | Cause::Time { .. } | Cause::Temporary { .. } => self.now.into(),
+            Cause::FallBack { .. }
+            | Cause::Region { .. }
+            | Cause::Time { .. }
+            | Cause::Temporary { .. } => self.now.into(),
         };
         let order = Order {
             accepted,
@@ -347,10 +395,20 @@ impl Agent {
                 let timing = committed.enforced.timing.clone();
                 self.next_end = committed.compiled.next_end;
                 let timed = mem::replace(&mut self.timed, *timed);
+                let in_force = self.history.in_force().map(|(past, _)| past.id);
                 let id = match &cause {
+                    Cause::Reload {
+                        file,
+                        origin,
+                        open: Some(open),
+                        ..
+                    } => self.note_tried(open, file, &committed.report, *origin),
                     Cause::Reload {
                         file, origin, by, ..
                     } => self.note_policy(file, &committed.report, *origin, by.clone()),
+                    Cause::FallBack { by, .. } => {
+                        self.note_fall_back(&committed.report, by.clone())
+                    }
                     Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
                     Cause::Region { .. } | Cause::Time { .. } => 0,
                 };
@@ -363,12 +421,30 @@ impl Agent {
                         asked,
                         origin,
                         by,
+                        open,
                         reply,
+                        ..
                     } => {
-                        self.file = file;
+                        let replaced = mem::replace(&mut self.file, file);
                         self.log_all(mem::take(&mut committed.entries));
                         self.log_policy(checked.summary.as_ref(), id, origin, by.as_ref());
+                        let mut left = None;
+                        match open {
+                            Some(open) => self.opened(Window {
+                                open: *open,
+                                before: replaced,
+                                regions: before.clone(),
+                                is_refused: false,
+                            }),
+                            None => left = self.reloaded_for_good(origin, in_force, &replaced),
+                        }
                         self.reloaded(id, &asked, &before, committed, checked, reply);
+                        if let Some(text) = left {
+                            self.watch_file(&text);
+                        }
+                    }
+                    Cause::FallBack { reason, by, reply } => {
+                        self.fell_back(reason, by, &before, committed, checked, reply);
                     }
                     Cause::Region {
                         name,
@@ -417,11 +493,14 @@ impl Agent {
         }
         let not_taken_back = refused.kernel != Kernel::Unchanged;
         match cause {
-            Cause::Reload { reply, .. } => {
+            Cause::Reload { wanted, reply, .. } => {
                 if not_taken_back {
                     self.retry_later(format!("{:#}", refused.error), true);
                 }
-                self.refuse_reload(reply, refused);
+                self.refuse_reload(wanted, reply, refused);
+            }
+            Cause::FallBack { reason, reply, .. } => {
+                self.not_fallen_back(reason, refused, not_taken_back, reply);
             }
             Cause::Region { name, waiters, .. } => {
                 let error = refused.describe_alone();
@@ -476,12 +555,7 @@ impl Agent {
         self.unreadable = None;
         self.unkept = None;
         self.unread_history.clear();
-        // What was asked before is overtaken, or about a region that is no longer what it was.
-        let regions = &self.regions;
-        let ended = self.look_ups.end(|name| {
-            let source = |regions: &Regions| regions.get(name).map(|s| s.region.source.clone());
-            asked.iter().any(|asked| asked == name) || source(regions) != source(before)
-        });
+        self.end_look_ups(before, asked);
         for name in asked {
             let same = before.get(name).zip(self.regions.get(name));
             let same = same.is_some_and(|(before, now)| before.holds_the_same(now));
@@ -495,17 +569,13 @@ impl Agent {
         for error in &committed.errors {
             self.log(Entry::error(error.clone()));
         }
-        for (name, _, waiters) in ended {
-            let state = self.regions.get(&name);
-            let unchanged = Change::default();
-            self.refreshes.done(&name, state, &unchanged, &waiters);
-        }
         if let Some(reply) = reply {
             let reloaded = report::Reloaded {
                 id,
                 plan: *committed.report,
                 enforced: self.enforced.clone(),
                 verified,
+                window: self.window(),
                 errors: committed.errors,
             };
             let late = Late::reloaded(reloaded, reply, self.now.steady);
@@ -516,76 +586,18 @@ impl Agent {
         self.begin_reload(next);
     }
 
-    // Time.
-
-    /// Starts look-ups that are due, takes out prefixes and rules that ended, and sends replies that waited enough.
-    fn tick(&mut self) {
-        let now = self.now.steady;
-        for late in self
-            .late
-            .extract_if(.., |late| late.until <= now)
-            .collect::<Vec<_>>()
-        {
-            self.answer(late);
-        }
-        if self.under_way.is_some() || self.is_detached || self.is_ending {
-            return;
-        }
-        let due = self.regions.iter().filter(|(name, state)| {
-            state.next.is_some_and(|next| next <= now) && !self.look_ups.is_under_way(name)
+    /// Ends look-ups that were asked for before, or are about a region that is no longer what it was.
+    fn end_look_ups(&mut self, before: &Regions, asked: &[String]) {
+        let regions = &self.regions;
+        let ended = self.look_ups.end(|name| {
+            let source = |regions: &Regions| regions.get(name).map(|s| s.region.source.clone());
+            asked.iter().any(|asked| asked == name) || source(regions) != source(before)
         });
-        for name in due.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
-            self.look_up(&name, false, None);
+        for (name, _, waiters) in ended {
+            let state = self.regions.get(&name);
+            let unchanged = Change::default();
+            self.refreshes.done(&name, state, &unchanged, &waiters);
         }
-        self.keep_temporary(false);
-        if self.stuck.as_ref().is_some_and(|stuck| stuck.next > now) {
-            return;
-        }
-        let is_due = |state: &State| state.next_tick().is_some_and(|next| next <= now);
-        let due = self.regions.values().any(is_due);
-        let has_ended = self.next_end.is_some_and(|next| next <= self.now.boot);
-        let is_nearer = self.timed.ends.clone().bring_nearer(self.now);
-        let must_repair = self
-            .stuck
-            .as_ref()
-            .is_some_and(|stuck| stuck.not_taken_back);
-        if due || has_ended || is_nearer || must_repair {
-            let (timed, ended) = self.timed.passed(self.now);
-            let mut regions = self.regions.clone();
-            let mut changes = Vec::new();
-            for (name, state) in &mut regions {
-                if is_due(state) {
-                    changes.push((name.clone(), state.tick(now)));
-                }
-            }
-            self.change_timed(regions, timed, Cause::Time { changes, ended }, None);
-        }
-    }
-
-    /// How long until the next tick.
-    pub fn until_tick(&self, now: Now) -> Duration {
-        let late = self.late.iter().map(|late| late.until);
-        let retry = self.stuck.as_ref().map(|stuck| stuck.next);
-        let regions = self.regions.iter().flat_map(|(name, state)| {
-            let next = state.next.filter(|_| !self.look_ups.is_under_way(name));
-            let ends = state.next_tick();
-            [
-                next,
-                ends.map(|end| retry.map_or(end, |retry| end.max(retry))),
-            ]
-        });
-        let next = regions.flatten().chain(late).min();
-        let until = |instant: Timestamp, now: Timestamp| {
-            Duration::try_from(instant.duration_since(now)).unwrap_or_default()
-        };
-        let mut wait = next.map_or(LONGEST_WAIT, |next| until(next, now.steady));
-        // Nothing that is due begins now.
-        if self.under_way.is_some() || self.is_detached || self.is_ending {
-            wait = LONGEST_WAIT;
-        } else if let (Some(end), None) = (self.next_end, &self.stuck) {
-            wait = wait.min(end.since(now.boot));
-        }
-        wait.min(LONGEST_WAIT)
     }
 
     // What the kernel and the disk report.
@@ -600,6 +612,9 @@ impl Agent {
         if self.saves.must_repeat_history(self.now.steady) {
             self.keep_history();
         }
+        if self.saves.is_window_due(self.now.steady) {
+            self.save_window();
+        }
         self.remembered = checked.remembered;
         let write = self.saves.last_hits(checked.last_hits, self.now.steady);
         self.effects.extend(write.map(Effect::Save));
@@ -613,9 +628,10 @@ impl Agent {
     }
 
     /// Has the policy in force written to disk, with what its entries of `interfaces` stand for, if that is not
-    /// what was written last. What cannot be read is left for the operator to see until a reload.
+    /// what was written last. What cannot be read is left for the operator to see until a reload. The confirmed policy stays
+    /// on disk while another one is tried.
     fn confirm(&mut self) {
-        if self.unreadable.is_some() {
+        if self.unreadable.is_some() || self.trial.window.is_some() {
             return;
         }
         let write = self.saves.confirm(&self.file.text, &self.remembered);
@@ -632,7 +648,9 @@ impl Agent {
     }
 
     fn forget_unused(&mut self) {
-        let names = self.regions.keys().cloned().collect();
+        // Falling back takes its regions from the disk, too.
+        let before = self.trial.window.iter().flat_map(|w| w.regions.keys());
+        let names = self.regions.keys().chain(before).cloned().collect();
         let write = self.saves.keep_only(names);
         self.effects.push(Effect::Save(write));
         self.watch_used();
@@ -649,6 +667,7 @@ impl Agent {
         let entry = self.saves.written(write, result);
         self.effects.extend(entry.map(Effect::Log));
         // Not after a version that was overtaken: what is to outlast a restart is the latest one.
+        self.window_saved(&write.record());
         let saves = &self.saves;
         let waited = self.late.extract_if(.., |late| !late.must_wait(saves));
         for late in waited.collect::<Vec<_>>() {
@@ -667,6 +686,7 @@ impl Agent {
                 let entry = Entry::info(format!("detached; {}", numbered(id, by.as_ref())));
                 self.log(with_change(entry, id, Origin::Socket, by.as_ref()));
                 self.keep_history();
+                self.trial = Trial::default();
                 let forget = self.saves.forget();
                 self.effects.extend(forget.map(Effect::Save));
                 self.late
@@ -705,6 +725,7 @@ impl Agent {
             started: self.started,
             file: self.file.clone(),
             enforced: self.enforced.clone(),
+            window: self.trial.window.as_ref().map(|w| w.open.brief()),
             regions: self.regions.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
             unsaved: self

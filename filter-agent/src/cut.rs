@@ -86,6 +86,15 @@ pub struct Before<'i> {
     pub paths: Paths,
 }
 
+impl Before<'_> {
+    /// Whether packets of a connection passed.
+    pub fn lets_in(&self, connection: &Connection, now: BootTime) -> bool {
+        let Connection { local, peer, .. } = connection;
+        let is_reached = self.paths.reach(local.ip());
+        !is_reached || self.image.access(*local, peer.ip(), now) != Access::Denied
+    }
+}
+
 /// Finds the connections that a change cuts. `paths`: after it.
 pub fn cut<'a>(
     before: &'a Before<'_>,
@@ -212,6 +221,7 @@ pub fn report(cut: &[Cut]) -> Vec<report::Cut> {
                 connections: 0,
                 idle: None,
                 reset: *on_removal == OnRemoval::Reset,
+                at_confirm: false,
             });
         of_source.connections += 1;
         let idle = connection.idle.map(|idle| idle.as_secs());

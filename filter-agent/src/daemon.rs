@@ -32,7 +32,7 @@ use crate::{
     look_ups::LookUp,
     metrics::{self, scrape::Scraper, timings::Timings},
     notify::Notifier,
-    policy_file::PolicyFile,
+    policy_file::{PolicyFile, hash, read_text},
     reconcile::Refused,
     region::{files::Watcher, lookup},
     start::{compile_order, enforce, open},
@@ -271,6 +271,24 @@ impl Performer {
                     let _ = events.send(Event::PolicyRead { proposal, file });
                 });
             }
+            Effect::HashPolicy(path) => {
+                tokio::spawn(async move {
+                    let (what, named) = (format!("read {}", path.display()), path.clone());
+                    let read = move || read_text(&path).map(|text| hash(&text));
+                    let pool = &threads::POLICIES;
+                    let hash = threads::run_within(pool, READ_TIMEOUT, &what, &named, read).await;
+                    let _ = events.send(Event::PolicyHashed(hash));
+                });
+            }
+            Effect::KeepTried { mut decided, reply } => enforcer.send(move |enforcer| {
+                let (cut, checked) = enforcer.keep_tried();
+                match cut {
+                    Ok(cut) => decided.cut = cut,
+                    Err(error) => decided.cut_unknown.push(format!("{error:#}")),
+                }
+                let _ = events.send(Event::Checked(checked));
+                reply.send(Ok(*decided));
+            }),
             Effect::LookUp(look_up) => {
                 let timings = self.timings.clone();
                 tokio::spawn(ask(look_up, self.watcher.clone(), events, timings));

@@ -59,6 +59,8 @@ pub struct Enforcer {
     sockets: Sockets,
     /// What was in force before a change whose connections could not be reset; tried again at thorough checks.
     not_reset: Option<Before<'static>>,
+    /// What was in force before the policy that is tried. Connections that it let in are not reset until that is decided.
+    before_tried: Option<Before<'static>>,
     in_force: InForce,
     verified: report::Verified,
     /// Indexes of the interfaces that were filtered when all was looked at last.
@@ -171,6 +173,7 @@ impl Enforcer {
             netlink: NetlinkReader::open()?,
             sockets: Sockets::open()?,
             not_reset: None,
+            before_tried: None,
             drops: Drops::since(now, filter.counts()?),
             former: Former::default(),
             filter,
@@ -245,6 +248,7 @@ impl Enforcer {
             allow_unprotect: true,
             max_cut: None,
             caller,
+            is_tried: false,
         };
         let file = desired.file.clone();
         let plan = self.prepare(desired, &occasion, &host)?;
@@ -282,6 +286,13 @@ impl Enforcer {
         let mut plan = self.prepare(desired, occasion, &host)?;
         let compiled = plan.compiled();
         let paths = self.find_effects(&compiled, occasion.caller(), &mut plan.report);
+        // What a change cuts off of what was let in before a policy that is tried waits, too.
+        if !matches!(occasion, Occasion::Change { .. }) {
+            let cut = plan.report.cut.iter_mut();
+            cut.for_each(|cut| cut.at_confirm = cut.reset && occasion.is_tried());
+        }
+        // What comes while a policy is tried may cut off more.
+        let paths = paths.or_else(|| occasion.is_tried().then(|| self.paths_or_covered()));
         if let Occasion::Reload {
             max_cut: Some(most),
             ..
@@ -328,7 +339,16 @@ impl Enforcer {
             image: Cow::Owned(before),
             paths,
         });
-        self.reset_cut(before, &mut entries);
+        match occasion {
+            Occasion::Reload { is_tried: true, .. } => self.before_tried = before,
+            Occasion::Reload { .. } | Occasion::FallBack => {
+                self.reset_since_tried(&mut entries);
+                self.reset_cut(before, &mut entries);
+            }
+            Occasion::Start { .. } | Occasion::Change { .. } => {
+                self.reset_cut(before, &mut entries);
+            }
+        }
         self.hold_tls(&committed.compiled, false, &mut entries);
         // The change is in force, and shuts everybody out who is not exempt: a reload must not look as if all were well.
         if let Some(error) = self.complaints.get(tls::TLS).filter(|_| !is_change) {

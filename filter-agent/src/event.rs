@@ -1,6 +1,6 @@
 //! Events that the agent handles, and effects that it asks for.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Result;
 use tokio::sync::oneshot;
@@ -44,6 +44,8 @@ pub enum Event {
         write: Write,
         result: Result<()>,
     },
+    /// The SHA-256 of the policy file's text now.
+    PolicyHashed(Result<String>),
     /// Time passes.
     Tick,
 }
@@ -62,6 +64,12 @@ impl<T> Reply<T> {
 #[derive(Debug)]
 pub enum Request {
     Reload {
+        options: ReloadOptions,
+        reply: Reply<report::Reloaded>,
+    },
+    Rollback {
+        /// The id of a change; `None`: the policy that was confirmed before the one in force.
+        to: Option<u64>,
         options: ReloadOptions,
         reply: Reply<report::Reloaded>,
     },
@@ -86,6 +94,15 @@ pub enum Request {
         by: Option<By>,
         reply: Reply<report::Temporary>,
     },
+    /// Decides on the policy that is tried.
+    Confirm {
+        /// `None`: whichever it is.
+        id: Option<u64>,
+        /// Enforce the confirmed policy again.
+        fall_back: bool,
+        by: Option<By>,
+        reply: Reply<report::Decided>,
+    },
     Detach {
         by: Option<By>,
         reply: Reply<Vec<String>>,
@@ -94,6 +111,10 @@ pub enum Request {
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ReloadOptions {
+    /// Fall back after so long, unless somebody confirms it.
+    pub confirm: Option<Duration>,
+    /// Refuse a text with another SHA-256.
+    pub if_hash: Option<String>,
     /// Judge connections from before TLS was forced, too.
     pub existing: bool,
     /// Leave unguarded what the policy in force guards and the new one does not.
@@ -114,6 +135,13 @@ pub enum Effect {
         proposal: u64,
         path: PathBuf,
         text: Option<String>,
+    },
+    /// Answered by `PolicyHashed`.
+    HashPolicy(PathBuf),
+    /// Resets the connections that a policy cut off, since it is confirmed. Answers with them.
+    KeepTried {
+        decided: Box<report::Decided>,
+        reply: Reply<report::Decided>,
     },
     /// Answered by `LookedUp`.
     LookUp(LookUp),

@@ -53,6 +53,10 @@ pub enum Origin {
     Sighup,
     /// The agent's start.
     Start,
+    /// `rollback` to a policy of before.
+    Rollback,
+    /// The end of a policy that was tried.
+    FallBack,
     /// A client of the control socket, other than by `reload`.
     Socket,
     /// The end of a rule.
@@ -65,6 +69,8 @@ impl Origin {
             Self::Reload => "reload",
             Self::Sighup => "sighup",
             Self::Start => "start",
+            Self::Rollback => "rollback",
+            Self::FallBack => "fall-back",
             Self::Socket => "socket",
             Self::Time => "time",
         }
@@ -372,6 +378,12 @@ impl History {
             what: What::Detached,
         });
         id
+    }
+
+    /// What became of a policy. `None`: it is not kept.
+    pub fn state(&self, id: u64) -> Option<State> {
+        let past = self.policies.iter().find(|past| past.id == id)?;
+        policy(past).map(|(_, policy)| policy.state)
     }
 
     /// Notes what became of a policy.

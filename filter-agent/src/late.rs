@@ -62,10 +62,10 @@ impl Late {
         }
     }
 
-    /// The records that tell who made the change.
-    fn history(&self) -> &'static [Record] {
+    /// The records that tell who made the change, and what a start is not to enforce.
+    fn others(&self) -> &'static [Record] {
         match self.answer {
-            Answer::Reloaded(..) => &[Record::ChangeId, Record::Policies],
+            Answer::Reloaded(..) => &[Record::Window, Record::ChangeId, Record::Policies],
             Answer::Temporary(..) => &[Record::ChangeId, Record::Changes],
             Answer::Detached(..) => &[],
         }
@@ -74,7 +74,7 @@ impl Late {
     /// Whether the disk has not yet said what became of a record that it waits for.
     pub fn must_wait(&self, saves: &Saves) -> bool {
         let is_under_way = |record: &Record| saves.is_under_way(record);
-        is_under_way(&self.record()) || self.history().iter().any(is_under_way)
+        is_under_way(&self.record()) || self.others().iter().any(is_under_way)
     }
 
     /// Whether the agent ends with it.
@@ -87,8 +87,8 @@ impl Late {
         let record = self.record();
         let is_slow = saves.is_under_way(&record);
         let error = saves.error(&record).map(String::as_str);
-        let history = self.history().iter();
-        let unnoted = history.filter_map(|record| match saves.is_under_way(record) {
+        let others = self.others().iter();
+        let unnoted = others.filter_map(|record| match saves.is_under_way(record) {
             true => Some("the history is not kept yet: the disk takes too long".to_owned()),
             false => saves.error(record).cloned(),
         });

@@ -45,3 +45,4 @@ mod threads;
 mod trace;
 mod verify;
 mod whole_file;
+mod window;

@@ -59,6 +59,7 @@ impl Values<'_> {
             not_enforced,
             errors,
             repairs,
+            window,
             ..
         } = self.status;
         families.gauge(
@@ -108,6 +109,11 @@ impl Values<'_> {
             ends.filter_map(|rule| rule.left)
                 .min()
                 .map(|left| left as f64),
+        );
+        families.value(
+            "filter_agent_confirm_seconds",
+            "Time until the policy that is tried falls back; absent where none is.",
+            window.as_ref().map(|window| window.left as f64),
         );
     }
 

@@ -59,13 +59,7 @@ impl PolicyFile {
     /// # Errors
     /// As `read`, and a file that is not a regular one, or changed while it was read.
     pub fn read_regular(path: &Path) -> Result<Self> {
-        let read = || {
-            let mut file = whole_file::open(path)?;
-            let before = file.metadata()?;
-            text(whole_file::read(&mut file, &before, MAX_LENGTH)?)
-        };
-        let text = read().with_context(|| format!("read {}", path.display()))?;
-        Self::parse(path, text)
+        Self::parse(path, read_text(path)?)
     }
 
     /// Checks the text of a policy file. `path` only names it in messages.
@@ -97,6 +91,19 @@ impl PolicyFile {
             .cloned()
             .collect()
     }
+}
+
+/// The text of the agent's policy file, which is not checked.
+///
+/// # Errors
+/// As `PolicyFile::read_regular`, but for what the text says.
+pub fn read_text(path: &Path) -> Result<String> {
+    let read = || {
+        let mut file = whole_file::open(path)?;
+        let before = file.metadata()?;
+        text(whole_file::read(&mut file, &before, MAX_LENGTH)?)
+    };
+    read().with_context(|| format!("read {}", path.display()))
 }
 
 /// SHA-256 of a policy's text, in hexadecimal digits.

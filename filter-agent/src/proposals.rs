@@ -35,8 +35,28 @@ pub enum Aim {
     },
 }
 
+/// The policy that a reload enforces.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Wanted {
+    /// The policy file, as it is when the reload's turn comes.
+    File,
+    /// The policy of a change; `None`: the one that was confirmed before the one in force.
+    Rollback { to: Option<u64> },
+}
+
+impl Wanted {
+    /// For messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::File => "reload",
+            Self::Rollback { .. } => "rollback",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct Reload {
+    pub wanted: Wanted,
     pub options: ReloadOptions,
     /// `None` for SIGHUP.
     pub reply: Option<Reply<report::Reloaded>>,
@@ -80,6 +100,10 @@ impl Proposals {
             answers: BTreeMap::new(),
         };
         self.by_number.insert(number, proposal);
+    }
+
+    pub fn get(&self, number: u64) -> Option<&Proposal> {
+        self.by_number.get(&number)
     }
 
     pub fn get_mut(&mut self, number: u64) -> Option<&mut Proposal> {

@@ -63,7 +63,11 @@ pub enum Occasion {
         /// How many open connections the change may cut off; `None`: any number.
         max_cut: Option<usize>,
         caller: Option<IpAddr>,
+        /// Whether it has to be confirmed: no connection is reset until then.
+        is_tried: bool,
     },
+    /// The confirmed policy is enforced again after one that was tried.
+    FallBack,
     /// Of regions, of temporary rules, or an end of rules: the policy is the one in force.
     Change { caller: Option<IpAddr> },
 }
@@ -72,9 +76,14 @@ impl Occasion {
     /// The address of who asked for it, if it is known.
     pub fn caller(&self) -> Option<IpAddr> {
         match *self {
-            Self::Start { .. } => None,
+            Self::Start { .. } | Self::FallBack => None,
             Self::Reload { caller, .. } | Self::Change { caller } => caller,
         }
+    }
+
+    /// Whether a policy is to be tried.
+    pub fn is_tried(&self) -> bool {
+        matches!(self, Self::Reload { is_tried: true, .. })
     }
 }
 
@@ -102,7 +111,8 @@ pub struct Plan {
     is_start: bool,
     /// Listed interfaces that may be filtered, each in its mode.
     attach: Vec<(Interface, Mode)>,
-    /// Of these, the ones that only memory lists: what is wrong with them refuses nothing.
+    /// Of these, the ones that only memory lists, and all where the agent falls back: what is wrong with them refuses
+    /// nothing.
     remembered: BTreeSet<u32>,
     /// Interfaces whose filtering ends.
     detach: BTreeSet<u32>,
@@ -222,6 +232,7 @@ pub fn prepare(
     let filtered = indexes(pinned);
     let mut report = report::Plan {
         file: desired.file.path.clone(),
+        hash: desired.file.hash.clone(),
         difference,
         settings: before
             .map(|before| differences(before, &desired.file.policy))
@@ -282,6 +293,7 @@ pub fn prepare(
         let runs = interface.xdp.map(|xdp| xdp.program_id);
         runs == Some(ours) && link.is_some_and(|link| link.program_id == ours)
     };
+    let is_fall_back = matches!(occasion, Occasion::FallBack);
     let mut attach = Vec::new();
     let mut only_remembered = BTreeSet::new();
     for interface in &coverage.present {
@@ -290,10 +302,13 @@ pub fn prepare(
         match check(interface, mode) {
             Ok(()) if is_whole(interface) => {}
             Ok(()) => attach.push((interface.clone(), mode)),
-            Err(error) if is_remembered => report.warnings.push(not_filtered(interface, &error)),
+            // What is wrong with one interface must not keep a tried policy in force: the checks go on to attach it.
+            Err(error) if is_remembered || is_fall_back => {
+                report.warnings.push(not_filtered(interface, &error))
+            }
             Err(error) => return Err(error),
         }
-        if is_remembered {
+        if is_remembered || is_fall_back {
             only_remembered.insert(interface.index);
         }
     }

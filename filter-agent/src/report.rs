@@ -31,6 +31,9 @@ pub struct Status {
     /// The trace that is on.
     #[serde(default)]
     pub tracing: Option<Tracing>,
+    /// The window of a policy that is tried.
+    #[serde(default)]
+    pub window: Option<Window>,
     pub warnings: Vec<String>,
     /// Why the policy is not enforced on every listed interface that exists.
     pub not_enforced: Vec<String>,
@@ -362,6 +365,9 @@ pub struct Logged {
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Plan {
     pub file: PathBuf,
+    /// SHA-256 of its text, for `reload --if`.
+    #[serde(default)]
+    pub hash: String,
     pub difference: Difference,
     /// How the policy differs from the one in force, a line each: what the kernel's prefixes and ports do not show.
     #[serde(default)]
@@ -402,6 +408,9 @@ pub struct Cut {
     pub idle: Option<u64>,
     /// Whether the server's side is reset.
     pub reset: bool,
+    /// Whether that waits until the policy is confirmed.
+    #[serde(default)]
+    pub at_confirm: bool,
 }
 
 /// `database orders: 3 connections of 203.0.113.9, which 203.0.113.0/24 allowed, are cut off and reset`.
@@ -422,9 +431,10 @@ impl std::fmt::Display for Cut {
         if let Some(idle) = self.idle {
             write!(f, ", idle for up to {}", spelled(Duration::from_secs(idle)))?;
         }
-        f.write_str(match self.reset {
-            true => ": cut off and reset",
-            false => ": cut off, and left to the server (on_removal: keep)",
+        f.write_str(match (self.reset, self.at_confirm) {
+            (true, false) => ": cut off and reset",
+            (true, true) => ": cut off, and reset when the policy is confirmed",
+            (false, _) => ": cut off, and left to the server (on_removal: keep)",
         })
     }
 }
@@ -437,6 +447,9 @@ pub struct Reloaded {
     pub plan: Plan,
     pub enforced: Enforced,
     pub verified: Verified,
+    /// The window in which it has to be confirmed.
+    #[serde(default)]
+    pub window: Option<Window>,
     /// Errors after the policy was enforced.
     pub errors: Vec<String>,
 }
@@ -445,6 +458,53 @@ pub struct Reloaded {
 #[derive(Debug, Deserialize, Serialize)]
 pub struct Detached {
     pub interfaces: Vec<String>,
+}
+
+/// A policy that is tried until somebody confirms it.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Window {
+    /// The id of the change.
+    pub id: u64,
+    pub opened: Timestamp,
+    /// When the confirmed policy is enforced again, by the host's clock.
+    pub until: Timestamp,
+    /// Seconds until then.
+    pub left: u64,
+    pub by: Option<By>,
+}
+
+/// `change 7 is tried until 2026-12-31T18:00:00Z (1m 20s left), by uid 0, filter-agent`.
+impl std::fmt::Display for Window {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let left = spelled(Duration::from_secs(self.left));
+        write!(
+            f,
+            "change {} is tried until {} ({left} left)",
+            self.id, self.until
+        )?;
+        match &self.by {
+            Some(by) => write!(f, ", by {by}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The end of a window by `confirm`.
+#[derive(Debug, Deserialize, Serialize)]
+pub struct Decided {
+    pub id: u64,
+    /// The file of the policy in force.
+    pub file: PathBuf,
+    /// `false`: the confirmed policy is enforced again.
+    pub confirmed: bool,
+    pub difference: Difference,
+    /// `None`: nothing changed in the kernel.
+    #[serde(default)]
+    pub timing: Option<Timing>,
+    pub cut: Vec<Cut>,
+    pub cut_unknown: Vec<String>,
+    /// Errors after it was done.
+    pub errors: Vec<String>,
 }
 
 /// The client of the control socket that asked for a change.

@@ -17,6 +17,7 @@ use crate::{
     region::state::State,
     store::{Confirmed, Record, Write},
     temporary::Kept,
+    window,
 };
 
 /// How often a set that stays the same is written to disk, for the time it was confirmed.
@@ -45,6 +46,9 @@ pub struct Saves {
     /// The ends and temporary rules that were given to the store last, and when.
     temporary: Kept,
     temporary_at: Timestamp,
+    /// The window and abandoned texts that were given to the store last, and when. `None`: something else is on disk.
+    window: Option<window::Kept>,
+    window_at: Timestamp,
     /// Last hits of rules that are not on disk, and when a version was given to the store last.
     last_hits: Option<last_hits::Kept>,
     last_hits_at: Option<Timestamp>,
@@ -65,10 +69,11 @@ pub struct Saves {
 }
 
 impl Saves {
-    /// `confirmed`, `temporary`, `history` and `change_id`: as on disk. `regions`: those whose set is on disk.
+    /// `confirmed`, `temporary`, `window`, `history` and `change_id`: as on disk. `regions`: those whose set is on disk.
     pub fn new(
         confirmed: Option<Confirmed>,
         temporary: Kept,
+        window: Option<window::Kept>,
         (history, change_id): (History, Option<u64>),
         regions: impl Iterator<Item = String>,
         now: Timestamp,
@@ -77,6 +82,8 @@ impl Saves {
             confirmed,
             temporary,
             temporary_at: now,
+            window,
+            window_at: now,
             last_hits: None,
             last_hits_at: None,
             history,
@@ -105,6 +112,39 @@ impl Saves {
         self.confirmed = Some(confirmed.clone());
         self.under_way.insert(Record::Confirmed);
         Some(Write::Confirmed(Some(confirmed)))
+    }
+
+    /// The policy that is kept for the next start, whole and up to date on disk; `None`: it is not, or is on its way there.
+    pub fn confirmed(&self) -> Option<&Confirmed> {
+        let record = &Record::Confirmed;
+        let is_on_disk = self.error(record).is_none() && !self.is_under_way(record);
+        self.confirmed.as_ref().filter(|_| is_on_disk)
+    }
+
+    /// Goes back to the confirmed policy of before a write that failed: it is still on disk.
+    pub fn take_back_confirmed(&mut self, before: Option<Confirmed>) {
+        self.confirmed = before;
+        self.errors.remove(&Record::Confirmed);
+    }
+
+    /// Whether a window or the abandoned texts have to be written again: the disk did not take them, or the time that is
+    /// left of rules, which is written each minute, is old.
+    pub fn is_window_due(&self, now: Timestamp) -> bool {
+        let is_open = self.window.as_ref().is_some_and(|kept| kept.open.is_some());
+        let is_old = self.window_at + LEFT_INTERVAL <= now && is_open;
+        let failed = self.error(&Record::Window).is_some();
+        !self.is_under_way(&Record::Window) && (failed || is_old)
+    }
+
+    /// The write that keeps a window and the abandoned texts for the next start; `None`: they are on disk.
+    pub fn window(&mut self, kept: window::Kept, now: Timestamp) -> Option<Write> {
+        if self.window.as_ref() == Some(&kept) && !self.is_window_due(now) {
+            return None;
+        }
+        self.window = Some(kept.clone());
+        self.window_at = now;
+        self.under_way.insert(Record::Window);
+        Some(Write::Window(kept.into()))
     }
 
     /// The write that keeps the ends and temporary rules for the next start; `None`: they are on disk. `now`: also for
@@ -193,14 +233,16 @@ impl Saves {
         self.history_at + HISTORY_RETRY <= now && self.errors.keys().any(is_of_it)
     }
 
-    /// The writes that keep neither a policy nor temporary rules nor last hits for the next start.
-    pub fn forget(&mut self) -> [Write; 3] {
+    /// The writes that keep neither a policy nor a window nor temporary rules nor last hits for the next start.
+    pub fn forget(&mut self) -> [Write; 4] {
         self.confirmed = None;
         self.temporary = Kept::default();
+        self.window = Some(window::Kept::default());
         self.last_hits = None;
         self.under_way
-            .extend([Record::Confirmed, Record::Temporary]);
+            .extend([Record::Confirmed, Record::Temporary, Record::Window]);
         [
+            Write::Window(Box::default()),
             Write::Confirmed(None),
             Write::Temporary(Kept::default()),
             Write::LastHits(last_hits::Kept::default()),
@@ -286,6 +328,7 @@ impl Saves {
             Write::Policies(written) => written == self.history.policies(),
             Write::Changes(written) => written == self.history.others(),
             Write::Text { .. } | Write::Texts(_) => true,
+            Write::Window(written) => Some(&**written) == self.window.as_ref(),
             Write::Region { .. } | Write::Regions(_) | Write::LastHits(_) => false,
         };
         if is_latest {
@@ -304,6 +347,11 @@ impl Saves {
                         format!("region {name}: its set is kept on disk again")
                     }
                     Record::Temporary => "temporary rules are kept for the next start again".into(),
+                    Record::Window => {
+                        "the policy that is tried, and those that were fallen back from, are kept for the next start \
+                         again"
+                            .into()
+                    }
                     Record::LastHits => {
                         "the last hits of rules are kept for the next start again".into()
                     }
@@ -332,6 +380,10 @@ impl Saves {
                             "temporary rules and ends are not kept for the next start: {error:#}"
                         )
                     }
+                    Record::Window => format!(
+                        "what is known of policies that are tried, or were fallen back from, is not kept for the next \
+                         start: {error:#}"
+                    ),
                     Record::LastHits => {
                         format!("the last hits of rules are not kept for the next start: {error:#}")
                     }
@@ -389,6 +441,7 @@ mod tests {
         let mut saves = Saves::new(
             None,
             Kept::default(),
+            None,
             Default::default(),
             ["x".to_owned()].into_iter(),
             at(0),

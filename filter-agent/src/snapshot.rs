@@ -21,6 +21,7 @@ use crate::{
     rules::{self, RuleKey},
     temporary::Kind,
     text::{counted, list},
+    window::Brief,
 };
 
 /// Prefixes that one line of the log lists; the rest are only counted.
@@ -33,6 +34,7 @@ pub struct Snapshot {
     pub started: Timestamp,
     pub file: Arc<PolicyFile>,
     pub enforced: report::Enforced,
+    pub window: Option<Brief>,
     pub regions: Regions,
     /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,
@@ -43,7 +45,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// The status: what the kernel does, beside what it should do.
-    pub fn status(&self, observed: &Observed) -> report::Status {
+    pub fn status(&self, observed: &Observed, now: Now) -> report::Status {
         let Observed {
             in_force,
             host,
@@ -100,6 +102,7 @@ impl Snapshot {
             regions: self.regions(),
             verified: observed.verified.clone(),
             tracing: observed.tracing.clone(),
+            window: self.window.as_ref().map(|window| window.report(now)),
             warnings,
             not_enforced,
             errors,

@@ -1,7 +1,9 @@
 //! A start: which policy it enforces, and with which regions.
 
+mod choice;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -17,23 +19,24 @@ use crate::{
     enforcer::{Checked, Enforcer, Handle},
     event::Order,
     history::History,
-    host::{self, coverage::Remembered},
-    kernel::pins,
+    host::coverage::Remembered,
     last_hits::LastHits,
     log::Entry,
     policy::{Policy, Region, RegionSource},
     policy_file::PolicyFile,
-    protection,
-    reconcile::{Committed, Desired, InForce, Kernel, Occasion, describe_unguarded},
+    reconcile::{Committed, Desired, InForce, Kernel, Occasion},
     region::{
         files::Watcher,
         lookup,
-        state::{self as region, Regions, State},
+        state::{self as region, Regions, Set, State},
     },
     store::{self, Confirmed, history as kept_history},
     temporary::{Ends, InKernel, Kept, Temporary, Timed},
     threads,
+    window::{self, Abandoned, Window},
 };
+
+use choice::{Candidate, Choice};
 
 /// Time allowed for a file to be read at a start.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
@@ -65,8 +68,17 @@ pub struct Started {
     pub confirmed: Option<Confirmed>,
     /// The same of temporary rules and ends.
     pub kept: Kept,
+    /// The window that is open.
+    pub window: Option<Window>,
+    /// The window and the abandoned texts as they are on disk. `None`: they are of another machine, or cannot be read.
+    pub kept_window: Option<window::Kept>,
+    /// Whether they cannot be read: what is there stays until a reload.
+    pub is_window_unknown: bool,
+    pub abandoned: Abandoned,
     /// Why the policy file is not the policy in force.
     pub instead_of_file: Option<String>,
+    /// Whether that is since its text was fallen or rolled back from.
+    pub is_abandoned: bool,
     /// Why the confirmed policy could not be read, to compare the file with.
     pub unreadable: Option<String>,
     /// Why what was kept of temporary rules could not be read.
@@ -75,142 +87,6 @@ pub struct Started {
     pub history: History,
     pub change_id: Option<u64>,
     pub unread_history: Vec<String>,
-}
-
-/// Policies that a start may enforce, and what the last agent left on disk.
-struct Choice {
-    /// The best first. Each but the policy file itself with the reason why it is not the file.
-    candidates: VecDeque<(Arc<PolicyFile>, Option<String>)>,
-    confirmed: Option<Confirmed>,
-    /// The confirmed policy, parsed.
-    before: Option<Policy>,
-    /// Why what is kept cannot be read: the file cannot be compared with it.
-    unreadable: Option<String>,
-    /// Whether what is kept is of another machine.
-    is_foreign: bool,
-}
-
-impl Choice {
-    /// The policy file, if it is valid and leaves guarded what the confirmed policy guards; else, and where
-    /// this host refuses the file, the confirmed policy.
-    ///
-    /// # Errors
-    /// Neither can be enforced. What is pinned stays as it is.
-    async fn make(options: &Options) -> Result<Self> {
-        let file = read_policy(&options.policy).await;
-        let directory = options.state_dir.clone();
-        let path = store::confirmed_path(&directory);
-        let kept = threads::run_within(
-            &threads::POLICIES,
-            READ_TIMEOUT,
-            "read the confirmed policy",
-            &path,
-            move || {
-                let confirmed = store::read_confirmed(&directory)?;
-                let text = confirmed.as_ref().map(|confirmed| confirmed.policy.clone());
-                let path = store::confirmed_path(&directory);
-                let before = text
-                    .map(|text| PolicyFile::parse(&path, text))
-                    .transpose()?;
-                Ok((confirmed, before))
-            },
-        )
-        .await;
-        let mut unreadable = None;
-        let (confirmed, before) = match kept {
-            Ok((confirmed, before)) => (confirmed, before.map(Arc::new)),
-            // What it guards may be guarded no longer by the file.
-            Err(error) if !pins::left_in_force(&options.bpffs)?.is_empty() => {
-                return Err(error.context(format!(
-                    "start refused; what is pinned stays in force, without an agent: if the policy file is \
-                     right, remove {}",
-                    path.display()
-                )));
-            }
-            Err(error) => {
-                unreadable = Some(format!(
-                    "{error:#}; if the policy file is right, `filter-agent reload`"
-                ));
-                (None, None)
-            }
-        };
-        let mut choice = Self {
-            candidates: VecDeque::new(),
-            before: before.as_ref().map(|before| before.policy.clone()),
-            confirmed,
-            unreadable,
-            is_foreign: false,
-        };
-        let name = options.policy.display();
-        // Where something is pinned it was in force on this host, whatever its machine-id is now.
-        let is_foreign = choice
-            .confirmed
-            .as_ref()
-            .is_some_and(Confirmed::is_of_another_machine)
-            && pins::left_in_force(&options.bpffs)?.is_empty();
-        let refusal = match (file, &choice.confirmed, &before) {
-            (Ok(file), Some(_), Some(_)) if is_foreign => {
-                let text = format!(
-                    "{} was kept on another machine (its machine-id(5) differs): {name} is not compared with it",
-                    path.display()
-                );
-                Entry::warning(text).log();
-                choice.before = None;
-                choice.confirmed = None;
-                choice.is_foreign = true;
-                choice.candidates.push_back((file, None));
-                None
-            }
-            (Ok(file), Some(confirmed), Some(_)) if file.text == confirmed.policy => {
-                choice.candidates.push_back((file, None));
-                return Ok(choice);
-            }
-            (Ok(file), Some(confirmed), Some(before)) => {
-                let host = host::interfaces().await?;
-                let known = &confirmed.interfaces;
-                let ended = protection::ended(&before.policy, &file.policy, known, &host);
-                if ended.is_empty() {
-                    choice.candidates.push_back((file, None));
-                    None
-                } else {
-                    Some(format!(
-                        "{name} is not enforced: {}",
-                        describe_unguarded(&ended)
-                    ))
-                }
-            }
-            (Ok(file), ..) => {
-                choice.candidates.push_back((file, None));
-                return Ok(choice);
-            }
-            (Err(error), ..) if before.is_none() => {
-                return Err(match pins::left_in_force(&options.bpffs) {
-                    Ok(interfaces) if !interfaces.is_empty() => error
-                        .context("start refused; what is pinned stays in force, without an agent"),
-                    _ => error,
-                });
-            }
-            (Err(error), ..) => {
-                let error = format!("{error:#}").replace('\n', "; ");
-                Some(format!(
-                    "{name} is not enforced: {error}; correct it, then `filter-agent reload`"
-                ))
-            }
-        };
-        choice
-            .candidates
-            .extend(before.map(|before| (before, refusal)));
-        Ok(choice)
-    }
-}
-
-async fn read_policy(path: &Path) -> Result<Arc<PolicyFile>> {
-    let path = path.to_owned();
-    let what = format!("read {}", path.display());
-    let read = path.clone();
-    let read = move || PolicyFile::read_regular(&read);
-    let file = threads::run_within(&threads::POLICIES, READ_TIMEOUT, &what, &path, read);
-    file.await.map(Arc::new)
 }
 
 /// A filter that is loaded over what is pinned, and what is to be enforced.
@@ -226,9 +102,9 @@ pub struct Opened {
 /// # Errors
 /// No policy, or no filter. What is pinned stays as it is.
 pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<Opened> {
-    let choice = Choice::make(options).await?;
+    let choice = Choice::make(options, clock.now()).await?;
     let first = choice.candidates.front();
-    let first = first.context("find a policy to enforce")?.0.clone();
+    let first = first.context("find a policy to enforce")?.file.clone();
     let (bpffs, max_prefixes) = (options.bpffs.clone(), options.max_prefixes);
     let in_force = InForce {
         file: first.clone(),
@@ -239,10 +115,11 @@ pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<
             .as_ref()
             .map_or_else(Remembered::default, |kept| kept.interfaces.clone()),
     };
+    let displaced = choice.displaced(&first);
     // Long lists are read while the kernel checks the program.
     let (enforcer, regions) = tokio::join!(
         Handle::start(move || Enforcer::open(&bpffs, max_prefixes, in_force)),
-        first_regions(options, &first.policy, watcher, clock.now()),
+        first_regions(options, &first.policy, displaced, watcher, clock.now()),
     );
     let enforcer = enforcer?;
     let (regions, unsaved) = regions?;
@@ -266,21 +143,20 @@ pub async fn enforce(
 ) -> Result<Started> {
     let Opened {
         enforcer,
-        choice,
+        mut choice,
         mut regions,
         mut unsaved,
     } = opened;
-    let Choice {
-        mut candidates,
-        mut confirmed,
-        before,
-        unreadable,
-        is_foreign,
-    } = choice;
+    let is_foreign = choice.is_foreign;
     let (kept, unkept) = match read_temporary(options, is_foreign).await {
         Ok(kept) => (kept, None),
         Err(error) => (Kept::default(), Some(format!("{error:#}"))),
     };
+    let unread: Vec<String> = unkept
+        .into_iter()
+        .chain(choice.unknown_window.clone())
+        .collect();
+    let unkept = (!unread.is_empty()).then(|| unread.join("; "));
     let (history, change_id, unread_history) = read_history(options, is_foreign).await;
     let last_hits = read_last_hits(options, is_foreign).await;
     let held = enforcer
@@ -289,34 +165,84 @@ pub async fn enforce(
             (enforcer.databases(), enforcer.ends())
         })
         .await?;
-    let restored = kept.clone().restore(boot_id().as_deref(), clock.now());
-    let (ends, temporary) = in_kernel(restored, before.as_ref(), held, clock.now());
+    let boot_id = boot_id();
+    let restored = kept.clone().restore(boot_id.as_deref(), clock.now());
+    let tried = choice.tried.as_ref().map(|(_, tried)| tried.clone());
+    // The policy whose rules are in the kernel.
+    let last = tried.as_ref().or(choice.before.as_ref());
+    let last = last.map(|file| &file.policy);
+    let restored = in_kernel(restored, last, held, clock.now());
     // It is written anew, with the machine of now.
-    if confirmed
-        .as_ref()
-        .is_some_and(|kept| !kept.is_of_this_machine())
+    let confirmed = choice
+        .confirmed
+        .take()
+        .filter(Confirmed::is_of_this_machine);
+    let mut window = None;
+    if choice
+        .candidates
+        .front()
+        .is_some_and(|first| first.is_tried)
+        && let Some((open, _)) = &choice.tried
+        && let Some(before) = &choice.before
     {
-        confirmed = None;
+        let displaced = choice.displaced(before);
+        let (regions, _) =
+            first_regions(options, &before.policy, displaced, watcher, clock.now()).await?;
+        let found = Window {
+            open: open.clone(),
+            before: before.clone(),
+            regions,
+            is_refused: false,
+        };
+        restore_before_tried(&found, &enforcer, clock.now()).await?;
+        window = Some(found);
     }
-    let occasion = Occasion::Start { before };
     let mut refused = None;
     let (file, instead_of_file, timed, committed, checked) = loop {
-        let Some((file, reason)) = candidates.pop_front() else {
+        let Some(candidate) = choice.candidates.pop_front() else {
             return Err(refused.unwrap_or_else(|| anyhow!("there is no policy to enforce")));
         };
+        let Candidate {
+            file,
+            instead_of_file,
+            is_tried,
+        } = candidate;
         if let Some(refused) = &refused {
-            let again = first_regions(options, &file.policy, watcher, clock.now()).await;
+            let displaced = choice.displaced(&file);
+            let again = first_regions(options, &file.policy, displaced, watcher, clock.now()).await;
             (regions, unsaved) = again.with_context(|| format!("{refused:#}"))?;
         }
+        if !is_tried && window.take().is_some() {
+            choice.fall_back(clock.now());
+            choice.is_abandoned = true;
+            enforcer.call(Enforcer::forget_before_tried).await?;
+        }
+        let now = clock.now();
+        let timed = match (&choice.tried, &choice.before) {
+            (Some((open, tried)), Some(before)) if !is_tried => {
+                let kept = open.before.clone().restore(boot_id.as_deref(), now);
+                let current = timed(&restored, &tried.policy, now);
+                let back = window::timed(kept, &before.policy, &tried.policy, current, now);
+                timed(&(back.ends, back.temporary), &file.policy, now)
+            }
+            _ => timed(&restored, &file.policy, now),
+        };
         let order = Order {
             accepted: file.accepted,
             file: file.clone(),
             prefixes: region::prefixes(&regions),
-            timed: timed(&ends, &temporary, &file.policy, clock.now()),
+            timed,
         };
         let started = order.timed.clone();
         let desired = compile_order(order).await?;
-        let occasion = occasion.clone();
+        // What the policy of before listed and this one does not is filtered no longer.
+        let before = match (is_tried, &tried) {
+            (false, Some(tried)) => Some(tried),
+            _ => choice.before.as_ref(),
+        };
+        let occasion = Occasion::Start {
+            before: before.map(|before| before.policy.clone()),
+        };
         let committed = enforcer
             .call(move |enforcer| enforcer.commit(desired, &occasion))
             .await?;
@@ -326,10 +252,14 @@ pub async fn enforce(
                 if let Some(error) = committed.not_taken_over {
                     return Err(error.context("take over what an agent of another layout enforces"));
                 }
-                let reason = reason.or(refused.map(|error: anyhow::Error| {
-                    let file = options.policy.display();
-                    format!("{file} is not enforced: {error:#}")
-                }));
+                let reason = match refused {
+                    Some(error) => {
+                        let file = options.policy.display();
+                        let refusal = format!("{file} is not enforced: {error:#}");
+                        Some(instead_of_file.unwrap_or(refusal))
+                    }
+                    None => instead_of_file,
+                };
                 break (file, reason, started, committed, checked);
             }
             // What the maps hold must be known before another policy is tried.
@@ -347,13 +277,42 @@ pub async fn enforce(
         checked,
         confirmed,
         kept,
+        window,
+        kept_window: choice.kept_window,
+        is_window_unknown: choice.unknown_window.is_some(),
+        abandoned: choice.abandoned,
         instead_of_file,
-        unreadable,
+        is_abandoned: choice.is_abandoned,
+        unreadable: choice.unreadable,
         unkept,
         history,
         change_id,
         unread_history,
     })
+}
+
+/// Has the enforcer know what the confirmed policy lets in: those connections are not reset before the policy that is tried
+/// is confirmed.
+async fn restore_before_tried(window: &Window, enforcer: &Handle, now: Now) -> Result<()> {
+    let (ends, temporary) = window
+        .open
+        .before
+        .clone()
+        .restore(boot_id().as_deref(), now);
+    let file = window.before.clone();
+    let order = Order {
+        accepted: file.accepted,
+        prefixes: region::prefixes(&window.regions),
+        timed: timed(&(ends, temporary), &file.policy, now),
+        file,
+    };
+    let compiled = compile_order(order).await?.compiled;
+    let restored = enforcer.call(move |enforcer| enforcer.restore_before_tried(&compiled));
+    if let Err(error) = restored.await? {
+        let error = format!("{error:#}; connections may be reset before the policy is confirmed");
+        Entry::warning(error).log();
+    }
+    Ok(())
 }
 
 /// The temporary rules and ends that were kept on this machine.
@@ -462,11 +421,11 @@ fn in_kernel(
     (ends, temporary)
 }
 
-fn timed(ends: &Ends, temporary: &[Temporary], policy: &Policy, now: Now) -> Timed {
+fn timed((ends, temporary): &(Ends, Vec<Temporary>), policy: &Policy, now: Now) -> Timed {
     let kept = Timed {
         now,
         ends: ends.with(policy, now),
-        temporary: temporary.to_vec(),
+        temporary: temporary.clone(),
     };
     Timed {
         temporary: kept.of_policy(policy),
@@ -493,19 +452,21 @@ pub async fn compile_order(order: Order) -> Result<Desired> {
 }
 
 /// The regions at a start, as they were kept, and files as they are now; and the names of those whose set is not
-/// the one on disk. The network may not be there yet: what needs it comes later.
+/// the one on disk. `displaced`: sets that stand elsewhere on disk. The network may not be there yet: what needs it comes later.
 async fn first_regions(
     options: &Options,
     policy: &Policy,
+    mut displaced: BTreeMap<String, Set>,
     watcher: &Watcher,
     now: Now,
 ) -> Result<(Regions, BTreeSet<String>)> {
     let now = now.steady;
     let mut regions = region::next(policy, &Regions::new(), BTreeMap::new(), now)?;
     // At once: files that hang delay the start by one time limit, not by one each.
-    let read = regions
-        .iter_mut()
-        .map(|(name, state)| first_set(name, state, &options.state_dir, watcher, now));
+    let read = regions.iter_mut().map(|(name, state)| {
+        let displaced = displaced.remove(name);
+        first_set(name, state, displaced, &options.state_dir, watcher, now)
+    });
     let unsaved = join_all(read).await.into_iter().flatten().collect();
     Ok((regions, unsaved))
 }
@@ -515,6 +476,7 @@ async fn first_regions(
 async fn first_set(
     name: &str,
     state: &mut State,
+    displaced: Option<Set>,
     state_dir: &Path,
     watcher: &Watcher,
     now: Timestamp,
@@ -527,12 +489,15 @@ async fn first_set(
     if let RegionSource::Prefixes(_) = source {
         return None;
     }
+    let is_displaced = displaced.is_some();
     let (directory, wanted) = (state_dir.to_owned(), (name.to_owned(), source.clone()));
     let what = format!("read the set that was kept of region {name}");
     let place = directory.join(name);
-    let kept = threads::run_within(&threads::LOOK_UPS, READ_TIMEOUT, &what, &place, move || {
-        store::read_region(&directory, &wanted.0, &wanted.1)
-    });
+    let read = move || match displaced {
+        Some(set) => Ok(Some(set)),
+        None => store::read_region(&directory, &wanted.0, &wanted.1),
+    };
+    let kept = threads::run_within(&threads::LOOK_UPS, READ_TIMEOUT, &what, &place, read);
     let restored = kept.await.and_then(|set| {
         let Some(set) = set else { return Ok(()) };
         let restored = state.restore(set, now);
@@ -542,7 +507,7 @@ async fn first_set(
         warn(format!("{error:#}"));
     }
     let RegionSource::File(_) = source else {
-        return None;
+        return is_displaced.then(|| name.to_owned());
     };
     let kept = state.clone();
     let answer = lookup::ask(&source, &guards, state.version(), Some(watcher)).await;
@@ -550,5 +515,5 @@ async fn first_set(
     if let (true, Some(error)) = (state.failing, &state.error) {
         warn(error.text.clone());
     }
-    (!state.holds_the_same(&kept)).then(|| name.to_owned())
+    (is_displaced || !state.holds_the_same(&kept)).then(|| name.to_owned())
 }

@@ -25,7 +25,7 @@ use serde_json::value::RawValue;
 
 use crate::{
     clock::boot_id, history::Past, host::coverage::Remembered, last_hits, policy::RegionSource,
-    region::state::Set, temporary,
+    region::state::Set, temporary, window,
 };
 
 /// Time allowed to an agent that is ending to let go of the state directory: the kernel takes back its locks one after
@@ -75,6 +75,9 @@ fn machine() -> Option<String> {
 pub enum Record {
     /// The id of the last change.
     ChangeId,
+    /// The window of a policy that is tried, and texts that are not to be enforced. First: of several records that wait, the
+    /// confirmed policy is written after it, so that a crash between them never lets a file win that was rolled back from.
+    Window,
     /// When rules were last hit.
     LastHits,
     Confirmed,
@@ -98,6 +101,7 @@ impl Record {
     fn path(&self, directory: &Path) -> PathBuf {
         match self {
             Self::ChangeId => history::change_id_path(directory),
+            Self::Window => window_path(directory),
             Self::LastHits => last_hits_path(directory),
             Self::Confirmed => confirmed_path(directory),
             Self::Temporary => temporary_path(directory),
@@ -117,6 +121,7 @@ pub enum Write {
     /// `None`: no policy is kept any more.
     Confirmed(Option<Confirmed>),
     Temporary(temporary::Kept),
+    Window(Box<window::Kept>),
     LastHits(last_hits::Kept),
     Region {
         name: String,
@@ -141,6 +146,7 @@ impl Write {
         match self {
             Self::Confirmed(_) => Record::Confirmed,
             Self::Temporary(_) => Record::Temporary,
+            Self::Window(_) => Record::Window,
             Self::LastHits(_) => Record::LastHits,
             Self::Region { name, .. } => Record::Region(name.clone()),
             Self::Regions(_) => Record::Regions,
@@ -329,6 +335,10 @@ pub fn temporary_path(directory: &Path) -> PathBuf {
     directory.join("temporary.json")
 }
 
+pub fn window_path(directory: &Path) -> PathBuf {
+    directory.join("window.json")
+}
+
 pub fn last_hits_path(directory: &Path) -> PathBuf {
     directory.join("last-hits.json")
 }
@@ -351,6 +361,14 @@ pub fn read_confirmed(directory: &Path) -> Result<Option<Confirmed>> {
 /// As `read_confirmed`.
 pub fn read_temporary(directory: &Path) -> Result<Option<temporary::Kept>> {
     read(&temporary_path(directory), decode_temporary)
+}
+
+/// The window and the abandoned texts that were kept; `None`: none were.
+///
+/// # Errors
+/// As `read_confirmed`.
+pub fn read_window(directory: &Path) -> Result<Option<window::Kept>> {
+    read(&window_path(directory), decode_window)
 }
 
 /// The last hits of rules that were kept; `None`: none were.
@@ -393,6 +411,7 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
     };
     write(directory, &Write::Confirmed(None))?;
     write(directory, &Write::Temporary(temporary::Kept::default()))?;
+    write(directory, &Write::Window(Box::default()))?;
     write(directory, &Write::LastHits(last_hits::Kept::default()))
 }
 
@@ -426,6 +445,17 @@ fn write(directory: &Path, write: &Write) -> Result<()> {
                 ..kept.clone()
             };
             write_file(directory, &temporary_path(directory), &seal(&kept)?)
+        }
+        Write::Window(kept) if kept.is_empty() => {
+            let path = window_path(directory);
+            remove(&path).with_context(|| format!("remove {}", path.display()))
+        }
+        Write::Window(kept) => {
+            let mut kept = kept.clone();
+            if let Some(open) = &mut kept.open {
+                open.before.boot_id = boot_id();
+            }
+            write_file(directory, &window_path(directory), &seal(&kept)?)
         }
         Write::LastHits(kept) if kept.is_empty() => {
             let path = last_hits_path(directory);
@@ -541,6 +571,12 @@ pub fn decode_confirmed(text: &[u8]) -> Result<Confirmed> {
 /// # Errors
 /// A text that is not what was written of temporary rules and ends.
 pub fn decode_temporary(text: &[u8]) -> Result<temporary::Kept> {
+    unseal(text)
+}
+
+/// # Errors
+/// A text that is not what was written of a window and abandoned texts.
+pub fn decode_window(text: &[u8]) -> Result<window::Kept> {
     unseal(text)
 }
 

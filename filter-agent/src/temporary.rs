@@ -510,6 +510,15 @@ impl Ends {
         known.unwrap_or_else(|| now.boot_time_of(expires))
     }
 
+    /// These ends and those of others; the nearer one where both have a rule's.
+    pub fn nearest(mut self, others: &Self) -> Self {
+        for (dated, &end) in &others.0 {
+            let nearest = self.0.entry(dated.clone()).or_insert(end);
+            *nearest = end.min(*nearest);
+        }
+        self
+    }
+
     /// Brings ends nearer where the host's clock was set forward. Returns whether any was.
     pub fn bring_nearer(&mut self, now: Now) -> bool {
         // The clocks drift apart by less.

@@ -10,6 +10,7 @@ use crate::{
     policy_file::PolicyFile,
     report::{self, Action, By},
     temporary::{Kind, Temporary},
+    window::Open,
 };
 
 impl Agent {
@@ -40,6 +41,25 @@ impl Agent {
         };
         self.history.enforced(past, file);
         id
+    }
+
+    /// Notes a policy that is tried, under the id of its window.
+    pub(super) fn note_tried(
+        &mut self,
+        open: &Open,
+        file: &Arc<PolicyFile>,
+        plan: &report::Plan,
+        origin: Origin,
+    ) -> u64 {
+        let past = Past {
+            id: open.id,
+            at: self.now.wall,
+            origin,
+            by: open.by.clone(),
+            what: What::policy(file, State::Trying, Summary::of(plan)),
+        };
+        self.history.enforced(past, file);
+        open.id
     }
 
     pub(super) fn note_temporary(&mut self, done: &report::Temporary, by: Option<By>) -> u64 {

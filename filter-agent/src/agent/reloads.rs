@@ -2,16 +2,16 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::{Agent, Cause};
 use crate::{
     event::{Effect, Order, ReloadOptions, Reply},
-    history::Origin,
+    history::{KeptPolicy, Origin},
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
-    proposals::{Aim, Proposal, Reload},
+    proposals::{Aim, Proposal, Reload, Wanted},
     reconcile::{Occasion, Refused},
     refusal::Refusal,
     region::state as region,
@@ -22,17 +22,52 @@ use crate::{
 impl Agent {
     pub(super) fn reload(
         &mut self,
+        wanted: Wanted,
         options: ReloadOptions,
         reply: Option<Reply<report::Reloaded>>,
     ) {
-        let reload = self.proposals.reload(Reload { options, reply });
+        let reload = Reload {
+            wanted,
+            options,
+            reply,
+        };
+        let reload = self.proposals.reload(reload);
         self.begin_reload(reload);
     }
 
     pub(super) fn begin_reload(&mut self, reload: Option<Reload>) {
-        if let Some(reload) = reload {
-            self.propose(Aim::Reload(reload), None, None);
+        let Some(reload) = reload else { return };
+        let kept = match (self.refuse_while_trying(), reload.wanted) {
+            (Some(refusal), _) => Err(refusal.into()),
+            (None, Wanted::File) => Ok(None),
+            (None, Wanted::Rollback { to }) => self.find_policy(to).map(Some),
+        };
+        match kept {
+            Ok(None) => self.propose(Aim::Reload(reload), None, None),
+            Ok(Some(KeptPolicy { path, text })) => {
+                let text = text.as_ref().into();
+                self.propose(Aim::Reload(reload), Some(path), Some(text));
+            }
+            Err(refusal) => self.refuse_aim(Aim::Reload(reload), refusal),
         }
+    }
+
+    /// Finds the policy to roll back to.
+    ///
+    /// # Errors
+    /// There is none, it is in force, or its text is not kept.
+    fn find_policy(&self, to: Option<u64>) -> Result<KeptPolicy> {
+        let id = to.or_else(|| self.history.before()).ok_or_else(|| {
+            let why =
+                "no policy before the one in force is kept: `filter-agent history` lists them";
+            Refusal::NotFound(why.into())
+        })?;
+        let kept = self.history.policy(id)?;
+        if *kept.text == *self.file.text {
+            let why = format!("the policy of change {id} is the one in force");
+            bail!(Refusal::Conflict(why));
+        }
+        Ok(kept)
     }
 
     pub(super) fn propose(&mut self, aim: Aim, path: Option<PathBuf>, text: Option<String>) {
@@ -59,6 +94,17 @@ impl Agent {
             }
         };
         proposal.file = Some(file.clone());
+        if let Aim::Reload(reload) = &proposal.aim
+            && let Some(hash) = &reload.options.if_hash
+            && !hash.eq_ignore_ascii_case(&file.hash)
+        {
+            let error = format!(
+                "{} is not the text that was meant: its hash is {}; see `filter-agent plan`",
+                file.path.display(),
+                file.hash
+            );
+            return self.refuse_proposal(number, Refusal::PreconditionFailed(error).into());
+        }
         for (name, version) in region::to_ask(&file.policy, &self.regions) {
             let look_up = LookUp {
                 number: self.look_ups.begin_for_proposal(number, name),
@@ -73,6 +119,16 @@ impl Agent {
     /// Turns a proposal into a change or a plan, once the results of all its look-ups are there.
     pub(super) fn decide(&mut self, number: u64) {
         if self.look_ups.is_waiting(number) {
+            return;
+        }
+        let Some(proposal) = self.proposals.get(number) else {
+            return;
+        };
+        // A policy that is tried is on disk before it is enforced.
+        if let (Aim::Reload(reload), Some(_)) = (&proposal.aim, &proposal.file)
+            && let Some(lasting) = reload.options.confirm
+            && !self.is_opened(number, lasting)
+        {
             return;
         }
         let Some(Proposal {
@@ -92,21 +148,31 @@ impl Agent {
             temporary: self.timed.of_policy(&file.policy),
         };
         match (aim, next) {
-            (Aim::Reload(Reload { options, reply }), Ok(regions)) => {
+            (Aim::Reload(reload), Ok(regions)) => {
+                let Reload {
+                    wanted,
+                    options,
+                    reply,
+                } = reload;
                 let occasion = Occasion::Reload {
                     allow_unprotect: options.allow_unprotect,
                     max_cut: options.max_cut,
                     caller: options.caller,
+                    is_tried: options.confirm.is_some(),
                 };
-                let origin = match reply {
-                    Some(_) => Origin::Reload,
-                    None => Origin::Sighup,
+                let origin = match (wanted, &reply) {
+                    (Wanted::Rollback { .. }, _) => Origin::Rollback,
+                    (Wanted::File, Some(_)) => Origin::Reload,
+                    (Wanted::File, None) => Origin::Sighup,
                 };
+                let open = self.take_opening().map(Box::new);
                 let cause = Cause::Reload {
                     file: file.clone(),
+                    wanted,
                     asked,
                     origin,
                     by: options.by,
+                    open,
                     reply,
                 };
                 self.change(file, regions, timed, cause, occasion, options.existing);
@@ -135,16 +201,20 @@ impl Agent {
                 reply.send(Err(Refusal::or(error, Refusal::Conflict)));
                 self.watch_used();
             }
-            Aim::Reload(reload) => self.refuse_reload(reload.reply, Refused::from(error)),
+            Aim::Reload(reload) => {
+                self.refuse_reload(reload.wanted, reload.reply, Refused::from(error));
+            }
         }
     }
 
     pub(super) fn refuse_reload(
         &mut self,
+        wanted: Wanted,
         reply: Option<Reply<report::Reloaded>>,
         refused: Refused,
     ) {
-        let error = refused.describe("reload");
+        self.forget_opening();
+        let error = refused.describe(wanted.name());
         self.log(Entry::error(format!("{error:#}")));
         if let Some(reply) = reply {
             reply.send(Err(error));

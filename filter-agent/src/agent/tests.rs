@@ -1,4 +1,5 @@
 mod waiting;
+mod window;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -49,6 +50,7 @@ fn file(text: &str) -> PolicyFile {
 fn plan() -> report::Plan {
     report::Plan {
         file: "/etc/policy.yaml".into(),
+        hash: String::new(),
         difference: Difference::default(),
         settings: Vec::new(),
         attached: Vec::new(),
@@ -125,6 +127,11 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
         unkept: None,
         checked: checked(),
         confirmed: None,
+        window: None,
+        kept_window: Some(Default::default()),
+        is_window_unknown: false,
+        abandoned: Default::default(),
+        is_abandoned: false,
         instead_of_file: None,
         unreadable: None,
         history: History::default(),
@@ -167,6 +174,8 @@ struct World {
     is_detached: bool,
     disk: BTreeMap<Record, Write>,
     commits: usize,
+    /// How often the enforcer reset what a policy that is confirmed cut off.
+    resets: usize,
 }
 
 impl World {
@@ -188,6 +197,7 @@ impl World {
             text,
             disk: BTreeMap::new(),
             commits: 0,
+            resets: 0,
         };
         world.take(effects);
         world
@@ -259,6 +269,20 @@ impl World {
                 }
             }
             Effect::Plan { reply, .. } => reply.send(Ok(plan())),
+            Effect::HashPolicy(_) => {
+                let hash = crate::policy_file::hash(&self.text);
+                let hash = if fail {
+                    Err(anyhow!("unreadable"))
+                } else {
+                    Ok(hash)
+                };
+                self.send(Event::PolicyHashed(hash));
+            }
+            Effect::KeepTried { decided, reply } => {
+                self.resets += 1;
+                self.send(Event::Checked(checked()));
+                reply.send(Ok(*decided));
+            }
             Effect::Detach => {
                 self.is_detached = !fail;
                 let result = if fail {
@@ -300,9 +324,15 @@ impl World {
     }
 
     fn reload(&mut self) -> oneshot::Receiver<Result<report::Reloaded>> {
+        self.reload_with(ReloadOptions::default())
+    }
+
+    fn reload_with(
+        &mut self,
+        options: ReloadOptions,
+    ) -> oneshot::Receiver<Result<report::Reloaded>> {
         let (reply, answer) = oneshot::channel();
         let reply = Reply(reply);
-        let options = ReloadOptions::default();
         self.send(Event::Request(Request::Reload { options, reply }));
         answer
     }

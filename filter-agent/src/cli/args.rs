@@ -9,6 +9,7 @@ use jiff::{Span, SpanRelativeTo};
 use crate::{
     cli::{client::SOCKET, complete},
     enforcer::LONGEST_TRACE,
+    window::check_lasting,
 };
 
 /// Drops, in the kernel, every packet to a database port that no rule allows.
@@ -127,6 +128,41 @@ pub(super) enum Command {
         #[arg(long)]
         allow_unprotect: bool,
         /// Refuse the change if it would cut off more open connections than this. `plan` lists them.
+        #[arg(long, value_name = "NUMBER")]
+        max_cut: Option<usize>,
+        /// Try the file for so long, such as 2m: the policy of before is enforced again then, unless `confirm` keeps it.
+        #[arg(long, value_name = "DURATION", value_parser = window, conflicts_with = "existing")]
+        confirm: Option<Duration>,
+        /// Refuse the file if its text is another one than `plan` printed this hash of.
+        #[arg(long = "if", value_name = "HASH", value_parser = hash)]
+        if_hash: Option<String>,
+        #[command(flatten)]
+        timeout: Timeout,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Keep the policy that `reload --confirm` tries.
+    Confirm {
+        /// The change that is meant, as `reload` printed it.
+        change: Option<u64>,
+        /// Enforce the policy of before again, at once.
+        #[arg(long)]
+        fall_back: bool,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Enforce a policy of before again. The policy file stays as it is, and its text is not enforced at the next start.
+    Rollback {
+        /// The change whose policy is meant, as `history` lists it [default: the policy confirmed before the one in force].
+        change: Option<u64>,
+        /// Enforce it even if it no longer protects a database, port, address or interface that is protected now.
+        #[arg(long)]
+        allow_unprotect: bool,
+        /// Refuse it if it would cut off more open connections than this.
         #[arg(long, value_name = "NUMBER")]
         max_cut: Option<usize>,
         #[command(flatten)]
@@ -321,6 +357,21 @@ fn lasting(text: &str) -> Result<Duration, String> {
     let duration = span.to_duration(SpanRelativeTo::days_are_24_hours());
     let duration = duration.map_err(|_| "write it in days, hours, minutes and seconds")?;
     Ok(Duration::try_from(duration).map_err(|_| "a duration must not be negative")?)
+}
+
+/// As `lasting`, within the bounds of a window.
+fn window(text: &str) -> Result<Duration, String> {
+    let duration = lasting(text)?;
+    check_lasting(duration).map(|()| duration)
+}
+
+/// A SHA-256 in hexadecimal digits.
+fn hash(text: &str) -> Result<String, String> {
+    let is_hash = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    match is_hash {
+        true => Ok(text.to_owned()),
+        false => Err("is not a hash of 64 hexadecimal digits, as `plan` prints it".into()),
+    }
 }
 
 /// As `lasting`, within the bounds of a trace.

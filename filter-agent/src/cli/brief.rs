@@ -81,7 +81,8 @@ fn with_agent(status: &Status) -> (Level, String) {
         counted(status.databases.len(), "database", "databases"),
         counted(prefixes, "prefix", "prefixes"),
     );
-    (Level::Ok, text)
+    let tried = status.window.as_ref().map(|window| format!("; {window}"));
+    (Level::Ok, text + &tried.unwrap_or_default())
 }
 
 /// `error`: why no agent answers.

@@ -36,7 +36,7 @@ use crate::{
     enforcer::LOAD_TIMEOUT,
     log,
     policy_file::PolicyFile,
-    report::{self, Drops, Plan, Refreshes, Regions, Reloaded, Rules, Status, Verdicts},
+    report::{self, Decided, Drops, Plan, Refreshes, Regions, Reloaded, Rules, Status, Verdicts},
     temporary::parse_source,
     threads,
 };
@@ -50,8 +50,8 @@ use drops::{follow_drops, print_drops};
 use enforced::{enforced, print_enforcement, wait_for};
 use output::{LISTED, failure_if};
 use print::{
-    print_explanations, print_plan, print_refreshed, print_regions, print_reloaded, print_status,
-    print_temporary,
+    print_decided, print_explanations, print_plan, print_refreshed, print_regions, print_reloaded,
+    print_status, print_temporary,
 };
 use rules::{print_rules, print_unused};
 use top::top;
@@ -164,6 +164,10 @@ async fn execute(command: Command) -> Result<ExitCode> {
             };
             output.print(&plan, |plan| {
                 print_plan(plan);
+                say!(
+                    "to enforce this very text: filter-agent reload --if {}",
+                    plan.hash
+                );
                 caller.print(&plan.lock_out);
             })?;
             caller.tell_if_unknown();
@@ -172,30 +176,69 @@ async fn execute(command: Command) -> Result<ExitCode> {
             existing,
             allow_unprotect,
             max_cut,
+            confirm,
+            if_hash,
             timeout,
             socket,
             output,
         } => {
-            let max_cut = max_cut
-                .map(|most| format!("&max_cut={most}"))
-                .unwrap_or_default();
+            let max_cut = max_cut.map(|most| format!("&max_cut={most}"));
+            let confirm = confirm.map(|lasting| format!("&confirm={}", lasting.as_secs()));
+            let if_hash = if_hash.map(|hash| format!("&if={hash}"));
+            let conditions: String = [max_cut, confirm, if_hash].into_iter().flatten().collect();
             let caller = Caller::find();
             let from = caller.query();
             let path = format!(
-                "/v1/reload?existing={existing}&allow_unprotect={allow_unprotect}{max_cut}&{from}"
+                "/v1/reload?existing={existing}&allow_unprotect={allow_unprotect}{conditions}&{from}"
             );
             let agent = patient(&socket, timeout);
             let reloaded: Reloaded = agent.post(&path, String::new()).await?;
             output.print(&reloaded, |reloaded| {
-                print_reloaded(reloaded);
+                print_reloaded(reloaded, "");
                 if existing && reloaded.errors.is_empty() {
                     say!("connections that are open are judged by their next packet");
                 }
                 caller.print(&reloaded.plan.lock_out);
             })?;
             caller.tell_if_unknown();
-            let failed = !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty();
-            return Ok(failure_if(failed));
+            return Ok(failure_if(has_failed(&reloaded)));
+        }
+        Command::Rollback {
+            change,
+            allow_unprotect,
+            max_cut,
+            timeout,
+            socket,
+            output,
+        } => {
+            let to = change.map(|id| format!("&to={id}"));
+            let max_cut = max_cut.map(|most| format!("&max_cut={most}"));
+            let conditions: String = [to, max_cut].into_iter().flatten().collect();
+            let caller = Caller::find();
+            let from = caller.query();
+            let path = format!("/v1/rollback?allow_unprotect={allow_unprotect}{conditions}&{from}");
+            let agent = patient(&socket, timeout);
+            let reloaded: Reloaded = agent.post(&path, String::new()).await?;
+            output.print(&reloaded, |reloaded| {
+                print_reloaded(reloaded, "an earlier text of ");
+                caller.print(&reloaded.plan.lock_out);
+            })?;
+            caller.tell_if_unknown();
+            return Ok(failure_if(has_failed(&reloaded)));
+        }
+        Command::Confirm {
+            change,
+            fall_back,
+            socket,
+            output,
+        } => {
+            let id = change.map(|id| format!("&id={id}")).unwrap_or_default();
+            let path = format!("/v1/confirm?fall_back={fall_back}{id}");
+            let decided: Decided = Agent::new(&socket.socket)
+                .post(&path, String::new())
+                .await?;
+            output.print(&decided, print_decided)?;
+            return Ok(failure_if(!decided.errors.is_empty()));
         }
         Command::Allow {
             database,
@@ -361,6 +404,11 @@ async fn execute(command: Command) -> Result<ExitCode> {
         } => return detach(yes, &socket.socket, &bpffs.bpffs, &state_dir.state_dir).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a policy that is enforced is not what the kernel does, or not as it should be.
+fn has_failed(reloaded: &Reloaded) -> bool {
+    !reloaded.verified.errors.is_empty() || !reloaded.errors.is_empty()
 }
 
 /// Reads a policy. A pipe may never end.

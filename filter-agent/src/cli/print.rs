@@ -8,6 +8,7 @@ use jiff::Unit;
 
 use crate::{
     cli::output::{LISTED, age, list, or, print_table, table, until},
+    kernel::difference::Difference,
     report::{self, By, Explanation, Plan, Refreshed, Reloaded, Status},
 };
 
@@ -79,16 +80,8 @@ pub(super) fn print_plan(plan: &Plan) {
         say!("- interface {name}");
         same = false;
     }
-    for (name, database) in &plan.difference.databases {
-        same = false;
-        say!("database {name}");
-        list("+", "protect ", &ranges(&database.guarded));
-        list("-", "protect ", &ranges(&database.unguarded));
-        list("+", "", &database.added);
-        list("-", "", &database.removed);
-        list("+", "block ", &database.blocked);
-        list("-", "block ", &database.unblocked);
-    }
+    print_difference(&plan.difference);
+    same &= plan.difference.databases.is_empty();
     for setting in &plan.settings {
         same = false;
         say!("{setting}");
@@ -98,6 +91,18 @@ pub(super) fn print_plan(plan: &Plan) {
     }
     print_cut(&plan.cut, &plan.cut_unknown);
     print_warnings(&plan.warnings);
+}
+
+fn print_difference(difference: &Difference) {
+    for (name, database) in &difference.databases {
+        say!("database {name}");
+        list("+", "protect ", &ranges(&database.guarded));
+        list("-", "protect ", &ranges(&database.unguarded));
+        list("+", "", &database.added);
+        list("-", "", &database.removed);
+        list("+", "block ", &database.blocked);
+        list("-", "block ", &database.unblocked);
+    }
 }
 
 fn print_cut(cut: &[report::Cut], unknown: &[String]) {
@@ -112,12 +117,13 @@ fn print_cut(cut: &[report::Cut], unknown: &[String]) {
         .for_each(|why| say!("open connections: {why}"));
 }
 
-pub(super) fn print_reloaded(reloaded: &Reloaded) {
+/// `which`: what of the file is enforced, as in `an earlier text of `; empty: all of it.
+pub(super) fn print_reloaded(reloaded: &Reloaded, which: &str) {
     print_plan(&reloaded.plan);
     say!("");
     let report::Enforced { file, timing, .. } = &reloaded.enforced;
     say!(
-        "{} is enforced, in {:.1} ms (compiled in {:.1} ms); change {}",
+        "{which}{} is enforced, in {:.1} ms (compiled in {:.1} ms); change {}",
         file.display(),
         timing.enforced_ms,
         timing.compiled_ms,
@@ -125,6 +131,40 @@ pub(super) fn print_reloaded(reloaded: &Reloaded) {
     );
     print_verified(&reloaded.verified);
     for error in &reloaded.errors {
+        say!("error: {error}");
+    }
+    if let Some(window) = &reloaded.window {
+        print_window(window);
+    }
+}
+
+/// The window of a policy that is tried, and what to type.
+fn print_window(window: &report::Window) {
+    let id = window.id;
+    say!("{window}");
+    say!(
+        "to keep it: filter-agent confirm {id}; to take it back now: filter-agent confirm {id} --fall-back"
+    );
+}
+
+pub(super) fn print_decided(decided: &report::Decided) {
+    let report::Decided {
+        id,
+        file,
+        difference,
+        ..
+    } = decided;
+    print_difference(difference);
+    print_cut(&decided.cut, &decided.cut_unknown);
+    let file = file.display();
+    match (decided.confirmed, &decided.timing) {
+        (true, _) => say!("change {id} is confirmed"),
+        (false, Some(timing)) => {
+            say!("change {id} is taken back: the policy of {file} before it is {timing}");
+        }
+        (false, None) => say!("change {id} is taken back"),
+    }
+    for error in &decided.errors {
         say!("error: {error}");
     }
 }
@@ -159,6 +199,9 @@ pub(super) fn print_status(status: &Status) {
         say!("next rule expires at {expiry}");
     }
     print_verified(&status.verified);
+    if let Some(window) = &status.window {
+        print_window(window);
+    }
     if let Some(tracing) = &status.tracing {
         say!("{tracing}");
     }

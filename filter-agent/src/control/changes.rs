@@ -1,6 +1,6 @@
 //! Requests that change what is enforced, and the plan of such a change.
 
-use std::{net::IpAddr, path::PathBuf};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use axum::{Extension, Json, body::Body, extract::State};
 use serde::Deserialize;
@@ -17,6 +17,7 @@ use crate::{
     refusal::Refusal,
     report::{self, By},
     temporary::Change,
+    window,
 };
 
 #[derive(Deserialize)]
@@ -72,6 +73,11 @@ pub(super) struct ReloadQuery {
     #[serde(default)]
     allow_unprotect: bool,
     max_cut: Option<usize>,
+    /// Seconds after which the agent falls back, unless the policy is confirmed.
+    confirm: Option<u64>,
+    /// SHA-256 of the text that is meant.
+    #[serde(rename = "if")]
+    if_hash: Option<String>,
     caller: Option<IpAddr>,
 }
 
@@ -80,7 +86,17 @@ pub(super) async fn reload(
     Extension(by): Extension<Option<By>>,
     Params(query): Params<ReloadQuery>,
 ) -> Answer<report::Reloaded> {
+    let confirm = query.confirm.map(Duration::from_secs);
+    if let Some(lasting) = confirm {
+        window::check_lasting(lasting).map_err(Refusal::Invalid)?;
+        if query.existing {
+            let why = "`existing` resets connections, which cannot be taken back: without `confirm`, or once it is confirmed";
+            return Err(Refusal::Invalid(why.into()).into());
+        }
+    }
     let options = ReloadOptions {
+        confirm,
+        if_hash: query.if_hash,
         existing: query.existing,
         allow_unprotect: query.allow_unprotect,
         max_cut: query.max_cut,
@@ -89,6 +105,58 @@ pub(super) async fn reload(
     };
     let reloaded = shared.ask(|reply| Request::Reload { options, reply });
     Ok(Json(reloaded.await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RollbackQuery {
+    /// The id of a change; `None`: the policy that was confirmed before the one in force.
+    to: Option<u64>,
+    #[serde(default)]
+    allow_unprotect: bool,
+    max_cut: Option<usize>,
+    caller: Option<IpAddr>,
+}
+
+pub(super) async fn rollback(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Option<By>>,
+    Params(query): Params<RollbackQuery>,
+) -> Answer<report::Reloaded> {
+    let options = ReloadOptions {
+        allow_unprotect: query.allow_unprotect,
+        max_cut: query.max_cut,
+        caller: query.caller,
+        by,
+        ..ReloadOptions::default()
+    };
+    let to = query.to;
+    let reloaded = shared.ask(|reply| Request::Rollback { to, options, reply });
+    Ok(Json(reloaded.await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ConfirmQuery {
+    /// `None`: whichever change is tried.
+    id: Option<u64>,
+    /// Enforce the confirmed policy again instead.
+    #[serde(default)]
+    fall_back: bool,
+}
+
+pub(super) async fn confirm(
+    State(shared): State<Shared>,
+    Extension(by): Extension<Option<By>>,
+    Params(query): Params<ConfirmQuery>,
+) -> Answer<report::Decided> {
+    let decided = shared.ask(|reply| Request::Confirm {
+        id: query.id,
+        fall_back: query.fall_back,
+        by,
+        reply,
+    });
+    Ok(Json(decided.await?))
 }
 
 #[derive(Deserialize)]

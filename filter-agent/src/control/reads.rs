@@ -32,7 +32,7 @@ pub(super) async fn status(
     Params(query): Params<StatusQuery>,
 ) -> Answer<report::Status> {
     let observed = shared.observe(query.verify).await?;
-    let mut status = shared.snapshot().status(&observed);
+    let mut status = shared.snapshot().status(&observed, shared.clock.now());
     status
         .errors
         .extend(shared.scraper.listener.borrow().clone());

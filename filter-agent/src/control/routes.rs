@@ -9,7 +9,7 @@ use axum::{
 
 use super::{
     answers::{not_allowed, not_found},
-    changes::{detach, plan, plan_text, refresh, reload, temporary},
+    changes::{confirm, detach, plan, plan_text, refresh, reload, rollback, temporary},
     reads::{drops, events, explain, metrics, regions, rules, status},
     shared::Shared,
     trace::trace,
@@ -37,6 +37,8 @@ fn table() -> Vec<Route> {
         posts("/v1/plan", plan_text),
         posts("/v1/trace", trace),
         posts("/v1/reload", reload),
+        posts("/v1/confirm", confirm),
+        posts("/v1/rollback", rollback),
         posts("/v1/refresh", refresh),
         posts("/v1/temporary", temporary),
         posts("/v1/detach", detach),

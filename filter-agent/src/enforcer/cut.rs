@@ -10,13 +10,13 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use filter_common::Protocol;
 
-use super::Enforcer;
+use super::{Checked, Enforcer};
 use crate::{
     clock::BootTime,
     compile::Compiled,
     cut::{self, Before, Paths, cut},
     host::sockets::{Connection, Destroyed, Sockets},
-    kernel::difference::Difference,
+    kernel::{difference::Difference, image::Image},
     lock_out::lock_out,
     log::Entry,
     policy::OnRemoval,
@@ -59,12 +59,19 @@ impl Enforcer {
         if let Some(caller) = caller {
             self.find_lock_out(after, caller.to_canonical(), paths.as_ref().ok(), plan);
         }
-        may_cut.then(|| {
-            paths.unwrap_or_else(|_| Paths {
-                host: Vec::new(),
-                filtered: self.covered.clone(),
-            })
-        })
+        may_cut.then(|| paths.unwrap_or_else(|_| self.covered_paths()))
+    }
+
+    /// As `paths`; where the interfaces cannot be listed, all of this host's addresses count as filtered.
+    pub(super) fn paths_or_covered(&mut self) -> Paths {
+        self.paths().unwrap_or_else(|_| self.covered_paths())
+    }
+
+    fn covered_paths(&self) -> Paths {
+        Paths {
+            host: Vec::new(),
+            filtered: self.covered.clone(),
+        }
     }
 
     fn find_lock_out(
@@ -109,8 +116,18 @@ impl Enforcer {
             paths: paths.clone(),
         };
         let paths = with_plan(paths.clone(), plan);
-        let found = cut(&before, after, &paths, &connections, BootTime::now());
-        Ok(cut::report(&found))
+        let now = BootTime::now();
+        let found = cut(&before, after, &paths, &connections, now);
+        let Some(before) = &self.before_tried else {
+            return Ok(cut::report(&found));
+        };
+        let (wait, reset): (Vec<_>, Vec<_>) = found
+            .into_iter()
+            .partition(|cut| before.lets_in(cut.connection, now));
+        let mut report = cut::report(&wait);
+        report.iter_mut().for_each(|cut| cut.at_confirm = cut.reset);
+        report.extend(cut::report(&reset));
+        Ok(report)
     }
 
     /// Databases that lose sources and whose ports no process of this network namespace listens on: their connections are
@@ -163,6 +180,53 @@ impl Enforcer {
         self.note(RESET, reset, entries);
     }
 
+    /// Notes what was in force before the policy that is tried, which another agent enforced. It holds what the confirmed
+    /// policy compiles to.
+    ///
+    /// # Errors
+    /// The interfaces cannot be listed, or the maps have no room for the policy.
+    pub fn restore_before_tried(&mut self, confirmed: &Compiled) -> Result<()> {
+        let image = Image::of(confirmed, &Image::default())?;
+        self.before_tried = Some(Before {
+            image: Cow::Owned(image),
+            paths: self.paths()?,
+        });
+        Ok(())
+    }
+
+    /// Forgets what was in force before a policy that is tried: it could not be enforced.
+    pub fn forget_before_tried(&mut self) {
+        self.before_tried = None;
+    }
+
+    /// The policy that is tried is confirmed: resets the connections that it cut off. Returns them.
+    pub fn keep_tried(&mut self) -> (Result<Vec<report::Cut>>, Checked) {
+        let mut entries = Vec::new();
+        let before = self.before_tried.take();
+        let cut = before
+            .as_ref()
+            .map_or(Ok(Vec::new()), |before| self.cut_since(before));
+        self.before_tried = before;
+        self.reset_since_tried(&mut entries);
+        (cut, self.checked(entries, None))
+    }
+
+    fn cut_since(&mut self, before: &Before<'_>) -> Result<Vec<report::Cut>> {
+        let after = self.in_force.compiled.clone();
+        let paths = self.paths()?;
+        let connections = list(&mut self.sockets, &after)?;
+        let found = cut(before, &after, &paths, &connections, BootTime::now());
+        Ok(cut::report(&found))
+    }
+
+    /// Resets the connections that were let in before the policy that was tried, and are not now.
+    pub(super) fn reset_since_tried(&mut self, entries: &mut Vec<Entry>) {
+        if let Some(before) = self.before_tried.take() {
+            self.not_reset.get_or_insert(before);
+            self.reset_rest(entries);
+        }
+    }
+
     fn reset(&mut self, before: &Before<'_>, entries: &mut Vec<Entry>) -> Result<()> {
         let after = self.in_force.compiled.clone();
         let paths = self.paths()?;
@@ -170,7 +234,12 @@ impl Enforcer {
         let mut logged = false;
         loop {
             let connections = list(&mut self.sockets, &after)?;
-            let mut found = cut(before, &after, &paths, &connections, BootTime::now());
+            let now = BootTime::now();
+            let mut found = cut(before, &after, &paths, &connections, now);
+            // Falling back may let these in again.
+            if let Some(before) = &self.before_tried {
+                found.retain(|cut| !before.lets_in(cut.connection, now));
+            }
             if !mem::replace(&mut logged, true) {
                 entries.extend(cut::entries(&cut::report(&found)));
             }

@@ -183,6 +183,7 @@ fn difference_is_listed_within_bounds_and_counted_beyond() {
         (format!("database-{number:02}"), difference)
     });
     let plan = report::Plan {
+        hash: String::new(),
         file: "/etc/policy.yaml".into(),
         difference: Difference {
             databases: databases.collect(),

@@ -94,7 +94,7 @@ impl Scraper {
         }
         fills.extend(last.listed.iter().flat_map(|(_, listed)| listed.clone()));
         let snapshot = self.snapshot.borrow().clone();
-        let mut status = snapshot.status(&observed);
+        let mut status = snapshot.status(&observed, self.clock.now());
         status.errors.extend(self.listener.borrow().clone());
         let rules = observed.rules(None, None, self.clock.now())?;
         let values = Values {

@@ -68,7 +68,7 @@ impl Timings {
         let seconds = timing.enforced_ms / 1000.0;
         match occasion {
             Occasion::Start { .. } => {}
-            Occasion::Reload { .. } => self.reloads.observe(seconds),
+            Occasion::Reload { .. } | Occasion::FallBack => self.reloads.observe(seconds),
             Occasion::Change { .. } => self.changes.observe(seconds),
         }
     }

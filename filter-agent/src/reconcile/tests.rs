@@ -66,6 +66,7 @@ const RELOAD: Occasion = Occasion::Reload {
     allow_unprotect: false,
     max_cut: None,
     caller: None,
+    is_tried: false,
 };
 
 #[test]
@@ -122,6 +123,7 @@ fn nothing_is_detached_while_an_entry_has_no_interface() {
         allow_unprotect: true,
         max_cut: None,
         caller: None,
+        is_tried: false,
     };
     let plan = prepare_with(&file("eth0", ORDERS), &allow, &facts, &[]).unwrap();
     assert_eq!(plan.report.detached, ["eth1"]);
