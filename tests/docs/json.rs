@@ -70,7 +70,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
     );
     let path = net.policy_path();
     let path = path.to_str().unwrap();
-    let sections: [(&str, &[&str]); 10] = [
+    let sections: [(&str, &[&str]); 11] = [
         ("status", &["status"]),
         ("rules", &["rules"]),
         ("regions", &["regions"]),
@@ -83,7 +83,8 @@ fn every_field_of_the_json_is_described_and_no_other() {
         ),
         ("refresh", &["refresh", "office"]),
         ("check", &["check", path, "--host"]),
-        ("reload", &["reload"]),
+        ("reload", &["reload", "--confirm", "10m"]),
+        ("confirm", &["confirm"]),
     ];
     let page = text_of_sections("docs/api.md");
     for (section, arguments) in sections {
@@ -107,6 +108,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
                 "plan",
                 "enforced",
                 "verified",
+                "window",
                 "difference",
                 "regions[].change.timing",
             ]

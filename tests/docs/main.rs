@@ -561,7 +561,6 @@ fn what_the_readme_says_does_not_exist_is_no_command() {
     let commands = commands();
     for thing in listed.split(" and ").flat_map(|things| things.split(", ")) {
         let command = match thing {
-            "confirmed reloads" => "confirm",
             "a history of changes" => "history",
             "rules from etcd" => "fleet",
             _ => panic!("the README says that {thing} do not exist yet"),

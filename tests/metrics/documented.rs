@@ -80,6 +80,7 @@ fn complete(name: &str) -> (Net, SocketAddr) {
     fs::write(&next, "192.0.2.0/26\n198.51.100.128/25\n").unwrap();
     fs::rename(next, office).unwrap();
     net.wait_for_line("region office: ");
+    net.agent_text(&["reload", "--confirm", "10m"]);
     (net, LISTEN.parse().unwrap())
 }
 
