@@ -2,13 +2,13 @@
 
 use std::{
     fs,
-    io::Write as _,
+    io::{Read as _, Write as _},
     os::unix::fs::{PermissionsExt as _, chown},
     process::{Command, Stdio},
     time::Instant,
 };
 
-use filter_tests::net::{Net, agent_binary, dedicated, policy, wait_until};
+use filter_tests::net::{Net, agent_binary, dedicated, policy, wait, wait_until};
 use nix::sys::signal::Signal;
 
 fn with(allowed: &[&str]) -> String {
@@ -243,7 +243,17 @@ fn plan_of_a_pipe_without_a_writer_ends() {
     let pipe = net.dir().join("pipe");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let pipe = pipe.to_str().unwrap();
-    let error = net.agent_error(&["plan", "--timeout", "1s", pipe]);
+    let mut command = net.agent_command(&["plan", "--timeout", "1s", pipe]);
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut plan = net.db.run(|| command.spawn().unwrap());
+    let ended = wait(&mut plan);
+    let _ = plan.kill();
+    assert!(
+        ended.is_some_and(|status| status.code() == Some(1)),
+        "it does not end"
+    );
+    let mut error = String::new();
+    plan.stderr.unwrap().read_to_string(&mut error).unwrap();
     assert!(
         error.contains(&format!("read {pipe}: no answer within 1 s")),
         "{error}"
