@@ -3,8 +3,10 @@
 //! detached, and exit statuses agree with what the kernel does.
 
 use std::{
+    ffi::OsStr,
     fs,
     net::{IpAddr, SocketAddr},
+    os::unix::ffi::OsStrExt as _,
     process::Command,
     sync::{
         Arc,
@@ -545,4 +547,40 @@ fn what_is_remembered_does_not_grow() {
     }
     let kept = fs::read_to_string(net.state_dir().join("confirmed.json")).unwrap();
     assert_eq!(kept.matches("hardware_address").count(), 1, "{kept}");
+}
+
+/// The netlink crates leave it out of what they read.
+#[test]
+fn interface_whose_name_is_no_text_is_warned_of() {
+    let mut net = Net::new("coverage-names");
+    net.write_policy(&orders("eth0"));
+    net.start();
+    // One that a terminal obeys, too.
+    for (name, peer) in [(&b"x\xffy"[..], "peer0"), (b"w\x1b[31m", "peer1")] {
+        let mut add = Command::new("ip");
+        add.args(["-n", &net.db.name, "link", "add"])
+            .arg(OsStr::from_bytes(name))
+            .args(["type", "veth", "peer", "name", peer]);
+        assert!(add.status().unwrap().success());
+        let mut up = Command::new("ip");
+        up.args(["-n", &net.db.name, "link", "set", "up"])
+            .arg(OsStr::from_bytes(name));
+        assert!(up.status().unwrap().success());
+    }
+    for name in [r"x\xffy", r"w\u{1b}[31m"] {
+        let line = format!("warning: interface {name} is not in `interfaces`");
+        let is_said = || net.agent_text(&["status"]).contains(&line);
+        assert!(wait_until(is_said), "{}", net.agent_text(&["status"]));
+    }
+    net.reload(&orders("eth0"));
+    net.terminate();
+    let log = net.log.join("\n");
+    assert!(
+        log.contains(r"interface x\xffy") && !log.contains('\u{1b}'),
+        "{log}"
+    );
+    assert!(
+        net.log.iter().all(|line| line.chars().count() < 500),
+        "{log}"
+    );
 }

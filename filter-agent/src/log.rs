@@ -19,11 +19,16 @@ use limits::Limits;
 use log::{Level, LevelFilter, Record};
 use systemd_journal_logger::{JournalLog, connected_to_journal};
 
+use crate::text::written_out;
+
 /// Entries that wait while nobody takes them.
 const MAX_QUEUED_ENTRIES: usize = 1024;
 
 /// Time allowed for the rest of the log at shutdown.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Characters of a line of a library's: netlink-proto logs every packet that it cannot read, byte by byte.
+const MAX_LIBRARY_LINE: usize = 400;
 
 /// Begins the line by which a command reports its failure.
 const NAME: &str = "filter-agent: ";
@@ -63,7 +68,7 @@ impl Entry {
     fn new(level: Level, text: impl Into<String>) -> Self {
         Self {
             level,
-            text: text.into(),
+            text: written_out(&text.into()).into_owned(),
             fields: Vec::new(),
             limited: None,
         }
@@ -118,6 +123,7 @@ impl log::Log for Libraries {
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
             let text = format!("{}: {}", record.target(), record.args()).replace('\n', " ");
+            let text: String = text.chars().take(MAX_LIBRARY_LINE).collect();
             // Most are about what others sent.
             let library = record.target().split("::").next().unwrap_or_default();
             let entry = Entry {

@@ -13,7 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use signal_hook::{consts::SIGPIPE, flag::register_conditional_shutdown};
 
-use crate::cli::args::Output;
+use crate::{cli::args::Output, text::written_out};
 
 /// The exit status that a shell reports for a process ended by SIGPIPE.
 pub(super) const EXIT_BROKEN_PIPE: i32 = 128 + SIGPIPE;
@@ -37,6 +37,11 @@ pub(super) fn end_with_the_reader() -> Result<()> {
 
 /// Exits with 1 where stdout takes nothing.
 pub(super) fn print_line(line: fmt::Arguments<'_>) {
+    print_raw(&written_out(&line.to_string()));
+}
+
+/// Of JSON, whose strings have no control characters, but those from U+0080 on, which belong to them.
+fn print_raw(line: &str) {
     if let Err(error) = writeln!(io::stdout(), "{line}") {
         eprintln!(
             "filter-agent: write the answer to stdout: {error}; a change that was asked for is made"
@@ -50,7 +55,7 @@ impl Output {
         end_with_the_reader()?;
         if self.json {
             let json = serde_json::to_string_pretty(value).context("write JSON")?;
-            say!("{json}");
+            print_raw(&json);
         } else {
             text(value);
         }

@@ -17,6 +17,7 @@ use backon::{ConstantBuilder, Retryable as _};
 use futures_util::{Stream, StreamExt as _, stream::BoxStream};
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST};
+use nix::net::if_::if_nameindex;
 use rtnetlink::{
     Handle, MulticastGroup, RouteMessageBuilder,
     packet_core::{NetlinkMessage, NetlinkPayload},
@@ -199,7 +200,21 @@ async fn list_interfaces(handle: &Handle) -> Result<Vec<Interface>> {
         interface.hardware_address = made_with.or(in_use);
         interface
     });
-    Ok(interfaces.collect())
+    let mut interfaces: Vec<Interface> = interfaces.collect();
+    // The netlink crates leave out an interface whose name is no UTF-8 text: it cannot be filtered, and databases may be
+    // reachable through it all the same.
+    let names = if_nameindex().context("list the names of the host's interfaces")?;
+    let unread = names.iter().filter(|named| named.name().to_str().is_err());
+    let unread = unread.map(|named| Interface {
+        index: named.index(),
+        name: named.name().to_bytes().escape_ascii().to_string(),
+        up: true,
+        addresses: addresses.remove(&named.index()).unwrap_or_default(),
+        networks: networks.remove(&named.index()).unwrap_or_default(),
+        ..Interface::default()
+    });
+    interfaces.extend(unread);
+    Ok(interfaces)
 }
 
 async fn list_programs(handle: &Handle) -> Result<BTreeMap<u32, AttachedXdp>> {
