@@ -252,6 +252,52 @@ fn lines_in_the_journal_have_levels_and_fields() {
     assert_eq!(fs::read_to_string(net.dir().join("stderr")).unwrap(), "");
 }
 
+/// For whoever ships the journal elsewhere: each change is a line, with who made it.
+#[test]
+fn each_change_is_a_line_with_its_number_and_who_made_it() {
+    let net = Net::new("journal-changes");
+    let policy = |prefix: &str| {
+        policy(
+            "eth0",
+            "native",
+            &[dedicated("orders", PORT, &[prefix], "")],
+        )
+    };
+    net.write_policy(&policy("203.0.113.10/32"));
+    let mut journal = Journaled::start(&net);
+    let of = |message: &Message| -> Vec<String> {
+        let names = ["CHANGE", "ORIGIN", "BY_UID", "BY_LOGIN_UID", "BY_COMMAND"];
+        let value = |name: &&str| {
+            message
+                .get(*name)
+                .map_or("-".to_owned(), |value| value.join(" "))
+        };
+        names.iter().map(value).collect()
+    };
+    assert_eq!(
+        of(journal.read.last().unwrap()),
+        ["1", "start", "-", "-", "-"]
+    );
+    net.write_policy(&policy("203.0.113.0/24"));
+    // As root who logged in as somebody else.
+    let reload = net.agent_command(&["reload"]);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "echo 1234 > /proc/self/loginuid && exec \"$@\"", "sh"]);
+    shell.arg(reload.get_program()).args(reload.get_args());
+    assert!(net.db.output(&mut shell).status.success());
+    let expected = ["2", "reload", "0", "1234", "filter-agent"];
+    assert_eq!(of(&journal.wait("enforcing ")), expected);
+    net.agent_text(&["allow", "orders", "10.9.9.9", "--for", "1s"]);
+    let allowed = of(&journal.wait("database orders: 10.9.9.9/32 allowed until "));
+    assert_eq!(allowed[..3], ["3", "socket", "0"]);
+    assert_eq!(allowed[4], "filter-agent");
+    let ended = journal.wait("database orders: temporary rule 10.9.9.9/32 has ended");
+    assert_eq!(of(&ended), ["4", "time", "-", "-", "-"]);
+    net.agent_text(&["detach", "--yes"]);
+    let detached = of(&journal.wait("detached from eth0; change 5 by uid 0"));
+    assert_eq!(detached[..3], ["5", "socket", "0"]);
+}
+
 #[test]
 fn outsiders_cause_few_lines() {
     const CHANGES: usize = 40;

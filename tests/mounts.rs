@@ -1,13 +1,14 @@
-//! Mounts for a test, and a file system that hangs.
+//! Mounts for a test, a file system that hangs, and one with little room.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
+    io::Write as _,
     os::fd::AsRawFd as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
+    mount::{MntFlags, MsFlags, mount, umount, umount2},
     sched::{CloneFlags, unshare},
 };
 
@@ -55,5 +56,32 @@ impl Drop for Mounted<'_> {
         // What waits for an answer gets an error.
         self.end = None;
         umount2(self.place, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+/// A directory with little room.
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    pub fn new(path: PathBuf) -> Self {
+        fs::create_dir_all(&path).unwrap();
+        let (kind, size) = (Some("tmpfs"), Some("size=64k"));
+        mount(kind, &path, kind, MsFlags::empty(), size).unwrap();
+        Self(path)
+    }
+
+    pub fn fill(&self) {
+        let mut filler = File::create(self.0.join("filler")).unwrap();
+        while filler.write(&[0; 4096]).is_ok() {}
+    }
+
+    pub fn make_room(&self) {
+        fs::remove_file(self.0.join("filler")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = umount(&self.0);
     }
 }

@@ -153,7 +153,7 @@ impl Agent {
             unread_history,
         } = started;
         let saved = regions.keys().filter(|name| !unsaved.contains(*name));
-        let noted = (history.clone(), change_id);
+        let (noted, temporary) = ((history.clone(), change_id), kept.temporary.clone());
         let saved = saved.cloned();
         let saves = Saves::new(
             confirmed,
@@ -192,6 +192,7 @@ impl Agent {
             is_ending: false,
             effects: Vec::new(),
         };
+        agent.note_ended_meanwhile(&temporary);
         let (file, origin) = (agent.file.clone(), Origin::Start);
         let id = agent.note_start(
             &file,
@@ -683,7 +684,12 @@ impl Agent {
             Ok(names) => {
                 self.is_detached = true;
                 let id = self.history.detached(self.now.wall, by.clone());
-                let entry = Entry::info(format!("detached; {}", numbered(id, by.as_ref())));
+                let from = match names.is_empty() {
+                    true => String::new(),
+                    false => format!(" from {}", list(names.iter())),
+                };
+                let numbered = numbered(id, by.as_ref());
+                let entry = Entry::info(format!("detached{from}; {numbered}"));
                 self.log(with_change(entry, id, Origin::Socket, by.as_ref()));
                 self.keep_history();
                 self.trial = Trial::default();

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     kernel::difference::{DatabaseDifference, Difference},
+    policy,
     policy_file::PolicyFile,
     refusal::Refusal,
     report::{self, Action, By},
@@ -188,7 +189,7 @@ impl Summary {
         }
     }
 
-    fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 
@@ -208,6 +209,7 @@ impl Summary {
 #[derive(Clone, Debug, PartialEq)]
 pub struct KeptPolicy {
     pub path: PathBuf,
+    pub hash: String,
     pub text: Arc<str>,
 }
 
@@ -217,6 +219,9 @@ pub struct Listing {
     pub changes: Vec<Past>,
     /// Changes beyond the limit that was asked for.
     pub left_out: usize,
+    /// The text of the policy that was asked for, without its secrets.
+    #[serde(default)]
+    pub text: Option<String>,
 }
 
 /// Which changes are asked for.
@@ -290,19 +295,19 @@ impl History {
         let mut later = self.others.iter().rev().take_while(is_later);
         match later.any(|past| past.what == What::Detached) {
             true => None,
-            false => policy(last),
+            false => as_policy(last),
         }
     }
 
-    /// Whether a policy would be no news: it is in force, and changes nothing.
-    pub fn is_in_force(&self, file: &PolicyFile, difference: &Summary) -> Option<u64> {
+    /// The change that put a policy in force; `None`: another one is.
+    pub fn is_in_force(&self, file: &PolicyFile) -> Option<u64> {
         let (past, policy) = self.in_force()?;
-        (policy.hash == file.hash && difference.is_empty()).then_some(past.id)
+        (policy.hash == file.hash).then_some(past.id)
     }
 
     /// The confirmed policy before the one in force: the newest with another text.
     pub fn before(&self) -> Option<u64> {
-        let mut newest = self.policies.iter().rev().filter_map(policy);
+        let mut newest = self.policies.iter().rev().filter_map(as_policy);
         let (_, in_force) = newest.next()?;
         let is_before = |(_, past): &(&Past, &PastPolicy)| {
             past.state == State::Confirmed && past.hash != in_force.hash
@@ -325,8 +330,25 @@ impl History {
         let text = self.texts.get(&policy.hash).ok_or_else(unkept)?;
         Ok(KeptPolicy {
             path: policy.file.clone(),
+            hash: policy.hash.clone(),
             text: text.clone(),
         })
+    }
+
+    /// The text of a policy without its secrets. Parses it.
+    ///
+    /// # Errors
+    /// It is not kept, or cannot be shown.
+    pub fn shown_text(&self, id: u64) -> Result<String> {
+        let kept = self.policy(id)?;
+        let secret = || {
+            let hash = &kept.hash;
+            Refusal::Conflict(format!(
+                "the text of change {id} is not shown, since its secrets cannot be told from the rest: root finds it in \
+                 the state directory, in policies/{hash}.yaml"
+            ))
+        };
+        Ok(policy::shown(&kept.text).ok_or_else(secret)?)
     }
 
     fn find(&self, id: u64) -> Result<&Past> {
@@ -383,7 +405,7 @@ impl History {
     /// What became of a policy. `None`: it is not kept.
     pub fn state(&self, id: u64) -> Option<State> {
         let past = self.policies.iter().find(|past| past.id == id)?;
-        policy(past).map(|(_, policy)| policy.state)
+        as_policy(past).map(|(_, policy)| policy.state)
     }
 
     /// Notes what became of a policy.
@@ -407,7 +429,7 @@ impl History {
         }
         let mut room = MAX_TEXTS;
         let mut kept = BTreeSet::new();
-        for (_, policy) in self.policies.iter().rev().filter_map(policy) {
+        for (_, policy) in self.policies.iter().rev().filter_map(as_policy) {
             let Some(text) = self.texts.get(&policy.hash) else {
                 continue;
             };
@@ -456,6 +478,7 @@ impl History {
         Ok(Listing {
             changes: changes.collect(),
             left_out: found.len().saturating_sub(limit),
+            text: None,
         })
     }
 
@@ -467,7 +490,7 @@ impl History {
     }
 }
 
-fn policy(past: &Past) -> Option<(&Past, &PastPolicy)> {
+fn as_policy(past: &Past) -> Option<(&Past, &PastPolicy)> {
     match &past.what {
         What::Policy(policy) => Some((past, policy)),
         _ => None,

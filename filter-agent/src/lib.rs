@@ -23,6 +23,7 @@ mod log;
 mod look_ups;
 pub mod metrics;
 mod notify;
+mod peer;
 pub mod policy;
 pub mod policy_file;
 mod proposals;

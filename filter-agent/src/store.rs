@@ -327,6 +327,19 @@ fn lock(directory: &Path) -> Result<Flock<File>> {
     })
 }
 
+/// Locks the directory, where an agent that is ending may have it for a moment.
+fn patient_lock(directory: &Path) -> Result<Flock<File>> {
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        match lock(directory) {
+            Err(error) if error.is::<Taken>() && Instant::now() < deadline => {
+                thread::sleep(LOCK_PAUSE);
+            }
+            taken => return taken,
+        }
+    }
+}
+
 pub fn confirmed_path(directory: &Path) -> PathBuf {
     directory.join("confirmed.json")
 }
@@ -400,15 +413,7 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
     {
         return Ok(());
     }
-    let deadline = Instant::now() + LOCK_TIMEOUT;
-    let _lock = loop {
-        match lock(directory) {
-            Err(error) if error.is::<Taken>() && Instant::now() < deadline => {
-                thread::sleep(LOCK_PAUSE);
-            }
-            taken => break taken?,
-        }
-    };
+    let _lock = patient_lock(directory)?;
     write(directory, &Write::Confirmed(None))?;
     write(directory, &Write::Temporary(temporary::Kept::default()))?;
     write(directory, &Write::Window(Box::default()))?;

@@ -85,6 +85,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
         ("check", &["check", path, "--host"]),
         ("reload", &["reload", "--confirm", "10m"]),
         ("confirm", &["confirm"]),
+        ("history", &["history"]),
     ];
     let page = text_of_sections("docs/api.md");
     for (section, arguments) in sections {

@@ -51,6 +51,8 @@ impl Net {
         }
         if let "run" | "check" | "status" | "detach" = arguments[0] {
             command.arg("--bpffs").arg(self.bpffs());
+        }
+        if let "run" | "check" | "status" | "detach" | "history" = arguments[0] {
             command.arg("--state-dir").arg(self.state_dir());
         }
         command

@@ -1,47 +1,12 @@
 //! A full disk: what is done is in force, and who asked for it learns that it is not kept.
 
-use std::{
-    fs::{self, File},
-    io::Write as _,
-    path::PathBuf,
-};
-
 use filter_tests::{
-    mounts::Mounted,
+    mounts::{Mounted, SmallDisk},
     net::{ALLOWED4, Connection, DENIED4, Net, Protected, wait_until},
 };
-use nix::mount::{MsFlags, mount, umount};
 use serde_json::{Value, json};
 
 use crate::host::{ALLOWED, DENIED, MEMBER, PORT, connect_all, kept_sources, orders, sources};
-
-/// A state directory with little room.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn new(net: &Net) -> Self {
-        let path = net.state_dir();
-        fs::create_dir_all(&path).unwrap();
-        let (kind, size) = (Some("tmpfs"), Some("size=64k"));
-        mount(kind, &path, kind, MsFlags::empty(), size).unwrap();
-        Self(path)
-    }
-
-    fn fill(&self) {
-        let mut filler = File::create(self.0.join("filler")).unwrap();
-        while filler.write(&[0; 4096]).is_ok() {}
-    }
-
-    fn make_room(&self) {
-        fs::remove_file(self.0.join("filler")).unwrap();
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = umount(&self.0);
-    }
-}
 
 /// A change that is in force and not kept: exit 1, and its answer.
 #[track_caller]
@@ -66,7 +31,7 @@ fn not_kept(net: &Net, arguments: &[&str]) -> Value {
 #[test]
 fn change_on_a_full_disk_is_in_force_and_kept_when_there_is_room() {
     let mut net = Net::new("temporary-disk");
-    let disk = SmallDisk::new(&net);
+    let disk = SmallDisk::new(net.state_dir());
     let _echo = net.echo(PORT);
     net.write_policy(&orders(&[ALLOWED], ""));
     net.start();
@@ -121,7 +86,7 @@ fn change_on_a_full_disk_is_in_force_and_kept_when_there_is_room() {
 #[test]
 fn agent_that_stops_keeps_what_it_could_not_before_and_the_kernel_what_it_cannot() {
     let mut net = Net::new("temporary-disk-end");
-    let disk = SmallDisk::new(&net);
+    let disk = SmallDisk::new(net.state_dir());
     net.write_policy(&orders(&[ALLOWED], ""));
     net.start();
     net.wait_until_confirmed();

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use super::Agent;
 use crate::{
     event::Effect,
@@ -28,7 +30,9 @@ impl Agent {
         by: Option<By>,
     ) -> u64 {
         let difference = Summary::of(plan);
-        if let Some(id) = self.history.is_in_force(file, &difference) {
+        // What a start changes in the kernel was lost or has ended since.
+        let is_news = origin != Origin::Start && !difference.is_empty();
+        if let (Some(id), false) = (self.history.is_in_force(file), is_news) {
             return id;
         }
         let id = self.next_change();
@@ -70,14 +74,14 @@ impl Agent {
             label: done.label.clone(),
             until: done.until,
         };
-        self.note(Origin::Socket, by, what)
+        self.note(self.now.wall, Origin::Socket, by, what)
     }
 
-    fn note(&mut self, origin: Origin, by: Option<By>, what: PastTemporary) -> u64 {
+    fn note(&mut self, at: Timestamp, origin: Origin, by: Option<By>, what: PastTemporary) -> u64 {
         let id = self.next_change();
         self.history.changed(Past {
             id,
-            at: self.now.wall,
+            at,
             origin,
             by,
             what: What::Temporary(what),
@@ -94,32 +98,32 @@ impl Agent {
         };
         let ended: Vec<Temporary> = before.iter().filter(has_ended).cloned().collect();
         for rule in ended {
-            let Temporary {
-                database,
-                kind,
-                source,
-                label,
-                until,
-                ..
-            } = rule;
-            let (action, what) = match kind {
-                Kind::Allow => (Action::Ended, "temporary rule"),
-                Kind::Block => (Action::Unblocked, "block"),
-            };
-            let entry = Entry::info(format!("database {database}: {what} {source} has ended"))
-                .with("DATABASE", database.clone())
-                .with("RULE", source.to_string())
-                .with("REASON", "ended");
-            let past = PastTemporary {
-                action,
-                database,
-                source,
-                label,
-                until: Some(until),
-            };
-            let id = self.note(Origin::Time, None, past);
-            self.log(with_change(entry, id, Origin::Time, None));
+            self.note_end(rule, self.now.wall);
         }
+    }
+
+    /// Notes which of the temporary rules that were kept have ended while no agent ran.
+    pub(super) fn note_ended_meanwhile(&mut self, kept: &[Temporary]) {
+        let has_ended = |rule: &&Temporary| {
+            let mut rules = self.timed.temporary.iter();
+            rule.until <= self.now.wall && !rules.any(|other| other.is_same(rule))
+        };
+        let ended: Vec<Temporary> = kept.iter().filter(has_ended).cloned().collect();
+        for rule in ended {
+            let until = rule.until;
+            self.note_end(rule, until);
+        }
+    }
+
+    fn note_end(&mut self, rule: Temporary, at: Timestamp) {
+        let (past, what) = end_of(rule);
+        let (database, source) = (past.database.clone(), past.source.to_string());
+        let entry = Entry::info(format!("database {database}: {what} {source} has ended"))
+            .with("DATABASE", database)
+            .with("RULE", source)
+            .with("REASON", "ended");
+        let id = self.note(at, Origin::Time, None, past);
+        self.log(with_change(entry, id, Origin::Time, None));
     }
 
     /// Has what is new in the history written to disk: before anything else of a change, so that its id is given to no other
@@ -142,6 +146,22 @@ impl Agent {
         let entry = Entry::info(format!("{summary}; {}", numbered(id, by)));
         self.log(with_change(entry, id, origin, by));
     }
+}
+
+/// The end of a temporary rule, and what it is.
+fn end_of(rule: Temporary) -> (PastTemporary, &'static str) {
+    let (action, what) = match rule.kind {
+        Kind::Allow => (Action::Ended, "temporary rule"),
+        Kind::Block => (Action::Unblocked, "block"),
+    };
+    let past = PastTemporary {
+        action,
+        database: rule.database,
+        source: rule.source,
+        label: rule.label,
+        until: Some(rule.until),
+    };
+    (past, what)
 }
 
 /// `change 12 by uid 0 (logged in as 1000), filter-agent`.

@@ -44,7 +44,7 @@ impl Agent {
         };
         match kept {
             Ok(None) => self.propose(Aim::Reload(reload), None, None),
-            Ok(Some(KeptPolicy { path, text })) => {
+            Ok(Some(KeptPolicy { path, text, .. })) => {
                 let text = text.as_ref().into();
                 self.propose(Aim::Reload(reload), Some(path), Some(text));
             }

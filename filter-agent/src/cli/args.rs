@@ -66,6 +66,24 @@ pub(super) struct Temporary {
 }
 
 #[derive(Args)]
+pub(super) struct HistoryWanted {
+    /// Show this change in full, by its number.
+    pub(super) id: Option<u64>,
+    /// Show only changes of this database.
+    #[arg(long, conflicts_with = "id", add = ArgValueCompleter::new(complete::databases))]
+    pub(super) database: Option<String>,
+    /// Show only changes of the last so long, such as 7d.
+    #[arg(long, conflicts_with = "id", value_name = "DURATION", value_parser = lasting)]
+    pub(super) since: Option<Duration>,
+    /// Show at most so many, the newest [default: 20; with --json all].
+    #[arg(long, conflicts_with = "id", value_name = "NUMBER")]
+    pub(super) limit: Option<NonZeroUsize>,
+    /// Print the text of the policy that the change put in force, without its secrets.
+    #[arg(long, requires = "id")]
+    pub(super) text: bool,
+}
+
+#[derive(Args)]
 pub(super) struct Output {
     /// Print JSON.
     #[arg(long)]
@@ -272,6 +290,18 @@ pub(super) enum Command {
         timeout: Timeout,
         #[command(flatten)]
         socket: Socket,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List the changes that were made, by whom, newest first: the last 20 policies and the last 1,000 changes of temporary
+    /// rules. Needs no agent.
+    History {
+        #[command(flatten)]
+        wanted: HistoryWanted,
+        #[command(flatten)]
+        socket: Socket,
+        #[command(flatten)]
+        state_dir: StateDir,
         #[command(flatten)]
         output: Output,
     },

@@ -3,11 +3,12 @@
 use std::{
     io::{self, BufRead as _, IsTerminal as _, Write as _},
     path::Path,
-    process::ExitCode,
+    process::{self, ExitCode},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
 
 use crate::{
     cli::{
@@ -15,6 +16,7 @@ use crate::{
         output::end_with_the_reader,
     },
     kernel::pins,
+    peer::owner,
     report::Detached,
     store,
 };
@@ -81,7 +83,17 @@ pub(super) async fn detach(
         store::forget_confirmed(state_dir).context(
             "detached: nothing is filtered, but the next start may enforce the policy again",
         )?;
-        interfaces.into_iter().map(interface_name).collect()
+        let names: Vec<String> = interfaces.into_iter().map(interface_name).collect();
+        if !names.is_empty() {
+            let by = owner(
+                nix::unistd::getuid().as_raw(),
+                i32::try_from(process::id()).ok(),
+            );
+            if let Err(error) = store::history::note_detached(state_dir, Timestamp::now(), by) {
+                eprintln!("filter-agent: detached, but the history does not say so: {error:#}");
+            }
+        }
+        names
     };
     end_with_the_reader()?;
     match names.as_slice() {

@@ -16,6 +16,7 @@ mod complete;
 mod detach;
 mod drops;
 mod enforced;
+mod history;
 mod output;
 mod print;
 mod progress;
@@ -380,6 +381,15 @@ async fn execute(command: Command) -> Result<ExitCode> {
                 return follow_drops(drops, &agent, &path, output.json).await;
             }
             output.print(&drops, print_drops)?;
+        }
+        Command::History {
+            wanted,
+            socket,
+            state_dir,
+            output,
+        } => {
+            let (socket, state_dir) = (&socket.socket, &state_dir.state_dir);
+            return history::history(wanted, socket, state_dir, &output).await;
         }
         Command::Top { interval, socket } => top(&socket.socket, interval).await?,
         Command::Trace {

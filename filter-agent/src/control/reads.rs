@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use axum::{Json, extract::State, http::header::CONTENT_TYPE, response::IntoResponse};
+use jiff::Timestamp;
 use prometheus::TEXT_FORMAT;
 use serde::Deserialize;
 
@@ -11,8 +12,16 @@ use super::{
     shared::Shared,
 };
 use crate::{
-    drops::Wanted, enforcer::drops::Found, hints, log::recent, refusal::Refusal,
-    region::state as region, report, temporary::parse_source, threads,
+    drops::Wanted,
+    enforcer::drops::Found,
+    hints,
+    history::{Listing, Wanted as Past},
+    log::recent,
+    refusal::Refusal,
+    region::state as region,
+    report,
+    temporary::parse_source,
+    threads,
 };
 
 /// For requests that have no parameters.
@@ -134,6 +143,54 @@ pub(super) async fn drops(
         found.drops
     });
     Ok(Json(hinted.await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HistoryQuery {
+    /// Only this change.
+    id: Option<u64>,
+    database: Option<String>,
+    since: Option<Timestamp>,
+    limit: Option<usize>,
+    /// Whether the text of the policy is wanted, too.
+    #[serde(default)]
+    text: bool,
+}
+
+pub(super) async fn history(
+    State(shared): State<Shared>,
+    Params(query): Params<HistoryQuery>,
+) -> Answer<Listing> {
+    let HistoryQuery {
+        id,
+        database,
+        since,
+        limit,
+        text,
+    } = query;
+    let history = shared.snapshot().history;
+    let text_of = match (text, id) {
+        (false, _) => None,
+        (true, Some(id)) => Some(id),
+        (true, None) => {
+            let error = "the text of which policy: name its `id`, too";
+            return Err(Refusal::Invalid(error.into()).into());
+        }
+    };
+    let wanted = Past {
+        id,
+        database,
+        since,
+        limit,
+    };
+    // A text may be long.
+    let listed = threads::run_on_thread("history", move || {
+        let mut listing = history.list(&wanted)?;
+        listing.text = text_of.map(|id| history.shown_text(id)).transpose()?;
+        Ok(listing)
+    });
+    Ok(Json(listed.await.flatten()?))
 }
 
 #[derive(Deserialize)]

@@ -10,7 +10,7 @@ use axum::{
 use super::{
     answers::{not_allowed, not_found},
     changes::{confirm, detach, plan, plan_text, refresh, reload, rollback, temporary},
-    reads::{drops, events, explain, metrics, regions, rules, status},
+    reads::{drops, events, explain, history, metrics, regions, rules, status},
     shared::Shared,
     trace::trace,
 };
@@ -33,6 +33,7 @@ fn table() -> Vec<Route> {
         reads("/v1/explain", explain),
         reads("/v1/drops", drops),
         reads("/v1/events", events),
+        reads("/v1/history", history),
         reads("/v1/plan", plan),
         posts("/v1/plan", plan_text),
         posts("/v1/trace", trace),

@@ -17,7 +17,7 @@ use super::{
     routes::router,
     shared::Shared,
 };
-use crate::report::By;
+use crate::{peer::owner, report::By};
 
 pub struct Server {
     router: Router,
@@ -101,20 +101,8 @@ async fn serve(stream: UnixStream, router: Router) {
     }
 }
 
-/// The client of a connection, from the kernel and /proc.
+/// The client of a connection.
 fn client(stream: &UnixStream) -> Option<By> {
     let credentials = stream.peer_cred().ok()?;
-    let read = |file: &str| {
-        let text = std::fs::read_to_string(format!("/proc/{}/{file}", credentials.pid()?)).ok()?;
-        Some(text.trim().to_owned())
-    };
-    // The kernel's number for nobody who logged in.
-    let login_uid = read("loginuid").and_then(|uid| uid.parse().ok());
-    Some(By {
-        uid: credentials.uid(),
-        login_uid: login_uid.filter(|&uid| uid != u32::MAX),
-        pid: credentials.pid(),
-        // Any process names itself, and the name is printed.
-        command: read("comm").map(|name| name.replace(char::is_control, "?")),
-    })
+    Some(owner(credentials.uid(), credentials.pid()))
 }

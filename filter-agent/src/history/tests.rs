@@ -130,23 +130,21 @@ fn policy_before_is_the_newest_confirmed_one_with_another_text() {
 }
 
 #[test]
-fn policy_that_is_in_force_and_changes_nothing_is_no_news() {
+fn policy_in_force_is_the_last_one_until_a_detach() {
     let mut history = History::default();
-    let nothing = Summary::default();
-    assert_eq!(history.is_in_force(&file(1, 0), &nothing), None);
+    assert_eq!(history.is_in_force(&file(1, 0)), None);
     let id = enforce(&mut history, &file(1, 0), State::Confirmed);
-    assert_eq!(history.is_in_force(&file(1, 0), &nothing), Some(id));
-    assert_eq!(history.is_in_force(&file(2, 0), &nothing), None);
-    let attached = Summary {
-        attached: vec!["eth0".into()],
-        ..Summary::default()
-    };
-    assert_eq!(history.is_in_force(&file(1, 0), &attached), None);
-    // Nothing is, after a detach.
+    allow(&mut history, "orders");
+    assert_eq!(history.is_in_force(&file(1, 0)), Some(id));
+    assert_eq!(history.is_in_force(&file(2, 0)), None);
     let detached = history.detached(at(0), None);
-    assert_eq!(history.is_in_force(&file(1, 0), &nothing), None);
+    allow(&mut history, "orders");
+    assert_eq!(history.is_in_force(&file(1, 0)), None);
     assert!(history.texts().is_empty());
-    assert_eq!(ids(&history, Wanted::default()), [detached, id]);
+    assert_eq!(
+        ids(&history, Wanted::default()),
+        [detached + 1, detached, 2, id]
+    );
 }
 
 #[test]

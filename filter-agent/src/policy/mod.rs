@@ -7,6 +7,7 @@ mod prefix;
 mod read;
 mod region;
 mod secret_url;
+mod shown;
 
 pub use checked::{Database, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls};
 pub use difference::differences;
@@ -15,3 +16,4 @@ pub use prefix::{parse_cidr, without};
 pub use read::{Problem, check_label, parse};
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
 pub use secret_url::{SecretUrl, redacted};
+pub use shown::shown;

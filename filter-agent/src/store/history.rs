@@ -11,11 +11,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
 
-use super::{files, read, remove, seal, unseal, write_file};
+use super::{files, patient_lock, read, remove, seal, unseal, write_file};
 use crate::{
     history::{History, Past, What},
     policy_file,
+    report::By,
 };
 
 /// Length of the file of the last id, in bytes: twenty digits, a space, a checksum, a line feed.
@@ -191,4 +193,28 @@ pub(super) fn keep_texts(directory: &Path, hashes: &BTreeSet<String>) -> Result<
         }
     }
     Ok(())
+}
+
+/// Notes a detach without an agent, and forgets the texts, as the agent does.
+///
+/// # Errors
+/// It is not noted.
+pub fn note_detached(directory: &Path, at: Timestamp, by: By) -> Result<()> {
+    let exists = directory.try_exists();
+    if !exists.with_context(|| format!("examine {}", directory.display()))? {
+        return Ok(());
+    }
+    let _lock = patient_lock(directory)?;
+    let Kept {
+        mut history,
+        unreadable,
+        ..
+    } = read_history(directory);
+    for (path, _) in unreadable {
+        set_aside(&path)?;
+    }
+    history.detached(at, Some(by));
+    write_change_id(directory, history.last_id())?;
+    write_changes(directory, &changes_path(directory), history.others())?;
+    keep_texts(directory, &BTreeSet::new())
 }

@@ -11,6 +11,7 @@ use filter_agent::{
     control::{Server, Shared},
     enforcer::Handle,
     event::{Event, Request},
+    history::History,
     metrics::{scrape::Scraper, timings::Timings},
     policy_file::PolicyFile,
     region::state::Regions,
@@ -78,6 +79,7 @@ fn setup() -> Setup {
         regions: Regions::new(),
         errors: Vec::new(),
         unsaved: Vec::new(),
+        history: History::default(),
     };
     let (events, requests) = unbounded_channel();
     let server = runtime.block_on(async {
@@ -187,8 +189,9 @@ fn refuse(request: Request) -> Asked {
             assert!(by.is_some_and(|by| by.pid.is_some()));
             Asked::Temporary(change)
         }
-        Request::Detach { reply } => {
+        Request::Detach { by, reply } => {
             reply.send(Err(refusal()));
+            assert!(by.is_some_and(|by| by.pid.is_some()));
             Asked::Detach
         }
     }

@@ -3,10 +3,14 @@
 
 #![no_main]
 
-use std::sync::LazyLock;
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::LazyLock,
+};
 
 use filter_agent::{
     clock::BootTime,
+    history::{History, Past, Wanted},
     host::{Interface, coverage::Coverage},
     policy::{Policy, Region},
     policy_file::PolicyFile,
@@ -67,6 +71,17 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
                 check_temporary(kept);
             }
         }
+        5 => {
+            if let Ok(id) = store::history::decode_change_id(text) {
+                assert!(text.starts_with(format!("{id:020} ").as_bytes()));
+            }
+            let Some(file) = sealed(text, |record| record.get().to_owned()) else {
+                return;
+            };
+            if let Ok(changes) = store::history::decode_changes(&file) {
+                check_changes(changes);
+            }
+        }
         _ => {
             let Some(file) = sealed(text, |record| record.get().to_owned()) else {
                 return;
@@ -104,6 +119,24 @@ fn check_temporary(kept: Kept) {
         );
     }
     assert!(kept.boot_id.is_none() || same.iter().all(|rule| rule.end > now.boot));
+}
+
+/// Ids go on from the highest that was kept, and what is listed is what was kept.
+fn check_changes(changes: VecDeque<Past>) {
+    let json = serde_json::to_vec(&changes).expect("it is written");
+    let again = serde_json::from_slice::<VecDeque<Past>>(&json).expect("it is read");
+    assert_eq!(changes, again);
+    let highest = changes.iter().map(|past| past.id).max();
+    let mut history = History::restore(0, VecDeque::new(), changes.clone(), BTreeMap::new());
+    assert_eq!(history.last_id(), highest.unwrap_or_default());
+    let listing = history.list(&Wanted::default()).expect("all are listed");
+    assert!(listing.changes.iter().all(|past| changes.contains(past)));
+    let next = history.next_id();
+    assert!(
+        changes
+            .iter()
+            .all(|past| past.id < next || next == u64::MAX)
+    );
 }
 
 fn check_set(region: Region, set: Set) {
