@@ -22,6 +22,7 @@ enum Answer {
     Reloaded(Box<report::Reloaded>, Reply<report::Reloaded>),
     Detached(Vec<String>, Reply<Vec<String>>),
     Temporary(Box<report::Temporary>, Reply<report::Temporary>),
+    FellBack(Box<report::Decided>, Reply<report::Decided>),
 }
 
 impl Late {
@@ -54,11 +55,23 @@ impl Late {
         }
     }
 
+    pub fn fell_back(
+        decided: report::Decided,
+        reply: Reply<report::Decided>,
+        now: Timestamp,
+    ) -> Self {
+        Self {
+            until: now + SAVE_TIMEOUT,
+            answer: Answer::FellBack(Box::new(decided), reply),
+        }
+    }
+
     /// The record that keeps the change for the next start.
     fn record(&self) -> Record {
         match self.answer {
             Answer::Reloaded(..) | Answer::Detached(..) => Record::Confirmed,
             Answer::Temporary(..) => Record::Temporary,
+            Answer::FellBack(..) => Record::Window,
         }
     }
 
@@ -67,6 +80,7 @@ impl Late {
         match self.answer {
             Answer::Reloaded(..) => &[Record::Window, Record::ChangeId, Record::Policies],
             Answer::Temporary(..) => &[Record::ChangeId, Record::Changes],
+            Answer::FellBack(..) => &[Record::ChangeId, Record::Policies],
             Answer::Detached(..) => &[],
         }
     }
@@ -116,6 +130,18 @@ impl Late {
                 done.errors.extend(error.map(str::to_owned));
                 done.notes.extend(unnoted);
                 reply.send(Ok(*done));
+            }
+            Answer::FellBack(mut decided, reply) => {
+                let error = match error {
+                    _ if is_slow => Some("the disk takes too long"),
+                    error => error,
+                };
+                let error = error.map(|error| {
+                    format!("a start before the end would go on to try the policy: {error}")
+                });
+                decided.errors.extend(error);
+                decided.errors.extend(unnoted);
+                reply.send(Ok(*decided));
             }
             Answer::Detached(names, reply) => {
                 let error = match error {

@@ -73,7 +73,9 @@ fn full_disk_refuses_what_it_cannot_keep_and_keeps_nothing_from_falling_back() {
     assert_eq!(net.agent_json(&["status"])["window"]["id"], id);
     assert_eq!(confirmed_text(&net), before());
     // What was abandoned is not on disk, but the window is: the next start falls back, too.
-    net.agent_text(&["confirm", "--fall-back"]);
+    let decided = net.agent_json(&["confirm", "--fall-back"]);
+    let errors = decided["errors"].to_string();
+    assert!(errors.contains("No space left"), "{errors}");
     assert_allowed(&net, true, false);
     let status = net.agent_json(&["status"]);
     assert!(

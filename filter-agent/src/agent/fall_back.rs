@@ -9,6 +9,7 @@ use crate::{
     enforcer::Checked,
     event::{Effect, Reply},
     history::{Origin, State},
+    late::Late,
     log::Entry,
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused},
@@ -122,7 +123,7 @@ impl Agent {
             self.log(Entry::error(error.clone()));
         }
         if let Some(reply) = reply {
-            reply.send(Ok(report::Decided {
+            let decided = report::Decided {
                 id,
                 file: self.file.path.clone(),
                 confirmed: false,
@@ -131,7 +132,9 @@ impl Agent {
                 cut: committed.report.cut,
                 cut_unknown: committed.report.cut_unknown,
                 errors: committed.errors,
-            }));
+            };
+            let late = Late::fell_back(decided, reply, self.now.steady);
+            self.answer_when_kept(late);
         }
     }
 
