@@ -153,6 +153,10 @@ enum Asked {
     Plan(Option<String>),
     /// Whether what is no longer guarded was allowed.
     Reload(bool),
+    /// The same.
+    Rollback(bool),
+    /// Whether the policy that is tried is taken back.
+    Confirm(bool),
     /// Whether what comes is accepted of other regions than the seeds name.
     Refresh {
         other: bool,
@@ -171,6 +175,16 @@ fn refuse(request: Request) -> Asked {
         Request::Reload { options, reply } => {
             reply.send(Err(refusal()));
             Asked::Reload(options.allow_unprotect)
+        }
+        Request::Rollback { options, reply, .. } => {
+            reply.send(Err(refusal()));
+            Asked::Rollback(options.allow_unprotect)
+        }
+        Request::Confirm {
+            fall_back, reply, ..
+        } => {
+            reply.send(Err(refusal()));
+            Asked::Confirm(fall_back)
         }
         Request::Refresh {
             region,
@@ -207,6 +221,8 @@ fn check(sent: &[u8], received: &[u8], asked: &[Asked]) {
             Asked::Plan(None) => ("GET", "plan"),
             Asked::Plan(Some(_)) => ("POST", "plan"),
             Asked::Reload(_) => ("POST", "reload"),
+            Asked::Rollback(_) => ("POST", "rollback"),
+            Asked::Confirm(_) => ("POST", "confirm"),
             Asked::Refresh { .. } => ("POST", "refresh"),
             Asked::Temporary(_) => ("POST", "temporary"),
             Asked::Detach => ("POST", "detach"),

@@ -82,6 +82,16 @@ libfuzzer_sys::fuzz_target!(|input: &[u8]| {
                 check_changes(changes);
             }
         }
+        6 => {
+            let Some(file) = sealed(text, |record| record.get().to_owned()) else {
+                return;
+            };
+            if let Ok(kept) = store::decode_window(&file)
+                && let Some(open) = kept.open
+            {
+                check_temporary(open.before);
+            }
+        }
         _ => {
             let Some(file) = sealed(text, |record| record.get().to_owned()) else {
                 return;
