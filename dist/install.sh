@@ -22,6 +22,7 @@ if [ "${1-}" = --remove ]; then
         exit 1
     fi
     rm -f /usr/sbin/filter-agent /etc/systemd/system/filter-agent.service \
+        /etc/systemd/system/filter-agent-status.socket /usr/lib/sysusers.d/filter-agent.conf \
         /usr/share/man/man8/filter-agent.8 /usr/share/bash-completion/completions/filter-agent \
         /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish
     rm -rf /var/lib/filter-agent
@@ -36,6 +37,10 @@ fi
 install -D -m 755 "$here/filter-agent" /usr/sbin/filter-agent.new
 mv /usr/sbin/filter-agent.new /usr/sbin/filter-agent
 install -D -m 644 "$here/filter-agent.service" /etc/systemd/system/filter-agent.service
+install -D -m 644 "$here/filter-agent-status.socket" /etc/systemd/system/filter-agent-status.socket
+install -D -m 644 "$here/filter-agent.sysusers" /usr/lib/sysusers.d/filter-agent.conf
+systemd-sysusers filter-agent.conf ||
+    echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
 install -D -m 644 "$here/filter-agent.8" /usr/share/man/man8/filter-agent.8
 install -D -m 644 "$here/filter-agent.bash" /usr/share/bash-completion/completions/filter-agent
 install -D -m 644 "$here/_filter-agent" /usr/share/zsh/site-functions/_filter-agent

@@ -290,11 +290,12 @@ impl Agent {
             }) => self.refresh(region, accept, reply),
             Event::Request(Request::Temporary {
                 change,
+                condition,
                 caller,
                 by,
                 reply,
             }) => {
-                self.change_temporary(change, caller, by, reply);
+                self.change_temporary(change, condition, caller, by, reply);
             }
             Event::Request(Request::Confirm {
                 id,
@@ -733,6 +734,7 @@ impl Agent {
             enforced: self.enforced.clone(),
             window: self.trial.window.as_ref().map(|w| w.open.brief()),
             regions: self.regions.clone(),
+            timed: self.timed.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
             unsaved: self
                 .saves

@@ -2,7 +2,10 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
+    os::unix::{
+        fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
+        net::UnixListener as StdUnixListener,
+    },
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -56,11 +59,12 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time allowed for the policy file to be read.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Runs the agent until a signal or a detach ends it. The filter stays in force after a signal.
+/// Runs the agent until a signal or a detach ends it. The filter stays in force after a signal. `status_socket`: as the
+/// service manager passed it.
 ///
 /// # Errors
 /// The policy cannot be enforced, or the agent cannot go on. The filter stays as it is.
-pub async fn run(options: Options) -> Result<()> {
+pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Result<()> {
     ensure!(
         nix::unistd::geteuid().is_root(),
         "run needs root: it loads BPF programs and attaches them to interfaces"
@@ -110,6 +114,14 @@ pub async fn run(options: Options) -> Result<()> {
         clock,
         scraper,
     };
+    let status_socket = status_socket.map(listen_as_passed);
+    // What is in force does not depend on who may look at it.
+    let status_socket = status_socket.transpose().unwrap_or_else(|error| {
+        Entry::error(format!("{error:#}")).log();
+        None
+    });
+    let status_server =
+        status_socket.map(|listener| control::Server::start_for_group(listener, shared.clone()));
     let mut server = control::Server::start(listener, shared);
 
     let mut ticks = tokio::time::interval(CHECK_INTERVAL);
@@ -192,6 +204,9 @@ pub async fn run(options: Options) -> Result<()> {
     let _ = tokio::time::timeout(SHUTDOWN_TIMEOUT, traced).await;
     // Requests under way get their answers, in bounded time.
     server.stop(SHUTDOWN_TIMEOUT).await;
+    if let Some(server) = status_server {
+        server.stop(SHUTDOWN_TIMEOUT).await;
+    }
     let final_hits = enforcer.call(Enforcer::final_hits);
     if let Ok(Ok(Some(kept))) = tokio::time::timeout(SHUTDOWN_TIMEOUT, final_hits).await {
         performer.store.save(Write::LastHits(kept));
@@ -405,6 +420,15 @@ async fn restore_socket(socket: &Path, own: Option<(u64, u64)>) -> Option<Result
         Err(error) if error.kind() == io::ErrorKind::NotFound => Some(listen(socket).await),
         Err(error) => Some(Err(anyhow!(error).context(format!("examine {name}")))),
     }
+}
+
+/// The status socket, as the service manager passed it. It stays the manager's: the agent neither makes nor removes it.
+fn listen_as_passed(listener: StdUnixListener) -> Result<UnixListener> {
+    let passed = || {
+        listener.set_nonblocking(true)?;
+        UnixListener::from_std(listener)
+    };
+    passed().context("no status socket: listen on what the service manager passed")
 }
 
 /// The control socket, for root only.

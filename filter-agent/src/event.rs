@@ -8,6 +8,7 @@ use tokio::sync::oneshot;
 use crate::{
     clock::Accepted,
     enforcer::Checked,
+    firewall::Condition,
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
@@ -90,6 +91,8 @@ pub enum Request {
     },
     Temporary {
         change: Change,
+        /// `None`: whatever the rules of its database are.
+        condition: Option<Condition>,
         caller: Option<IpAddr>,
         by: Option<By>,
         reply: Reply<report::Temporary>,

@@ -1,10 +1,17 @@
 //! The agent's answers to requests, which the commands print.
 
+mod firewall;
+
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
 use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+pub use firewall::{
+    FirewallAction, FirewallRule, FirewallRuleOnly, FirewallRules, ManagedRange, ManagedRanges,
+    RangeType, RuleState,
+};
 
 use crate::{
     kernel::difference::Difference,
@@ -525,9 +532,18 @@ pub struct Temporary {
     pub id: u64,
     pub database: String,
     pub action: Action,
+    /// Whether it was not so already.
+    #[serde(default)]
+    pub changed: bool,
     pub source: IpNet,
     pub label: Option<String>,
     pub until: Option<Timestamp>,
+    /// The rule as it is now. `None`: there is none any more.
+    #[serde(default)]
+    pub rule: Option<FirewallRule>,
+    /// The tag of the database's rules as they are now.
+    #[serde(skip)]
+    pub tag: String,
     /// `None`: it is not made yet.
     #[serde(default)]
     pub timing: Option<Timing>,
@@ -551,9 +567,12 @@ impl Temporary {
             id: 0,
             database: database.to_owned(),
             action,
+            changed: true,
             source,
             label: None,
             until: None,
+            rule: None,
+            tag: String::new(),
             timing: None,
             notes: Vec::new(),
             difference: Difference::default(),

@@ -89,6 +89,16 @@ impl std::fmt::Display for RuleKey {
     }
 }
 
+/// The id of a rule in the API: where it comes from and what it names, since a database has no two rules of one origin for
+/// one source.
+pub fn rule_id(origin: &str, source: &Source) -> String {
+    match source {
+        // A `/` would end it in a path.
+        Source::Cidr(prefix) => format!("{origin}-{}", prefix.to_string().replace('/', "_")),
+        Source::Region(name) => format!("{origin}-region-{name}"),
+    }
+}
+
 /// The prefixes of a rule of the policy or of a member of a cluster, without its exceptions.
 pub fn held(rule: &Rule, regions: &Regions) -> Vec<IpNet> {
     let prefixes: &[IpNet] = match &rule.source {

@@ -19,7 +19,7 @@ use crate::{
     region::state::{Change, Regions, State},
     report,
     rules::{self, RuleKey},
-    temporary::Kind,
+    temporary::{Kind, Timed},
     text::{counted, list},
     window::Brief,
 };
@@ -36,6 +36,7 @@ pub struct Snapshot {
     pub enforced: report::Enforced,
     pub window: Option<Brief>,
     pub regions: Regions,
+    pub timed: Timed,
     /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,
     /// Why records are not on disk, where a restart would look for them.
@@ -107,6 +108,21 @@ impl Snapshot {
             not_enforced,
             errors,
         }
+    }
+
+    /// The regions, as the provider calls them.
+    pub fn managed_ranges(&self) -> Vec<report::ManagedRange> {
+        let regions = self.file.policy.regions.iter();
+        let ranges = regions.map(|(name, region)| {
+            let set = self.regions.get(name).and_then(|state| state.set.as_ref());
+            report::ManagedRange {
+                id: name.clone(),
+                name: name.clone(),
+                source: region.source.to_string(),
+                prefixes: set.map_or(0, |set| set.prefixes.len()),
+            }
+        });
+        ranges.collect()
     }
 
     /// Every region of the policy; those that no rule names are not looked up.

@@ -62,6 +62,8 @@ fn tarball(pages: &Path) -> Result<()> {
     let files = [
         binary.as_path(),
         Path::new("dist/filter-agent.service"),
+        Path::new("dist/filter-agent-status.socket"),
+        Path::new("dist/filter-agent.sysusers"),
         Path::new("dist/policy.yaml"),
         Path::new("dist/database-needs-filter.conf"),
         Path::new("dist/install.sh"),
@@ -72,6 +74,7 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("docs/policy.md"),
         Path::new("docs/operations.md"),
         Path::new("docs/api.md"),
+        Path::new("docs/openapi.json"),
         Path::new("docs/containers.md"),
         Path::new("docs/force-tls.md"),
         Path::new("docs/load-balancers.md"),

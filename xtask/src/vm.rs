@@ -184,6 +184,7 @@ impl Scenario {
         ensure!(version == "0.1.0-2", "version {version} is installed");
         self.machine.command("filter-agent status --verify")?;
         let exposure = self.unit()?;
+        self.status_socket()?;
         let guests = self.off_for_two_hours()?;
         self.begin("after the phases", false)?;
         ensure!(
@@ -293,7 +294,9 @@ impl Scenario {
             "filter-agent explain {lasting} --database orders --json"
         ))?;
         let left: serde_json::Value = serde_json::from_str(&left).context("read `explain`")?;
-        let left = left[0]["left"].as_u64().context("read what is left")?;
+        let left = left["verdicts"][0]["left"]
+            .as_u64()
+            .context("read what is left")?;
         ensure!(
             (1..=3600).contains(&left),
             "of 3 hours {left} seconds are left after 2"
@@ -333,9 +336,9 @@ impl Scenario {
 
     /// Returns systemd's assessment of the unit.
     fn unit(&mut self) -> Result<String> {
-        let complaints = self
-            .machine
-            .command("systemd-analyze verify --man=no filter-agent.service")?;
+        let complaints = self.machine.command(
+            "systemd-analyze verify --man=no filter-agent.service filter-agent-status.socket",
+        )?;
         ensure!(
             complaints.is_empty(),
             "systemd says of the unit: {complaints}"
@@ -354,6 +357,47 @@ impl Scenario {
             "systemd-analyze says: {exposure}"
         );
         Ok(exposure)
+    }
+
+    /// A member of the group reads, another user does not, and without the group the agent runs all the same.
+    fn status_socket(&mut self) -> Result<()> {
+        let active = "systemctl is-active filter-agent-status.socket";
+        self.wait_for_command(active, "active")?;
+        let read = |user: &str| {
+            format!(
+                "setpriv --reuid={user} --regid={user} --init-groups filter-agent rules 2>&1 | tail -1"
+            )
+        };
+        self.machine
+            .command("useradd watcher; useradd stranger; usermod -aG filter-agent watcher")?;
+        let member = self.machine.command(&read("watcher"))?;
+        ensure!(
+            member.starts_with("orders "),
+            "a member of the group reads: {member}"
+        );
+        let stranger = self.machine.command(&read("stranger"))?;
+        ensure!(
+            stranger.contains("members of the group filter-agent"),
+            "another user reads: {stranger}"
+        );
+        // Stopped, it is not started again by a reader.
+        self.machine.command("systemctl stop filter-agent")?;
+        let refused = self.machine.command(&read("watcher"))?;
+        ensure!(
+            refused.contains("no agent answers"),
+            "of a stopped agent a member reads: {refused}"
+        );
+        self.wait_for_command("systemctl is-active filter-agent", "inactive")?;
+        self.machine.command(
+            "gpasswd -d watcher filter-agent; groupdel filter-agent; systemctl start filter-agent",
+        )?;
+        self.wait_for_command("systemctl is-active filter-agent", "active")?;
+        self.wait_for_command(active, "failed")?;
+        self.machine.command(
+            "systemd-sysusers filter-agent.conf; systemctl reset-failed; systemctl restart filter-agent",
+        )?;
+        self.wait_for_command(active, "active")?;
+        self.wait_for_command("systemctl is-active filter-agent", "active")
     }
 
     /// A bond that appears is filtered natively, on the interfaces that join it. Returns how long it

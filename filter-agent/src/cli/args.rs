@@ -7,7 +7,10 @@ use clap_complete::ArgValueCompleter;
 use jiff::{Span, SpanRelativeTo};
 
 use crate::{
-    cli::{client::SOCKET, complete},
+    cli::{
+        client::{Agent, SOCKET, STATUS_SOCKET},
+        complete,
+    },
     enforcer::LONGEST_TRACE,
     window::check_lasting,
 };
@@ -32,6 +35,25 @@ pub(super) struct Socket {
     /// Control socket of the agent.
     #[arg(long, default_value = SOCKET)]
     pub(super) socket: PathBuf,
+}
+
+/// For commands that only read: members of a group may, too.
+#[derive(Args)]
+pub(super) struct Reading {
+    #[command(flatten)]
+    pub(super) socket: Socket,
+    /// Status socket of the agent, for users who may not open the control socket.
+    #[arg(long, value_name = "SOCKET", default_value = STATUS_SOCKET)]
+    pub(super) status_socket: PathBuf,
+}
+
+impl Reading {
+    pub(super) fn agent(&self) -> Agent<'_> {
+        Agent {
+            status_socket: Some(&self.status_socket),
+            ..Agent::new(&self.socket.socket)
+        }
+    }
 }
 
 #[derive(Args)]
@@ -250,7 +272,7 @@ pub(super) enum Command {
         #[arg(long, requires = "enforced", value_name = "DURATION", value_parser = time_limit)]
         wait: Option<Duration>,
         #[command(flatten)]
-        socket: Socket,
+        reading: Reading,
         #[command(flatten)]
         bpffs: Bpffs,
         #[command(flatten)]
@@ -267,14 +289,14 @@ pub(super) enum Command {
         #[arg(long, value_name = "DURATION", value_parser = lasting)]
         unused: Option<Duration>,
         #[command(flatten)]
-        socket: Socket,
+        reading: Reading,
         #[command(flatten)]
         output: Output,
     },
     /// List the regions and their prefixes.
     Regions {
         #[command(flatten)]
-        socket: Socket,
+        reading: Reading,
         #[command(flatten)]
         output: Output,
     },
@@ -314,7 +336,7 @@ pub(super) enum Command {
         #[arg(long, add = ArgValueCompleter::new(complete::databases))]
         database: Option<String>,
         #[command(flatten)]
-        socket: Socket,
+        reading: Reading,
         #[command(flatten)]
         output: Output,
     },
@@ -333,7 +355,7 @@ pub(super) enum Command {
         #[arg(long, conflicts_with = "limit")]
         follow: bool,
         #[command(flatten)]
-        socket: Socket,
+        reading: Reading,
         #[command(flatten)]
         output: Output,
     },

@@ -52,9 +52,14 @@ pub(super) fn end_with_usage(error: &clap::Error) -> ExitCode {
     error.exit()
 }
 
-pub(super) async fn brief(verify: bool, socket: &Path, bpffs: &Path, state_dir: &Path) -> ExitCode {
+pub(super) async fn brief(
+    verify: bool,
+    agent: &Agent<'_>,
+    bpffs: &Path,
+    state_dir: &Path,
+) -> ExitCode {
     let path = format!("/v1/status?verify={verify}");
-    let status: anyhow::Result<Status> = Agent::new(socket).get(&path).await;
+    let status: anyhow::Result<Status> = agent.get(&path).await;
     finish(match status {
         Ok(status) => with_agent(&status),
         Err(error) => without_agent(enforced_without_agent(bpffs, state_dir).await, &error),

@@ -1,6 +1,6 @@
 //! Requests to the agent, by its control socket.
 
-use std::{io, path::Path, time::Duration};
+use std::{fs, io, os::unix::fs::MetadataExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use http_body_util::{BodyExt as _, Full};
@@ -9,6 +9,7 @@ use hyper::{
     body::{Bytes, Incoming},
 };
 use hyper_util::rt::TokioIo;
+use nix::unistd::Group;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
@@ -16,6 +17,9 @@ use crate::{cli::progress::announced, policy::spelled, report};
 
 /// Default path of the agent's socket.
 pub(super) const SOCKET: &str = "/run/filter-agent/control.sock";
+
+/// Default path of the socket for members of a group, who may read.
+pub(super) const STATUS_SOCKET: &str = "/run/filter-agent-status/status.sock";
 
 /// Time limit of requests that wait for no look-up.
 pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,6 +44,8 @@ pub(super) fn encode(value: &str) -> String {
 /// The agent behind a control socket, and the time that each request to it may take.
 pub(super) struct Agent<'a> {
     pub(super) socket: &'a Path,
+    /// For requests that only read, where that one may not be opened.
+    pub(super) status_socket: Option<&'a Path>,
     pub(super) timeout: Duration,
     /// The reason why it may take long, for people who wait.
     pub(super) while_it: Option<&'static str>,
@@ -50,6 +56,7 @@ impl<'a> Agent<'a> {
     pub(super) fn new(socket: &'a Path) -> Self {
         Self {
             socket,
+            status_socket: None,
             timeout: ANSWER_TIMEOUT,
             while_it: None,
         }
@@ -130,8 +137,15 @@ impl<'a> Agent<'a> {
     /// # Errors
     /// No connection, or what the agent answers where it could not do it.
     async fn send(&self, method: Method, path: &str, body: String) -> Result<Incoming> {
-        let stream = connect(self.socket).await;
-        let stream = stream.map_err(|error| self.refused(error))?;
+        let stream = match (connect(self.socket).await, self.status_socket) {
+            (Err(error), Some(socket))
+                if method == Method::GET && error.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                let stream = connect(socket).await;
+                stream.map_err(|error| self.refused_to_group(socket, error))?
+            }
+            (stream, _) => stream.map_err(|error| self.refused(error))?,
+        };
         let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream));
         let (mut sender, connection) = handshake.await.context("connect to the agent")?;
         tokio::spawn(connection);
@@ -164,6 +178,25 @@ impl<'a> Agent<'a> {
         let what = match error.kind() {
             io::ErrorKind::PermissionDenied => format!("only root may use {socket}"),
             _ => format!("no agent answers on {socket}: start it with `filter-agent run`"),
+        };
+        anyhow!(error).context(what)
+    }
+}
+
+impl Agent<'_> {
+    /// The same for a user who may not open the control socket either.
+    fn refused_to_group(&self, status_socket: &Path, error: io::Error) -> anyhow::Error {
+        let (socket, status) = (self.socket.display(), status_socket.display());
+        let group = fs::metadata(status_socket).map(|metadata| metadata.gid());
+        let group = group.map(|id| match Group::from_gid(id.into()) {
+            Ok(Some(group)) => group.name,
+            _ => id.to_string(),
+        });
+        let what = match (error.kind(), group) {
+            (io::ErrorKind::PermissionDenied, Ok(group)) => format!(
+                "only root may use {socket}, and only members of the group {group} may read from {status}: become one"
+            ),
+            _ => format!("only root may use {socket}, and no agent answers on {status}"),
         };
         anyhow!(error).context(what)
     }
@@ -244,9 +277,8 @@ mod tests {
 
     async fn refusal(socket: &Path) -> String {
         let agent = Agent {
-            socket,
             timeout: Duration::from_millis(300),
-            while_it: None,
+            ..Agent::new(socket)
         };
         let read = agent.get::<Vec<String>>("/v1/rules").await.unwrap_err();
         let change = agent.post::<Vec<String>>("/v1/detach", String::new()).await;
@@ -280,9 +312,8 @@ mod tests {
             queued.push(stream);
         }
         let agent = Agent {
-            socket: &socket,
             timeout: Duration::from_millis(300),
-            while_it: None,
+            ..Agent::new(&socket)
         };
         let error = format!("{:#}", agent.is_running().await.unwrap_err());
         assert!(error.starts_with("no answer on "), "{error}");

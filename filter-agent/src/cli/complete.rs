@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    cli::client::{Agent, SOCKET},
+    cli::client::{Agent, SOCKET, STATUS_SOCKET},
     report::{Drops, Origin, Regions, Rules, Status},
 };
 
@@ -171,6 +171,7 @@ impl Line {
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let agent = Agent {
             timeout: TIMEOUT,
+            status_socket: Some(Path::new(STATUS_SOCKET)),
             ..Agent::new(&self.socket)
         };
         agent.get(path).await

@@ -70,9 +70,9 @@ pub(super) async fn detach(
         ensure!(answer.trim().eq_ignore_ascii_case("y"), "not detached");
     }
     let agent = Agent {
-        socket,
         timeout: DETACH_TIMEOUT,
         while_it: Some("which removes the filter"),
+        ..Agent::new(socket)
     };
     // An agent that hangs would attach again when it goes on: then nothing is removed here.
     let names: Vec<String> = if agent.is_running().await? {

@@ -47,8 +47,12 @@ pub(super) fn print_enforcement(found: &Enforcement) {
 ///
 /// # Errors
 /// It is not, or that cannot be found out.
-pub(super) async fn enforced(socket: &Path, bpffs: &Path, state_dir: &Path) -> Result<Enforcement> {
-    let status: Result<Status> = Agent::new(socket).get("/v1/status?verify=true").await;
+pub(super) async fn enforced(
+    agent: &Agent<'_>,
+    bpffs: &Path,
+    state_dir: &Path,
+) -> Result<Enforcement> {
+    let status: Result<Status> = agent.get("/v1/status?verify=true").await;
     match status {
         Ok(status) => {
             ensure!(

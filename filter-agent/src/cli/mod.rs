@@ -25,7 +25,10 @@ mod rules;
 mod top;
 mod trace;
 
-use std::{env, num::NonZeroUsize, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    env, num::NonZeroUsize, os::unix::net::UnixListener, path::PathBuf, process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser as _};
@@ -35,7 +38,7 @@ use serde_json::{Value, json};
 use crate::{
     daemon::{self, Options},
     enforcer::LOAD_TIMEOUT,
-    log,
+    log, passed,
     policy_file::PolicyFile,
     report::{self, Decided, Drops, Plan, Refreshes, Regions, Reloaded, Rules, Status, Verdicts},
     temporary::parse_source,
@@ -81,6 +84,8 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli.command,
         Err(error) => return brief::end_with_usage(&error),
     };
+    // Before there are threads.
+    let status_socket = passed::status_socket();
     log::install();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -88,7 +93,7 @@ pub fn main() -> ExitCode {
     let done = runtime
         .context("start the async runtime")
         .and_then(|runtime| {
-            let done = runtime.block_on(execute(command));
+            let done = runtime.block_on(execute(command, status_socket));
             // Threads that hang on a file system are not waited for.
             runtime.shutdown_background();
             done
@@ -104,15 +109,20 @@ pub fn main() -> ExitCode {
 /// The agent, for requests that may wait for look-ups.
 fn patient(socket: &Socket, timeout: Timeout) -> Agent<'_> {
     Agent {
-        socket: &socket.socket,
         timeout: timeout.timeout,
         while_it: Some("which may look regions up"),
+        ..Agent::new(&socket.socket)
     }
 }
 
 /// Runs a command. All but `run`, `check`, `status --enforced` and a `detach` without an agent are a request to the
 /// agent.
-async fn execute(command: Command) -> Result<ExitCode> {
+///
+/// `status_socket`: the one that was passed to this process.
+async fn execute(
+    command: Command,
+    status_socket: Result<Option<UnixListener>>,
+) -> Result<ExitCode> {
     match command {
         Command::Run {
             policy,
@@ -128,7 +138,11 @@ async fn execute(command: Command) -> Result<ExitCode> {
                 state_dir: state_dir.state_dir,
                 max_prefixes,
             };
-            daemon::run(options).await?;
+            let status_socket = status_socket.unwrap_or_else(|error| {
+                log::Entry::error(format!("{error:#}")).log();
+                None
+            });
+            daemon::run(options, status_socket).await?;
         }
         Command::Check {
             file,
@@ -273,36 +287,37 @@ async fn execute(command: Command) -> Result<ExitCode> {
         Command::Status {
             enforced: true,
             wait,
-            socket,
+            reading,
             bpffs,
             state_dir,
             output,
             ..
         } => {
-            let look = || enforced(&socket.socket, &bpffs.bpffs, &state_dir.state_dir);
+            let agent = reading.agent();
+            let look = || enforced(&agent, &bpffs.bpffs, &state_dir.state_dir);
             let found = wait_for(wait.unwrap_or_default(), look).await?;
             output.print(&found, print_enforcement)?;
         }
         Command::Status {
             brief: true,
             verify,
-            socket,
+            reading,
             bpffs,
             state_dir,
             ..
         } => {
             let (bpffs, state_dir) = (&bpffs.bpffs, &state_dir.state_dir);
-            return Ok(brief::brief(verify, &socket.socket, bpffs, state_dir).await);
+            return Ok(brief::brief(verify, &reading.agent(), bpffs, state_dir).await);
         }
         Command::Status {
             verify,
-            socket,
+            reading,
             bpffs,
             output,
             ..
         } => {
             let path = format!("/v1/status?verify={verify}");
-            let status: Result<Status> = Agent::new(&socket.socket).get(&path).await;
+            let status: Result<Status> = reading.agent().get(&path).await;
             let status = status.map_err(|error| tell_what_is_left(error, &bpffs.bpffs))?;
             output.print(&status, print_status)?;
             return Ok(failure_if(!status.errors.is_empty()));
@@ -310,19 +325,19 @@ async fn execute(command: Command) -> Result<ExitCode> {
         Command::Rules {
             database,
             unused,
-            socket,
+            reading,
             output,
         } => {
             let database = database.map(|database| format!("?database={}", encode(&database)));
             let path = format!("/v1/rules{}", database.unwrap_or_default());
-            let rules: Rules = Agent::new(&socket.socket).get(&path).await?;
+            let rules: Rules = reading.agent().get(&path).await?;
             match unused {
                 None => output.print(&rules, |Rules { rules }| print_rules(rules))?,
                 Some(unused) => print_unused(rules, unused, &output)?,
             }
         }
-        Command::Regions { socket, output } => {
-            let agent = Agent::new(&socket.socket);
+        Command::Regions { reading, output } => {
+            let agent = reading.agent();
             let regions: Regions = agent.get("/v1/regions").await?;
             output.print(&regions, |Regions { regions }| print_regions(regions))?;
         }
@@ -347,7 +362,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
         Command::Explain {
             source,
             database,
-            socket,
+            reading,
             output,
         } => {
             let database = database.map(|database| format!("&database={}", encode(&database)));
@@ -355,7 +370,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
                 "/v1/explain?source={source}{}",
                 database.unwrap_or_default()
             );
-            let verdicts: Verdicts = Agent::new(&socket.socket).get(&path).await?;
+            let verdicts: Verdicts = reading.agent().get(&path).await?;
             output.print(&verdicts, |Verdicts { verdicts }| {
                 print_explanations(verdicts)
             })?;
@@ -365,7 +380,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             source,
             limit,
             follow,
-            socket,
+            reading,
             output,
         } => {
             let database = database.map(|database| format!("&database={}", encode(&database)));
@@ -375,7 +390,7 @@ async fn execute(command: Command) -> Result<ExitCode> {
             let limit = limit.map(|limit| format!("&limit={limit}"));
             let wanted: String = [database, source, limit].into_iter().flatten().collect();
             let path = format!("/v1/drops?hints={}{wanted}", !follow);
-            let agent = Agent::new(&socket.socket);
+            let agent = reading.agent();
             let drops: Drops = agent.get(&path).await?;
             if follow {
                 return follow_drops(drops, &agent, &path, output.json).await;
@@ -400,9 +415,9 @@ async fn execute(command: Command) -> Result<ExitCode> {
             output,
         } => {
             let agent = Agent {
-                socket: &socket.socket,
                 timeout: LOAD_TIMEOUT,
                 while_it: Some("whose kernel verifies the programs of the trace"),
+                ..Agent::new(&socket.socket)
             };
             return trace::trace(&agent, &source, database.as_deref(), time, output.json).await;
         }

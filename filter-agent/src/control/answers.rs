@@ -5,8 +5,8 @@ use std::error::Error as _;
 use axum::{
     Json,
     body::{Body, Bytes, to_bytes},
-    extract::{FromRequestParts, Query},
-    http::{Method, StatusCode, Uri, request::Parts},
+    extract::{FromRequestParts, Path, Query},
+    http::{Method, StatusCode, Uri, header::CONTENT_TYPE, request::Parts},
     response::{IntoResponse, Response},
 };
 use http_body_util::LengthLimitError;
@@ -16,6 +16,15 @@ use super::limits::CLIENT_TIMEOUT;
 use crate::{policy::spelled, refusal::Refusal, report};
 
 pub(super) type Answer<T> = Result<Json<T>, Failed>;
+
+/// An answer in JSON that is written out already.
+pub(super) struct Written(pub(super) Vec<u8>);
+
+impl IntoResponse for Written {
+    fn into_response(self) -> Response {
+        ([(CONTENT_TYPE, "application/json")], self.0).into_response()
+    }
+}
 
 /// An error as the socket reports it.
 #[derive(Debug)]
@@ -77,6 +86,23 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     }
 }
 
+/// The names in a path.
+pub(super) struct Place<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Place<T> {
+    type Rejection = Failed;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failed> {
+        match Path::from_request_parts(parts, state).await {
+            Ok(Path(names)) => Ok(Self(names)),
+            Err(rejection) => {
+                let why = rejection.body_text();
+                Err(Refusal::Invalid(format!("read the path: {why}")).into())
+            }
+        }
+    }
+}
+
 /// Reads a body whole. `what` begins the error, as in `read the policy`.
 pub(super) async fn read_body(body: Body, most: usize, what: &str) -> Result<Bytes, Failed> {
     let read = tokio::time::timeout(CLIENT_TIMEOUT, to_bytes(body, most)).await;
@@ -105,6 +131,12 @@ pub(super) async fn not_found(uri: Uri) -> Failed {
         uri.path()
     );
     Failed::new(StatusCode::NOT_FOUND, error)
+}
+
+/// On the status socket, where the path is one of the control socket's alone.
+pub(super) async fn only_root(uri: Uri) -> Failed {
+    let error = format!("{} is for root, on the control socket", uri.path());
+    Failed::new(StatusCode::FORBIDDEN, error)
 }
 
 pub(super) async fn not_allowed(method: Method, uri: Uri) -> Failed {

@@ -192,6 +192,7 @@ pub(super) async fn temporary(
         .map_err(|error| Refusal::Invalid(format!("read the change: {error}")))?;
     let changed = shared.ask(|reply| Request::Temporary {
         change,
+        condition: None,
         caller,
         by,
         reply,

@@ -8,20 +8,12 @@ use prometheus::TEXT_FORMAT;
 use serde::Deserialize;
 
 use super::{
-    answers::{Answer, Failed, Params},
+    answers::{Answer, Failed, Params, Written},
     shared::Shared,
 };
 use crate::{
-    drops::Wanted,
-    enforcer::drops::Found,
-    hints,
-    history::{Listing, Wanted as Past},
-    log::recent,
-    refusal::Refusal,
-    region::state as region,
-    report,
-    temporary::parse_source,
-    threads,
+    drops::Wanted, enforcer::drops::Found, hints, history::Wanted as Past, log::recent,
+    refusal::Refusal, region::state as region, report, temporary::parse_source,
 };
 
 /// For requests that have no parameters.
@@ -39,13 +31,15 @@ pub(super) struct StatusQuery {
 pub(super) async fn status(
     State(shared): State<Shared>,
     Params(query): Params<StatusQuery>,
-) -> Answer<report::Status> {
+) -> Result<Written, Failed> {
     let observed = shared.observe(query.verify).await?;
-    let mut status = shared.snapshot().status(&observed, shared.clock.now());
-    status
-        .errors
-        .extend(shared.scraper.listener.borrow().clone());
-    Ok(Json(status))
+    let listener = shared.scraper.listener.borrow().clone();
+    let status = shared.write(move |snapshot, now| {
+        let mut status = snapshot.status(&observed, now);
+        status.errors.extend(listener);
+        Ok(status)
+    });
+    Ok(status.await?)
 }
 
 pub(super) async fn metrics(
@@ -67,24 +61,25 @@ pub(super) struct DatabaseQuery {
 pub(super) async fn rules(
     State(shared): State<Shared>,
     Params(query): Params<DatabaseQuery>,
-) -> Answer<report::Rules> {
+) -> Result<Written, Failed> {
     let observed = shared.observe(false).await?;
-    let (snapshot, now) = (shared.snapshot(), shared.clock.now());
-    // Regions may hold a million prefixes.
-    let rules = threads::run_on_thread("rules", move || {
+    let rules = shared.write(move |snapshot, now| {
         let regions = region::prefixes(&snapshot.regions);
-        observed.rules(query.database.as_deref(), Some(&regions), now)
+        let rules = observed.rules(query.database.as_deref(), Some(&regions), now)?;
+        Ok(report::Rules { rules })
     });
-    let rules = rules.await.flatten()?;
-    Ok(Json(report::Rules { rules }))
+    Ok(rules.await?)
 }
 
 pub(super) async fn regions(
     State(shared): State<Shared>,
     Params(NoQuery {}): Params<NoQuery>,
-) -> Answer<report::Regions> {
-    let regions = shared.snapshot().regions();
-    Ok(Json(report::Regions { regions }))
+) -> Result<Written, Failed> {
+    let regions = shared.write(|snapshot, _| {
+        let regions = snapshot.regions();
+        Ok(report::Regions { regions })
+    });
+    Ok(regions.await?)
 }
 
 #[derive(Deserialize)]
@@ -119,7 +114,7 @@ pub(super) struct DropsQuery {
 pub(super) async fn drops(
     State(shared): State<Shared>,
     Params(query): Params<DropsQuery>,
-) -> Answer<report::Drops> {
+) -> Result<Written, Failed> {
     let source = query.source.as_deref().map(parse_source).transpose();
     let source = source.map_err(|error| Refusal::or(error, Refusal::Invalid))?;
     let wanted = Wanted {
@@ -129,20 +124,18 @@ pub(super) async fn drops(
     };
     let found = shared.call(move |enforcer| enforcer.drops(&wanted));
     let mut found = found.await?;
-    if query.hints == Some(false) {
-        return Ok(Json(found.drops));
-    }
-    let (snapshot, now) = (shared.snapshot(), shared.clock.now());
-    let hinted = threads::run_on_thread("hints", move || {
+    let drops = shared.write(move |snapshot, now| {
         let Found {
             drops,
             in_force,
             ended,
         } = &mut found;
-        hints::add(drops, in_force, &snapshot.regions, ended, now);
-        found.drops
+        if query.hints != Some(false) {
+            hints::add(drops, in_force, &snapshot.regions, ended, now);
+        }
+        Ok(found.drops)
     });
-    Ok(Json(hinted.await?))
+    Ok(drops.await?)
 }
 
 #[derive(Deserialize)]
@@ -161,7 +154,7 @@ pub(super) struct HistoryQuery {
 pub(super) async fn history(
     State(shared): State<Shared>,
     Params(query): Params<HistoryQuery>,
-) -> Answer<Listing> {
+) -> Result<Written, Failed> {
     let HistoryQuery {
         id,
         database,
@@ -169,7 +162,6 @@ pub(super) async fn history(
         limit,
         text,
     } = query;
-    let history = shared.snapshot().history;
     let text_of = match (text, id) {
         (false, _) => None,
         (true, Some(id)) => Some(id),
@@ -184,13 +176,14 @@ pub(super) async fn history(
         since,
         limit,
     };
-    // A text may be long.
-    let listed = threads::run_on_thread("history", move || {
-        let mut listing = history.list(&wanted)?;
-        listing.text = text_of.map(|id| history.shown_text(id)).transpose()?;
+    let listed = shared.write(move |snapshot, _| {
+        let mut listing = snapshot.history.list(&wanted)?;
+        listing.text = text_of
+            .map(|id| snapshot.history.shown_text(id))
+            .transpose()?;
         Ok(listing)
     });
-    Ok(Json(listed.await.flatten()?))
+    Ok(listed.await?)
 }
 
 #[derive(Deserialize)]

@@ -2,17 +2,20 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
+use serde::Serialize;
 use tokio::sync::{mpsc::UnboundedSender, oneshot, watch};
 
+use super::answers::Written;
 use crate::{
-    clock::Clock,
+    clock::{Clock, Now},
     enforcer::{Enforcer, Handle, Observed},
     event::{Event, Reply, Request},
     log::Entry,
     metrics::scrape::Scraper,
     refusal::Refusal,
     snapshot::Snapshot,
+    threads,
 };
 
 #[derive(Clone)]
@@ -50,7 +53,19 @@ impl Shared {
         Ok(observed)
     }
 
-    pub(super) fn snapshot(&self) -> Snapshot {
-        self.snapshot.borrow().clone()
+    /// Makes an answer of the agent's state and writes it out, on a thread of its own: regions may hold a million prefixes,
+    /// and whoever may ask may ask all the time.
+    pub(super) async fn write<T: Serialize>(
+        &self,
+        make: impl FnOnce(Snapshot, Now) -> Result<T> + Send + 'static,
+    ) -> Result<Written> {
+        let (snapshot, clock) = (self.snapshot.clone(), self.clock);
+        let write = move || {
+            let snapshot = snapshot.borrow().clone();
+            let answer = make(snapshot, clock.now())?;
+            let text = serde_json::to_vec(&answer).context("write the answer")?;
+            Ok(Written(text))
+        };
+        threads::run_on_thread("answer", write).await.flatten()
     }
 }

@@ -10,6 +10,7 @@ use axum::{
     Extension,
     body::{Body, Bytes},
     extract::State,
+    http::header::CONTENT_TYPE,
     response::{IntoResponse as _, Response},
 };
 use futures_util::stream;
@@ -81,7 +82,7 @@ pub(super) async fn trace(
         is_over: false,
     };
     let body = Body::from_stream(stream::unfold(reading, Reading::read));
-    let mut response = body.into_response();
+    let mut response = ([(CONTENT_TYPE, "application/x-ndjson")], body).into_response();
     response
         .extensions_mut()
         .insert(AnswerTime(time + CLIENT_TIMEOUT));

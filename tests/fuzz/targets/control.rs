@@ -224,6 +224,9 @@ fn check(sent: &[u8], received: &[u8], asked: &[Asked]) {
             Asked::Rollback(_) => ("POST", "rollback"),
             Asked::Confirm(_) => ("POST", "confirm"),
             Asked::Refresh { .. } => ("POST", "refresh"),
+            Asked::Temporary(Change::Create(_)) => ("POST", "databases/"),
+            Asked::Temporary(Change::Amend(_)) => ("PATCH", "databases/"),
+            Asked::Temporary(Change::Remove { .. }) => ("DELETE", "databases/"),
             Asked::Temporary(_) => ("POST", "temporary"),
             Asked::Detach => ("POST", "detach"),
         };
@@ -259,8 +262,8 @@ fn check(sent: &[u8], received: &[u8], asked: &[Asked]) {
         assert!(!failure.error.is_empty());
     }
     if status == "200" && !is_head {
-        let answer: report::Regions = serde_json::from_str(body).expect("regions are JSON");
-        assert!(!answer.regions.is_empty());
+        let answer: serde_json::Value = serde_json::from_str(body).expect("an answer is JSON");
+        assert!(answer.is_object());
         assert!(asked.is_empty());
     }
 }
