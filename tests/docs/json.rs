@@ -111,6 +111,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
                 "verified",
                 "window",
                 "difference",
+                "rule",
                 "regions[].change.timing",
             ]
             .into_iter();

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, command_line, is_root, output, run};
+use crate::{cargo, command_line, is_root, output, run, target_directory};
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Needs {
@@ -38,7 +38,7 @@ const CHECK_PACKAGES: [&str; 1] = ["g++"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 16] = [
+const RUN_PACKAGES: [&str; 19] = [
     "bpftool",
     "haproxy",
     "iproute2",
@@ -51,11 +51,17 @@ const RUN_PACKAGES: [&str; 16] = [
     "postgresql",
     "prometheus",
     "python3-asyncpg",
+    "python3-venv",
     "redis-server",
+    "socat",
     "strace",
+    "systemd",
     "tmux",
     "unbound",
 ];
+
+/// From PyPI, into a folder of its own below the target directory, where the test looks for it.
+const SCHEMATHESIS: &str = "4.32.5";
 
 const BPF_LINKER: &str = "0.13.0";
 const CARGO_DEB: &str = "3.8.0";
@@ -110,6 +116,9 @@ pub fn install(needs: Needs) -> Result<()> {
         println!("==> install cargo-deb {CARGO_DEB}");
         run(cargo().args(["install", "cargo-deb", "--locked", "--version", CARGO_DEB]))?;
     }
+    if matches!(needs, Needs::Run | Needs::Bench | Needs::Machine) {
+        install_schemathesis()?;
+    }
     if let Some(linker) = linker {
         println!("==> install bpf-linker {BPF_LINKER}");
         run(&mut linker.command())?;
@@ -121,6 +130,18 @@ pub fn install(needs: Needs) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn install_schemathesis() -> Result<()> {
+    let folder = target_directory()?.join(format!("schemathesis-{SCHEMATHESIS}"));
+    if folder.join("bin/schemathesis").exists() {
+        return Ok(());
+    }
+    println!("==> install schemathesis {SCHEMATHESIS}");
+    run(Command::new("python3").args(["-m", "venv"]).arg(&folder))?;
+    run(Command::new(folder.join("bin/pip"))
+        .args(["install", "--quiet", "--disable-pip-version-check"])
+        .arg(format!("schemathesis=={SCHEMATHESIS}")))
 }
 
 /// Lists what to do by hand, in order.
