@@ -25,18 +25,22 @@ pub(super) struct Limits {
     /// Requests that are answered at a time, from their head until their client has the whole answer, which may be as long
     /// as the largest region.
     pub(super) requests: usize,
+    /// Time allowed to a client to read its answer, while others may wait for its turn.
+    pub(super) reading: Duration,
 }
 
 /// Of root's.
 pub(super) const CONTROL: Limits = Limits {
     connections: 32,
     requests: 32,
+    reading: CLIENT_TIMEOUT,
 };
 
 /// Of the group's, apart from those: what its members open and ask for keeps no command of root's waiting for long.
 pub(super) const STATUS: Limits = Limits {
     connections: 16,
     requests: 4,
+    reading: Duration::from_secs(2),
 };
 
 /// Time allowed to a client to read an answer that is longer than others, since it takes its time.

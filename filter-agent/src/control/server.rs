@@ -13,9 +13,7 @@ use tokio::{
 use tower_service::Service as _;
 
 use super::{
-    limits::{
-        ACCEPT_PAUSE, AnswerTime, CLIENT_TIMEOUT, CONTROL, HEAD_TIMEOUT, Limits, MAX_HEAD, STATUS,
-    },
+    limits::{ACCEPT_PAUSE, AnswerTime, CONTROL, HEAD_TIMEOUT, Limits, MAX_HEAD, STATUS},
     routes::{Audience, router},
     shared::Shared,
 };
@@ -98,7 +96,10 @@ async fn accept(listener: UnixListener, service: Service) {
 /// Serves one request. A client that sends slowly or does not read is given up.
 async fn serve(stream: UnixStream, service: Service) {
     let Service {
-        router, requests, ..
+        router,
+        limits,
+        requests,
+        ..
     } = service;
     let by = client(&stream);
     let (answered, mut answer_time) = unbounded_channel();
@@ -110,7 +111,7 @@ async fn serve(stream: UnixStream, service: Service) {
             let turn = requests.acquire_owned().await;
             let response = router.call(request.map(Body::new)).await;
             let time = response.as_ref().ok().and_then(|r| r.extensions().get());
-            let time = time.map_or(CLIENT_TIMEOUT, |&AnswerTime(time)| time);
+            let time = time.map_or(limits.reading, |&AnswerTime(time)| time);
             let _ = answered.send((time, turn));
             response
         }
