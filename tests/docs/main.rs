@@ -2,6 +2,7 @@
 //! those of the code, none is left out, and the tour of the README runs as it is printed.
 
 mod json;
+mod tours;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,12 +14,9 @@ use std::{
 };
 
 use filter_agent::{cli, policy};
-use filter_tests::{
-    net::{
-        ALLOWED4, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, Protected, agent_binary,
-        connect, dedicated, policy as policy_text,
-    },
-    servers::{Dns, Resolv},
+use filter_tests::net::{
+    ALLOWED4, Connection, DB4, DENIED4, Namespace, Net, agent_binary, connect, dedicated,
+    policy as policy_text,
 };
 
 /// README.md and every page of docs/, by path.
@@ -33,8 +31,6 @@ fn documents() -> Vec<String> {
 fn text(document: &str) -> String {
     fs::read_to_string(root().join(document)).unwrap()
 }
-
-const POLICY: &str = "/etc/filter-agent/policy.yaml";
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -449,97 +445,6 @@ fn exit_statuses_are_those_of_the_page() {
         .map(|row| row[0].trim_matches('`'))
         .collect();
     assert_eq!(documented, ["0", "1", "2", "3", "141"]);
-}
-
-/// Without what differs from run to run: numbers that stand alone, and the width of columns.
-fn normal(text: &str) -> Vec<String> {
-    let is_number = |word: &str| {
-        let word = word.trim_matches(|c: char| c.is_ascii_punctuation());
-        word.strip_suffix("ms")
-            .or(word.strip_suffix('s'))
-            .unwrap_or(word)
-            .parse::<f64>()
-            .is_ok()
-            || word.parse::<jiff::Timestamp>().is_ok()
-    };
-    text.lines()
-        .map(|line| {
-            let words = line.split_whitespace();
-            let words = words.map(|word| if is_number(word) { "#" } else { word });
-            words.collect::<Vec<_>>().join(" ")
-        })
-        .filter(|line| !line.is_empty())
-        .collect()
-}
-
-/// Commands and what follows each of them.
-fn tour() -> Vec<(String, String)> {
-    let mut commands: Vec<(String, String)> = Vec::new();
-    for block in blocks("README.md", "console") {
-        for line in block.lines() {
-            match line.strip_prefix("$ ") {
-                Some(command) => commands.push((command.into(), String::new())),
-                None => {
-                    let (_, output) = commands.last_mut().unwrap();
-                    output.push_str(line);
-                    output.push('\n');
-                }
-            }
-        }
-    }
-    commands
-}
-
-#[test]
-fn tour_of_the_readme_prints_what_it_shows() {
-    let mut net = Net::new("tour");
-    let _server = net.echo(5432);
-    net.watch(&[Protected::tcp(
-        5432,
-        &["203.0.113.10/32", "2001:db8::10/128", "198.51.100.0/24"],
-    )]);
-    let dns = Dns::start(&net.client, net.dir(), CLIENT4.into(), "scalingo.com.");
-    dns.set("egress.osc-fr1 50 A 171.33.105.206\negress.osc-fr1 50 A 171.33.92.211\n");
-    let _resolv = Resolv::new(&net.db, CLIENT4.into(), &[]);
-    net.own_resolver = true;
-    let mut text = blocks("README.md", "yaml").remove(0);
-    text.push('\n');
-    net.write_policy(&text);
-    let path = net.policy_path().to_str().unwrap().to_owned();
-    let mut wrong = String::new();
-    let commands = tour();
-    assert!(commands.len() >= 10);
-    for (command, shown) in commands {
-        let printed = if command == "filter-agent run &" {
-            let before = net.log.len();
-            net.start();
-            net.log[before..].join("\n")
-        } else if command == "pkill -9 filter-agent" {
-            net.kill();
-            String::new()
-        } else if let Some(rule) = command.strip_prefix("echo '") {
-            let (rule, file) = rule.split_once("' >> ").unwrap();
-            assert_eq!(file, POLICY);
-            text.push_str(&format!("{rule}\n"));
-            net.write_policy(&text);
-            String::new()
-        } else {
-            let command = command.replace(POLICY, &path);
-            let words: Vec<&str> = command.split_whitespace().collect();
-            assert_eq!(words[0], "filter-agent");
-            let output = net.agent(&words[1..]);
-            let both = [output.stdout, output.stderr].concat();
-            String::from_utf8(both).unwrap()
-        };
-        let socket = net.socket().to_str().unwrap().to_owned();
-        let printed = printed
-            .replace(&path, POLICY)
-            .replace(&socket, "/run/filter-agent/control.sock");
-        if normal(&printed) != normal(&shown) {
-            wrong.push_str(&format!("$ {command}\n{printed}"));
-        }
-    }
-    assert!(wrong.is_empty(), "the README should show:\n{wrong}");
 }
 
 /// The sentence of the README that has these words.

@@ -38,8 +38,9 @@ const CHECK_PACKAGES: [&str; 1] = ["g++"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 19] = [
+const RUN_PACKAGES: [&str; 20] = [
     "bpftool",
+    "curl",
     "haproxy",
     "iproute2",
     "knot",
