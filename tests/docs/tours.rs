@@ -44,11 +44,15 @@ fn without_number(word: &str) -> &str {
     let mut units = ["ms", "s", "m", "h", "d"].into_iter();
     if units.any(|unit| bare.strip_suffix(unit).is_some_and(is_number)) {
         DURATION
-    } else if is_number(bare) || bare.parse::<jiff::Timestamp>().is_ok() {
+    } else if is_number(bare) || is_hash(bare) || bare.parse::<jiff::Timestamp>().is_ok() {
         "#"
     } else {
         word
     }
+}
+
+fn is_hash(word: &str) -> bool {
+    word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// The commands of a page, and what follows each of them.
@@ -80,7 +84,9 @@ fn type_commands(net: &mut Net, document: &str, before: impl Fn(&Net, &str)) {
     for (command, shown) in commands {
         before(net, &command);
         let deadline = Instant::now() + READ_PATIENCE;
-        let reads = ["drops", "explain", "plan", "regions", "rules", "status"];
+        let reads = [
+            "drops", "explain", "history", "plan", "regions", "rules", "status",
+        ];
         let reads = reads.map(|name| format!("filter-agent {name}"));
         let may_repeat = reads.iter().any(|read| command.starts_with(read));
         let mut printed = type_command(net, &command);
@@ -110,6 +116,14 @@ fn type_command(net: &mut Net, command: &str) -> String {
             net.log[before..].join("\n")
         }
         Some(arguments) => {
+            // A command in `$(...)` is the shell's.
+            let arguments = match arguments.contains("$(") {
+                true => both(
+                    net.db
+                        .output(Command::new("sh").args(["-c", &format!("echo {arguments}")])),
+                ),
+                false => arguments.to_owned(),
+            };
             let words: Vec<&str> = arguments.split_whitespace().collect();
             both(net.agent(&words))
         }
