@@ -4,6 +4,7 @@ mod window;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    time::Duration,
 };
 
 use anyhow::anyhow;
