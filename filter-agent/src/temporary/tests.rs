@@ -1,6 +1,9 @@
-use std::path::Path;
+use std::{path::Path, time::Duration};
+
+use anyhow::Result;
 
 use super::*;
+use crate::{policy_file::PolicyFile, report, rules::Regions};
 
 const FILE: &str = "interfaces: [eth0]\nregions: {office: {prefixes: [198.51.100.0/24]}}\ndatabases:\n- name: orders\n  \
                     port: 5432\n  model: dedicated\n  force_tls: false\n  cluster: [10.1.2.3/32]\n  rules:\n  - {cidr: \

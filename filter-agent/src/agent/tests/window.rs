@@ -66,6 +66,7 @@ impl World {
         });
         self.send(Event::Request(Request::Temporary {
             change,
+            condition: None,
             caller: None,
             by: None,
             reply: Reply(reply),
