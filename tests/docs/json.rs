@@ -70,7 +70,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
     );
     let path = net.policy_path();
     let path = path.to_str().unwrap();
-    let sections: [(&str, &[&str]); 11] = [
+    let sections: [(&str, &[&str]); 12] = [
         ("status", &["status"]),
         ("rules", &["rules"]),
         ("regions", &["regions"]),

@@ -17,7 +17,7 @@ use filter_agent::{
     region::state::Regions,
     report,
     snapshot::Snapshot,
-    temporary::Change,
+    temporary::{Change, Timed},
 };
 use filter_fuzz::{now, plant};
 use tempfile::TempDir;
@@ -57,12 +57,15 @@ fn setup() -> Setup {
     let text = "interfaces: [eth0]\ndatabases: []\nregions: {office: {file: /etc/office}}\n";
     let path = PathBuf::from("/etc/filter-agent/policy.yaml");
     let file = PolicyFile::parse(&path, text.into()).expect("a policy");
+    let beginning = Now {
+        boot: BootTime::default(),
+        steady: now(),
+        wall: now(),
+    };
     let snapshot = Snapshot {
-        now: Now {
-            boot: BootTime::default(),
-            steady: now(),
-            wall: now(),
-        },
+        now: beginning,
+        timed: Timed::of(&file.policy, beginning),
+        window: None,
         started: now(),
         file: Arc::new(file),
         enforced: report::Enforced {

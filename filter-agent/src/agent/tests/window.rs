@@ -208,7 +208,7 @@ fn policy_that_nobody_confirms_falls_back_at_its_end_whatever_the_clock_says() {
         let id = world.try_policy(2);
         let tried = world.text.clone();
         assert_eq!(world.state(id), Some(history::State::Trying));
-        world.now.wall = (world.now.wall + jiff::SignedDuration::from_secs(clock)).into();
+        world.now.wall += jiff::SignedDuration::from_secs(clock);
         world.pass(119);
         world.settle(OFFICE);
         assert_eq!(world.kernel.0, tried);
