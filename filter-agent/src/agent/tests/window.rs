@@ -502,6 +502,7 @@ fn detach_forgets_the_window_and_the_abandoned_texts() {
     }
     assert!(answer.try_recv().unwrap().is_ok());
     assert!(world.window_on_disk().is_empty());
+    assert!(world.agent.window().is_none());
     world.pass(120);
     assert!(world.effects.is_empty());
 }
