@@ -131,7 +131,7 @@ fn members_who_read_no_answer_hold_a_few_of_them_and_nobody_for_ever() {
     let passed = Passed::start("hostile-readers");
     let list = passed.net.dir().join("long.txt");
     let mut text = String::new();
-    for number in 0..150_000_u32 {
+    for number in 0..100_000_u32 {
         let [_, a, b, c] = (2 * number).to_be_bytes();
         writeln!(text, "11.{a}.{b}.{c}/32").unwrap();
     }
@@ -145,13 +145,13 @@ fn members_who_read_no_answer_hold_a_few_of_them_and_nobody_for_ever() {
     let length = ask_at(&passed.socket, "GET /v1/regions", &[], "")
         .body
         .len();
-    assert!(length > 2 << 20, "{length}");
+    assert!(length > 1 << 20, "{length}");
     let (before, _) = passed.net.memory();
     let request = "GET /v1/regions HTTP/1.1\r\nHost: a\r\n\r\n";
     let clients: Vec<_> = (0..32).map(|_| client(&passed.socket, request)).collect();
-    // Root asks all the time, and is answered.
+    // Root asks all the time, and is answered: by the loop, and by the thread that owns the filter.
     for _ in 0..5 {
-        passed.net.agent_text(&["status"]);
+        passed.net.agent_text(&["explain", "203.0.113.10"]);
     }
     let served =
         || send(&passed.socket, b"GET /v1/status HTTP/1.0\r\n\r\n").starts_with("HTTP/1.0 200 ");
