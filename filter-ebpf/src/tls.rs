@@ -23,6 +23,7 @@ use filter_common::{
 };
 
 use crate::{
+    behind::{Behind, Place, behind_header},
     judgement::{JudgementPointer, judgement_of},
     parse::bytes_of,
     proxy::{self, Found, Header},
@@ -574,61 +575,6 @@ extern "C" fn judge_stream(skb: *mut __sk_buff, guard: u32) -> u32 {
         }
     }
     PASSES
-}
-
-/// Where data begins: so many bytes into a segment, at this place of the stream, or of what is behind its header.
-#[derive(Clone, Copy)]
-struct Place {
-    skip: u32,
-    place: u32,
-}
-
-/// Content of a segment in a stream that begins with a PROXY header.
-enum Behind {
-    /// Nothing but the header.
-    Nothing,
-    Opening(Place),
-    /// It has to come again, whole or in its order.
-    Unclear,
-    NoHeader,
-}
-
-/// Finds what comes behind the PROXY header, which has to be the first that is let pass, in one segment.
-#[inline(always)]
-fn behind_header(
-    skb: *mut __sk_buff,
-    engine: u32,
-    segment: &Segment,
-    from: Place,
-    judgement: JudgementPointer,
-) -> Behind {
-    let length = segment.length - from.skip;
-    let header = if from.place == 0 {
-        match proxy::find(skb, engine, segment.data + from.skip, length) {
-            Found::Header(_) if is_intact(skb) == 0 => return Behind::Unclear,
-            Found::Header(found) if judgement.set_header(found) == found.word() => found,
-            Found::Header(_) | Found::Cut => return Behind::Unclear,
-            Found::Nothing => return Behind::NoHeader,
-        }
-    } else {
-        match Header::of(judgement.header()) {
-            Some(header) if from.place >= header.length() => header,
-            // Refused before.
-            None if judgement.forms().is_none() => return Behind::NoHeader,
-            _ => return Behind::Unclear,
-        }
-    };
-    if from.place >= header.length() {
-        let place = from.place - header.length();
-        return Behind::Opening(Place { place, ..from });
-    }
-    if length == header.length() {
-        return Behind::Nothing;
-    }
-    Behind::Opening(Place {
-        skip: from.skip + header.length(),
-        place: 0,
-    })
 }
 
 /// Judges data of a connection whose beginning is past: one from before TLS was forced is counted, or judged by whether a

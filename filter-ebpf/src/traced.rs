@@ -5,6 +5,7 @@
 #![feature(asm_experimental_arch)]
 
 mod answer;
+mod behind;
 mod judgement;
 mod parse;
 mod proxy;
