@@ -246,7 +246,7 @@ impl std::fmt::Display for Text {
         match self.reason {
             Reason::Expired => write!(f, "fell back at {at}, since nobody confirmed it in time"),
             Reason::TakenBack => write!(f, "was taken back at {at}"),
-            Reason::RolledBack => write!(f, "was rolled back from at {at}"),
+            Reason::RolledBack => write!(f, "was rolled back at {at}"),
         }
     }
 }
