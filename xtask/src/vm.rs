@@ -264,7 +264,7 @@ impl Scenario {
     }
 
     /// Of two temporary rules one ends while the machine is off: its source gets no answer from power-on on, the other's
-    /// does. Returns a line about it.
+    /// does. A policy that is tried then allows it as well, and is not enforced after the reboot. Returns a line about it.
     fn off_for_two_hours(&mut self) -> Result<String> {
         self.begin("two guests", true)?;
         let [ending, lasting] = GUESTS;
@@ -276,6 +276,12 @@ impl Scenario {
             wait_until_serves(guest)?;
         }
         self.wait_until_served()?;
+        let tried = self.machine.command(&format!(
+            "cp /etc/filter-agent/policy.yaml /root/policy.yaml
+             sed -i 's/rules: \\[/&{{cidr: {ending}\\/32}}, /' /etc/filter-agent/policy.yaml
+             filter-agent reload --confirm 5h 2>&1 | tail -2"
+        ))?;
+        ensure!(tried.contains(" is tried until "), "reload says: {tried}");
         self.begin("off for two hours", false)?;
         self.machine.switch_off_for(2)?;
         let before = self.outside.answers_to_guest()?;
@@ -290,6 +296,13 @@ impl Scenario {
             answers == 0,
             "{answers} answers to {ending}, whose rule ended while the machine was off"
         );
+        let status = self.machine.command("filter-agent status")?;
+        ensure!(status.contains(" fell back at "), "status says: {status}");
+        let reloaded = self.machine.command(
+            "cp /root/policy.yaml /etc/filter-agent/policy.yaml
+             filter-agent reload 2>&1 && echo reloaded",
+        )?;
+        ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
         let left = self.machine.command(&format!(
             "filter-agent explain {lasting} --database orders --json"
         ))?;
