@@ -167,6 +167,7 @@ async fn execute(
             let agent = patient(&socket, timeout);
             let caller = Caller::find();
             let from = caller.query();
+            let is_of_agent = file.is_none();
             let plan: Plan = match file {
                 // The agent cannot: its sandbox hides home directories, and a pipe belongs to this process.
                 Some(file) => {
@@ -179,10 +180,11 @@ async fn execute(
             };
             output.print(&plan, |plan| {
                 print_plan(plan);
-                say!(
-                    "to enforce this very text: filter-agent reload --if {}",
-                    plan.hash
-                );
+                // A reload reads the agent's own file.
+                if is_of_agent {
+                    let hash = &plan.hash;
+                    say!("to enforce this very text: filter-agent reload --if {hash}");
+                }
                 caller.print(&plan.lock_out);
             })?;
             caller.tell_if_unknown();
