@@ -429,18 +429,33 @@ impl Laboratory {
         self.check_files();
     }
 
-    /// What is pinned and kept.
+    /// The files that are pinned and kept, but for the list of changes, which outlasts a detach.
     pub fn files(&self) -> BTreeSet<PathBuf> {
-        let pinned = files_below(&self.net.bpffs().join("filter-agent"));
-        pinned
-            .union(&files_below(&self.net.state_dir()))
-            .cloned()
-            .collect()
+        let state = self.net.state_dir();
+        let mut kept = files_below(&state);
+        for name in ["change-id", "changes.json", "history.json", "policies"] {
+            kept.remove(&state.join(name));
+        }
+        kept.extend(files_below(&self.net.bpffs().join("filter-agent")));
+        kept
+    }
+
+    /// All files but the texts of earlier policies, which have their hashes as names.
+    fn all_files(&self) -> [BTreeSet<PathBuf>; 2] {
+        let texts = self.net.state_dir().join("policies");
+        let is_text = |path: &PathBuf| {
+            path.starts_with(&texts) && path.extension().is_some_and(|end| end == "yaml")
+        };
+        [self.net.bpffs(), self.net.state_dir()].map(|path| {
+            let mut found = files_below(&path);
+            found.retain(|path| !is_text(path));
+            found
+        })
     }
 
     /// Remembers what a clean run left, after its end.
     pub fn remember_files(&mut self) {
-        let files = [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
+        let files = self.all_files();
         self.clean.insert(self.net.binary.clone(), files);
     }
 
@@ -456,7 +471,7 @@ impl Laboratory {
             .contains("expires:")
             .then(|| self.net.state_dir().join("temporary.json"));
         let files = || {
-            let mut found = [self.net.bpffs(), self.net.state_dir()].map(|path| files_below(&path));
+            let mut found = self.all_files();
             ends.iter().for_each(|ends| {
                 found[1].remove(ends);
             });

@@ -402,7 +402,7 @@ pub fn read_region(directory: &Path, name: &str, source: &RegionSource) -> Resul
     })
 }
 
-/// Removes the confirmed policy and temporary rules, if any are kept, where no agent runs.
+/// Removes the confirmed policy, temporary rules and the texts of earlier policies, if any are kept, where no agent runs.
 ///
 /// # Errors
 /// A file that stays: the next start could enforce it. An agent that runs.
@@ -417,7 +417,8 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
     write(directory, &Write::Confirmed(None))?;
     write(directory, &Write::Temporary(temporary::Kept::default()))?;
     write(directory, &Write::Window(Box::default()))?;
-    write(directory, &Write::LastHits(last_hits::Kept::default()))
+    write(directory, &Write::LastHits(last_hits::Kept::default()))?;
+    history::keep_texts(directory, &BTreeSet::new())
 }
 
 fn write(directory: &Path, write: &Write) -> Result<()> {

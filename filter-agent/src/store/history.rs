@@ -195,7 +195,7 @@ pub(super) fn keep_texts(directory: &Path, hashes: &BTreeSet<String>) -> Result<
     Ok(())
 }
 
-/// Notes a detach without an agent, and forgets the texts, as the agent does.
+/// Notes a detach without an agent.
 ///
 /// # Errors
 /// It is not noted.
@@ -215,6 +215,5 @@ pub fn note_detached(directory: &Path, at: Timestamp, by: By) -> Result<()> {
     }
     history.detached(at, Some(by));
     write_change_id(directory, history.last_id())?;
-    write_changes(directory, &changes_path(directory), history.others())?;
-    keep_texts(directory, &BTreeSet::new())
+    write_changes(directory, &changes_path(directory), history.others())
 }
