@@ -195,9 +195,7 @@ impl Store {
     pub fn open(directory: &Path, warn: impl FnOnce(&anyhow::Error)) -> Result<Self> {
         let lock = match lock(directory) {
             Ok(lock) => {
-                let within = [directory.join("regions"), history::texts_path(directory)];
-                let mut directories = [directory.to_owned()].into_iter().chain(within);
-                if let Err(error) = directories.try_for_each(|each| remove_unfinished(&each)) {
+                if let Err(error) = remove_unfinished(directory) {
                     warn(&error);
                 }
                 Some(lock)
@@ -418,7 +416,8 @@ pub fn forget_confirmed(directory: &Path) -> Result<()> {
     write(directory, &Write::Temporary(temporary::Kept::default()))?;
     write(directory, &Write::Window(Box::default()))?;
     write(directory, &Write::LastHits(last_hits::Kept::default()))?;
-    history::keep_texts(directory, &BTreeSet::new())
+    history::keep_texts(directory, &BTreeSet::new())?;
+    remove_unfinished(directory)
 }
 
 fn write(directory: &Path, write: &Write) -> Result<()> {
@@ -639,7 +638,12 @@ fn remove(path: &Path) -> io::Result<()> {
 
 /// Removes the temporary files of writes that were cut off.
 fn remove_unfinished(directory: &Path) -> Result<()> {
-    for path in files(directory)? {
+    let within = [directory.join("regions"), history::texts_path(directory)];
+    let mut found = files(directory)?;
+    for directory in within {
+        found.extend(files(&directory)?);
+    }
+    for path in found {
         let name = path.file_name().unwrap_or_default();
         if name.to_string_lossy().starts_with(".tmp") {
             remove(&path).with_context(|| format!("remove {}", path.display()))?;
