@@ -81,7 +81,13 @@ impl Late {
             Answer::Reloaded(..) => &[Record::Window, Record::ChangeId, Record::Policies],
             Answer::Temporary(..) => &[Record::ChangeId, Record::Changes],
             Answer::FellBack(..) => &[Record::ChangeId, Record::Policies],
-            Answer::Detached(..) => &[],
+            Answer::Detached(..) => &[
+                Record::Window,
+                Record::Temporary,
+                Record::ChangeId,
+                Record::Changes,
+                Record::Texts,
+            ],
         }
     }
 
@@ -144,6 +150,11 @@ impl Late {
                 reply.send(Ok(*decided));
             }
             Answer::Detached(names, reply) => {
+                let others = [Record::Window, Record::Temporary];
+                let error = error.or_else(|| {
+                    let error = others.iter().find_map(|record| saves.error(record));
+                    error.map(String::as_str)
+                });
                 let error = match error {
                     _ if is_slow => "remove the confirmed policy: the disk takes too long",
                     None => return reply.send(Ok(names)),
