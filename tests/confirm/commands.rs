@@ -103,11 +103,11 @@ fn rollback_enforces_a_policy_of_before_and_leaves_the_file_alone() {
     assert_allowed(&net, true, false);
     assert_eq!(confirmed_text(&net), before());
     assert_eq!(fs::read_to_string(net.policy_path()).unwrap(), after());
-    assert_abandoned(&net, "was rolled back from");
+    assert_abandoned(&net, "was rolled back");
     net.kill();
     net.start();
     assert_allowed(&net, true, false);
-    assert_abandoned(&net, "was rolled back from");
+    assert_abandoned(&net, "was rolled back");
     net.agent_text(&["rollback", &second]);
     assert_allowed(&net, false, true);
     assert_eq!(errors(&net), "");

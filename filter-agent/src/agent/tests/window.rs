@@ -448,7 +448,7 @@ fn rollback_enforces_the_policy_confirmed_before_and_abandons_the_one_in_force()
     assert_eq!(world.kernel.0, first);
     assert_eq!(world.confirmed_on_disk(), first);
     assert!(world.has_abandoned(&second));
-    assert!(world.errors()[0].contains("was rolled back from"));
+    assert!(world.errors()[0].contains("was rolled back"));
     let text = error(&mut world.roll_back(Some(rolled_back.id)));
     assert!(text.contains("is the one in force"), "{text}");
     let text = error(&mut world.roll_back(Some(99)));
