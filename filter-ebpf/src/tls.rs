@@ -112,24 +112,9 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
         UNCLEAR => {
             let guard = Guard::new(ANY_SLOT, false);
             steps::judged(guard, Reason::TlsUnclear as u32);
-            rules::count(guard, Reason::TlsUnclear as u32);
-            rules::sample_segment(
-                segment,
-                guard,
-                Reason::TlsUnclear as u32,
-                socket.interface(),
-                || 0,
-            );
-            return DROP;
+            return note_refusal(skb, guard.0, Reason::TlsUnclear as u32);
         }
         guard => Guard(guard as u32),
-    };
-    // Where a header was let pass the opening is behind it, whatever the policy says by now.
-    let began_with_header = judgement_of(socket.sk, None).is_some_and(|known| known.header() != 0);
-    let guard = if began_with_header {
-        guard.proxied()
-    } else {
-        guard
     };
     let is_past = socket.received() >= guard.judged_bytes();
     let refusal = if segment.is_urgent && !is_past {
@@ -148,6 +133,18 @@ extern "C" fn judge(skb: *mut __sk_buff) -> u32 {
     if refusal == PASSES {
         return PASS;
     }
+    note_refusal(skb, guard.0, refusal)
+}
+
+/// Counts and samples a refused segment. Returns 1 if it passes all the same, since the database is only monitored. A global
+/// function: what it takes of the stack is free while a segment is judged.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note_refusal(skb: *mut __sk_buff, guard: u32, refusal: u32) -> u32 {
+    let guard = Guard(guard);
+    let (Some(socket), Some(segment)) = (Socket::of(skb), Segment::get()) else {
+        return 0;
+    };
     rules::count(guard, refusal);
     let opening = || match refusal {
         NOT_TLS => name_opening(skb, guard.engine()),
@@ -275,6 +272,14 @@ extern "C" fn find_guard(skb: *mut __sk_buff) -> u64 {
     if is_noted {
         rules::count_stage(guard, Stage::Arrived);
     }
+    // Where a header was let pass the opening is behind it, whatever the policy says by now. Here, since 6.1 has no stack left
+    // for it in `judge`.
+    let began_with_header = judgement_of(socket.sk, None).is_some_and(|known| known.header() != 0);
+    let guard = if began_with_header {
+        guard.proxied()
+    } else {
+        guard
+    };
     guard.0.into()
 }
 
