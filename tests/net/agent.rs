@@ -87,6 +87,8 @@ impl Net {
         assert!(self.agent.is_none(), "the agent runs already");
         let mut command = self.agent_command(&[&["run"], arguments].concat());
         command.stdin(Stdio::null()).stderr(stderr);
+        // As the unit has it.
+        command.env("MALLOC_ARENA_MAX", "1");
         let mut child = self.db.run(|| command.spawn().unwrap());
         let (sender, lines) = mpsc::channel();
         if let Some(stderr) = child.stderr.take() {

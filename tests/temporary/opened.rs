@@ -23,6 +23,7 @@ fn assert_cuts(net: &Net, text: &str) {
         "source": DENIED4.to_string(),
         "connections": 1,
         "idle": Value::Null,
+        "at_confirm": false,
         "reset": true,
     }]);
     let without_idle = |plan: &Value| {
