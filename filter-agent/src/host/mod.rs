@@ -202,9 +202,11 @@ async fn list_interfaces(handle: &Handle) -> Result<Vec<Interface>> {
     });
     let mut interfaces: Vec<Interface> = interfaces.collect();
     // The netlink crates leave out an interface whose name is no UTF-8 text: it cannot be filtered, and databases may be
-    // reachable through it all the same.
-    let names = if_nameindex().context("list the names of the host's interfaces")?;
-    let unread = names.iter().filter(|named| named.name().to_str().is_err());
+    // reachable through it all the same. Where names cannot be listed, as without a free descriptor, a later look warns of it:
+    // what netlink lists must be checked meanwhile.
+    let names = if_nameindex();
+    let names = names.iter().flat_map(|names| names.iter());
+    let unread = names.filter(|named| named.name().to_str().is_err());
     let unread = unread.map(|named| Interface {
         index: named.index(),
         name: named.name().to_bytes().escape_ascii().to_string(),
