@@ -4,7 +4,11 @@ use std::{mem, time::Duration};
 
 use anyhow::{Result, anyhow};
 
-use super::{Agent, Cause, history::with_change, window::regions_of};
+use super::{
+    Agent, Cause,
+    history::{by_whom, with_change},
+    window::regions_of,
+};
 use crate::{
     enforcer::Checked,
     event::{Effect, Reply},
@@ -95,10 +99,7 @@ impl Agent {
             id: Some(id),
             at: self.now.wall,
         };
-        let who = by
-            .as_ref()
-            .map(|by| format!(" by {by}"))
-            .unwrap_or_default();
+        let who = by_whom(by.as_ref());
         let entry = Entry::warning(format!(
             "{text}{who}; the confirmed policy is enforced again, {}",
             committed.enforced.timing
@@ -185,7 +186,7 @@ impl Agent {
     }
 
     pub(super) fn policy_hashed(&mut self, hash: Result<String>) {
-        // What cannot be read is not another text.
+        // A file that cannot be read has no other text.
         let Ok(hash) = hash else { return };
         if self.trial.next_hash.is_none() {
             return;

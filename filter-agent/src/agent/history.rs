@@ -1,4 +1,4 @@
-//! What the history says of each change, and the fields that the log gets of it.
+//! Notes each change in the history, and adds its fields to lines of the log.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ impl Agent {
         by: Option<By>,
     ) -> u64 {
         let difference = Summary::of(plan);
-        // What a start changes in the kernel was lost or has ended since.
+        // A start only restores what the kernel lost, and removes what has ended since.
         let is_news = origin != Origin::Start && !difference.is_empty();
         if let (Some(id), false) = (self.history.is_in_force(file), is_news) {
             return id;
@@ -92,27 +92,34 @@ impl Agent {
     /// Notes and logs which of the temporary rules have ended that were in force before the last change.
     pub(super) fn note_ended(&mut self, before: &[Temporary]) {
         let now = self.timed.now.boot;
-        let has_ended = |rule: &&Temporary| {
-            let mut rules = self.timed.temporary.iter();
-            rule.end <= now && !rules.any(|other| other.is_same(rule))
-        };
-        let ended: Vec<Temporary> = before.iter().filter(has_ended).cloned().collect();
-        for rule in ended {
+        for rule in self.ended_for_good(before, |rule| rule.end <= now) {
             self.note_end(rule, self.now.wall);
         }
     }
 
     /// Notes which of the temporary rules that were kept have ended while no agent ran.
     pub(super) fn note_ended_meanwhile(&mut self, kept: &[Temporary]) {
-        let has_ended = |rule: &&Temporary| {
-            let mut rules = self.timed.temporary.iter();
-            rule.until <= self.now.wall && !rules.any(|other| other.is_same(rule))
-        };
-        let ended: Vec<Temporary> = kept.iter().filter(has_ended).cloned().collect();
-        for rule in ended {
+        let now = self.now.wall;
+        for rule in self.ended_for_good(kept, |rule| rule.until <= now) {
             let until = rule.until;
             self.note_end(rule, until);
         }
+    }
+
+    /// Those of some temporary rules that have ended and are not in force under another end.
+    fn ended_for_good(
+        &self,
+        rules: &[Temporary],
+        has_ended: impl Fn(&Temporary) -> bool,
+    ) -> Vec<Temporary> {
+        let is_there = |rule: &Temporary| {
+            let mut others = self.timed.temporary.iter();
+            others.any(|other| other.is_same(rule))
+        };
+        let ended = rules
+            .iter()
+            .filter(|rule| has_ended(rule) && !is_there(rule));
+        ended.cloned().collect()
     }
 
     fn note_end(&mut self, rule: Temporary, at: Timestamp) {
@@ -166,10 +173,12 @@ fn end_of(rule: Temporary) -> (PastTemporary, &'static str) {
 
 /// `change 12 by uid 0 (logged in as 1000), filter-agent`.
 pub(super) fn numbered(id: u64, by: Option<&By>) -> String {
-    match by {
-        Some(by) => format!("change {id} by {by}"),
-        None => format!("change {id}"),
-    }
+    format!("change {id}{}", by_whom(by))
+}
+
+/// ` by uid 0 (logged in as 1000), filter-agent`, or nothing.
+pub(super) fn by_whom(by: Option<&By>) -> String {
+    by.map(|by| format!(" by {by}")).unwrap_or_default()
 }
 
 /// A line of the log about a change, with who asked for it.

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use anyhow::{Error, Result, anyhow};
 use jiff::Timestamp;
 
-use super::{Agent, history::with_change};
+use super::{
+    Agent,
+    history::{by_whom, with_change},
+};
 use crate::{
     clock::BootTime,
     event::{Effect, Reply},
@@ -360,10 +363,7 @@ impl Agent {
         let id = window.open.id;
         self.history.set_state(id, State::Confirmed);
         self.keep_history();
-        let who = by
-            .as_ref()
-            .map(|by| format!(" by {by}"))
-            .unwrap_or_default();
+        let who = by_whom(by.as_ref());
         let entry = Entry::info(format!("change {id} is confirmed{who}"));
         let entry = with_change(entry, id, Origin::Socket, by.as_ref());
         self.log(entry.with("REASON", "confirmed"));
