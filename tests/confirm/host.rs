@@ -2,15 +2,12 @@
 
 use std::{
     fs,
-    io::{ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
 };
 
 use filter_tests::{
-    net::{
-        ALLOWED4, Connection, DB4, DENIED4, Net, PATIENCE, bound, dedicated, policy, wait_until,
-    },
+    net::{ALLOWED4, Connection, DB4, DENIED4, EchoClient, Net, dedicated, policy, wait_until},
     records::rewrite,
 };
 use serde_json::{Value, json};
@@ -133,50 +130,7 @@ pub fn assert_abandoned(net: &Net, why: &str) {
     assert!(line.starts_with("WARNING - "), "{line}");
 }
 
-/// A connection to a server that echoes.
-pub struct Client(TcpStream);
-
-impl Client {
-    pub fn open(net: &Net, source: Ipv4Addr) -> Self {
-        let source = source.into();
-        let socket = net.client.run(|| bound(source));
-        let connected = socket.connect_timeout(&DB.into(), PATIENCE);
-        connected.unwrap_or_else(|error| panic!("connect from {source}: {error}"));
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self(socket.into())
-    }
-
-    /// Sends without waiting: where packets are dropped, the kernel repeats it.
-    pub fn send(&mut self) {
-        self.0.write_all(b"ping").unwrap();
-    }
-
-    #[track_caller]
-    pub fn assert_answered(&mut self) {
-        let mut answer = [0; 4];
-        self.0.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"ping");
-    }
-
-    #[track_caller]
-    pub fn assert_alive(&mut self) {
-        self.send();
-        self.assert_answered();
-    }
-
-    /// Nothing arrives from the server's host, no reset either.
-    #[track_caller]
-    pub fn assert_still(&mut self) {
-        self.0.set_nonblocking(true).unwrap();
-        let error = self.0.read(&mut [0]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}");
-        self.0.set_nonblocking(false).unwrap();
-    }
-
-    /// Waits for the server's host to reset it.
-    #[track_caller]
-    pub fn assert_reset(&mut self) {
-        let error = self.0.read(&mut [0]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
-    }
+/// A connection to the server, which echoes.
+pub fn connected(net: &Net, source: Ipv4Addr) -> EchoClient {
+    EchoClient::open(net, source.into(), DB)
 }

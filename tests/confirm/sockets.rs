@@ -3,7 +3,7 @@
 use filter_tests::net::{ALLOWED4, DENIED4, Net};
 
 use crate::host::{
-    AFTER, BEFORE, BOTH, Client, OTHER, PORT, after, assert_allowed, before, enforcing, orders,
+    AFTER, BEFORE, BOTH, OTHER, PORT, after, assert_allowed, before, connected, enforcing, orders,
     try_policy, wait_for_fall_back,
 };
 
@@ -19,7 +19,7 @@ fn sockets(net: &Net, source: &str) -> usize {
 fn session_that_is_cut_off_stands_still_and_goes_on_after_falling_back() {
     let mut net = enforcing("confirm-session");
     let _echo = net.echo(PORT);
-    let mut client = Client::open(&net, ALLOWED4);
+    let mut client = connected(&net, ALLOWED4);
     client.assert_alive();
     net.write_policy(&after());
     let text = net.agent_text(&["reload", "--confirm", "10m"]);
@@ -27,7 +27,7 @@ fn session_that_is_cut_off_stands_still_and_goes_on_after_falling_back() {
         text.contains("cut off, and reset when the policy is confirmed"),
         "{text}"
     );
-    let mut new = Client::open(&net, DENIED4);
+    let mut new = connected(&net, DENIED4);
     client.send();
     // What a look at everything finds is not reset either, nor what the next agent finds.
     net.agent_text(&["status", "--verify"]);
@@ -50,8 +50,8 @@ fn session_that_is_cut_off_is_reset_when_the_policy_is_confirmed() {
     let mut net = enforcing("confirm-reset");
     let _echo = net.echo(PORT);
     for restarts in [false, true] {
-        let mut client = Client::open(&net, ALLOWED4);
-        let mut kept = Client::open(&net, "203.0.113.9".parse().unwrap());
+        let mut client = connected(&net, ALLOWED4);
+        let mut kept = connected(&net, "203.0.113.9".parse().unwrap());
         let id = try_policy(&net, &after(), "10m").to_string();
         if restarts {
             net.kill();
@@ -73,9 +73,9 @@ fn session_that_is_cut_off_is_reset_when_the_policy_is_confirmed() {
 fn block_and_region_change_meanwhile_reset_nobody_whom_falling_back_may_let_in() {
     let net = enforcing("confirm-block");
     let _echo = net.echo(PORT);
-    let mut before_tried = Client::open(&net, ALLOWED4);
+    let mut before_tried = connected(&net, ALLOWED4);
     try_policy(&net, &orders(&[BEFORE, AFTER, BOTH]), "10m");
-    let mut only_tried = Client::open(&net, DENIED4);
+    let mut only_tried = connected(&net, DENIED4);
     let waits = net.agent_json(&["block", "orders", BEFORE, "--for", "1h"]);
     assert_eq!(waits["cut"][0]["at_confirm"], true, "{waits}");
     let now = net.agent_json(&["block", "orders", AFTER, "--for", "1h"]);
@@ -95,7 +95,7 @@ fn block_and_region_change_meanwhile_reset_nobody_whom_falling_back_may_let_in()
 fn session_of_whom_the_policy_allows_again_in_the_end_is_not_reset() {
     let net = enforcing("confirm-again");
     let _echo = net.echo(PORT);
-    let mut client = Client::open(&net, ALLOWED4);
+    let mut client = connected(&net, ALLOWED4);
     try_policy(&net, &orders(&[OTHER]), "1s");
     wait_for_fall_back(&net);
     client.assert_alive();

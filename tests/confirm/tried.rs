@@ -1,6 +1,6 @@
 //! A policy that is tried in a running agent: until it is confirmed, taken back or falls back.
 
-use std::{fs, net::IpAddr};
+use std::{fs, net::IpAddr, path::Path};
 
 use filter_tests::net::{
     ALLOWED4, Connection, DENIED4, Hammer, NEIGHBOURS, Net, Protected, dedicated, policy,
@@ -117,16 +117,19 @@ fn policy_is_taken_back_by_hand_and_the_file_is_an_error_until_it_is_changed_or_
     assert_allowed(&net, false, true);
 }
 
+/// Puts a region's file in place at once.
+fn replace(list: &Path, prefixes: &str) {
+    let next = list.with_extension("next");
+    fs::write(&next, prefixes).unwrap();
+    fs::rename(next, list).unwrap();
+}
+
 #[test]
 fn what_changes_meanwhile_survives_and_no_end_is_moved() {
     let net = enforcing("confirm-meanwhile");
     let _echo = net.echo(PORT);
     let list = net.dir().join("office.txt");
-    let put = |prefixes: &str| {
-        let next = net.dir().join("office.next");
-        fs::write(&next, prefixes).unwrap();
-        fs::rename(next, &list).unwrap();
-    };
+    let put = |prefixes: &str| replace(&list, prefixes);
     put(BEFORE);
     let region = format!("regions: {{office: {{file: {}}}}}\n", list.display());
     let shop = dedicated("shop", 6000, &[BOTH], "");
@@ -176,11 +179,7 @@ fn what_changes_meanwhile_survives_and_no_end_is_moved() {
 fn region_that_changes_while_it_is_tried_is_in_force_after_falling_back() {
     let net = enforcing("confirm-region");
     let list = net.dir().join("office.txt");
-    let put = |prefixes: &str| {
-        let next = net.dir().join("office.next");
-        fs::write(&next, prefixes).unwrap();
-        fs::rename(next, &list).unwrap();
-    };
+    let put = |prefixes: &str| replace(&list, prefixes);
     put(BEFORE);
     let region = format!("regions: {{office: {{file: {}}}}}\n", list.display());
     let with_region =

@@ -1,8 +1,8 @@
-//! Servers that send back what they receive.
+//! Servers that send back what they receive, and their clients.
 
 use std::{
-    io,
-    net::{Shutdown, TcpListener, UdpSocket},
+    io::{self, ErrorKind, Read as _, Write as _},
+    net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,6 +12,8 @@ use std::{
 };
 
 use socket2::SockRef;
+
+use crate::net::{Net, PATIENCE, bound};
 
 /// A TCP server that answers every byte with itself, until dropped.
 pub struct Echo {
@@ -77,5 +79,52 @@ impl Drop for EchoDatagrams {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// A connection to a server that echoes.
+pub struct EchoClient(TcpStream);
+
+impl EchoClient {
+    pub fn open(net: &Net, source: IpAddr, server: SocketAddr) -> Self {
+        let socket = net.client.run(|| bound(source));
+        let connected = socket.connect_timeout(&server.into(), PATIENCE);
+        connected.unwrap_or_else(|error| panic!("connect from {source}: {error}"));
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(socket.into())
+    }
+
+    /// Sends without waiting: where packets are dropped, the kernel repeats it.
+    pub fn send(&mut self) {
+        self.0.write_all(b"ping").unwrap();
+    }
+
+    #[track_caller]
+    pub fn assert_answered(&mut self) {
+        let mut answer = [0; 4];
+        self.0.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"ping");
+    }
+
+    #[track_caller]
+    pub fn assert_alive(&mut self) {
+        self.send();
+        self.assert_answered();
+    }
+
+    /// Nothing arrives from the server's host, no reset either.
+    #[track_caller]
+    pub fn assert_still(&mut self) {
+        self.0.set_nonblocking(true).unwrap();
+        let error = self.0.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}");
+        self.0.set_nonblocking(false).unwrap();
+    }
+
+    /// Waits for the server's host to reset it.
+    #[track_caller]
+    pub fn assert_reset(&mut self) {
+        let error = self.0.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
     }
 }

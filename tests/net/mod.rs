@@ -28,7 +28,7 @@ pub use addresses::{
 pub use binary::{agent_binary, next_layout_binary, previous_binary};
 pub use clients::{Connection, Patience, bound, connect, exchange, transfer};
 pub use command::succeed;
-pub use echo::{Echo, EchoDatagrams};
+pub use echo::{Echo, EchoClient, EchoDatagrams};
 pub use hammer::{Hammer, under_load};
 pub use hosts::Net;
 pub use namespace::{Namespace, run_in};

@@ -12,8 +12,8 @@ use filter_tests::net::{
 use serde_json::{Value, json};
 
 use crate::host::{
-    ALLOWED, Client, DB, DENIED, MEMBER, PORT, explain, kept, kept_sources, orders, others, rule,
-    sources, state, temporary,
+    ALLOWED, DB, DENIED, MEMBER, PORT, connected, explain, kept, kept_sources, orders, others,
+    rule, sources, state, temporary,
 };
 
 fn enforcing(name: &str, policy: &str) -> Net {
@@ -34,7 +34,7 @@ fn source_is_allowed_at_once_and_shown() {
         done["difference"]["databases"]["orders"]["added"],
         json!([DENIED])
     );
-    let mut client = Client::open(&net, DENIED4);
+    let mut client = connected(&net, DENIED4);
     client.assert_alive();
 
     let listed = rule(&net, DENIED);
@@ -90,8 +90,8 @@ fn source_is_blocked_at_once_whatever_allows_it_but_not_the_cluster() {
     let policy = orders(&["203.0.113.0/24"], &format!("cluster: [{MEMBER}]"));
     let net = enforcing("temporary-block", &policy);
     let _echo = net.echo(PORT);
-    let mut member = Client::open(&net, NEIGHBOURS[0]);
-    let mut client = Client::open(&net, ALLOWED4);
+    let mut member = connected(&net, NEIGHBOURS[0]);
+    let mut client = connected(&net, ALLOWED4);
     net.agent_text(&["allow", "orders", ALLOWED, "--for", "2h"]);
     let arguments = ["block", "orders", "203.0.113.0/24", "--for", "1h"];
     let done = net.agent_json(&arguments);

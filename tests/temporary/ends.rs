@@ -9,7 +9,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
 use crate::host::{
-    ALLOWED, Client, DB, DENIED, MEMBER, PORT, connect_all, kept_sources, orders, rule, sources,
+    ALLOWED, DB, DENIED, MEMBER, PORT, connect_all, connected, kept_sources, orders, rule, sources,
     temporary,
 };
 
@@ -25,7 +25,7 @@ fn rules_and_blocks_end_without_an_agent_and_nobody_else_notices() {
     let _echo = net.echo(PORT);
     let allowed = Hammer::allowed(&net.client, &[(NEIGHBOURS[1], DB)]);
     let denied = Hammer::denied(&net.client, &[(NEVER, DB)]);
-    let mut steady = Client::open(&net, NEIGHBOURS[1]);
+    let mut steady = connected(&net, NEIGHBOURS[1]);
 
     // `expires:` ends as `allow` does.
     let end = Timestamp::now() + SignedDuration::from_secs(3);
@@ -77,9 +77,9 @@ fn ended_rule_is_taken_out_by_the_agent_and_its_connections_are_reset() {
     let policy = orders(&[ALLOWED], "");
     let mut net = Net::enforcing("ends-agent", &[Protected::tcp(PORT, &watched)], &policy);
     let _echo = net.echo(PORT);
-    let mut steady = Client::open(&net, ALLOWED4);
+    let mut steady = connected(&net, ALLOWED4);
     net.agent_text(&["allow", "orders", DENIED, "--for", "1h"]);
-    let mut client = Client::open(&net, DENIED4);
+    let mut client = connected(&net, DENIED4);
     net.agent_text(&["allow", "orders", DENIED, "--for", "2s"]);
     client.assert_reset();
     net.wait_for_line("database orders: temporary rule 198.51.100.7/32 has ended");
@@ -103,7 +103,7 @@ fn longer_end_that_is_allowed_again_holds_and_a_shorter_one_too() {
     let _echo = net.echo(PORT);
     net.agent_text(&["allow", "orders", DENIED, "--for", "1s"]);
     net.agent_text(&["allow", "orders", DENIED, "--for", "1h"]);
-    let mut client = Client::open(&net, DENIED4);
+    let mut client = connected(&net, DENIED4);
     assert!(rule(&net, DENIED)["left"].as_u64() > Some(3000));
     // Another one ends meanwhile, after the first end of this one.
     net.agent_text(&["allow", "orders", MEMBER, "--for", "1s"]);
@@ -121,10 +121,10 @@ fn connections_that_lost_their_rule_without_an_agent_are_reset_at_the_next_start
     let mut net = Net::enforcing("ends-off", &[], &both);
     let _echo = net.echo(PORT);
     net.wait_until_confirmed();
-    let mut steady = Client::open(&net, NEIGHBOURS[1]);
-    let mut removed = Client::open(&net, ALLOWED4);
+    let mut steady = connected(&net, NEIGHBOURS[1]);
+    let mut removed = connected(&net, ALLOWED4);
     net.agent_text(&["allow", "orders", DENIED, "--for", "1h"]);
-    let mut ended = Client::open(&net, DENIED4);
+    let mut ended = connected(&net, DENIED4);
     net.agent_text(&["allow", "orders", DENIED, "--for", "1s"]);
     net.kill();
     let out = || net.connect(DENIED4.into(), DB) == Connection::Silence;

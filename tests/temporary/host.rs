@@ -2,11 +2,10 @@
 
 use std::{
     fs,
-    io::{ErrorKind, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
-use filter_tests::net::{Connection, DB4, Net, PATIENCE, bound, dedicated, policy};
+use filter_tests::net::{Connection, DB4, EchoClient, Net, dedicated, policy};
 use serde_json::{Value, json};
 
 pub const PORT: u16 = 5432;
@@ -99,29 +98,6 @@ pub fn connect_all(net: &Net, sources: &[Ipv4Addr]) -> Vec<Connection> {
 }
 
 /// A connection to a server that echoes.
-pub struct Client(TcpStream);
-
-impl Client {
-    pub fn open(net: &Net, source: impl Into<IpAddr>) -> Self {
-        let source = source.into();
-        let socket = net.client.run(|| bound(source));
-        let connected = socket.connect_timeout(&DB.into(), PATIENCE);
-        connected.unwrap_or_else(|error| panic!("connect from {source}: {error}"));
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self(socket.into())
-    }
-
-    #[track_caller]
-    pub fn assert_alive(&mut self) {
-        self.0.write_all(b"ping").unwrap();
-        let mut answer = [0; 4];
-        self.0.read_exact(&mut answer).unwrap();
-    }
-
-    /// Waits for the server's host to reset it.
-    #[track_caller]
-    pub fn assert_reset(&mut self) {
-        let error = self.0.read(&mut [0]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{error}");
-    }
+pub fn connected(net: &Net, source: impl Into<IpAddr>) -> EchoClient {
+    EchoClient::open(net, source.into(), DB)
 }

@@ -3,7 +3,7 @@
 use filter_tests::net::{ALLOWED4, DENIED4, Net, dedicated, policy};
 use serde_json::{Value, json};
 
-use crate::host::{Client, PORT};
+use crate::host::{PORT, connected};
 
 const ALLOWED: &str = "203.0.113.10/32";
 
@@ -14,8 +14,8 @@ fn others() -> String {
 /// A change to this policy cuts off `DENIED4`, which nothing kept out before, and says so.
 #[track_caller]
 fn assert_cuts(net: &Net, text: &str) {
-    let mut kept = Client::open(net, ALLOWED4);
-    let mut cut = Client::open(net, DENIED4);
+    let mut kept = connected(net, ALLOWED4);
+    let mut cut = connected(net, DENIED4);
     net.write_policy(text);
     let expected = json!([{
         "database": "orders",
@@ -90,7 +90,7 @@ fn connections_through_another_interface_are_left_alone() {
     let with = |databases: &[String]| policy("idle", "native", databases);
     net.write_policy(&with(&[others()]));
     net.start();
-    let mut client = Client::open(&net, DENIED4);
+    let mut client = connected(&net, DENIED4);
     let orders = dedicated("orders", PORT, &[ALLOWED], "");
     net.write_policy(&with(&[others(), orders]));
     let reloaded = net.agent_json(&["reload", "--max-cut", "0"]);

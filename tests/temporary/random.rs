@@ -12,7 +12,7 @@ use filter_tests::net::{ALLOWED4, DENIED4, Hammer, NEIGHBOURS, Net, Protected, w
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use crate::host::{ALLOWED, Client, DB, MEMBER, PORT, explain, orders, temporary};
+use crate::host::{ALLOWED, DB, MEMBER, PORT, connected, explain, orders, temporary};
 
 const CHANGES: u32 = 1_000;
 /// Time after which a slow machine makes no more of them.
@@ -107,7 +107,7 @@ fn changes_at_random_neither_touch_nor_let_in_anybody_else() {
     let steady = [NEIGHBOURS[0], ALLOWED4.into()];
     let allowed = Hammer::allowed(&net.client, &steady.map(|source| (source, DB)));
     let denied = Hammer::denied(&net.client, &[(DENIED4.into(), DB)]);
-    let mut clients = steady.map(|source| Client::open(&net, source));
+    let mut clients = steady.map(|source| connected(&net, source));
     let begun = Instant::now();
     let mut random = fastrand::Rng::with_seed(18);
     let mut model = Model::default();

@@ -19,8 +19,8 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use crate::host::{
-    ALLOWED, Client, DENIED, MEMBER, PORT, connect_all, explain, kept, kept_sources, orders, rule,
-    sources, temporary,
+    ALLOWED, DENIED, MEMBER, PORT, connect_all, connected, explain, kept, kept_sources, orders,
+    rule, sources, temporary,
 };
 
 const HOUR: u64 = 3600;
@@ -72,7 +72,7 @@ fn temporary_rules_stay_over_restarts_and_reloads() {
     net.agent_text(&[&["allow", "orders", DENIED, "--for", "2h"], &label[..]].concat());
     net.agent_text(&["block", "orders", ALLOWED, "--for", "1h"]);
     net.watch(&[Protected::tcp(PORT, &watched)]);
-    let mut client = Client::open(&net, DENIED4);
+    let mut client = connected(&net, DENIED4);
     let before = temporary(&net);
     let same = |net: &Net| {
         let now = temporary(net);
@@ -221,7 +221,7 @@ fn damaged_record_stops_nothing_and_what_is_in_the_kernel_stays() {
     net.agent_text(&["allow", "orders", DENIED, "--for", "2h"]);
     net.agent_text(&["block", "orders", ALLOWED, "--for", "2h"]);
     net.watch(&[Protected::tcp(PORT, &[DENIED])]);
-    let mut client = Client::open(&net, DENIED4);
+    let mut client = connected(&net, DENIED4);
     let damages: [fn(Vec<u8>) -> Vec<u8>; 4] = [
         |_| b"{".to_vec(),
         |_| Vec::new(),

@@ -6,7 +6,7 @@ use filter_tests::net::{
 use serde_json::json;
 
 use crate::host::{
-    Client, DB, DENIED, PORT, explain, kept_sources, orders, others, rule, sources, temporary,
+    DB, DENIED, PORT, connected, explain, kept_sources, orders, others, rule, sources, temporary,
 };
 
 fn with_rules(count: u8) -> String {
@@ -34,8 +34,8 @@ fn newest_temporary_rules_are_suspended_where_the_policy_leaves_no_room_and_resu
     net.agent_text(&["block", "orders", "192.0.2.1", "--for", "2h"]);
     net.agent_text(&["allow", "orders", own, "--for", "2h"]);
     net.agent_text(&["allow", "orders", DENIED, "--for", "2h", "--label", "new"]);
-    let mut old = Client::open(&net, CLIENT4);
-    let mut new = Client::open(&net, DENIED4);
+    let mut old = connected(&net, CLIENT4);
+    let mut new = connected(&net, DENIED4);
     let until = rule(&net, DENIED)["expires"].clone();
     assert_eq!(suspended(&net), Vec::<String>::new());
 
@@ -90,7 +90,7 @@ fn newest_temporary_rules_are_suspended_where_the_policy_leaves_no_room_and_resu
         (&resumed["expires"], &resumed["label"]),
         (&until, &json!("new"))
     );
-    Client::open(&net, DENIED4).assert_alive();
+    connected(&net, DENIED4).assert_alive();
     assert_eq!(net.agent_json(&["status", "--verify"])["errors"], json!([]));
 }
 
