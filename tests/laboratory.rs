@@ -440,15 +440,20 @@ impl Laboratory {
         kept
     }
 
-    /// All files but the texts of earlier policies, which have their hashes as names.
+    /// All files but the texts of earlier policies, which have their hashes as names, and records of the history that could
+    /// not be read, which are set aside for whoever wants to look at them.
     fn all_files(&self) -> [BTreeSet<PathBuf>; 2] {
-        let texts = self.net.state_dir().join("policies");
-        let is_text = |path: &PathBuf| {
-            path.starts_with(&texts) && path.extension().is_some_and(|end| end == "yaml")
+        let state = self.net.state_dir();
+        let texts = state.join("policies");
+        let aside = ["change-id", "changes.json", "history.json"];
+        let aside = aside.map(|name| state.join(format!("{name}.damaged")));
+        let is_of_history = |path: &PathBuf| {
+            let end = path.extension().unwrap_or_default();
+            path.starts_with(&texts) && (end == "yaml" || end == "damaged") || aside.contains(path)
         };
         [self.net.bpffs(), self.net.state_dir()].map(|path| {
             let mut found = files_below(&path);
-            found.retain(|path| !is_text(path));
+            found.retain(|path| !is_of_history(path));
             found
         })
     }
