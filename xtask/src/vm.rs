@@ -303,13 +303,14 @@ impl Scenario {
              filter-agent reload 2>&1 && echo reloaded",
         )?;
         ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
-        let left = self.machine.command(&format!(
-            "filter-agent explain {lasting} --database orders --json"
+        let explained = self.machine.command(&format!(
+            "filter-agent explain {lasting} --database orders --json 2>&1"
         ))?;
-        let left: serde_json::Value = serde_json::from_str(&left).context("read `explain`")?;
-        let left = left["verdicts"][0]["left"]
-            .as_u64()
-            .context("read what is left")?;
+        let left = serde_json::from_str(&explained)
+            .map(|left: serde_json::Value| left["verdicts"][0]["left"].as_u64())
+            .ok()
+            .flatten()
+            .with_context(|| format!("read what is left; explain says: {explained}"))?;
         ensure!(
             (1..=3600).contains(&left),
             "of 3 hours {left} seconds are left after 2"
