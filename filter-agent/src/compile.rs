@@ -330,6 +330,7 @@ mod tests {
             monitor: false,
             on_removal: OnRemoval::Reset,
             cluster: vec![],
+            fleet: None,
         }
     }
 
@@ -343,6 +344,7 @@ mod tests {
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
             unprotected: Default::default(),
             metrics: None,
+            fleet: None,
             databases,
         }
     }

@@ -11,6 +11,7 @@ pub mod drops;
 pub mod enforcer;
 pub mod event;
 mod firewall;
+pub mod fleet;
 pub mod former;
 mod hints;
 pub mod history;

@@ -4,14 +4,16 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
+    path::PathBuf,
     time::Duration,
 };
 
 use filter_common::Engine;
 
 use crate::policy::{
-    checked::{Database, Model, OnRemoval, Policy, Rule, Tls},
+    checked::{Database, FromFleet, Model, OnRemoval, Policy, Rule, Tls},
     duration::spelled,
+    fleet::{Bounds, Fleet},
     region::{Guards, Region, RegionSource},
 };
 
@@ -162,6 +164,7 @@ fn settings(policy: &Policy) -> Settings {
         databases,
         unprotected,
         metrics,
+        fleet,
     } = policy;
     let mut own = BTreeMap::new();
     let mut set = |field: &str, value: String| {
@@ -173,6 +176,23 @@ fn settings(policy: &Policy) -> Settings {
     set("regional_network", list(regional_network));
     set("unprotected", list(unprotected));
     set("metrics: listen", list(metrics));
+    if let Some(fleet) = fleet {
+        let Fleet {
+            endpoints,
+            ca_file,
+            cert_file,
+            key_file,
+            host,
+            frozen,
+        } = fleet;
+        let path = |path: &Option<PathBuf>| list(path.iter().map(|path| path.display()));
+        set("fleet: endpoints", list(endpoints));
+        set("fleet: ca_file", path(ca_file));
+        set("fleet: cert_file", path(cert_file));
+        set("fleet: key_file", path(key_file));
+        set("fleet: host", list(host));
+        set("fleet: frozen", frozen.to_string());
+    }
     for (entry, mode) in modes {
         set(&format!("interface {entry}: mode"), mode.to_string());
     }
@@ -235,6 +255,7 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
         monitor,
         on_removal,
         cluster,
+        fleet,
     } = database;
     let mut settings = BTreeMap::new();
     let mut set = |field: &str, value: String| {
@@ -289,6 +310,26 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     }
     for member in cluster {
         set(&format!("cluster {}", member.source), describe(member));
+    }
+    // What its document allows is no setting of the policy.
+    if let Some(FromFleet { bounds, rules: _ }) = fleet {
+        let Bounds {
+            widest: [widest4, widest6],
+            within,
+            regions,
+        } = bounds;
+        set("fleet: widest", format!("/{widest4}, /{widest6}"));
+        let all = |texts: String, default: &str| match texts.is_empty() {
+            true => default.to_owned(),
+            false => texts,
+        };
+        set("fleet: within", all(list(within), "anywhere"));
+        set(
+            "fleet: regions",
+            regions
+                .as_ref()
+                .map_or("all".into(), |names| all(list(names), "none")),
+        );
     }
     settings
 }

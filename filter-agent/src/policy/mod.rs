@@ -3,15 +3,17 @@
 mod checked;
 mod difference;
 mod duration;
+mod fleet;
 mod prefix;
 mod read;
 mod region;
 mod secret_url;
 mod shown;
 
-pub use checked::{Database, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls};
+pub use checked::{Database, FromFleet, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls};
 pub use difference::differences;
 pub use duration::spelled;
+pub use fleet::{Bounds, Document, Fleet, Rollout};
 pub use prefix::{parse_cidr, without};
 pub use read::{Problem, check_label, parse};
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};

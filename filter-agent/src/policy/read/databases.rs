@@ -283,6 +283,7 @@ impl Reader<'_> {
             monitor: matches!(raw.monitor, Some(RawMonitor::Everything(true))),
             on_removal: raw.on_removal.unwrap_or_default(),
             cluster,
+            fleet: None,
         })
     }
 

@@ -251,6 +251,7 @@ impl Reader<'_> {
                 .collect(),
             unprotected: file.unprotected,
             metrics: file.metrics.and_then(|value| self.metrics(value)),
+            fleet: None,
         }
     }
 

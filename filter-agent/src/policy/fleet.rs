@@ -1,0 +1,76 @@
+//! The fleet's part of a policy: where documents come from, how far they may go, and what one says.
+
+use std::{collections::BTreeSet, path::PathBuf};
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+
+use crate::policy::Rule;
+
+/// Where the documents of the fleet come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fleet {
+    /// URLs of the members of etcd, such as `https://10.0.0.11:2379`. Empty only where `frozen`.
+    pub endpoints: Vec<String>,
+    pub ca_file: Option<PathBuf>,
+    /// The certificate, whose common name is the user in etcd, and its key.
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
+    /// Name of this host in the fleet; `None`: the host's name.
+    pub host: Option<String>,
+    /// Documents in force stay so, and nothing new is taken.
+    pub frozen: bool,
+}
+
+/// How far the fleet may open a database.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bounds {
+    /// Shortest prefix lengths, for IPv4 and IPv6.
+    pub widest: [u8; 2],
+    /// Networks that its rules must be inside of; empty: anywhere.
+    pub within: Vec<IpNet>,
+    /// Regions that it may name; `None`: every region of the policy.
+    pub regions: Option<BTreeSet<String>>,
+}
+
+/// What one document says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Document {
+    pub rules: Vec<Rule>,
+    pub rollout: Option<Rollout>,
+}
+
+/// Rules that some hosts enforce instead, for a time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rollout {
+    /// Names of hosts.
+    pub on: BTreeSet<String>,
+    /// From then on it counts as not written.
+    pub until: Timestamp,
+    pub rules: Vec<Rule>,
+}
+
+impl Document {
+    /// The rules that a host enforces at a date. Those that a rollout adds end with it, so that they do in the kernel as well.
+    pub fn rules_of(&self, host: &str, now: Timestamp) -> Vec<Rule> {
+        let rollout = self.rollout.as_ref();
+        let Some(rollout) = rollout.filter(|r| r.on.contains(host) && now < r.until) else {
+            return self.rules.clone();
+        };
+        let stays = |rule: &Rule| self.rules.contains(rule);
+        let mut rules = rollout.rules.clone();
+        for rule in rules.iter_mut().filter(|rule| !stays(rule)) {
+            let end = rule
+                .expires
+                .map_or(rollout.until, |end| end.min(rollout.until));
+            rule.expires = Some(end);
+        }
+        rules
+    }
+
+    /// Every rule of it, of the rollout too.
+    pub fn all_rules(&self) -> impl Iterator<Item = &Rule> {
+        let rollout = self.rollout.iter().flat_map(|rollout| &rollout.rules);
+        self.rules.iter().chain(rollout)
+    }
+}
