@@ -122,6 +122,9 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
         file,
         regions,
         unsaved: BTreeSet::new(),
+        fleet: Default::default(),
+        kept_fleet: Some(Default::default()),
+        own_name: "db1".into(),
         timed: order.timed.clone(),
         committed: committed(&order),
         kept: Kept::default(),
@@ -302,6 +305,7 @@ impl World {
             }
             Effect::Fail(error) => panic!("{error}"),
             Effect::Watch(_)
+            | Effect::Follow(_)
             | Effect::Status(_)
             | Effect::Ready
             | Effect::Stop

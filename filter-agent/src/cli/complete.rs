@@ -80,7 +80,8 @@ pub(super) fn refused_or_allowed(current: &OsStr) -> Vec<CompletionCandidate> {
 /// Sources of temporary rules and of blocks.
 pub(super) fn temporary(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, async |line| {
-        line.rules(|origin| origin != Origin::File).await
+        line.rules(|origin| matches!(origin, Origin::Temporary | Origin::Block))
+            .await
     })
 }
 
@@ -202,6 +203,7 @@ impl Line {
         let offers = rules.map(|rule| {
             let what = match rule.origin {
                 Origin::File => "rule of",
+                Origin::Fleet => "fleet's rule of",
                 Origin::Temporary => "allowed for a time at",
                 Origin::Block => "blocked at",
             };
