@@ -19,8 +19,12 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    cli::client::{Agent, SOCKET, STATUS_SOCKET},
-    report::{Drops, Origin, Regions, Rules, Status},
+    cli::{
+        client::{Agent, SOCKET, STATUS_SOCKET},
+        history,
+    },
+    history::{Listing, Past, What},
+    report::{self, Drops, Origin, Regions, Rules, Status},
 };
 
 /// Time for everything that one completion asks for.
@@ -60,6 +64,32 @@ pub(super) fn regions(current: &OsStr) -> Vec<CompletionCandidate> {
             database: None,
         });
         Ok(offers.collect())
+    })
+}
+
+/// Changes of the history.
+pub(super) fn changes(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, async |line| line.changes(|_| true).await)
+}
+
+/// Those whose policy can be enforced again.
+pub(super) fn policies(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, async |line| {
+        line.changes(|past| matches!(&past.what, What::Policy(policy) if policy.text_kept))
+            .await
+    })
+}
+
+/// The change that is tried.
+pub(super) fn tried(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, async |line| {
+        let status: Status = line.get("/v1/status").await?;
+        let offer = |window: report::Window| Offer {
+            value: window.id.to_string(),
+            note: format!("tried until {}", window.until),
+            database: None,
+        };
+        Ok(status.window.map(offer).into_iter().collect())
     })
 }
 
@@ -190,6 +220,17 @@ impl Line {
                 note: format!("refused by {database}: {}", dropped.reason),
                 database: dropped.database,
             })
+        });
+        Ok(offers.collect())
+    }
+
+    async fn changes(&self, is_meant: impl Fn(&Past) -> bool) -> Result<Vec<Offer>> {
+        let listing: Listing = self.get(&format!("/v1/history?limit={MAX_OFFERS}")).await?;
+        let meant = listing.changes.iter().filter(|past| is_meant(past));
+        let offers = meant.map(|past| Offer {
+            value: past.id.to_string(),
+            note: format!("{}, {:.0}", history::what(past), past.at),
+            database: None,
         });
         Ok(offers.collect())
     }

@@ -173,7 +173,8 @@ fn who_exactly(by: &By, users: &Users) -> String {
     parts.into_iter().flatten().collect()
 }
 
-fn what(past: &Past) -> String {
+/// In one line.
+pub(super) fn what(past: &Past) -> String {
     match &past.what {
         What::Policy(policy) => {
             let state = match policy.state {
