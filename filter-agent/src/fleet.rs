@@ -4,9 +4,6 @@ pub mod state;
 
 use std::collections::BTreeMap;
 
-/// Longest document, in bytes.
-pub const MAX_DOCUMENT: usize = 64 << 10;
-
 /// What etcd held of a host's keys, read at one revision.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Answer {

@@ -37,7 +37,8 @@ impl fmt::Display for Problem {
         match (&self.database, self.rule) {
             (Some(database), Some(rule)) => write!(f, "database {database}, rule {rule}: ")?,
             (Some(database), None) => write!(f, "database {database}: ")?,
-            (None, _) => {}
+            (None, Some(rule)) => write!(f, "rule {rule}: ")?,
+            (None, None) => {}
         }
         f.write_str(&self.message)
     }
@@ -65,8 +66,10 @@ pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
 
 /// Replaces names of Rust types in a message of serde.
 pub(super) fn plain(message: &str) -> String {
-    let shapes =
-        ["File", "Region", "Database", "Rule", "Metrics"].map(|name| format!("struct Raw{name}"));
+    let shapes = [
+        "File", "Region", "Database", "Rule", "Metrics", "Fleet", "Bounds", "Document", "Rollout",
+    ];
+    let shapes = shapes.map(|name| format!("struct Raw{name}"));
     let mut message = message
         .replace("a sequence", "a list")
         .replace("internally tagged enum Select", "a mapping")
@@ -87,13 +90,18 @@ pub(super) struct At {
 }
 
 impl At {
-    pub(super) fn top(key: &str) -> Self {
+    /// The whole file.
+    pub(super) fn root() -> Self {
         Self {
-            path: vec![Step::Key(key.into())],
+            path: Vec::new(),
             region: None,
             database: None,
             rule: None,
         }
+    }
+
+    pub(super) fn top(key: &str) -> Self {
+        Self::root().key(key)
     }
 
     pub(super) fn key(&self, key: &str) -> Self {
@@ -117,7 +125,16 @@ pub(super) struct Reader<'a> {
     pub(super) unlisted: usize,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    pub(super) fn new(text: &'a str) -> Self {
+        Self {
+            text,
+            problems: Vec::new(),
+            warnings: Vec::new(),
+            unlisted: 0,
+        }
+    }
+
     pub(super) fn problem(&mut self, at: &At, message: impl Into<String>) {
         self.problem_at(&at.path, false, at, message.into());
     }
