@@ -15,9 +15,6 @@ use crate::{
 };
 use state::State;
 
-/// Longest document, in bytes.
-pub const MAX_DOCUMENT: usize = 64 << 10;
-
 /// What etcd held of a host's keys, read at one revision.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Answer {
@@ -109,7 +106,7 @@ pub fn with_rules(
             revision: good.mod_revision,
             since: now.on_host(good.since),
         });
-        let rules = good.map(|good| good.document.rules_of(&host, now.wall));
+        let rules = good.map(|good| good.document.rules_of(&host, good.rollout_over));
         fleet.rules = rules.unwrap_or_default();
     }
     file.into()

@@ -382,7 +382,8 @@ impl KeptFleet {
 
     fn state(&self, policy: &Policy, now: Now) -> fleet::State {
         let kept = self.kept.clone().unwrap_or_default();
-        fleet::State::restore(kept, policy, now.steady)
+        let state = fleet::State::restore(kept, policy, now.steady);
+        state.without_rollouts_over(now.wall).unwrap_or(state)
     }
 
     fn fill(&self, file: &Arc<PolicyFile>, now: Now) -> Arc<PolicyFile> {

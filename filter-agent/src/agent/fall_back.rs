@@ -68,7 +68,10 @@ impl Agent {
         let Some(window) = &self.trial.window else {
             return;
         };
-        let fleet: Arc<_> = self.fleet.under(&window.before.policy).into();
+        let fleet: Arc<_> = self
+            .fleet
+            .under(&window.before.policy, self.now.steady)
+            .into();
         let file = self.with_fleet(&window.before, &fleet);
         let known = window.known_regions(&self.regions, self.now.steady);
         let regions = regions_of(&file.policy, &known, self.now.steady);

@@ -32,7 +32,8 @@ impl Agent {
             }
             News::Answer(answer) => {
                 let next = self.fleet.take(&answer, &self.file.policy, self.now.steady);
-                self.enforce_fleet(next.into());
+                let over = next.without_rollouts_over(self.now.wall);
+                self.enforce_fleet(over.unwrap_or(next).into());
             }
         }
     }

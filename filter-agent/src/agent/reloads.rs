@@ -141,7 +141,7 @@ impl Agent {
         };
         let asked = answers.keys().cloned().collect();
         // It may have changed since the file was read.
-        let fleet: Arc<_> = self.fleet.under(&file.policy).into();
+        let fleet: Arc<_> = self.fleet.under(&file.policy, self.now.steady).into();
         let file = self.with_fleet(&file, &fleet);
         let next = region::next(&file.policy, &self.regions, answers, self.now.steady);
         // A reload computes the ends anew, by the host's clock.

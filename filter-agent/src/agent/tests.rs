@@ -122,7 +122,7 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
         file,
         regions,
         unsaved: BTreeSet::new(),
-        fleet: Default::default(),
+        fleet: crate::fleet::state::State::restore(Default::default(), &file.policy, at(0).steady),
         kept_fleet: Some(Default::default()),
         own_name: "db1".into(),
         timed: order.timed.clone(),

@@ -7,6 +7,12 @@ use jiff::Timestamp;
 
 use crate::policy::Rule;
 
+/// Longest document, in bytes.
+pub const MAX_DOCUMENT: usize = 64 << 10;
+
+/// Longest name of a host in the fleet, in bytes.
+const MAX_HOST: usize = 63;
+
 /// Where the documents of the fleet come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fleet {
@@ -33,6 +39,33 @@ pub struct Bounds {
     pub regions: Option<BTreeSet<String>>,
 }
 
+impl Default for Bounds {
+    /// Those of a database with `fleet: true`.
+    fn default() -> Self {
+        Self {
+            widest: [8, 16],
+            within: Vec::new(),
+            regions: None,
+        }
+    }
+}
+
+/// Checks the name of a host, which becomes part of keys in etcd.
+///
+/// # Errors
+/// The name is too long, or has other characters.
+pub fn check_host(name: &str) -> Result<(), String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || ".-_".contains(c);
+    let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if !begins || name.len() > MAX_HOST || !name.chars().all(allowed) {
+        return Err(format!(
+            "{name:?} is not a valid name of a host in the fleet: 1 to {MAX_HOST} letters, digits, dots, hyphens and \
+             underscores, of which the first is a letter or a digit"
+        ));
+    }
+    Ok(())
+}
+
 /// What one document says.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Document {
@@ -51,10 +84,11 @@ pub struct Rollout {
 }
 
 impl Document {
-    /// The rules that a host enforces at a date. Those that a rollout adds end with it, so that they do in the kernel as well.
-    pub fn rules_of(&self, host: &str, now: Timestamp) -> Vec<Rule> {
+    /// The rules that a host enforces. Those that a rollout adds end with it, so that they do in the kernel as well.
+    /// `is_over`: the time of the rollout.
+    pub fn rules_of(&self, host: &str, is_over: bool) -> Vec<Rule> {
         let rollout = self.rollout.as_ref();
-        let Some(rollout) = rollout.filter(|r| r.on.contains(host) && now < r.until) else {
+        let Some(rollout) = rollout.filter(|r| r.on.contains(host) && !is_over) else {
             return self.rules.clone();
         };
         let stays = |rule: &Rule| self.rules.contains(rule);

@@ -15,9 +15,9 @@ pub use checked::{
 };
 pub use difference::differences;
 pub use duration::spelled;
-pub use fleet::{Bounds, Document, Fleet, Rollout};
+pub use fleet::{Bounds, Document, Fleet, MAX_DOCUMENT, Rollout, check_host};
 pub use prefix::{parse_cidr, without};
-pub use read::{Problem, check_label, parse};
+pub use read::{Problem, check_label, parse, parse_document};
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
 pub use secret_url::{SecretUrl, redacted};
 pub use shown::shown;
