@@ -122,8 +122,12 @@ impl State {
             state.lost = None;
             state.contact = None;
         }
-        state.known.retain(|name, _| names.contains_key(name.as_str()));
-        state.unreadable.retain(|name, _| names.contains_key(name.as_str()));
+        state
+            .known
+            .retain(|name, _| names.contains_key(name.as_str()));
+        state
+            .unreadable
+            .retain(|name, _| names.contains_key(name.as_str()));
         state.documents.clear();
         state.refused.clear();
         for database in names.into_values() {
@@ -153,7 +157,10 @@ impl State {
         }
         state.held = None;
         state.marks = Some(Marks::of(answer));
-        if self.marks.is_some_and(|marks| !marks.is_same_history(answer)) {
+        if self
+            .marks
+            .is_some_and(|marks| !marks.is_same_history(answer))
+        {
             // Numbers of another history say nothing of this one.
             for known in state.known.values_mut() {
                 known.read_at = None;
@@ -171,7 +178,8 @@ impl State {
             let known = state.known.entry(name.into()).or_default();
             if known.take(found, answer.revision, now) {
                 state.judge(databases[name], policy, now);
-            } else if let (Some(newest), Some(good)) = (&known.newest, state.documents.get_mut(name))
+            } else if let (Some(newest), Some(good)) =
+                (&known.newest, state.documents.get_mut(name))
                 && newest.sha256 == good.sha256
             {
                 // The same content may have other numbers: written again, or restored.
@@ -194,8 +202,7 @@ impl State {
         let frozen = self.frozen;
         let judged = |received: &mut Received| {
             let text = received.text.as_ref().ok_or_else(|| received.unusable());
-            let document =
-                text.and_then(|text| parse_document(text.as_bytes(), database, policy));
+            let document = text.and_then(|text| parse_document(text.as_bytes(), database, policy));
             if document.is_ok() && frozen && !received.was_in_force {
                 return Err("`fleet: {frozen: true}`: nothing new is taken".into());
             }
@@ -293,5 +300,7 @@ impl State {
 fn of_fleet(policy: &Policy) -> BTreeMap<&str, &Database> {
     let is_of_fleet = |database: &&Database| policy.fleet.is_some() && database.fleet.is_some();
     let databases = policy.databases.iter().filter(is_of_fleet);
-    databases.map(|database| (database.name.as_str(), database)).collect()
+    databases
+        .map(|database| (database.name.as_str(), database))
+        .collect()
 }

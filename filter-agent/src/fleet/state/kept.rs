@@ -30,7 +30,8 @@ impl Kept {
         let history = |kept: &Self| kept.marks.map(|marks| (marks.cluster, marks.era));
         let values = self.databases.iter();
         let others = other.databases.iter();
-        let parts = |(name, known): (_, &Known)| (name, known.newest.clone(), known.last_good.clone());
+        let parts =
+            |(name, known): (_, &Known)| (name, known.newest.clone(), known.last_good.clone());
         history(self) == history(other) && values.map(parts).eq(others.map(parts))
     }
 }

@@ -103,7 +103,9 @@ fn is_possible(value: &Value, revision: i64) -> bool {
     let (created, changed) = (value.create_revision, value.mod_revision);
     let is_ordered = 0 < created && created <= changed && changed <= revision;
     let is_first = created == changed;
-    is_ordered && value.version >= 1 && value.version <= 1 + changed - created
+    is_ordered
+        && value.version >= 1
+        && value.version <= 1 + changed - created
         && is_first == (value.version == 1)
 }
 

@@ -91,20 +91,50 @@ impl<'de> Visitor<'de> for Bounded<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
         self.take(0)?;
         let mut values = Mapping::new();
-        while let Some(key) = map.next_key_seed(self)? {
-            let Value::String(name) = &key else {
-                return Err(A::Error::custom("a key is not text"));
+        loop {
+            let key = Key {
+                bounded: self,
+                before: &values,
             };
-            if values.contains_key(&key) {
-                return Err(A::Error::custom(format!("duplicate field `{name}`")));
-            }
+            let Some(key) = map.next_key_seed(key)? else {
+                return Ok(Value::Mapping(values));
+            };
             let value = map.next_value_seed(self)?;
-            values.insert(key, value);
+            values.insert(Value::String(key), value);
         }
-        Ok(Value::Mapping(values))
     }
 
     fn visit_enum<A: EnumAccess<'de>>(self, _: A) -> Result<Value, A::Error> {
         Err(A::Error::custom("tags are not allowed"))
+    }
+}
+
+/// A key of a mapping. Fails at one that was there before: there the error has its line.
+struct Key<'a> {
+    bounded: Bounded<'a>,
+    before: &'a Mapping,
+}
+
+impl<'de> DeserializeSeed<'de> for Key<'_> {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Key<'_> {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a field")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<String, E> {
+        self.bounded.take(name.len())?;
+        if self.before.contains_key(name) {
+            return Err(E::custom(format!("duplicate field `{name}`")));
+        }
+        Ok(name.to_owned())
     }
 }

@@ -1,5 +1,8 @@
 //! Reads a document of the fleet: the rules of one database, held against what the host's policy allows.
 
+#[cfg(test)]
+mod tests;
+
 use filter_common::MAX_RULES;
 use serde::Deserialize;
 use serde_yaml::Value;
@@ -11,7 +14,7 @@ use crate::{
         read::{
             bounded, check_characters,
             databases::instant,
-            reader::{At, Problem, Reader, structural},
+            reader::{At, Reader, structural},
         },
     },
     text::{list, written_out},
@@ -60,7 +63,9 @@ pub fn parse_document(
 
 fn document(text: &[u8], database: &Database, policy: &Policy) -> Result<Document, String> {
     let from_fleet = database.fleet.as_ref();
-    let bounds = &from_fleet.ok_or("the database is not one of the fleet's")?.bounds;
+    let bounds = &from_fleet
+        .ok_or("the database is not one of the fleet's")?
+        .bounds;
     if text.len() > MAX_DOCUMENT {
         let length = text.len();
         return Err(format!("it has {length} bytes; at most {MAX_DOCUMENT}"));
@@ -77,15 +82,14 @@ fn document(text: &[u8], database: &Database, policy: &Policy) -> Result<Documen
     }
     let value = bounded::value(text, MAX_VALUE);
     let value = value.map_err(|error| structural(&error).to_string())?;
-    let mut reader = Reader::new(text);
+    // The line of each other takes a pass over a text that somebody else wrote, and nobody would see it.
+    let mut reader = Reader::new(text, 1);
     let document = reader.document(value, database, bounds, policy);
-    reader.problems.sort_by_key(|problem| problem.line);
-    let more = reader.problems.len() + reader.unlisted;
-    match (document, reader.problems.first()) {
-        (Some(document), None) => Ok(document),
-        (_, None) => Err("it is not a document".into()),
-        (_, Some(problem)) if more > 1 => Err(format!("{problem} (and {} more)", more - 1)),
-        (_, Some(problem)) => Err(Problem::to_string(problem)),
+    match (document, reader.problems.first(), reader.unlisted) {
+        (Some(document), None, _) => Ok(document),
+        (None, None, _) => Err("it is not a document".into()),
+        (_, Some(problem), 0) => Err(problem.to_string()),
+        (_, Some(problem), more) => Err(format!("{problem} (and {more} more)")),
     }
 }
 
@@ -199,7 +203,11 @@ fn check_source(source: &Source, bounds: &Bounds) -> Result<(), String> {
     } = bounds;
     match source {
         Source::Cidr(prefix) => {
-            let widest = if prefix.addr().is_ipv4() { widest4 } else { widest6 };
+            let widest = if prefix.addr().is_ipv4() {
+                widest4
+            } else {
+                widest6
+            };
             if prefix.prefix_len() < *widest {
                 return Err(format!(
                     "{prefix} is wider than /{widest}, the widest that this host lets the fleet open (`widest`)"

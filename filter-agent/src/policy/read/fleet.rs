@@ -80,7 +80,8 @@ impl Reader<'_> {
         let list = at.key("endpoints");
         let texts = raw.endpoints.as_deref().unwrap_or_default();
         if texts.is_empty() && !raw.frozen {
-            let message = "fleet: no `endpoints`: name the members of etcd, such as https://10.0.0.11:2379";
+            let message =
+                "fleet: no `endpoints`: name the members of etcd, such as https://10.0.0.11:2379";
             let place = if raw.endpoints.is_some() { &list } else { at };
             self.problem(place, message);
         }
@@ -174,7 +175,8 @@ impl Reader<'_> {
             match lengths(&texts, 0) {
                 Some(widest) => bounds.widest = widest,
                 None => {
-                    let message = "fleet: widest is a length for IPv4 and one for IPv6, such as [/16, /48]";
+                    let message =
+                        "fleet: widest is a length for IPv4 and one for IPv6, such as [/16, /48]";
                     self.problem(&at.key("widest"), message);
                 }
             }
@@ -236,7 +238,11 @@ fn endpoint(text: &str) -> Result<Url, String> {
         ));
     }
     // `Url` drops the scheme's own port, and would have it where none is written.
-    let own = if url.scheme() == "https" { ":443" } else { ":80" };
+    let own = if url.scheme() == "https" {
+        ":443"
+    } else {
+        ":80"
+    };
     if url.port().is_none() && !text.trim_end_matches('/').ends_with(own) {
         return Err(format!("{text} has no port: that of etcd is 2379"));
     }

@@ -24,7 +24,7 @@ use databases::RawDatabase;
 pub use databases::check_label;
 pub use document::parse_document;
 pub use reader::Problem;
-use reader::{At, Reader, describe, structural};
+use reader::{At, MAX_PROBLEMS, Reader, describe, structural};
 
 /// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).
 const MAX_INTERFACE: usize = 127;
@@ -39,7 +39,7 @@ const MAX_OPEN_BRACKETS: usize = 1000;
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
     check_characters(text).map_err(|problem| vec![problem])?;
     let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
-    let mut reader = Reader::new(text);
+    let mut reader = Reader::new(text, MAX_PROBLEMS);
     let policy = reader.policy(file);
     reader.problems.sort_by_key(|problem| problem.line);
     reader.warnings.sort_by_key(|warning| warning.line);
@@ -248,7 +248,11 @@ impl Reader<'_> {
             }
         }
         self.overlaps(&databases);
-        if has_fleet && !databases.iter().any(|(_, database)| database.fleet.is_some()) {
+        if has_fleet
+            && !databases
+                .iter()
+                .any(|(_, database)| database.fleet.is_some())
+        {
             let message = "no database has `fleet: true`: nothing is taken from the fleet";
             self.warn(&At::top("fleet"), message);
         }

@@ -45,7 +45,7 @@ impl fmt::Display for Problem {
 }
 
 /// Problems reported of one file. Each takes another pass over the text, for its line number.
-const MAX_PROBLEMS: usize = 50;
+pub(super) const MAX_PROBLEMS: usize = 50;
 
 /// Converts an error of serde_yaml: the text is not YAML, or not of this shape.
 pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
@@ -121,16 +121,18 @@ pub(super) struct Reader<'a> {
     pub(super) text: &'a str,
     pub(super) problems: Vec<Problem>,
     pub(super) warnings: Vec<Problem>,
-    /// Number of problems beyond `MAX_PROBLEMS`.
+    /// Most problems to list, and the number of those beyond.
+    most: usize,
     pub(super) unlisted: usize,
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn new(text: &'a str) -> Self {
+    pub(super) fn new(text: &'a str, most: usize) -> Self {
         Self {
             text,
             problems: Vec::new(),
             warnings: Vec::new(),
+            most,
             unlisted: 0,
         }
     }
@@ -141,7 +143,7 @@ impl<'a> Reader<'a> {
 
     /// Adds a problem at a node, or at the key that leads to it. `whose`: the node that the message names.
     pub(super) fn problem_at(&mut self, path: &[Step], of_key: bool, whose: &At, message: String) {
-        if self.problems.len() < MAX_PROBLEMS {
+        if self.problems.len() < self.most {
             let line = locate(self.text, path, of_key);
             self.problems.push(describe(line, whose, message));
         } else {
