@@ -40,6 +40,9 @@ const HITS_INTERVAL: Duration = Duration::from_mins(1);
 /// Pause before records of the history that could not be written are written again, where there is no change before.
 const HISTORY_RETRY: Duration = Duration::from_secs(10);
 
+/// How often at most the marks of etcd's answers are written to disk, where the documents stay the same.
+const MARKS_INTERVAL: Duration = Duration::from_mins(1);
+
 #[derive(Debug)]
 pub struct Saves {
     /// The confirmed policy that was given to the store last.
@@ -52,6 +55,7 @@ pub struct Saves {
     window_at: Timestamp,
     /// The fleet's documents that were given to the store last. `None`: something else is on disk.
     fleet: Option<fleet::Kept>,
+    fleet_at: Timestamp,
     /// Last hits of rules that are not on disk, and when a version was given to the store last.
     last_hits: Option<last_hits::Kept>,
     last_hits_at: Option<Timestamp>,
@@ -89,6 +93,7 @@ impl Saves {
             window,
             window_at: now,
             fleet,
+            fleet_at: now,
             last_hits: None,
             last_hits_at: None,
             history,
@@ -152,12 +157,18 @@ impl Saves {
         Some(Write::Window(kept.into()))
     }
 
-    /// The write that keeps the fleet's documents for the next start; `None`: they are on disk.
-    pub fn fleet(&mut self, kept: fleet::Kept) -> Option<Write> {
-        if self.fleet.as_ref() == Some(&kept) && self.error(&Record::Fleet).is_none() {
+    /// The write that keeps the fleet's documents for the next start; `None`: they are on disk. The marks of the last answer,
+    /// which any write to etcd moves, are written each minute at most.
+    pub fn fleet(&mut self, kept: fleet::Kept, now: Timestamp) -> Option<Write> {
+        let is_same = |before: &fleet::Kept| match self.fleet_at + MARKS_INTERVAL > now {
+            true => before.has_same_documents(&kept),
+            false => *before == kept,
+        };
+        if self.fleet.as_ref().is_some_and(is_same) && self.error(&Record::Fleet).is_none() {
             return None;
         }
         self.fleet = Some(kept.clone());
+        self.fleet_at = now;
         self.under_way.insert(Record::Fleet);
         Some(Write::Fleet(kept.into()))
     }

@@ -95,7 +95,7 @@ impl Agent {
 
     /// Has the fleet's documents written to disk, if they are not there.
     pub(super) fn keep_fleet(&mut self) {
-        let write = self.saves.fleet(self.fleet.kept());
+        let write = self.saves.fleet(self.fleet.kept(), self.now.steady);
         self.effects.extend(write.map(Effect::Save));
     }
 

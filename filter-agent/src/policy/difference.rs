@@ -620,4 +620,65 @@ databases:
             );
         }
     }
+
+    #[test]
+    fn every_field_of_the_fleet_that_changes_is_named() {
+        let fleet = "fleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true}\ndatabases:";
+        let base = BEFORE.replace("databases:", fleet);
+        let base = base.replace("    rules:", "    fleet: true\n    rules:");
+        let lines = |from: &str, to: &str| {
+            assert!(base.contains(from), "{from}");
+            let [before, after] =
+                [&base, &base.replace(from, to)].map(|text| parse(text).unwrap().0);
+            differences(&before, &after)
+        };
+        let files = "'https://127.0.0.1:2379'], ca_file: /a, cert_file: /b, key_file: /c";
+        let cases = [
+            (
+                "insecure: true}",
+                "insecure: true, host: db7}",
+                "~ fleet: host: nothing -> db7",
+            ),
+            (
+                "insecure: true}",
+                "insecure: true, frozen: true}",
+                "~ fleet: frozen: false -> true",
+            ),
+            (
+                "'http://127.0.0.1:2379']",
+                files,
+                "~ fleet: ca_file: nothing -> /a\n~ fleet: cert_file: nothing -> /b\n~ fleet: endpoints: \
+                 http://127.0.0.1:2379 -> https://127.0.0.1:2379\n~ fleet: key_file: nothing -> /c",
+            ),
+            (
+                "fleet: true",
+                "fleet: {widest: [/0, /48]}",
+                "~ database orders: fleet: widest: /8, /16 -> /0, /48",
+            ),
+            (
+                "fleet: true",
+                "fleet: {within: [203.0.113.0/24]}",
+                "~ database orders: fleet: within: anywhere -> 203.0.113.0/24",
+            ),
+            (
+                "fleet: true",
+                "fleet: {regions: []}",
+                "~ database orders: fleet: regions: all -> none",
+            ),
+            (
+                "fleet: true",
+                "fleet: {regions: [office]}",
+                "~ database orders: fleet: regions: all -> office",
+            ),
+            (
+                "fleet: true",
+                "fleet: false",
+                "- database orders: fleet: regions: all\n- database orders: fleet: widest: /8, /16\n\
+                 - database orders: fleet: within: anywhere",
+            ),
+        ];
+        for (from, to, expected) in cases {
+            assert_eq!(lines(from, to).join("\n"), expected);
+        }
+    }
 }

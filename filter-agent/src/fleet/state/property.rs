@@ -159,7 +159,7 @@ impl Watch {
     }
 
     /// After any change.
-    fn check(&mut self, before: &State, after: &State, policy: &Policy, now: Timestamp) {
+    fn check(&mut self, before: &State, after: &State, policy: &Policy) {
         for (name, good) in after.documents() {
             self.count("in force");
             let content = (name.clone(), good.sha256.clone());
@@ -351,7 +351,7 @@ fn history(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                 }
             }
         }
-        watch.check(&before, &state, &policy, now);
+        watch.check(&before, &state, &policy);
     }
     for (kind, count) in watch.seen {
         *seen.entry(kind).or_default() += count;
