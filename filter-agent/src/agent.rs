@@ -108,6 +108,8 @@ pub struct Agent {
     /// What is known of the fleet, and the host's own name.
     fleet: Arc<Fleet>,
     own_name: String,
+    /// Changes that etcd did not announce.
+    healed: u64,
     remembered: Remembered,
     now: Now,
     started: Timestamp,
@@ -186,6 +188,7 @@ impl Agent {
             regions,
             fleet: fleet.into(),
             own_name,
+            healed: 0,
             remembered: Remembered::default(),
             now,
             started: now.wall,
@@ -506,6 +509,7 @@ impl Agent {
                         ended,
                     } => {
                         self.file = file;
+                        self.keep_fleet();
                         self.log_all(ended);
                         self.log_all(committed.entries);
                         for (name, change) in changes {
@@ -782,6 +786,8 @@ impl Agent {
             window: self.trial.window.as_ref().map(|w| w.open.brief()),
             regions: self.regions.clone(),
             fleet: self.fleet.clone(),
+            fleet_host: crate::fleet::host(&self.file.policy, &self.own_name),
+            healed: self.healed,
             timed: self.timed.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
             unsaved: self

@@ -10,7 +10,7 @@ use std::{
 
 use crate::{
     clock::Now,
-    policy::{InForce, Policy},
+    policy::{DocumentInForce, Policy},
     policy_file::PolicyFile,
 };
 use state::State;
@@ -51,7 +51,11 @@ pub struct Value {
 /// What comes of following the fleet's keys.
 #[derive(Debug)]
 pub enum News {
-    Answer(Answer),
+    Answer {
+        answer: Answer,
+        /// Changes so far that a periodic read found, and etcd did not announce.
+        healed: u64,
+    },
     /// Why there is no answer, with the endpoint.
     Lost(String),
 }
@@ -83,6 +87,13 @@ impl Settings {
     }
 }
 
+/// The name of the host in the fleet. `own_name`: the host's.
+pub fn host(policy: &Policy, own_name: &str) -> String {
+    let fleet = policy.fleet.as_ref();
+    let host = fleet.and_then(|fleet| fleet.host.clone());
+    host.unwrap_or_else(|| own_name.to_owned())
+}
+
 /// A policy with the rules of the fleet that are in force. `own_name`: the host's.
 pub fn with_rules(
     file: &Arc<PolicyFile>,
@@ -94,15 +105,13 @@ pub fn with_rules(
         return file.clone();
     }
     let mut file = file.as_ref().clone();
-    let fleet = file.policy.fleet.as_ref();
-    let host = fleet.and_then(|fleet| fleet.host.clone());
-    let host = host.unwrap_or_else(|| own_name.to_owned());
+    let host = host(&file.policy, own_name);
     for database in &mut file.policy.databases {
         let Some(fleet) = &mut database.fleet else {
             continue;
         };
         let good = state.documents().get(&database.name);
-        fleet.document = good.map(|good| InForce {
+        fleet.document = good.map(|good| DocumentInForce {
             revision: good.mod_revision,
             since: now.on_host(good.since),
         });

@@ -1,5 +1,7 @@
 //! The agent's state as plain values, and the reports made from them: readers never touch the agent. Pure.
 
+mod fleet;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use filter_common::Reason;
@@ -9,7 +11,7 @@ use jiff::{Timestamp, Unit};
 use crate::{
     clock::Now,
     enforcer::Observed,
-    fleet::state as fleet,
+    fleet::state::State as Fleet,
     history::History,
     holding::{self, Regional},
     host::coverage::{Coverage, address_warnings, describe_missing},
@@ -37,7 +39,10 @@ pub struct Snapshot {
     pub enforced: report::Enforced,
     pub window: Option<Brief>,
     pub regions: Regions,
-    pub fleet: Arc<fleet::State>,
+    /// What is known of the fleet, the host's name in it, and the changes that etcd did not announce.
+    pub fleet: Arc<Fleet>,
+    pub fleet_host: String,
+    pub healed: u64,
     pub timed: Timed,
     /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,
@@ -65,6 +70,7 @@ impl Snapshot {
         warnings.extend(settings.port_warnings(policy));
         warnings.extend(unlisted(policy, &coverage, pinned, host));
         warnings.extend(self.region_warnings());
+        warnings.extend(self.fleet_warnings(now.steady));
         warnings.extend(observed.lost.iter().cloned());
         warnings.extend(self.unsaved.iter().cloned());
         let mut not_enforced = coverage.not_enforced(pinned, *ours);
@@ -75,6 +81,7 @@ impl Snapshot {
         }
         let mut errors = self.errors.clone();
         errors.extend(self.region_errors());
+        errors.extend(self.fleet_errors());
         errors.extend(coverage.missing.iter().map(describe_missing));
         errors.extend(not_enforced.iter().cloned());
         errors.extend(observed.complaints.iter().cloned());
@@ -106,6 +113,7 @@ impl Snapshot {
             verified: observed.verified.clone(),
             tracing: observed.tracing.clone(),
             window: self.window.as_ref().map(|window| window.report(now)),
+            fleet: self.fleet(),
             warnings,
             not_enforced,
             errors,

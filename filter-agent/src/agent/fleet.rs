@@ -10,7 +10,7 @@ use super::{
 use crate::{
     enforcer::Checked,
     event::Effect,
-    fleet::{self, News, Settings},
+    fleet::{self, News, Settings, state::Standing},
     history::Origin,
     log::Entry,
     policy_file::PolicyFile,
@@ -30,7 +30,8 @@ impl Agent {
                 Arc::make_mut(&mut self.fleet).lost(error, self.now.steady);
                 self.log_fleet(&before);
             }
-            News::Answer(answer) => {
+            News::Answer { answer, healed } => {
+                self.healed = healed;
                 let next = self.fleet.take(&answer, &self.file.policy, self.now.steady);
                 let over = next.without_rollouts_over(self.now.wall);
                 self.enforce_fleet(over.unwrap_or(next).into());
@@ -91,7 +92,49 @@ impl Agent {
         self.retry_later(error, not_taken_back);
     }
 
-    fn log_fleet(&mut self, _before: &Fleet) {}
+    /// Logs how etcd and the documents stand where that is news.
+    fn log_fleet(&mut self, before: &Fleet) {
+        let after = self.fleet.clone();
+        match (before.lost_since(), after.lost_since()) {
+            (None, Some(lost)) => self.log(limited(Entry::warning(format!(
+                "fleet: {}; what is in force stays so",
+                lost.why
+            )))),
+            (Some(_), None) => self.log(limited(Entry::info("fleet: etcd answers again"))),
+            _ => {}
+        }
+        match (before.held(), after.held()) {
+            (was, Some(held)) if was.is_none_or(|was| was.why != held.why) => {
+                let error = format!("fleet: {}: nothing that it says is put in force", held.why);
+                self.log(limited(Entry::error(error)));
+            }
+            (Some(_), None) => self.log(limited(Entry::info("fleet: etcd is believed again"))),
+            _ => {}
+        }
+        let databases = self.file.policy.databases.iter();
+        let databases = databases.filter(|database| database.fleet.is_some());
+        let names: Vec<String> = databases.map(|database| database.name.clone()).collect();
+        for name in names {
+            let standing = after.standing(&name);
+            if standing == before.standing(&name) {
+                continue;
+            }
+            let entry = match standing {
+                Standing::Refused { why, mod_revision } => Entry::warning(format!(
+                    "database {name}: the fleet's document of revision {mod_revision} is refused: {why}"
+                )),
+                Standing::Missing { .. } => Entry::warning(format!(
+                    "database {name}: the fleet's document is gone; the last good one stays in force"
+                )),
+                Standing::Unreadable(since) => Entry::warning(format!(
+                    "database {name}: the fleet's document cannot be read: {}",
+                    since.why
+                )),
+                Standing::Active | Standing::Held(_) | Standing::Unknown => continue,
+            };
+            self.log(limited(entry.with("DATABASE", name)));
+        }
+    }
 
     /// Has the fleet's documents written to disk, if they are not there.
     pub(super) fn keep_fleet(&mut self) {
@@ -104,4 +147,9 @@ impl Agent {
         let settings = Settings::of(&self.file.policy);
         self.effects.push(Effect::Follow(settings));
     }
+}
+
+/// Whoever may write to etcd can cause such lines.
+fn limited(entry: Entry) -> Entry {
+    entry.limited("the fleet".to_owned())
 }

@@ -101,12 +101,12 @@ pub struct FromFleet {
     /// Rules of the fleet's document that is in force. `parse` leaves them empty.
     pub rules: Vec<Rule>,
     /// That document. `None`: there is none.
-    pub document: Option<InForce>,
+    pub document: Option<DocumentInForce>,
 }
 
 /// A document of the fleet that is in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-pub struct InForce {
+pub struct DocumentInForce {
     /// etcd's revision of its last change.
     pub revision: i64,
     /// Since when it is in force, by the host's clock.

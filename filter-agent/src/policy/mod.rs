@@ -11,7 +11,7 @@ mod secret_url;
 mod shown;
 
 pub use checked::{
-    Database, FromFleet, InForce, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls,
+    Database, DocumentInForce, FromFleet, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls,
 };
 pub use difference::differences;
 pub use duration::spelled;
