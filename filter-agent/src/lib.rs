@@ -9,6 +9,7 @@ mod cut;
 pub mod daemon;
 pub mod drops;
 pub mod enforcer;
+pub mod etcd;
 pub mod event;
 mod firewall;
 pub mod fleet;

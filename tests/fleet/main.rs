@@ -1,0 +1,9 @@
+//! The fleet, with a real etcd.
+
+mod answers;
+mod certificates;
+mod etcd;
+mod faults;
+mod follower;
+mod mute;
+mod refusals;
