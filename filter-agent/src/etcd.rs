@@ -8,7 +8,7 @@ mod connection;
 mod failure;
 mod files;
 
-use std::{collections::BTreeSet, path::PathBuf, pin::pin, time::Duration};
+use std::{pin::pin, time::Duration};
 
 use anyhow::{Result, bail};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{
     etcd::{connection::Connection, files::Files},
-    fleet::{Answer, Found},
+    fleet::{Answer, Found, News, Settings},
 };
 
 /// Pauses before another connection, each a random part of these.
@@ -31,29 +31,6 @@ const READ_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Time allowed to a watch to announce what a read found already.
 const RING_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Where the documents are, and which.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Settings {
-    /// URLs of the members.
-    pub endpoints: Vec<String>,
-    pub ca_file: Option<PathBuf>,
-    pub cert_file: Option<PathBuf>,
-    pub key_file: Option<PathBuf>,
-    /// At most 127: etcd takes 128 operations in a transaction.
-    pub databases: BTreeSet<String>,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-pub enum News {
-    Answer {
-        answer: Answer,
-        /// Changes so far that a periodic read found, and the watch did not announce. More than 0 is a fault of etcd's.
-        healed: u64,
-    },
-    /// One line: the endpoint, and why there is no connection to it. Another is made without being asked for.
-    Lost(String),
-}
 
 /// Documents that are followed, until it is dropped.
 #[must_use]

@@ -49,14 +49,14 @@ pub struct Value {
 }
 
 /// What comes of following the fleet's keys.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum News {
     Answer {
         answer: Answer,
-        /// Changes so far that a periodic read found, and etcd did not announce.
+        /// Changes so far that a periodic read found, and the watch did not announce. More than 0 is a fault of etcd's.
         healed: u64,
     },
-    /// Why there is no answer, with the endpoint.
+    /// One line: the endpoint, and why there is no connection to it. Another is made without being asked for.
     Lost(String),
 }
 
@@ -67,7 +67,7 @@ pub struct Settings {
     pub ca_file: Option<PathBuf>,
     pub cert_file: Option<PathBuf>,
     pub key_file: Option<PathBuf>,
-    /// Databases whose documents are read.
+    /// Databases whose documents are read. At most 127: etcd takes 128 operations in a transaction.
     pub databases: BTreeSet<String>,
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
-use filter_agent::etcd::Settings;
+use filter_agent::fleet::Settings;
 use filter_tests::net::{Namespace, run_in, succeed, wait_until};
 use nix::{
     sys::signal::{Signal, kill},

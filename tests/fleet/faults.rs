@@ -3,8 +3,8 @@
 use std::{fs, process::Command};
 
 use filter_agent::{
-    etcd::{self, News},
-    fleet::Found,
+    etcd,
+    fleet::{Found, News},
 };
 use filter_tests::net::PATIENCE;
 use nix::sys::signal::Signal;

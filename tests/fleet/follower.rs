@@ -7,8 +7,8 @@ use std::{
 };
 
 use filter_agent::{
-    etcd::{self, News, Settings},
-    fleet::{Answer, Found, Value},
+    etcd,
+    fleet::{Answer, Found, News, Settings, Value},
 };
 use filter_tests::net::{Namespace, PATIENCE, run_in};
 use tokio::sync::oneshot;

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use filter_agent::etcd::{News, Settings};
+use filter_agent::fleet::{News, Settings};
 
 use crate::{
     etcd::Etcd,

@@ -6,7 +6,7 @@ use std::{
     thread,
 };
 
-use filter_agent::etcd::Settings;
+use filter_agent::fleet::Settings;
 use filter_tests::net::wait_until;
 
 use crate::{

@@ -18,7 +18,8 @@ use crate::{
         failure::{Failure, one_line, plain},
         files::Files,
     },
-    fleet::{Answer, Found, MAX_DOCUMENT, Value},
+    fleet::{Answer, Found, Value},
+    policy::MAX_DOCUMENT,
 };
 
 const ERA: &str = "/filter-agent/v1/era";

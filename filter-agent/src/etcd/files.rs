@@ -12,7 +12,7 @@ use etcd_client::{Certificate, Identity, TlsOptions};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tokio::time::sleep;
 
-use crate::{etcd::Settings, threads, whole_file};
+use crate::{fleet::Settings, threads, whole_file};
 
 /// Longest file, in bytes.
 const MAX_FILE: u64 = 1 << 20;
@@ -43,7 +43,8 @@ impl Files {
     pub async fn read(settings: &Settings) -> Result<Self> {
         let files = [&settings.ca_file, &settings.cert_file, &settings.key_file];
         let paths: Vec<PathBuf> = files.into_iter().flatten().cloned().collect();
-        let before = states(paths).await.unwrap_or_default();
+        let has_files = !paths.is_empty();
+        let before = states(paths).await?;
         let mut tls = TlsOptions::new();
         if let Some(file) = &settings.ca_file {
             let text = read(file, has_certificate).await?;
@@ -55,7 +56,7 @@ impl Files {
             tls = tls.identity(Identity::from_pem(certificate, key));
         }
         Ok(Self {
-            tls: (!before.is_empty()).then_some(tls),
+            tls: has_files.then_some(tls),
             before,
         })
     }
