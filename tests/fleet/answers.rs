@@ -126,6 +126,11 @@ fn documents_that_are_too_long_together_leave_the_others_readable() {
     let mut databases: Vec<&str> = names.iter().map(String::as_str).collect();
     let alone = Follower::start(&etcd.host, etcd.settings(&["long0", "orders"]));
     assert_eq!(value(&alone.answer(), "long0").text, long);
+    // One of them alone is given on as it is, also where another key may not be read.
+    let denied = Follower::start(&etcd.host, etcd.settings(&["billing", "long0", "orders"]));
+    let answer = denied.answer();
+    assert_eq!(value(&answer, "long0").text, long);
+    assert!(matches!(answer.documents["billing"], Found::Unreadable(_)));
     databases.push("orders");
     let follower = Follower::start(&etcd.host, etcd.settings(&databases));
     let answer = follower.answer();

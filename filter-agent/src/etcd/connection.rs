@@ -131,8 +131,12 @@ impl Connection {
         let readable = self.databases.clone();
         match self.read_these(&readable).await {
             Ok(answer) => Ok(answer),
-            Err(Failure::Denied(_) | Failure::TooLong(_)) => {
-                let unreadable = self.unreadable().await?;
+            Err(failure @ (Failure::Denied(_) | Failure::TooLong(_))) => {
+                let longest = match failure {
+                    Failure::TooLong(_) => MAX_DOCUMENT,
+                    _ => usize::MAX,
+                };
+                let unreadable = self.unreadable(longest).await?;
                 let is_readable = |name: &String| !unreadable.contains_key(name);
                 let readable = readable.into_iter().filter(is_readable).collect();
                 let mut answer = self.read_these(&readable).await?;
@@ -182,8 +186,8 @@ impl Connection {
         })
     }
 
-    /// Finds out which documents cannot be read, and why: a transaction is refused as a whole.
-    async fn unreadable(&mut self) -> Result<BTreeMap<String, String>> {
+    /// Finds out which documents cannot be read, or are longer than this, and why: a transaction is refused as a whole.
+    async fn unreadable(&mut self, longest: usize) -> Result<BTreeMap<String, String>> {
         if let Err(failure) = within(self.kv.get(ERA, None)).await {
             return Err(anyhow::Error::from(failure).context(format!("read {ERA}")));
         }
@@ -193,7 +197,7 @@ impl Connection {
             match within(self.kv.get(key.as_str(), None)).await {
                 Ok(response) => {
                     let length = value_of(&key, response.0)?.map_or(0, |value| value.value.len());
-                    if length > MAX_DOCUMENT {
+                    if length > longest {
                         let why = format!(
                             "{length} bytes are more than the {MAX_DOCUMENT} that a document may have"
                         );
