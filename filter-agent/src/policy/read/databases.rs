@@ -149,7 +149,7 @@ pub fn check_label(label: &str) -> Result<(), String> {
 
 /// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a label that has one
 /// looks like another in a terminal.
-fn is_control(character: char) -> bool {
+pub(super) fn is_control(character: char) -> bool {
     const DIRECTIONS: [std::ops::RangeInclusive<char>; 4] = [
         '\u{61c}'..='\u{61c}',
         '\u{200e}'..='\u{200f}',
