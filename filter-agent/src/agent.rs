@@ -2,6 +2,7 @@
 //! a time; events that would start another one wait until it is done.
 
 mod fall_back;
+mod fleet;
 mod history;
 mod regions;
 mod reloads;
@@ -18,6 +19,7 @@ use crate::{
     clock::{BootTime, Now},
     enforcer::Checked,
     event::{Effect, Event, Order, ReloadOptions, Reply, Request},
+    fleet::state::State as Fleet,
     history::{History, Origin},
     host::coverage::Remembered,
     late::Late,
@@ -48,6 +50,7 @@ enum UnderWay {
     Change {
         regions: Regions,
         timed: Box<Timed>,
+        fleet: Arc<Fleet>,
         cause: Cause,
     },
     Detach {
@@ -69,6 +72,7 @@ enum Cause {
         reply: Option<Reply<report::Reloaded>>,
     },
     FallBack {
+        file: Arc<PolicyFile>,
         reason: Reason,
         by: Option<By>,
         reply: Option<Reply<report::Decided>>,
@@ -78,7 +82,12 @@ enum Cause {
         change: Change,
         waiters: Vec<u64>,
     },
+    Fleet {
+        file: Arc<PolicyFile>,
+    },
     Time {
+        /// With the rules of the fleet as they are by then.
+        file: Arc<PolicyFile>,
         changes: Vec<(String, Change)>,
         /// Lines for the log about rules of the policy that have ended.
         ended: Vec<Entry>,
@@ -96,6 +105,9 @@ pub struct Agent {
     file: Arc<PolicyFile>,
     enforced: report::Enforced,
     regions: Regions,
+    /// What is known of the fleet, and the host's own name.
+    fleet: Arc<Fleet>,
+    own_name: String,
     remembered: Remembered,
     now: Now,
     started: Timestamp,
@@ -135,6 +147,9 @@ impl Agent {
             file,
             regions,
             unsaved,
+            fleet,
+            kept_fleet,
+            own_name,
             timed,
             committed,
             checked,
@@ -159,6 +174,7 @@ impl Agent {
             confirmed,
             kept,
             kept_window.clone(),
+            kept_fleet,
             noted,
             saved,
             now.steady,
@@ -168,6 +184,8 @@ impl Agent {
             file,
             enforced: committed.enforced,
             regions,
+            fleet: fleet.into(),
+            own_name,
             remembered: Remembered::default(),
             now,
             started: now.wall,
@@ -212,6 +230,8 @@ impl Agent {
             agent.save_region(name, true);
         }
         agent.forget_unused();
+        agent.keep_fleet();
+        agent.follow();
         agent.save_window();
         if is_abandoned {
             agent.watch_abandoned();
@@ -309,6 +329,7 @@ impl Agent {
             }
             Event::PolicyRead { proposal, file } => self.policy_read(proposal, file),
             Event::LookedUp { number, answer } => self.looked_up(number, answer),
+            Event::Fleet(news) => self.fleet_news(news),
             Event::FileChanged(path) => self.file_changed(&path),
         }
     }
@@ -343,6 +364,7 @@ impl Agent {
         file: Arc<PolicyFile>,
         regions: Regions,
         timed: Timed,
+        fleet: Arc<Fleet>,
         cause: Cause,
         occasion: Occasion,
         existing: bool,
@@ -351,6 +373,7 @@ impl Agent {
             Cause::Reload { .. } => file.accepted,
             Cause::FallBack { .. }
             | Cause::Region { .. }
+            | Cause::Fleet { .. }
             | Cause::Time { .. }
             | Cause::Temporary { .. } => self.now.into(),
         };
@@ -363,6 +386,7 @@ impl Agent {
         self.under_way = Some(UnderWay::Change {
             regions,
             timed: timed.into(),
+            fleet,
             cause,
         });
         self.effects.push(Effect::Commit {
@@ -382,6 +406,7 @@ impl Agent {
         let Some(UnderWay::Change {
             regions,
             timed,
+            fleet,
             cause,
         }) = self.under_way.take()
         else {
@@ -393,6 +418,7 @@ impl Agent {
                     self.log(Entry::info("the kernel takes changes again"));
                 }
                 let before = mem::replace(&mut self.regions, regions);
+                let fleet = mem::replace(&mut self.fleet, fleet);
                 self.enforced.next_expiry = committed.enforced.next_expiry;
                 let timing = committed.enforced.timing.clone();
                 self.next_end = committed.compiled.next_end;
@@ -412,6 +438,7 @@ impl Agent {
                         self.note_fall_back(&committed.report, by.clone())
                     }
                     Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
+                    Cause::Fleet { file } => self.note_fleet(file, &committed.report),
                     Cause::Region { .. } | Cause::Time { .. } => 0,
                 };
                 self.note_ended(&timed.temporary);
@@ -445,8 +472,13 @@ impl Agent {
                             self.watch_file(&text);
                         }
                     }
-                    Cause::FallBack { reason, by, reply } => {
-                        self.fell_back(reason, by, &before, committed, checked, reply);
+                    Cause::FallBack {
+                        file,
+                        reason,
+                        by,
+                        reply,
+                    } => {
+                        self.fell_back(file, reason, by, &before, committed, checked, reply);
                     }
                     Cause::Region {
                         name,
@@ -464,7 +496,16 @@ impl Agent {
                         self.checked(Checked { entries, ..checked });
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
-                    Cause::Time { changes, ended } => {
+                    Cause::Fleet { file } => {
+                        self.file = file;
+                        self.fleet_changed(id, &fleet, committed, checked);
+                    }
+                    Cause::Time {
+                        file,
+                        changes,
+                        ended,
+                    } => {
+                        self.file = file;
                         self.log_all(ended);
                         self.log_all(committed.entries);
                         for (name, change) in changes {
@@ -515,6 +556,7 @@ impl Agent {
                 }
                 self.region_done(&name, before.as_ref(), Change::default(), &waiters);
             }
+            Cause::Fleet { .. } => self.fleet_not_changed(refused, not_taken_back),
             Cause::Time { ended, .. } => {
                 let what = match ended.is_empty() {
                     false => "take out rules that have ended",
@@ -566,6 +608,8 @@ impl Agent {
             self.save_region(name, !is_saved);
         }
         self.forget_unused();
+        self.keep_fleet();
+        self.follow();
         let verified = checked.verified.clone();
         self.checked(checked);
         for error in &committed.errors {
@@ -616,6 +660,9 @@ impl Agent {
         }
         if self.saves.is_window_due(self.now.steady) {
             self.save_window();
+        }
+        if self.saves.error(&Record::Fleet).is_some() {
+            self.keep_fleet();
         }
         self.remembered = checked.remembered;
         let write = self.saves.last_hits(checked.last_hits, self.now.steady);
@@ -734,6 +781,7 @@ impl Agent {
             enforced: self.enforced.clone(),
             window: self.trial.window.as_ref().map(|w| w.open.brief()),
             regions: self.regions.clone(),
+            fleet: self.fleet.clone(),
             timed: self.timed.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
             unsaved: self

@@ -304,6 +304,8 @@ impl Performer {
                 let _ = events.send(Event::Checked(checked));
                 reply.send(Ok(*decided));
             }),
+            // Nothing is followed yet.
+            Effect::Follow(_) => {}
             Effect::LookUp(look_up) => {
                 let timings = self.timings.clone();
                 tokio::spawn(ask(look_up, self.watcher.clone(), events, timings));

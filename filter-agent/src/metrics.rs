@@ -14,7 +14,7 @@ use filter_common::{Fate, Reason};
 
 use crate::{
     kernel::fill::Fill,
-    report::{self, Origin, Status},
+    report::{self, Status},
     snapshot::Snapshot,
 };
 use families::Families;
@@ -251,12 +251,11 @@ impl Values<'_> {
         let mut seen = BTreeSet::new();
         let mut rules = Vec::new();
         for rule in self.rules {
-            let origin = match rule.origin {
-                Origin::File => "file",
-                Origin::Temporary => "temporary",
-                Origin::Block => "block",
-            };
-            let key = (rule.database.as_str(), rule.source.as_str(), origin);
+            let key = (
+                rule.database.as_str(),
+                rule.source.as_str(),
+                rule.origin.name(),
+            );
             if is_in_force(rule) && seen.insert(key) {
                 let (database, source, origin) = key;
                 let labels = vec![("database", database), ("rule", source), ("origin", origin)];

@@ -187,10 +187,23 @@ pub struct Rule {
 pub enum Origin {
     #[default]
     File,
+    /// Of the fleet's document.
+    Fleet,
     /// Added by `allow`.
     Temporary,
     /// Added by `block`.
     Block,
+}
+
+impl Origin {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Fleet => "fleet",
+            Self::Temporary => "temporary",
+            Self::Block => "block",
+        }
+    }
 }
 
 #[derive(Debug, Deserialize, Serialize)]

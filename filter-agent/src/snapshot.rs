@@ -9,6 +9,7 @@ use jiff::{Timestamp, Unit};
 use crate::{
     clock::Now,
     enforcer::Observed,
+    fleet::state as fleet,
     history::History,
     holding::{self, Regional},
     host::coverage::{Coverage, address_warnings, describe_missing},
@@ -36,6 +37,7 @@ pub struct Snapshot {
     pub enforced: report::Enforced,
     pub window: Option<Brief>,
     pub regions: Regions,
+    pub fleet: Arc<fleet::State>,
     pub timed: Timed,
     /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,
@@ -396,6 +398,7 @@ impl Observed {
                     }),
                     RuleKey::RegionalNetwork | RuleKey::Internet => rules.push(line(key)),
                     RuleKey::Rule(_)
+                    | RuleKey::Fleet(_)
                     | RuleKey::Member(_)
                     | RuleKey::Temporary(_)
                     | RuleKey::Block(_) => {}
@@ -408,6 +411,11 @@ impl Observed {
                     written(RuleKey::Rule(rule.source.clone()), Some(number), rule)
                 }));
             }
+            rules.extend(database.fleet_rules().iter().map(|rule| report::Rule {
+                source: rule.source.to_string(),
+                origin: report::Origin::Fleet,
+                ..written(RuleKey::Fleet(rule.source.clone()), None, rule)
+            }));
             let temporary = in_force.timed.temporary.iter();
             rules.extend(
                 temporary

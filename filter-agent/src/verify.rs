@@ -179,6 +179,10 @@ impl InForce {
             (Model::Dedicated { rules }, RuleKey::Rule(source)) => {
                 rules.iter().find(|rule| rule.source == *source)
             }
+            (_, RuleKey::Fleet(source)) => written
+                .fleet_rules()
+                .iter()
+                .find(|rule| rule.source == *source),
             (_, RuleKey::Member(source)) => written
                 .cluster
                 .iter()

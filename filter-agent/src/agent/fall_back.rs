@@ -1,6 +1,6 @@
 //! Falling back from a policy that nobody confirmed, and texts that are not to be enforced at a start.
 
-use std::{mem, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use anyhow::{Result, anyhow};
 
@@ -68,17 +68,35 @@ impl Agent {
         let Some(window) = &self.trial.window else {
             return;
         };
-        let file = window.before.clone();
+        let fleet: Arc<_> = self
+            .fleet
+            .under(&window.before.policy, self.now.steady)
+            .into();
+        let file = self.with_fleet(&window.before, &fleet);
         let known = window.known_regions(&self.regions, self.now.steady);
         let regions = regions_of(&file.policy, &known, self.now.steady);
         let timed = window.timed(&self.file.policy, &self.timed, self.now);
-        let cause = Cause::FallBack { reason, by, reply };
-        self.change(file, regions, timed, cause, Occasion::FallBack, false);
+        let cause = Cause::FallBack {
+            file: file.clone(),
+            reason,
+            by,
+            reply,
+        };
+        self.change(
+            file,
+            regions,
+            timed,
+            fleet,
+            cause,
+            Occasion::FallBack,
+            false,
+        );
     }
 
     /// The confirmed policy is enforced again.
     pub(super) fn fell_back(
         &mut self,
+        file: Arc<PolicyFile>,
         reason: Reason,
         by: Option<By>,
         before: &Regions,
@@ -89,7 +107,7 @@ impl Agent {
         let Some(window) = self.trial.window.take() else {
             return;
         };
-        let tried = mem::replace(&mut self.file, window.before);
+        let tried = mem::replace(&mut self.file, file);
         self.enforced = committed.enforced.clone();
         self.end_look_ups(before, &[]);
         let id = window.open.id;
@@ -118,6 +136,8 @@ impl Agent {
             self.save_region(name, true);
         }
         self.forget_unused();
+        self.keep_fleet();
+        self.follow();
         self.log_all(committed.entries);
         self.checked(checked);
         for error in &committed.errors {

@@ -140,6 +140,9 @@ impl Agent {
             return;
         };
         let asked = answers.keys().cloned().collect();
+        // It may have changed since the file was read.
+        let fleet: Arc<_> = self.fleet.under(&file.policy, self.now.steady).into();
+        let file = self.with_fleet(&file, &fleet);
         let next = region::next(&file.policy, &self.regions, answers, self.now.steady);
         // A reload computes the ends anew, by the host's clock.
         let timed = Timed {
@@ -175,7 +178,8 @@ impl Agent {
                     open,
                     reply,
                 };
-                self.change(file, regions, timed, cause, occasion, options.existing);
+                let existing = options.existing;
+                self.change(file, regions, timed, fleet, cause, occasion, existing);
             }
             (Aim::Plan { caller, reply }, Ok(regions)) => {
                 let order = Order {

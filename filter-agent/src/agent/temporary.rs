@@ -86,9 +86,9 @@ impl Agent {
         cause: Cause,
         caller: Option<IpAddr>,
     ) {
-        let file = self.file.clone();
+        let (file, fleet) = (self.file.clone(), self.fleet.clone());
         let occasion = Occasion::Change { caller };
-        self.change(file, regions, timed, cause, occasion, false);
+        self.change(file, regions, timed, fleet, cause, occasion, false);
     }
 
     pub(super) fn temporary_changed(

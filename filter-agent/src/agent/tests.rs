@@ -119,9 +119,12 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
     };
     Started {
         path: "/etc/policy.yaml".into(),
-        file,
         regions,
         unsaved: BTreeSet::new(),
+        fleet: crate::fleet::state::State::restore(Default::default(), &file.policy, at(0).steady),
+        kept_fleet: Some(Default::default()),
+        own_name: "db1".into(),
+        file,
         timed: order.timed.clone(),
         committed: committed(&order),
         kept: Kept::default(),
@@ -302,6 +305,7 @@ impl World {
             }
             Effect::Fail(error) => panic!("{error}"),
             Effect::Watch(_)
+            | Effect::Follow(_)
             | Effect::Status(_)
             | Effect::Ready
             | Effect::Stop

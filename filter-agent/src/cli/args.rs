@@ -90,6 +90,7 @@ pub(super) struct Temporary {
 #[derive(Args)]
 pub(super) struct HistoryWanted {
     /// Show this change in full, by its number.
+    #[arg(add = ArgValueCompleter::new(complete::changes))]
     pub(super) id: Option<u64>,
     /// Show only changes of this database.
     #[arg(long, conflicts_with = "id", add = ArgValueCompleter::new(complete::databases))]
@@ -186,6 +187,7 @@ pub(super) enum Command {
     /// Keep the policy that `reload --confirm` tries.
     Confirm {
         /// The change that is meant, as `reload` printed it.
+        #[arg(add = ArgValueCompleter::new(complete::tried))]
         change: Option<u64>,
         /// Enforce the policy of before again, at once.
         #[arg(long)]
@@ -198,6 +200,7 @@ pub(super) enum Command {
     /// Enforce a policy of before again. The policy file stays as it is, and its text is not enforced at the next start.
     Rollback {
         /// The change whose policy is meant, as `history` lists it [default: the policy confirmed before the one in force].
+        #[arg(add = ArgValueCompleter::new(complete::policies))]
         change: Option<u64>,
         /// Enforce it even if it no longer protects a database, port, address or interface that is protected now.
         #[arg(long)]

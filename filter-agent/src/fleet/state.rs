@@ -54,6 +54,8 @@ pub struct Good {
     pub sha256: String,
     /// When it came into force on this host.
     pub since: Timestamp,
+    /// Whether the time of its rollout is over: setting the clock back does not begin it again.
+    pub rollout_over: bool,
     pub document: Document,
 }
 
@@ -236,6 +238,32 @@ impl State {
     pub fn lost(&mut self, error: String, now: Timestamp) {
         let since = self.lost.as_ref().map_or(now, |lost| lost.since);
         self.lost = Some(Since { since, why: error });
+    }
+
+    /// Notes which rollouts are over at a date. `None`: there are no new ones.
+    pub fn without_rollouts_over(&self, wall: Timestamp) -> Option<Self> {
+        let is_over = |good: &Good| {
+            let rollout = good.document.rollout.as_ref();
+            !good.rollout_over && rollout.is_some_and(|rollout| rollout.until <= wall)
+        };
+        if !self.documents.values().any(is_over) {
+            return None;
+        }
+        let mut state = self.clone();
+        for (name, good) in &mut state.documents {
+            if !is_over(good) {
+                continue;
+            }
+            good.rollout_over = true;
+            let known = state.known.get_mut(name);
+            let values = known.map(|known| [&mut known.newest, &mut known.last_good]);
+            for value in values.into_iter().flatten().flatten() {
+                if value.sha256 == good.sha256 {
+                    value.rollout_over = true;
+                }
+            }
+        }
+        Some(state)
     }
 
     /// Documents in force, by database.

@@ -37,6 +37,12 @@ use rtnetlink::{
 const MAX_INTERRUPTED: usize = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// The host's own name.
+pub fn name() -> String {
+    let name = rustix::system::uname();
+    name.nodename().to_string_lossy().into_owned()
+}
+
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Interface {
     pub index: u32,

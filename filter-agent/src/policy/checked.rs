@@ -100,6 +100,17 @@ pub struct FromFleet {
     pub bounds: Bounds,
     /// Rules of the fleet's document that is in force. `parse` leaves them empty.
     pub rules: Vec<Rule>,
+    /// That document. `None`: there is none.
+    pub document: Option<InForce>,
+}
+
+/// A document of the fleet that is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct InForce {
+    /// etcd's revision of its last change.
+    pub revision: i64,
+    /// Since when it is in force, by the host's clock.
+    pub since: Timestamp,
 }
 
 /// Treatment of the connections that a change cuts off. Their packets are dropped in any case.
@@ -159,6 +170,16 @@ impl Database {
             Model::Dedicated { rules } => rules,
             Model::Shared { .. } => &[],
         }
+    }
+
+    /// The rules of the fleet's document that is in force.
+    pub fn fleet_rules(&self) -> &[Rule] {
+        self.fleet.as_ref().map_or(&[], |fleet| &fleet.rules)
+    }
+
+    /// The rules of the policy and of the fleet.
+    pub fn all_rules(&self) -> impl Iterator<Item = &Rule> {
+        self.rules().iter().chain(self.fleet_rules())
     }
 
     /// Returns `tcp/5432` for each port.

@@ -312,7 +312,12 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
         set(&format!("cluster {}", member.source), describe(member));
     }
     // What its document allows is no setting of the policy.
-    if let Some(FromFleet { bounds, rules: _ }) = fleet {
+    if let Some(FromFleet {
+        bounds,
+        rules: _,
+        document: _,
+    }) = fleet
+    {
         let Bounds {
             widest: [widest4, widest6],
             within,

@@ -84,10 +84,11 @@ pub struct Rollout {
 }
 
 impl Document {
-    /// The rules that a host enforces at a date. Those that a rollout adds end with it, so that they do in the kernel as well.
-    pub fn rules_of(&self, host: &str, now: Timestamp) -> Vec<Rule> {
+    /// The rules that a host enforces. Those that a rollout adds end with it, so that they do in the kernel as well.
+    /// `is_over`: the time of the rollout.
+    pub fn rules_of(&self, host: &str, is_over: bool) -> Vec<Rule> {
         let rollout = self.rollout.as_ref();
-        let Some(rollout) = rollout.filter(|r| r.on.contains(host) && now < r.until) else {
+        let Some(rollout) = rollout.filter(|r| r.on.contains(host) && !is_over) else {
             return self.rules.clone();
         };
         let stays = |rule: &Rule| self.rules.contains(rule);

@@ -10,7 +10,9 @@ mod region;
 mod secret_url;
 mod shown;
 
-pub use checked::{Database, FromFleet, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls};
+pub use checked::{
+    Database, FromFleet, InForce, Listed, Mode, Model, OnRemoval, Policy, Rule, Source, Tls,
+};
 pub use difference::differences;
 pub use duration::spelled;
 pub use fleet::{Bounds, Document, Fleet, MAX_DOCUMENT, Rollout, check_host};

@@ -1,6 +1,6 @@
 //! Changes of the temporary rules that clients ask for.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fmt::Display, net::IpAddr, time::Duration};
 
 use anyhow::{Error, Result, bail, ensure};
 use filter_common::{MAX_BLOCKS, MAX_RULES};
@@ -334,6 +334,13 @@ impl Timed {
                 file.path.display()
             )));
         }
+        let mut fleet = database.fleet_rules().iter();
+        if fleet.any(|rule| rule_id("fleet", &rule.source) == id) {
+            bail!(Refusal::Conflict(of_the_fleet(
+                &id.to_owned(),
+                &database.name
+            )));
+        }
         bail!(Refusal::NotFound(format!(
             "database {} has no rule {id}",
             database.name
@@ -348,14 +355,10 @@ impl Timed {
         regions: &Regions,
         notes: &mut Vec<String>,
     ) {
-        let holding = database
-            .rules()
-            .iter()
-            .chain(&database.cluster)
-            .find(|rule| {
-                let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
-                !ended && without(&[source], &held(rule, regions)).is_empty()
-            });
+        let holding = database.all_rules().chain(&database.cluster).find(|rule| {
+            let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
+            !ended && without(&[source], &held(rule, regions)).is_empty()
+        });
         if let Some(rule) = holding {
             notes.push(format!("{} of the policy allows it already", rule.source));
         }
@@ -445,6 +448,10 @@ impl Timed {
                 file.path.display()
             ));
         }
+        let mut fleet = database.fleet_rules().iter();
+        if fleet.any(|rule| rule.source == Source::Cidr(source)) {
+            return Refusal::Conflict(of_the_fleet(&source, &database.name));
+        }
         let temporary = self
             .temporary
             .iter()
@@ -459,6 +466,14 @@ impl Timed {
             database.name
         ))
     }
+}
+
+/// Why a rule of the fleet cannot be changed here, and what can be done.
+fn of_the_fleet(rule: &dyn Display, database: &str) -> String {
+    format!(
+        "{rule} is a rule of the fleet: take it out there (`filter-agent fleet revoke {database} ...`), or block it here \
+         for a time"
+    )
 }
 
 /// The report of a rule that is in force from now on.

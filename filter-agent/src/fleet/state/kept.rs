@@ -64,6 +64,9 @@ pub struct Received {
     pub was_in_force: bool,
     /// `None`: it is not in force.
     pub in_force_since: Option<Timestamp>,
+    /// Whether the time of its rollout is over.
+    #[serde(default)]
+    pub rollout_over: bool,
 }
 
 impl Known {
@@ -105,6 +108,7 @@ impl Known {
         {
             newest.was_in_force = last.was_in_force;
             newest.in_force_since = last.in_force_since;
+            newest.rollout_over = last.rollout_over;
         }
         true
     }
@@ -129,6 +133,7 @@ impl Received {
             text: text.flatten().map(Arc::from),
             was_in_force: false,
             in_force_since: None,
+            rollout_over: false,
         }
     }
 
@@ -158,6 +163,7 @@ impl Received {
             version: self.version,
             sha256: self.sha256.clone(),
             since: *self.in_force_since.get_or_insert(now),
+            rollout_over: self.rollout_over,
             document,
         })
     }

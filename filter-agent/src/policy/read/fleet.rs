@@ -166,6 +166,7 @@ impl Reader<'_> {
         Some(FromFleet {
             bounds,
             rules: Vec::new(),
+            document: None,
         })
     }
 
