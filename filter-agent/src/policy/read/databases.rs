@@ -246,7 +246,7 @@ impl Reader<'_> {
             self.problem(&at.key("cancel_in_clear"), message);
         }
         let is_dedicated = matches!(raw.model, RawModel::Dedicated);
-        let fleet = self.from_fleet(at, raw.fleet, is_dedicated, regions);
+        let fleet = self.fleet_of_database(at, raw.fleet, is_dedicated, regions);
         let model = match raw.model {
             RawModel::Dedicated => {
                 if raw.internet.is_some() {
