@@ -140,7 +140,7 @@ fn random_policy(random: &mut Rng) -> Policy {
     parse(&text).unwrap().0
 }
 
-/// What must hold of a host over all its states.
+/// Checks of a host over all its states.
 #[derive(Default)]
 struct Watch {
     /// Contents that believed answers held, by database.
