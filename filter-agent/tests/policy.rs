@@ -191,7 +191,7 @@ fn every_field_of_a_policy_arrives() {
         host: Some("db7".into()),
         frozen: true,
     };
-    assert_eq!(policy.fleet, Some(fleet));
+    assert_eq!(policy.fleet.as_deref(), Some(&fleet));
     let bounds = |database: &policy::Database| database.fleet.clone().map(|fleet| fleet.bounds);
     let expected = Bounds {
         widest: [16, 48],

@@ -262,7 +262,12 @@ fn every_field_of_the_policy_is_described_and_no_other() {
     let formats = fields(
         "interfaces: [eth0]\nregions: {x: {url: 'https://a.test/', select: {format: other}}}\ndatabases: []\n",
     );
+    let fleet = fields("interfaces: [eth0]\nfleet: {other: 1}\ndatabases: []\n");
+    let bounds = fields(
+        "interfaces: [eth0]\ndatabases: [{name: a, model: dedicated, port: 1, force_tls: false, fleet: {other: 1}}]\n",
+    );
     assert!(top.len() >= 7 && database.len() >= 14 && rule.len() >= 5 && region.len() >= 19);
+    assert!(fleet.len() >= 7 && bounds.len() >= 3);
     let mut documented = BTreeSet::new();
     for header in ["field", "source"] {
         for row in rows("docs/policy.md", header) {
@@ -278,7 +283,7 @@ fn every_field_of_the_policy_is_described_and_no_other() {
         assert!(page.contains(&format!("`{field}")), "{field}");
         documented.insert(field.into());
     }
-    let accepted: BTreeSet<String> = [top, database, rule, region]
+    let accepted: BTreeSet<String> = [top, database, rule, region, fleet, bounds]
         .into_iter()
         .flatten()
         .collect();
@@ -300,8 +305,9 @@ regions:
   dns: {dns: [a.test]}
   url: {url: 'https://a.test/'}
   file: {file: /a}
+fleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true}
 databases:
-  - {name: dedicated, port: 1, model: dedicated, engine: postgresql}
+  - {name: dedicated, port: 1, model: dedicated, engine: postgresql, fleet: true}
   - {name: shared, port: 2, model: shared}
   - {name: udp, port: 3, model: dedicated, protocol: udp}
 ";
@@ -337,7 +343,15 @@ databases:
     assert!(policy.ignored_interfaces.is_empty() && policy.regional_network.is_empty());
     assert!(policy.unprotected.is_empty());
     assert!(dedicated.addresses.is_empty() && dedicated.cluster.is_empty());
+    assert!(shared.fleet.is_none());
+    let bounds = &dedicated.fleet.as_ref().unwrap().bounds;
+    assert!(bounds.within.is_empty() && bounds.regions.is_none());
+    let [widest4, widest6] = bounds.widest;
+    let frozen = policy.fleet.as_ref().unwrap().frozen;
     let expected = [
+        ("widest", format!("[/{widest4}, /{widest6}]")),
+        ("within", "anywhere".into()),
+        ("frozen", format!("`{frozen}`")),
         ("mode", "`auto`".into()),
         ("ignore_interfaces", "empty".into()),
         ("regional_network", "empty".into()),

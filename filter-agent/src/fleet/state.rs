@@ -1,5 +1,5 @@
-//! What is known of the fleet's documents: those in force, those that are refused, and whether etcd is believed. Pure: answers
-//! and times are parameters.
+//! The state of the fleet's documents: those in force, those that are refused, and whether etcd is believed. Pure: answers and
+//! times are parameters.
 
 mod kept;
 mod marks;
@@ -26,20 +26,20 @@ const SILENT_AFTER: SignedDuration = SignedDuration::from_mins(3);
 /// The fleet's documents on this host. Changes make another one, which replaces it once the kernel enforces it.
 #[derive(Clone, Debug)]
 pub struct State {
-    /// Where the last believed answer stood. `None`: none was believed yet.
+    /// Of the last believed answer. `None`: none was believed yet.
     marks: Option<Marks>,
     /// Of the databases that a believed answer named.
     known: BTreeMap<String, Known>,
     /// Documents in force, by database.
     documents: BTreeMap<String, Good>,
-    /// Why the newest value of a database is not in force.
+    /// Errors of the newest values that are not in force, by database.
     refused: BTreeMap<String, String>,
     /// Keys that could not be read, why, and since when.
     unreadable: BTreeMap<String, Since>,
-    /// Why the last answer is not believed, and since when answers are not.
+    /// Answers are not believed since then; the last one's reason.
     held: Option<Since>,
     frozen: bool,
-    /// When this state began, and when etcd answered last, also before a restart.
+    /// Times of the agent's start and of etcd's last answer, which may be of before it.
     started: Timestamp,
     contact: Option<Timestamp>,
     lost: Option<Since>,
@@ -104,7 +104,7 @@ impl State {
         state.under(policy, now)
     }
 
-    /// What the next start needs.
+    /// The record that the next start needs.
     pub fn kept(&self) -> Kept {
         Kept {
             marks: self.marks,
@@ -297,7 +297,7 @@ impl State {
         }
     }
 
-    /// Why answers are not believed.
+    /// The reason that answers are not believed, and since when.
     pub fn held(&self) -> Option<&Since> {
         self.held.as_ref()
     }
@@ -307,12 +307,12 @@ impl State {
         self.frozen
     }
 
-    /// When etcd answered last.
+    /// The time of etcd's last answer.
     pub fn contact(&self) -> Option<Timestamp> {
         self.contact
     }
 
-    /// Why etcd does not answer, and since when.
+    /// The reason that etcd does not answer, and since when.
     pub fn lost_since(&self) -> Option<&Since> {
         self.lost.as_ref()
     }

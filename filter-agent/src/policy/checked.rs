@@ -37,7 +37,7 @@ pub struct Policy {
     /// Address on which metrics are served, besides the control socket.
     pub metrics: Option<SocketAddr>,
     /// Where the fleet's documents come from, if the host is of one.
-    pub fleet: Option<Fleet>,
+    pub fleet: Option<Box<Fleet>>,
 }
 
 /// An entry of `interfaces`.

@@ -184,7 +184,7 @@ fn settings(policy: &Policy) -> Settings {
             key_file,
             host,
             frozen,
-        } = fleet;
+        } = fleet.as_ref();
         let path = |path: &Option<PathBuf>| list(path.iter().map(|path| path.display()));
         set("fleet: endpoints", list(endpoints));
         set("fleet: ca_file", path(ca_file));

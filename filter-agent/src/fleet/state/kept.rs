@@ -1,4 +1,4 @@
-//! What is known of each database's key: in memory, and on disk.
+//! Knowledge of each database's key, in memory and on disk.
 
 use std::{collections::BTreeMap, mem, sync::Arc};
 
@@ -14,12 +14,12 @@ use crate::{
     policy_file::hash,
 };
 
-/// What is kept on disk.
+/// The record on disk.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub struct Kept {
     pub marks: Option<Marks>,
     pub databases: BTreeMap<String, Known>,
-    /// When etcd answered last.
+    /// The time of etcd's last answer.
     pub contact: Option<Timestamp>,
 }
 
@@ -36,7 +36,7 @@ impl Kept {
     }
 }
 
-/// What believed answers said of a database's key.
+/// A database's key, as believed answers showed it.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub struct Known {
     /// The revision at which it was last read. `None`: never in the history that the marks are of.
@@ -137,7 +137,7 @@ impl Received {
         }
     }
 
-    /// Why a value without a text is refused.
+    /// The error of a value without a text.
     pub(super) fn unusable(&self) -> String {
         let length = self.length;
         match length > MAX_DOCUMENT {

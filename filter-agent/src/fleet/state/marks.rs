@@ -1,4 +1,4 @@
-//! Whether an answer is believed: an etcd that was restored from a snapshot holds what was revoked since.
+//! Decides whether an answer is believed: an etcd that was restored from a snapshot holds rules that were revoked since.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::{
     policy_file::hash,
 };
 
-/// Where a believed answer stood.
+/// Cluster, era and revision of a believed answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Marks {
     pub cluster: u64,
@@ -57,7 +57,7 @@ impl Marks {
 /// Checks whether an answer is believed. `documents`: those of it that matter to this host.
 ///
 /// # Errors
-/// Why it is held: nothing of it may be in force.
+/// The answer is held: nothing of it may be in force. Says how it cannot be a later one.
 pub(super) fn check(
     marks: Option<Marks>,
     known: &BTreeMap<String, Known>,

@@ -140,7 +140,7 @@ fn random_policy(random: &mut Rng) -> Policy {
     parse(&text).unwrap().0
 }
 
-/// What must hold of a host over all its states.
+/// Checks of a host over all its states.
 #[derive(Default)]
 struct Watch {
     /// Contents that believed answers held, by database.
@@ -325,7 +325,8 @@ fn history(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                     let is_wrong = kind == "held" && is_later;
                     assert!(!is_wrong, "a later answer is held: {:?}", state.held());
                 } else {
-                    if before.marks().is_some_and(|marks| marks.era < answer.era) {
+                    let is_raised = before.marks().is_some_and(|marks| marks.era < answer.era);
+                    if is_raised {
                         watch.count("raised");
                         watch.revoked.clear();
                     }
@@ -336,7 +337,7 @@ fn history(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                     });
                     if is_tampered {
                         watch.branch = None;
-                    } else if is_whole {
+                    } else if is_whole || is_raised {
                         watch.branch = Some(etcd.branch);
                     } else {
                         watch.branch = watch.branch.filter(|branch| *branch == etcd.branch);

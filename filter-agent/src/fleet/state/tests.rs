@@ -172,6 +172,20 @@ fn answer_of_a_raised_era_is_believed_whole() {
     expect_a(&state);
 }
 
+/// What was read at revision 20 of the era before was read in another history.
+#[test]
+fn key_that_a_raised_era_did_not_show_may_be_anything_then() {
+    let mut raised = answer(12, Found::Unreadable("permission denied".into()));
+    raised.era = 1;
+    let state = taken(&known(), &raised, 20);
+    assert!(state.held().is_none());
+    expect_a(&state);
+    let mut next = answer(13, value(B, (4, 5, 2)));
+    next.era = 1;
+    let state = taken(&state, &next, 30);
+    assert_eq!(in_force(&state).as_deref(), Some("203.0.113.0/24"));
+}
+
 #[test]
 fn answer_that_went_back_is_held_whole() {
     let mut other = answer(30, value(B, (4, 30, 4)));

@@ -149,7 +149,7 @@ pub fn check_label(label: &str) -> Result<(), String> {
 
 /// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a label that has one
 /// looks like another in a terminal.
-fn is_control(character: char) -> bool {
+pub(super) fn is_control(character: char) -> bool {
     const DIRECTIONS: [std::ops::RangeInclusive<char>; 4] = [
         '\u{61c}'..='\u{61c}',
         '\u{200e}'..='\u{200f}',
@@ -246,7 +246,7 @@ impl Reader<'_> {
             self.problem(&at.key("cancel_in_clear"), message);
         }
         let is_dedicated = matches!(raw.model, RawModel::Dedicated);
-        let fleet = self.from_fleet(at, raw.fleet, is_dedicated, regions);
+        let fleet = self.fleet_of_database(at, raw.fleet, is_dedicated, regions);
         let model = match raw.model {
             RawModel::Dedicated => {
                 if raw.internet.is_some() {

@@ -13,14 +13,14 @@ use crate::{
         fleet::{Bounds, Document, MAX_DOCUMENT, Rollout, check_host},
         read::{
             bounded, check_characters,
-            databases::instant,
+            databases::{instant, is_control},
             reader::{At, Reader, structural},
         },
     },
-    text::{list, written_out},
+    text::list,
 };
 
-/// Longest error, in characters: it may quote the document, and is reported to the fleet.
+/// Longest error, in characters before those are written out that a terminal obeys. It may quote the document.
 const MAX_ERROR: usize = 400;
 
 /// Escapes may make a text longer than it is written: `"\L"` is three bytes.
@@ -51,13 +51,20 @@ pub fn parse_document(
     policy: &Policy,
 ) -> Result<Document, String> {
     document(text, database, policy).map_err(|error| {
-        let error = error.replace('\n', " ");
-        let error = written_out(&error);
-        let mut short: String = error.chars().take(MAX_ERROR).collect();
-        if short.len() < error.len() {
-            short.push_str("...");
+        let mut shown = String::new();
+        let mut left = MAX_ERROR;
+        for character in error.chars() {
+            let Some(rest) = left.checked_sub(1) else {
+                return shown + "...";
+            };
+            left = rest;
+            if is_control(character) {
+                shown.extend(character.escape_default());
+            } else {
+                shown.push(character);
+            }
         }
-        short
+        shown
     })
 }
 

@@ -142,7 +142,7 @@ impl Reader<'_> {
     }
 
     /// How far the fleet may open a database. `None`: not at all.
-    pub(super) fn from_fleet(
+    pub(super) fn fleet_of_database(
         &mut self,
         at: &At,
         raw: Option<RawFromFleet>,

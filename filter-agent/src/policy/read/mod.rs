@@ -269,7 +269,7 @@ impl Reader<'_> {
                 .collect(),
             unprotected: file.unprotected,
             metrics: file.metrics.and_then(|value| self.metrics(value)),
-            fleet,
+            fleet: fleet.map(Box::new),
         }
     }
 
