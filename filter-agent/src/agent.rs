@@ -38,9 +38,10 @@ use crate::{
     store::{Record, Write},
     temporary::Timed,
     text::list,
-    window::{Open, Reason, Window},
+    window::{Open, Window},
 };
 
+use fall_back::FallBack;
 use history::{numbered, with_change};
 use window::Trial;
 
@@ -48,9 +49,7 @@ use window::Trial;
 #[derive(Debug)]
 enum UnderWay {
     Change {
-        regions: Regions,
-        timed: Box<Timed>,
-        fleet: Arc<Fleet>,
+        next: Box<Next>,
         cause: Cause,
     },
     Detach {
@@ -59,10 +58,18 @@ enum UnderWay {
     },
 }
 
+/// Everything to enforce.
+#[derive(Debug)]
+struct Next {
+    file: Arc<PolicyFile>,
+    regions: Regions,
+    timed: Timed,
+    fleet: Arc<Fleet>,
+}
+
 #[derive(Debug)]
 enum Cause {
     Reload {
-        file: Arc<PolicyFile>,
         wanted: Wanted,
         asked: Vec<String>,
         origin: Origin,
@@ -71,23 +78,14 @@ enum Cause {
         open: Option<Box<Open>>,
         reply: Option<Reply<report::Reloaded>>,
     },
-    FallBack {
-        file: Arc<PolicyFile>,
-        reason: Reason,
-        by: Option<By>,
-        reply: Option<Reply<report::Decided>>,
-    },
+    FallBack(FallBack),
     Region {
         name: String,
         change: Change,
         waiters: Vec<u64>,
     },
-    Fleet {
-        file: Arc<PolicyFile>,
-    },
+    Fleet,
     Time {
-        /// With the rules of the fleet as they are by then.
-        file: Arc<PolicyFile>,
         changes: Vec<(String, Change)>,
         /// Lines for the log about rules of the policy that have ended.
         ended: Vec<Entry>,
@@ -362,36 +360,23 @@ impl Agent {
 
     // Changes.
 
-    fn change(
-        &mut self,
-        file: Arc<PolicyFile>,
-        regions: Regions,
-        timed: Timed,
-        fleet: Arc<Fleet>,
-        cause: Cause,
-        occasion: Occasion,
-        existing: bool,
-    ) {
+    fn change(&mut self, next: Next, cause: Cause, occasion: Occasion, existing: bool) {
         let accepted = match cause {
-            Cause::Reload { .. } => file.accepted,
-            Cause::FallBack { .. }
+            Cause::Reload { .. } => next.file.accepted,
+            Cause::FallBack(_)
             | Cause::Region { .. }
-            | Cause::Fleet { .. }
+            | Cause::Fleet
             | Cause::Time { .. }
             | Cause::Temporary { .. } => self.now.into(),
         };
         let order = Order {
             accepted,
-            file,
-            prefixes: region::prefixes(&regions),
-            timed: timed.clone(),
+            file: next.file.clone(),
+            prefixes: region::prefixes(&next.regions),
+            timed: next.timed.clone(),
         };
-        self.under_way = Some(UnderWay::Change {
-            regions,
-            timed: timed.into(),
-            fleet,
-            cause,
-        });
+        let next = next.into();
+        self.under_way = Some(UnderWay::Change { next, cause });
         self.effects.push(Effect::Commit {
             order,
             occasion,
@@ -406,13 +391,7 @@ impl Agent {
     }
 
     fn committed(&mut self, result: Result<(Committed, Checked), Refused>) {
-        let Some(UnderWay::Change {
-            regions,
-            timed,
-            fleet,
-            cause,
-        }) = self.under_way.take()
-        else {
+        let Some(UnderWay::Change { next, cause }) = self.under_way.take() else {
             return;
         };
         match result {
@@ -420,28 +399,30 @@ impl Agent {
                 if self.stuck.take().is_some() {
                     self.log(Entry::info("the kernel takes changes again"));
                 }
-                let before = mem::replace(&mut self.regions, regions);
-                let fleet = mem::replace(&mut self.fleet, fleet);
+                let next = *next;
+                let replaced = mem::replace(&mut self.file, next.file);
+                let before = mem::replace(&mut self.regions, next.regions);
+                let fleet = mem::replace(&mut self.fleet, next.fleet);
                 self.enforced.next_expiry = committed.enforced.next_expiry;
                 let timing = committed.enforced.timing.clone();
                 self.next_end = committed.compiled.next_end;
-                let timed = mem::replace(&mut self.timed, *timed);
+                let timed = mem::replace(&mut self.timed, next.timed);
+                let file = self.file.clone();
                 let in_force = self.history.in_force().map(|(past, _)| past.id);
                 let id = match &cause {
                     Cause::Reload {
-                        file,
                         origin,
                         open: Some(open),
                         ..
-                    } => self.note_tried(open, file, &committed.report, *origin),
-                    Cause::Reload {
-                        file, origin, by, ..
-                    } => self.note_policy(file, &committed.report, *origin, by.clone()),
-                    Cause::FallBack { by, .. } => {
+                    } => self.note_tried(open, &file, &committed.report, *origin),
+                    Cause::Reload { origin, by, .. } => {
+                        self.note_policy(&file, &committed.report, *origin, by.clone())
+                    }
+                    Cause::FallBack(FallBack { by, .. }) => {
                         self.note_fall_back(&committed.report, by.clone())
                     }
                     Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
-                    Cause::Fleet { file } => self.note_fleet(file, &committed.report),
+                    Cause::Fleet => self.note_fleet(&replaced, &committed.report),
                     Cause::Region { .. } | Cause::Time { .. } => 0,
                 };
                 self.note_ended(&timed.temporary);
@@ -449,7 +430,6 @@ impl Agent {
                 self.keep_temporary(false);
                 match cause {
                     Cause::Reload {
-                        file,
                         asked,
                         origin,
                         by,
@@ -457,7 +437,6 @@ impl Agent {
                         reply,
                         ..
                     } => {
-                        let replaced = mem::replace(&mut self.file, file);
                         self.log_all(mem::take(&mut committed.entries));
                         self.log_policy(checked.summary.as_ref(), id, origin, by.as_ref());
                         let mut left = None;
@@ -475,13 +454,8 @@ impl Agent {
                             self.watch_file(&text);
                         }
                     }
-                    Cause::FallBack {
-                        file,
-                        reason,
-                        by,
-                        reply,
-                    } => {
-                        self.fell_back(file, reason, by, &before, committed, checked, reply);
+                    Cause::FallBack(asked) => {
+                        self.fell_back(asked, &replaced, &before, committed, checked);
                     }
                     Cause::Region {
                         name,
@@ -499,16 +473,8 @@ impl Agent {
                         self.checked(Checked { entries, ..checked });
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
-                    Cause::Fleet { file } => {
-                        self.file = file;
-                        self.fleet_changed(id, &fleet, committed, checked);
-                    }
-                    Cause::Time {
-                        file,
-                        changes,
-                        ended,
-                    } => {
-                        self.file = file;
+                    Cause::Fleet => self.fleet_changed(id, &fleet, committed, checked),
+                    Cause::Time { changes, ended } => {
                         self.keep_fleet();
                         self.log_all(ended);
                         self.log_all(committed.entries);
@@ -546,7 +512,7 @@ impl Agent {
                 }
                 self.refuse_reload(wanted, reply, refused);
             }
-            Cause::FallBack { reason, reply, .. } => {
+            Cause::FallBack(FallBack { reason, reply, .. }) => {
                 self.not_fallen_back(reason, refused, not_taken_back, reply);
             }
             Cause::Region { name, waiters, .. } => {
@@ -560,7 +526,7 @@ impl Agent {
                 }
                 self.region_done(&name, before.as_ref(), Change::default(), &waiters);
             }
-            Cause::Fleet { .. } => self.fleet_not_changed(refused, not_taken_back),
+            Cause::Fleet => self.fleet_not_changed(refused, not_taken_back),
             Cause::Time { ended, .. } => {
                 let what = match ended.is_empty() {
                     false => "take out rules that have ended",

@@ -266,6 +266,14 @@ impl Etcd {
         self.namespace.run(|| runtime.block_on(write));
     }
 
+    /// The revision at which a key was last changed.
+    pub fn revision_of(&self, key: &str) -> i64 {
+        let key = format!("/filter-agent/v1/{key}");
+        let found = self.control(&["get", &key, "--write-out", "json"]);
+        let found: serde_json::Value = serde_json::from_str(&found).unwrap();
+        found["kvs"][0]["mod_revision"].as_i64().unwrap()
+    }
+
     pub fn delete(&self, key: &str) {
         self.control(&["del", &format!("/filter-agent/v1/{key}")]);
     }
@@ -303,6 +311,15 @@ impl Etcd {
     pub fn cut(&self, cut: bool) {
         let state = if cut { "down" } else { "up" };
         self.namespace.ip(&format!("link set eth0 {state}"));
+    }
+
+    /// Connects another namespace, by an interface `etcd0` of it.
+    pub fn attach(&self, namespace: &Namespace) {
+        self.namespace.ip(&format!(
+            "link add db0 type veth peer name etcd0 netns {}\nlink set db0 up\nroute add 10.77.0.10/32 dev db0",
+            namespace.name
+        ));
+        namespace.ip("address add 10.77.0.10/24 dev etcd0\nlink set etcd0 up");
     }
 
     /// Drops every packet between the host and etcd, both ways and without a word, or no more.

@@ -5,5 +5,6 @@ mod certificates;
 mod etcd;
 mod faults;
 mod follower;
+mod host;
 mod mute;
 mod refusals;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Agent, Cause, Fleet,
+    Agent, Cause, Fleet, Next,
     history::{numbered, with_change},
     window::regions_of,
 };
@@ -57,9 +57,14 @@ impl Agent {
         let regions = regions_of(&file.policy, &self.regions, self.now.steady);
         let mut timed = self.timed.at(self.now);
         timed.ends = timed.ends.with(&file.policy, self.now);
-        let cause = Cause::Fleet { file: file.clone() };
+        let next = Next {
+            file,
+            regions,
+            timed,
+            fleet: next,
+        };
         let occasion = Occasion::Change { caller: None };
-        self.change(file, regions, timed, next, cause, occasion, false);
+        self.change(next, Cause::Fleet, occasion, false);
     }
 
     /// A change of the fleet's rules is in force.

@@ -77,10 +77,10 @@ impl Agent {
         self.note(self.now.wall, Origin::Socket, by, What::Temporary(what))
     }
 
-    /// Notes that a policy is in force with other rules of the fleet than before.
-    pub(super) fn note_fleet(&mut self, file: &PolicyFile, plan: &report::Plan) -> u64 {
-        let before = &self.file.policy.databases;
-        let changed = file.policy.databases.iter().filter(|database| {
+    /// Notes that the policy is in force with other rules of the fleet than before.
+    pub(super) fn note_fleet(&mut self, before: &PolicyFile, plan: &report::Plan) -> u64 {
+        let before = &before.policy.databases;
+        let changed = self.file.policy.databases.iter().filter(|database| {
             let before = before.iter().find(|before| before.name == database.name);
             before.is_none_or(|before| before.fleet_rules() != database.fleet_rules())
         });

@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Result, bail};
 
-use super::{Agent, Cause};
+use super::{Agent, Cause, Next};
 use crate::{
     event::{Effect, Order, ReloadOptions, Reply},
     history::{KeptPolicy, Origin},
@@ -170,7 +170,6 @@ impl Agent {
                 };
                 let open = self.take_opening().map(Box::new);
                 let cause = Cause::Reload {
-                    file: file.clone(),
                     wanted,
                     asked,
                     origin,
@@ -178,8 +177,13 @@ impl Agent {
                     open,
                     reply,
                 };
-                let existing = options.existing;
-                self.change(file, regions, timed, fleet, cause, occasion, existing);
+                let next = Next {
+                    file,
+                    regions,
+                    timed,
+                    fleet,
+                };
+                self.change(next, cause, occasion, options.existing);
             }
             (Aim::Plan { caller, reply }, Ok(regions)) => {
                 let order = Order {

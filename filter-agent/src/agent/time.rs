@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{Agent, Cause, window::regions_of};
+use super::{Agent, Cause, Next, window::regions_of};
 use crate::{clock::Now, reconcile::Occasion, region::state::State};
 
 /// Longest time between two ticks: the host's clock may be set meanwhile.
@@ -62,13 +62,14 @@ impl Agent {
                 regions = regions_of(&file.policy, &regions, now);
                 timed.ends = timed.ends.with(&file.policy, self.now);
             }
-            let cause = Cause::Time {
-                file: file.clone(),
-                changes,
-                ended,
+            let next = Next {
+                file,
+                regions,
+                timed,
+                fleet,
             };
-            let occasion = Occasion::Change { caller: None };
-            self.change(file, regions, timed, fleet, cause, occasion, false);
+            let cause = Cause::Time { changes, ended };
+            self.change(next, cause, Occasion::Change { caller: None }, false);
         }
     }
 
