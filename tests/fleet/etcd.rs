@@ -239,7 +239,12 @@ impl Etcd {
 
     /// Writes a key below the agent's prefix, such as `rules/orders`.
     pub fn put(&self, key: &str, value: &[u8]) {
-        self.feed(&["put", &format!("/filter-agent/v1/{key}")], value);
+        let key = format!("/filter-agent/v1/{key}");
+        match value {
+            // It reads nothing as no value.
+            [] => self.control(&["put", &key, ""]),
+            value => self.feed(&["put", &key], value),
+        };
     }
 
     /// Writes values one after the other as fast as etcd takes them, which `etcdctl` cannot.

@@ -67,12 +67,18 @@ fn wait_for(net: &Net, etcd: &Etcd, database: &str) {
     assert!(wait_until(in_force), "{}", status(net, database));
 }
 
+#[track_caller]
+fn wait_until_held(net: &Net) {
+    let is_held = || status(net, "orders")["state"] == "held";
+    assert!(wait_until(is_held), "{}", status(net, "orders"));
+}
+
 /// As after power-on: nothing is in the kernel.
 fn reboot(net: &mut Net) {
     net.kill();
     net.watch(&[]);
-    net.db.ip("link set eth0 xdp off");
-    fs::remove_dir_all(net.bpffs()).unwrap();
+    fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
+    net.assert_detached("eth0");
 }
 
 fn connects(net: &Net, source: IpAddr, port: u16) -> bool {
@@ -242,20 +248,19 @@ fn etcd_that_was_restored_opens_nothing_until_the_era_is_raised() {
     assert!(!connects(&net, ALLOWED4.into(), PORT));
     let denied = Hammer::denied(&net.client, &[(ALLOWED4.into(), (DB4, PORT).into())]);
     etcd.restore(&snapshot);
-    let is_held = || status(&net, "orders")["state"] == "held";
-    assert!(wait_until(is_held), "{}", status(&net, "orders"));
+    wait_until_held(&net);
     let errors = net.agent_json(&["status"])["errors"].to_string();
     assert!(errors.contains("etcd went back from revision"), "{errors}");
     // Nor does a restart believe it, or one after a reboot.
     net.kill();
     net.start();
-    assert!(wait_until(is_held), "{}", status(&net, "orders"));
+    wait_until_held(&net);
     assert!(denied.attempts() > 0);
     denied.stop();
     net.watch(&[]);
     reboot(&mut net);
     net.start();
-    assert!(wait_until(is_held), "{}", status(&net, "orders"));
+    wait_until_held(&net);
     assert!(!connects(&net, ALLOWED4.into(), PORT) && connects(&net, DENIED4.into(), PORT));
     etcd.put("era", b"1");
     wait_for(&net, &etcd, "orders");
