@@ -4,6 +4,7 @@
 //! The watch only rings; what is reported is a linearizable read of all keys. So no event can be lost, come twice or come
 //! late, and no revision has to be resumed at that etcd has compacted, or has not reached again after a restore.
 
+pub mod client;
 mod connection;
 mod failure;
 mod files;

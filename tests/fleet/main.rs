@@ -2,6 +2,7 @@
 
 mod answers;
 mod certificates;
+mod commands;
 mod etcd;
 mod faults;
 mod follower;

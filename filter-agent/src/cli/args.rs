@@ -10,6 +10,7 @@ use crate::{
     cli::{
         client::{Agent, SOCKET, STATUS_SOCKET},
         complete,
+        fleet::Fleet,
     },
     enforcer::LONGEST_TRACE,
     window::check_lasting,
@@ -386,6 +387,9 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Read and write the rules of a fleet's databases, in etcd. Needs a certificate, and neither root nor an agent.
+    #[command(subcommand)]
+    Fleet(Fleet),
     /// Stop filtering and remove everything from the kernel. The databases are then open to everybody.
     Detach {
         /// Do not ask for confirmation.
@@ -405,7 +409,7 @@ fn at_least_one(text: &str) -> Result<NonZeroUsize, &'static str> {
 }
 
 /// A duration of the command line. Days have 24 hours.
-fn lasting(text: &str) -> Result<Duration, String> {
+pub(super) fn lasting(text: &str) -> Result<Duration, String> {
     let span: Span = text
         .parse()
         .map_err(|_| "not a duration with its unit, such as 60s, 2m or 3d")?;

@@ -22,7 +22,7 @@ use crate::{
     policy::MAX_DOCUMENT,
 };
 
-const ERA: &str = "/filter-agent/v1/era";
+pub(super) const ERA: &str = "/filter-agent/v1/era";
 const RULES: &str = "/filter-agent/v1/rules/";
 
 /// Limits of a TCP connection (`failure` names it too), and of each request as a whole.
@@ -50,18 +50,7 @@ impl Connection {
     /// # Errors
     /// No connection, a watch that is refused for another reason than a missing right, or no answer in time.
     pub async fn open(endpoint: &str, files: &Files, databases: &BTreeSet<String>) -> Result<Self> {
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
-            .with_keep_alive_while_idle(true)
-            // Else a member that the others cannot be reached from keeps a watch that never rings.
-            .with_require_leader(true);
-        if let Some(tls) = files.tls() {
-            options = options.with_tls(tls);
-        }
-        // One endpoint: with several, the balancer goes on sending to those that are dead.
-        let client = Client::connect([endpoint], Some(options)).await;
-        let client = client.map_err(|error| plain(&error))?;
+        let client = connect(endpoint, files).await?;
         let kv = client.kv_client().max_decoding_message_size(MAX_ANSWER);
         let mut watches = client.watch_client().max_decoding_message_size(MAX_ANSWER);
         // No start revision, and no values of before: it only rings.
@@ -216,9 +205,28 @@ impl Connection {
     }
 }
 
+/// A connection to one endpoint, which is made with its first request.
+///
+/// # Errors
+/// The endpoint or the certificates cannot be used.
+pub(super) async fn connect(endpoint: &str, files: &Files) -> Result<Client> {
+    let mut options = ConnectOptions::new()
+        .with_connect_timeout(CONNECT_TIMEOUT)
+        .with_keep_alive(PING_INTERVAL, PING_TIMEOUT)
+        .with_keep_alive_while_idle(true)
+        // Else a member that the others cannot be reached from keeps a watch that never rings.
+        .with_require_leader(true);
+    if let Some(tls) = files.tls() {
+        options = options.with_tls(tls);
+    }
+    // One endpoint: with several, the balancer goes on sending to those that are dead.
+    let client = Client::connect([endpoint], Some(options)).await;
+    client.map_err(|error| plain(&error))
+}
+
 const ENDED: &str = "etcd ended the watch";
 
-fn key_of(database: &str) -> String {
+pub(super) fn key_of(database: &str) -> String {
     format!("{RULES}{database}")
 }
 
@@ -243,7 +251,7 @@ fn reason(message: &WatchResponse) -> String {
 }
 
 /// Bounds a request as a whole. The client's own limit would end with the first byte of the answer.
-async fn within<T>(
+pub(super) async fn within<T>(
     request: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, Failure> {
     match tokio::time::timeout(REQUEST_TIMEOUT, request).await {
@@ -256,7 +264,7 @@ async fn within<T>(
 }
 
 /// The one value that a get of one key finds, if any.
-fn value_of(key: &str, range: PbRangeResponse) -> Result<Option<PbKeyValue>> {
+pub(super) fn value_of(key: &str, range: PbRangeResponse) -> Result<Option<PbKeyValue>> {
     let mut values = range.kvs.into_iter();
     let value = values.next();
     let is_other = value.as_ref().is_some_and(|it| it.key != key.as_bytes());
@@ -281,7 +289,7 @@ fn found(value: Option<PbKeyValue>) -> Found {
 
 /// # Errors
 /// It is not a number. Then nothing can be believed: an era that is too low would let a restored etcd pass.
-fn era_of(value: &PbKeyValue) -> Result<u64> {
+pub(super) fn era_of(value: &PbKeyValue) -> Result<u64> {
     let text = String::from_utf8_lossy(&value.value);
     let era = text.trim().parse();
     let quoted: String = text.trim().chars().take(20).collect();

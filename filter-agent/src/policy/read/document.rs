@@ -24,7 +24,7 @@ use crate::{
 const MAX_ERROR: usize = 400;
 
 /// Escapes may make a text longer than it is written: `"\L"` is three bytes.
-const MAX_VALUE: usize = 2 * MAX_DOCUMENT;
+pub(super) const MAX_VALUE: usize = 2 * MAX_DOCUMENT;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -7,6 +7,7 @@ mod fleet;
 mod locate;
 mod reader;
 mod regions;
+mod written;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,8 +24,9 @@ use crate::policy::checked::{DEFAULT_ROUTE, Listed, Mode, Policy};
 use databases::RawDatabase;
 pub use databases::check_label;
 pub use document::parse_document;
-pub use reader::Problem;
 use reader::{At, MAX_PROBLEMS, Reader, describe, structural};
+pub use reader::{Problem, check_name};
+pub use written::{check_document, parse_fleet, with_rule, without_rule};
 
 /// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).
 const MAX_INTERFACE: usize = 127;

@@ -236,8 +236,11 @@ pub(super) fn describe(line: Option<usize>, at: &At, message: String) -> Problem
     }
 }
 
-/// Checks a name, which becomes part of paths, metrics and output.
-pub(super) fn check_name(name: &str) -> Result<(), String> {
+/// Checks a name, which becomes part of paths, keys in etcd, metrics and output.
+///
+/// # Errors
+/// The name is too long, or has other characters.
+pub fn check_name(name: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty()
         || name.len() > MAX_NAME

@@ -1,0 +1,234 @@
+//! `filter-agent fleet`, as an operator with a certificate types it.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+};
+
+use filter_tests::net::{agent_binary, run_in};
+
+use crate::{
+    certificates::Validity,
+    etcd::{Etcd, USER},
+};
+
+/// An operator beside etcd, who may read and write all that is the fleet's.
+struct Operator<'a> {
+    etcd: &'a Etcd,
+    place: PathBuf,
+}
+
+impl<'a> Operator<'a> {
+    fn new(etcd: &'a Etcd) -> Self {
+        etcd.control(&["user", "add", "kim", "--no-password"]);
+        etcd.control(&["role", "add", "operators"]);
+        etcd.control(&["user", "grant-role", "kim", "operators"]);
+        let all = [
+            "grant-permission",
+            "operators",
+            "readwrite",
+            "/filter-agent/",
+        ];
+        etcd.control(&[&["role"], &all[..], &["--prefix"]].concat());
+        Self::with_certificate_of(etcd, "kim")
+    }
+
+    fn with_certificate_of(etcd: &'a Etcd, user: &str) -> Self {
+        let pair = etcd.authority.sign(user, &[], Validity::Now);
+        let settings = etcd.settings(&[]);
+        let place = etcd.directory().join(format!("{user}.yaml"));
+        let text = format!(
+            "fleet:\n  endpoints: {:?}\n  ca_file: {}\n  cert_file: {}\n  key_file: {}\n",
+            settings.endpoints,
+            etcd.authority.file().display(),
+            pair.certificate.display(),
+            pair.key.display()
+        );
+        fs::write(&place, text).unwrap();
+        Self { etcd, place }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(agent_binary());
+        command.arg("fleet").args(arguments);
+        command.arg("--fleet").arg(&self.place);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.etcd.host.output(&mut self.command(arguments))
+    }
+
+    #[track_caller]
+    fn says(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The one line of a command that fails.
+    #[track_caller]
+    fn fails(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+        error
+    }
+
+    fn file(&self, text: &str) -> String {
+        let path = self.etcd.directory().join("document.yaml");
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+}
+
+/// All at the same time, on the host.
+fn spawn(etcd: &Etcd, mut commands: Vec<Command>) -> Vec<Child> {
+    let spawn = |command: &mut Command| command.stderr(Stdio::null()).spawn().unwrap();
+    run_in(&etcd.host.name, move || {
+        commands.iter_mut().map(spawn).collect()
+    })
+}
+
+#[test]
+fn document_is_written_read_changed_and_never_overwritten_unseen() {
+    let etcd = Etcd::start("fleet-commands");
+    let kim = Operator::new(&etcd);
+    let missing = kim.fails(&["get", "orders"]);
+    assert!(
+        missing.contains("etcd has no document of orders"),
+        "{missing}"
+    );
+    let office = kim.file("# the office\nrules:\n- {cidr: 203.0.113.0/24, label: office}\n");
+    assert_eq!(
+        kim.says(&["diff", "orders", &office]),
+        "+ 203.0.113.0/24 \"office\"\n"
+    );
+    kim.says(&["put", "orders", &office]);
+    let first = etcd.revision_of("rules/orders");
+    let got = kim.says(&["get", "orders"]);
+    assert_eq!(
+        got,
+        format!(
+            "# revision {first}\n{}",
+            fs::read_to_string(&office).unwrap()
+        )
+    );
+    assert!(
+        kim.says(&["put", "orders", &office])
+            .starts_with("no difference")
+    );
+    assert_eq!(etcd.revision_of("rules/orders"), first);
+    let said = kim.says(&[
+        "allow",
+        "orders",
+        "198.51.100.7",
+        "--for",
+        "2h",
+        "--label",
+        "kim",
+    ]);
+    assert!(
+        said.starts_with("+ 198.51.100.7/32 \"kim\", until "),
+        "{said}"
+    );
+    let older = kim.says(&["get", "orders", "--revision", &first.to_string()]);
+    assert_eq!(older, got);
+    let old = kim.fails(&[
+        "put",
+        "orders",
+        &office,
+        "--if-revision",
+        &first.to_string(),
+    ]);
+    assert!(
+        old.contains(&format!("not the one of revision {first}")),
+        "{old}"
+    );
+    let half = kim.file("rules:\n- {cidr: 192.0.2.0/24}\n");
+    let refused = kim.fails(&["put", "orders", &half]);
+    assert!(refused.contains("2 rules of 2 would go"), "{refused}");
+    kim.says(&["revoke", "orders", "198.51.100.7"]);
+    let none = kim.fails(&["revoke", "orders", "198.51.100.7"]);
+    assert!(none.contains("it has no rule of 198.51.100.7/32"), "{none}");
+    kim.says(&["put", "orders", &half, "--yes"]);
+    assert!(
+        kim.says(&["get", "orders"])
+            .ends_with("rules:\n- {cidr: 192.0.2.0/24}\n")
+    );
+    for (text, expected) in [
+        ("rules: [{cidr: 192.0.2.1/24}]", "host bits"),
+        ("", "it is empty"),
+        ("rules: {}", "line 1"),
+    ] {
+        let error = kim.fails(&["put", "orders", &kim.file(text)]);
+        assert!(error.contains(expected), "{error}");
+    }
+    assert!(kim.fails(&["get", "../era"]).contains("a name has"));
+    let wrong = kim.run(&["put", "orders"]);
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
+fn writers_at_the_same_time_lose_nothing() {
+    let etcd = Etcd::start("fleet-writers");
+    let kim = Operator::new(&etcd);
+    let sources: Vec<String> = (0..30)
+        .map(|host| format!("198.51.100.{host}/32"))
+        .collect();
+    let commands = sources
+        .iter()
+        .map(|source| kim.command(&["allow", "orders", source]));
+    let spawned = spawn(&etcd, commands.collect());
+    for mut child in spawned {
+        assert!(child.wait().unwrap().success());
+    }
+    let document = kim.says(&["get", "orders"]);
+    assert!(
+        sources.iter().all(|source| document.contains(source)),
+        "{document}"
+    );
+    let beyond = kim.fails(&["allow", "orders", "198.51.100.30/32"]);
+    assert!(beyond.contains("at most 30"), "{beyond}");
+    // Of several who saw the same revision one gets through.
+    let revision = etcd.revision_of("rules/orders").to_string();
+    let file = kim.file("rules: [{cidr: 203.0.113.0/24}]\n");
+    let put = ["put", "orders", &file, "--yes", "--if-revision", &revision];
+    let spawned = spawn(&etcd, (0..20).map(|_| kim.command(&put)).collect());
+    let done = spawned.into_iter().map(|mut child| child.wait().unwrap());
+    assert_eq!(done.filter(|status| status.success()).count(), 1);
+}
+
+#[test]
+fn who_may_not_or_reaches_nobody_is_told_so() {
+    let etcd = Etcd::start("fleet-rights");
+    etcd.put("rules/orders", b"rules: []");
+    let host = Operator::with_certificate_of(&etcd, USER);
+    host.says(&["get", "orders"]);
+    let file = host.file("rules: [{cidr: 203.0.113.0/24}]\n");
+    for arguments in [&["put", "orders", &file][..], &["recover", "--yes"]] {
+        let denied = host.fails(arguments);
+        assert!(denied.contains("permission denied"), "{denied}");
+    }
+    let kim = Operator::new(&etcd);
+    assert_eq!(kim.run(&["recover"]).status.code(), Some(2));
+    assert_eq!(
+        kim.says(&["recover", "--yes"]),
+        "era 1: every host believes what etcd has now\n"
+    );
+    assert_eq!(
+        kim.says(&["recover", "--yes"]),
+        "era 2: every host believes what etcd has now\n"
+    );
+    etcd.kill(0);
+    let gone = kim.fails(&["get", "orders"]);
+    assert!(
+        gone.contains("reach etcd: https://10.77.0.1:2379: "),
+        "{gone}"
+    );
+    fs::write(&kim.place, "interfaces: [eth0]\n").unwrap();
+    assert!(kim.fails(&["get", "orders"]).contains("it has no `fleet`"));
+}
