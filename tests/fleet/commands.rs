@@ -87,7 +87,10 @@ impl<'a> Operator<'a> {
 
 /// All at the same time, on the host.
 fn spawn(etcd: &Etcd, mut commands: Vec<Command>) -> Vec<Child> {
-    let spawn = |command: &mut Command| command.stderr(Stdio::null()).spawn().unwrap();
+    let spawn = |command: &mut Command| {
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
     run_in(&etcd.host.name, move || {
         commands.iter_mut().map(spawn).collect()
     })
@@ -170,6 +173,42 @@ fn document_is_written_read_changed_and_never_overwritten_unseen() {
     assert!(kim.fails(&["get", "../era"]).contains("a name has"));
     let wrong = kim.run(&["put", "orders"]);
     assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
+fn rollout_is_begun_promoted_and_aborted() {
+    let etcd = Etcd::start("fleet-rollouts");
+    let kim = Operator::new(&etcd);
+    etcd.put("rules/orders", b"rules: [{cidr: 192.0.2.0/24}]");
+    let file = kim.file("rules: [{cidr: 203.0.113.0/24}]");
+    let said = kim.says(&[
+        "rollout", "orders", &file, "--on", "db7,db8", "--for", "10m",
+    ]);
+    assert!(said.contains("in force on db7, db8 until "), "{said}");
+    let document = kim.says(&["get", "orders"]);
+    assert!(
+        document.contains("rollout:") && document.contains("192.0.2.0/24"),
+        "{document}"
+    );
+    kim.says(&["abort", "orders"]);
+    let document = kim.says(&["get", "orders"]);
+    assert!(!document.contains("203.0.113.0/24"), "{document}");
+    assert!(
+        kim.fails(&["promote", "orders"])
+            .contains("it has no rollout")
+    );
+    kim.says(&["rollout", "orders", &file, "--on", "db7"]);
+    let said = kim.says(&["promote", "orders"]);
+    assert!(
+        said.starts_with("- 192.0.2.0/24\n+ 203.0.113.0/24\n"),
+        "{said}"
+    );
+    let no_host = kim.fails(&["rollout", "orders", &file, "--on", "a/b"]);
+    assert!(no_host.contains("not a valid name of a host"), "{no_host}");
+    assert_eq!(
+        kim.run(&["rollout", "orders", &file]).status.code(),
+        Some(2)
+    );
 }
 
 #[test]

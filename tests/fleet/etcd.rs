@@ -34,6 +34,8 @@ pub struct Etcd {
     pub host: Namespace,
     pub namespace: Namespace,
     directory: TempDir,
+    /// In bytes. `None`: etcd's own default.
+    room: Option<usize>,
 }
 
 struct Member {
@@ -68,6 +70,15 @@ impl Etcd {
     }
 
     pub fn with_members(name: &str, count: usize) -> Self {
+        Self::make(name, count, None)
+    }
+
+    /// One member with room for so many bytes.
+    pub fn with_room(name: &str, room: usize) -> Self {
+        Self::make(name, 1, Some(room))
+    }
+
+    fn make(name: &str, count: usize, room: Option<usize>) -> Self {
         assert!(geteuid().is_root(), "tests with etcd need root");
         let directory = tempfile::Builder::new()
             .prefix(&format!("filter-tests-{name}-"))
@@ -100,6 +111,7 @@ impl Etcd {
             host,
             namespace,
             directory,
+            room,
         };
         for index in 0..count {
             etcd.run(index);
@@ -169,6 +181,9 @@ impl Etcd {
                 .arg(format!("--{prefix}key-file"))
                 .arg(&pair.key);
         }
+        if let Some(room) = self.room {
+            command.args(["--quota-backend-bytes", &room.to_string()]);
+        }
         let log = self.directory.path().join(format!("log-{index}"));
         let log = fs::OpenOptions::new().create(true).append(true).open(log);
         let log = log.unwrap();
@@ -208,7 +223,21 @@ impl Etcd {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// The same as another user. Returns whether it succeeded, and what it printed.
+    pub fn control_as(&self, user: &Pair, arguments: &[&str], input: &[u8]) -> (bool, String) {
+        let output = self.try_control_as(user, arguments, input);
+        let text = [output.stdout, output.stderr].concat();
+        (
+            output.status.success(),
+            String::from_utf8_lossy(&text).into_owned(),
+        )
+    }
+
     fn try_control(&self, arguments: &[&str], input: &[u8]) -> Output {
+        self.try_control_as(&self.root, arguments, input)
+    }
+
+    fn try_control_as(&self, user: &Pair, arguments: &[&str], input: &[u8]) -> Output {
         let running = self.members.borrow();
         let running = running.iter().enumerate();
         let endpoints =
@@ -222,9 +251,9 @@ impl Etcd {
             .args(["--command-timeout", "60s", "--cacert"])
             .arg(self.authority.file())
             .arg("--cert")
-            .arg(&self.root.certificate)
+            .arg(&user.certificate)
             .arg("--key")
-            .arg(&self.root.key)
+            .arg(&user.key)
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

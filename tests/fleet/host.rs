@@ -8,7 +8,7 @@ use filter_tests::net::{
 };
 use serde_json::{Value, json};
 
-use crate::etcd::Etcd;
+use crate::{certificates::Validity, etcd::Etcd};
 
 const PORT: u16 = 5432;
 const BILLING: u16 = 5433;
@@ -308,4 +308,108 @@ fn flapping_document_neither_cuts_off_nor_lets_in_anybody_else() {
     allowed.stop();
     denied.stop();
     assert!(connects(&net, FLOOR, PORT));
+}
+
+/// etcd's rights are no boundary: on 3.4 a host that fills it through its own key may disable them (etcd
+/// pull request 22386). What it can do then ends at the bounds of the other hosts' policies.
+#[test]
+fn host_that_took_over_etcd_opens_nothing_beyond_the_bounds() {
+    let etcd = Etcd::with_room("fleet-rogue", 16 << 20);
+    etcd.put("rules/orders", &document(&[B]));
+    etcd.control(&["user", "add", "db8", "--no-password"]);
+    etcd.control(&["role", "add", "db8"]);
+    etcd.control(&["user", "grant-role", "db8", "db8"]);
+    let own = "/filter-agent/v1/hosts/db8";
+    etcd.control(&["role", "grant-permission", "db8", "readwrite", own]);
+    let db8 = etcd.authority.sign("db8", &[], Validity::Now);
+    let mut net = host("fleet-rogue-db", &etcd);
+    net.write_policy(&text(&etcd, "within: [203.0.113.0/24]"));
+    let _echo = net.echo(PORT);
+    net.start();
+    wait_for(&net, &etcd, "orders");
+    net.watch(&[Protected::tcp(PORT, &["203.0.113.0/24"])]);
+    let allowed = Hammer::allowed(&net.client, &[(FLOOR, (DB4, PORT).into())]);
+    let denied = Hammer::denied(&net.client, &[(DENIED4.into(), (DB4, PORT).into())]);
+    let orders = "/filter-agent/v1/rules/orders";
+    for arguments in [
+        &["get", orders][..],
+        &["put", orders, "rules: []"],
+        &["del", orders],
+        &["get", "--prefix", "/filter-agent/"],
+        &["put", "/filter-agent/v1/era", "7"],
+        &["auth", "disable"],
+    ] {
+        let (done, text) = etcd.control_as(&db8, arguments, b"");
+        assert!(
+            !done && text.contains("permission denied"),
+            "{arguments:?}: {text}"
+        );
+    }
+    let filling = vec![b'x'; 1_000_000];
+    let is_full = (0..40).any(|_| !etcd.control_as(&db8, &["put", own], &filling).0);
+    assert!(is_full, "there is room still");
+    let (done, text) = etcd.control_as(&db8, &["auth", "disable"], b"");
+    assert!(done, "{text}");
+    let rogue = |arguments: &[&str], input: &[u8]| {
+        let (done, text) = etcd.control_as(&db8, arguments, input);
+        assert!(done, "{arguments:?}: {text}");
+        text
+    };
+    rogue(&["del", own], b"");
+    let revision = rogue(&["get", own, "--write-out", "json"], b"");
+    let revision: Value = serde_json::from_str(&revision).unwrap();
+    let revision = revision["header"]["revision"].to_string();
+    rogue(&["compact", &revision, "--physical"], b"");
+    rogue(&["defrag"], b"");
+    rogue(&["alarm", "disarm"], b"");
+    rogue(&["put", "/filter-agent/v1/era", "7"], b"");
+    for wide in ["0.0.0.0/0", "198.51.100.7/32"] {
+        rogue(&["put", orders], &document(&[wide]));
+        let is_refused = || {
+            let found = status(&net, "orders");
+            found["state"] == "refused" && found["error"].as_str().unwrap().contains(wide)
+        };
+        assert!(wait_until(is_refused), "{}", status(&net, "orders"));
+    }
+    rogue(&["del", "--prefix", "/filter-agent/"], b"");
+    assert!(wait_until(|| {
+        // The era is gone as well: it went back.
+        status(&net, "orders")["state"] != "refused"
+    }));
+    assert!(
+        connects(&net, ALLOWED4.into(), PORT),
+        "the last good document stays"
+    );
+    assert!(allowed.attempts() > 0 && denied.attempts() > 0);
+    allowed.stop();
+    denied.stop();
+}
+
+/// A rollout on this host, written by an operator whose command is gone since, ends at its time with etcd away.
+#[test]
+fn rollout_ends_by_itself_without_etcd() {
+    let etcd = Etcd::start("fleet-rollout");
+    etcd.put("rules/orders", &document(&[A]));
+    let mut net = host("fleet-roll-db", &etcd);
+    let _echo = net.echo(PORT);
+    net.start();
+    wait_for(&net, &etcd, "orders");
+    let until = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(12);
+    let rollout = format!(
+        "rules: [{{cidr: {A}}}]\nrollout: {{on: [db7], until: '{until:.0}', rules: [{{cidr: {B}}}]}}"
+    );
+    etcd.put("rules/orders", rollout.as_bytes());
+    wait_for(&net, &etcd, "orders");
+    assert!(connects(&net, ALLOWED4.into(), PORT) && !connects(&net, DENIED4.into(), PORT));
+    etcd.kill(0);
+    // The agent is gone as well when it ends: what was added is over all the same.
+    net.kill();
+    assert!(wait_until(|| !connects(&net, ALLOWED4.into(), PORT)));
+    assert!(jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1) > until);
+    net.start();
+    net.watch(&[Protected::tcp(PORT, &[A, "203.0.113.9/32"])]);
+    assert!(wait_until(|| connects(&net, DENIED4.into(), PORT)));
+    assert!(!connects(&net, ALLOWED4.into(), PORT));
+    let document = status(&net, "orders");
+    assert_eq!(document["rollout"]["in_force"], false, "{document}");
 }

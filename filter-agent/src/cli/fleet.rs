@@ -19,10 +19,10 @@ use crate::{
     fleet::{Settings, Value},
     policy::{
         Document, MAX_DOCUMENT, Rule, Source, check_document, check_label, check_name, parse_fleet,
-        with_rule, without_rule,
+        with_rollout, with_rule, without_rollout, without_rule,
     },
     temporary::parse_source,
-    text::{counted, written_out},
+    text::{counted, list, written_out},
 };
 
 use args::Access;
@@ -93,8 +93,38 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             };
             edit(&database, change, &access).await
         }
+        Fleet::Rollout {
+            database,
+            file,
+            on,
+            lasting,
+            access,
+        } => {
+            let text = read_document(&file)?;
+            let until = Timestamp::now().checked_add(lasting);
+            let until = in_seconds(until.context("no date is that far away")?);
+            let change = |before: Option<&[u8]>| with_rollout(before, &on, until, text.as_bytes());
+            edit(&database, change, &access).await?;
+            say!(
+                "in force on {} until {until}; to keep it: filter-agent fleet promote {database}",
+                list(on.iter())
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Fleet::Promote { database, access } => {
+            let change = |text: Option<&[u8]>| end_rollout(text, true);
+            edit(&database, change, &access).await
+        }
+        Fleet::Abort { database, access } => {
+            let change = |text: Option<&[u8]>| end_rollout(text, false);
+            edit(&database, change, &access).await
+        }
         Fleet::Recover { yes, access } => recover(yes, &access).await,
     }
+}
+
+fn end_rollout(text: Option<&[u8]>, promoted: bool) -> Result<String, String> {
+    without_rollout(text.ok_or("there is no document")?, promoted)
 }
 
 fn in_seconds(at: Timestamp) -> Timestamp {

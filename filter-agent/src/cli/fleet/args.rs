@@ -81,6 +81,35 @@ pub(in crate::cli) enum Fleet {
         #[command(flatten)]
         access: Access,
     },
+    /// Have some hosts enforce a document for a time, and the others go on. They return to theirs by themselves.
+    Rollout {
+        /// Database.
+        database: String,
+        /// Document; `-` is standard input.
+        file: PathBuf,
+        /// Hosts, by their names in the fleet.
+        #[arg(long, value_name = "HOST", required = true, value_delimiter = ',')]
+        on: Vec<String>,
+        /// How long, such as 30m, unless it is promoted by then.
+        #[arg(long = "for", value_name = "DURATION", default_value = "30m", value_parser = lasting)]
+        lasting: Duration,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Have every host enforce what is rolled out to some.
+    Promote {
+        /// Database.
+        database: String,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// End a rollout: its hosts enforce again what the others do.
+    Abort {
+        /// Database.
+        database: String,
+        #[command(flatten)]
+        access: Access,
+    },
     /// Have every host believe etcd again, after it was restored from a backup.
     Recover {
         /// Do not ask.
@@ -98,7 +127,10 @@ impl Fleet {
             | Self::Diff { database, .. }
             | Self::Put { database, .. }
             | Self::Allow { database, .. }
-            | Self::Revoke { database, .. } => Some(database),
+            | Self::Revoke { database, .. }
+            | Self::Rollout { database, .. }
+            | Self::Promote { database, .. }
+            | Self::Abort { database, .. } => Some(database),
             Self::Recover { .. } => None,
         }
     }

@@ -26,7 +26,9 @@ pub use databases::check_label;
 pub use document::parse_document;
 use reader::{At, MAX_PROBLEMS, Reader, describe, structural};
 pub use reader::{Problem, check_name};
-pub use written::{check_document, parse_fleet, with_rule, without_rule};
+pub use written::{
+    check_document, parse_fleet, with_rollout, with_rule, without_rollout, without_rule,
+};
 
 /// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).
 const MAX_INTERFACE: usize = 127;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use filter_common::Protocol;
+use jiff::Timestamp;
 use serde_yaml::{Mapping, Value};
 
 use super::{
@@ -134,6 +135,58 @@ pub fn without_rule(text: &[u8], source: &Source) -> Result<String, String> {
     })
 }
 
+/// The text of a document whose rules some hosts enforce instead until a date: those of another document.
+///
+/// # Errors
+/// One of the texts is no document, or the other has a rollout itself.
+pub fn with_rollout(
+    text: Option<&[u8]>,
+    on: &[String],
+    until: Timestamp,
+    other: &[u8],
+) -> Result<String, String> {
+    if check_document(other)?.rollout.is_some() {
+        return Err("the document to roll out has a rollout itself".into());
+    }
+    let rules = mapping(other)?.remove("rules").unwrap_or_default();
+    let mut rollout = Mapping::new();
+    let on = on.iter().map(|host| Value::from(host.as_str()));
+    rollout.insert("on".into(), Value::Sequence(on.collect()));
+    rollout.insert("until".into(), until.to_string().into());
+    rollout.insert("rules".into(), rules);
+    let mut document = match text {
+        Some(text) => mapping(text)?,
+        None => Mapping::from_iter([("rules".into(), Value::Sequence(Vec::new()))]),
+    };
+    document.insert("rollout".into(), rollout.into());
+    serde_yaml::to_string(&document).map_err(|error| error.to_string())
+}
+
+/// The text of a document without its rollout, whose rules every host enforces from then on where they are `promoted`.
+///
+/// # Errors
+/// The text is no document, or has no rollout.
+pub fn without_rollout(text: &[u8], promoted: bool) -> Result<String, String> {
+    let mut document = mapping(text)?;
+    let rollout = document.remove("rollout");
+    let mut rollout = rollout.ok_or("it has no rollout")?;
+    let rules = rollout.get_mut("rules").cloned();
+    if let (true, Some(rules)) = (promoted, rules) {
+        document.insert("rules".into(), rules);
+    }
+    serde_yaml::to_string(&document).map_err(|error| error.to_string())
+}
+
+fn mapping(text: &[u8]) -> Result<Mapping, String> {
+    check_document(text)?;
+    let text = std::str::from_utf8(text).map_err(|error| error.to_string())?;
+    let value = bounded::value(text, MAX_VALUE).map_err(|error| structural(&error).to_string())?;
+    match value {
+        Value::Mapping(document) => Ok(document),
+        _ => Err("it is not a mapping".into()),
+    }
+}
+
 fn is_of(rule: &Value, source: &Source) -> bool {
     let (field, name) = match source {
         Source::Cidr(prefix) => ("cidr", prefix.to_string()),
@@ -143,15 +196,7 @@ fn is_of(rule: &Value, source: &Source) -> bool {
 }
 
 fn edited(text: Option<&[u8]>, edit: impl FnOnce(&mut Vec<Value>)) -> Result<String, String> {
-    let mut document = Mapping::new();
-    if let Some(text) = text {
-        check_document(text)?;
-        let text = std::str::from_utf8(text).map_err(|error| error.to_string())?;
-        let value = bounded::value(text, MAX_VALUE);
-        if let Value::Mapping(found) = value.map_err(|error| structural(&error).to_string())? {
-            document = found;
-        }
-    }
+    let mut document = text.map(mapping).transpose()?.unwrap_or_default();
     let rules = document.entry("rules".into()).or_insert(Value::Null);
     if !rules.is_sequence() {
         *rules = Value::Sequence(Vec::new());
@@ -216,6 +261,33 @@ mod tests {
         );
         let first = with_rule(None, &rule("203.0.113.0/24", "kim")).unwrap();
         assert_eq!(check_document(first.as_bytes()).unwrap().rules.len(), 1);
+    }
+
+    #[test]
+    fn rollout_is_written_promoted_and_aborted() {
+        let text = b"rules: [{cidr: 192.0.2.0/24}]";
+        let until: Timestamp = "2027-01-01T00:00:00Z".parse().unwrap();
+        let other = b"rules: [{cidr: 203.0.113.0/24}]";
+        let rolled = with_rollout(Some(text), &["db7".into()], until, other).unwrap();
+        let document = check_document(rolled.as_bytes()).unwrap();
+        let [before, after] = [&text[..], other].map(|text| check_document(text).unwrap());
+        let rollout = document.rollout.unwrap();
+        assert_eq!(
+            (&document.rules, &rollout.rules),
+            (&before.rules, &after.rules)
+        );
+        assert_eq!(rollout.until, until);
+        let ended = |promoted| {
+            let text = without_rollout(rolled.as_bytes(), promoted).unwrap();
+            check_document(text.as_bytes()).unwrap()
+        };
+        assert_eq!((ended(true), ended(false)), (after, before));
+        assert!(with_rollout(Some(text), &["db7".into()], until, rolled.as_bytes()).is_err());
+        assert!(
+            without_rollout(text, true)
+                .unwrap_err()
+                .contains("no rollout")
+        );
     }
 
     #[test]
