@@ -481,7 +481,7 @@ fn what_the_readme_says_does_not_exist_is_no_command() {
     for thing in listed.split(" and ").flat_map(|things| things.split(", ")) {
         let command = match thing {
             "a history of changes" => "history",
-            "rules from etcd" => "fleet",
+            "commands of the fleet" => "fleet",
             _ => panic!("the README says that {thing} do not exist yet"),
         };
         assert!(!commands.contains_key(command), "{thing}: {command} exists");
