@@ -211,10 +211,10 @@ fn tasks_of_the_operator_print_what_their_page_shows() {
 }
 
 /// A server as a page starts it, ended when dropped.
-struct Server(Child);
+pub struct Server(Child);
 
 impl Server {
-    fn start(net: &Net, script: &str) -> Self {
+    pub fn start(net: &Net, script: &str) -> Self {
         let mut command = Command::new("sh");
         // The shell is replaced, so that its child is not left behind.
         command.args(["-ec", &script.replace("\netcd ", "\nexec etcd ")]);
