@@ -128,6 +128,11 @@ fn type_command(net: &mut Net, prelude: &str, command: &str) -> String {
             net.start();
             net.log[before..].join("\n")
         }
+        // It asks no agent.
+        Some(arguments) if arguments.starts_with("fleet ") => {
+            let script = format!("{prelude}\n{} {arguments}", net.binary.display());
+            both(net.db.output(Command::new("sh").args(["-c", &script])))
+        }
         Some(arguments) => {
             // A command in `$(...)` is the shell's.
             let arguments = match arguments.contains("$(") {
