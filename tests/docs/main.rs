@@ -109,11 +109,12 @@ fn all_options() -> BTreeMap<String, BTreeSet<String>> {
     let mut command = cli::command();
     command.build();
     for sub in command.get_subcommands() {
+        let Some(options) = options.get_mut(sub.get_name()) else {
+            continue;
+        };
         for inner in sub.get_subcommands().filter(|it| it.get_name() != "help") {
             let longs = inner.get_arguments().filter_map(|option| option.get_long());
-            let own = options.get_mut(sub.get_name());
-            own.into_iter()
-                .for_each(|own| own.extend(longs.clone().map(|long| format!("--{long}"))));
+            options.extend(longs.map(|long| format!("--{long}")));
         }
     }
     options
