@@ -500,7 +500,6 @@ fn what_the_readme_says_does_not_exist_is_no_command() {
     for thing in listed.split(" and ").flat_map(|things| things.split(", ")) {
         let command = match thing {
             "commands for a fleet's status" => "status",
-            "rollouts" => "rollout",
             _ => panic!("the README says that {thing} do not exist yet"),
         };
         let exists = fleet.find_subcommand(command).is_some();
