@@ -333,7 +333,9 @@ fn said(rule: &Rule) -> String {
 async fn recover(yes: bool, access: &Access) -> Result<ExitCode> {
     let mut client = client(access).await?;
     let (era, revision) = client.era().await?;
-    let next = era.checked_add(1).context("count the eras")?;
+    // Hosts may have seen a later one than a backup holds: seconds since 1970 are later than any.
+    let now = u64::try_from(Timestamp::now().as_second()).unwrap_or_default();
+    let next = era.checked_add(1).context("count the eras")?.max(now);
     if !yes {
         if !io::stdin().is_terminal() {
             eprintln!("filter-agent: fleet recover asks on a terminal; elsewhere it needs --yes");

@@ -15,13 +15,14 @@ const MAX_TEXT: usize = 300;
 const BROKEN_OFF: &str = "the connection broke off";
 
 /// What the libraries write for their own users, and what it means for ours.
-const PLAIN: [(&str, &str); 11] = [
+const PLAIN: [(&str, &str); 12] = [
     ("closed because of a broken pipe", BROKEN_OFF),
     (
         "peer closed connection without sending TLS close_notify",
         BROKEN_OFF,
     ),
     ("Connection reset by peer", BROKEN_OFF),
+    ("missing grpc-status trailer", BROKEN_OFF),
     ("operation was canceled: connection closed", BROKEN_OFF),
     ("deadline has elapsed", "no connection within 2 s"),
     (

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::{Kind, Temporary, Timed, room};
 use crate::{
     clock::{BootTime, Now},
-    policy::{Database, Model, Policy, Source, check_label, parse_cidr, without},
+    policy::{Database, Model, Policy, Rule, Source, check_label, parse_cidr, without},
     policy_file::PolicyFile,
     refusal::Refusal,
     report::{self, By},
@@ -355,12 +355,15 @@ impl Timed {
         regions: &Regions,
         notes: &mut Vec<String>,
     ) {
-        let holding = database.all_rules().chain(&database.cluster).find(|rule| {
+        let holds = |rule: &Rule| {
             let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
             !ended && without(&[source], &held(rule, regions)).is_empty()
-        });
-        if let Some(rule) = holding {
-            notes.push(format!("{} of the policy allows it already", rule.source));
+        };
+        let written = database.rules().iter().chain(&database.cluster);
+        let written = written.map(|rule| (rule, "policy"));
+        let fleet = database.fleet_rules().iter().map(|rule| (rule, "fleet"));
+        if let Some((rule, whose)) = written.chain(fleet).find(|(rule, _)| holds(rule)) {
+            notes.push(format!("{} of the {whose} allows it already", rule.source));
         }
         let blocks = self.temporary.iter().filter(|block| {
             let touches = block.source.contains(&source) || source.contains(&block.source);
