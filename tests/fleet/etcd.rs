@@ -380,6 +380,7 @@ impl Etcd {
             cert_file: Some(self.client.certificate.clone()),
             key_file: Some(self.client.key.clone()),
             databases: databases.iter().map(ToString::to_string).collect(),
+            own: None,
         }
     }
 

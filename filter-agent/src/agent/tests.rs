@@ -124,7 +124,7 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
         unsaved: BTreeSet::new(),
         fleet: crate::fleet::state::State::restore(Default::default(), &file.policy, at(0).steady),
         kept_fleet: Some(Default::default()),
-        own_name: "db1".into(),
+        this_host: ThisHost::new("db1".into(), Some("boot".into())),
         file,
         timed: order.timed.clone(),
         committed: committed(&order),

@@ -36,7 +36,11 @@ impl World {
             revision,
             documents: [("orders".into(), FleetFound::Value(value))].into(),
         };
-        self.send(Event::Fleet(News::Answer { answer, healed: 0 }));
+        self.send(Event::Fleet(News::Answer {
+            answer,
+            healed: 0,
+            rang: self.now.boot,
+        }));
     }
 
     /// Sources of the fleet's rules that the agent holds to be in force.
