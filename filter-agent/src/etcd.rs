@@ -1,5 +1,5 @@
-//! Follows the documents of this host in etcd, and writes its status there. The only user of `etcd-client`; it judges nothing, and keeps nothing of one
-//! connection for the next.
+//! Follows the documents of this host in etcd, and writes its status there. The only user of `etcd-client`; it judges
+//! nothing, and keeps nothing of one connection for the next.
 //!
 //! The watch only rings; what is reported is a linearizable read of all keys. So no event can be lost, come twice or come
 //! late, and no revision has to be resumed at that etcd has compacted, or has not reached again after a restore.
