@@ -316,10 +316,19 @@ impl Etcd {
 
     /// The revision at which a key was last changed.
     pub fn revision_of(&self, key: &str) -> i64 {
+        self.number_of(key, "mod_revision")
+    }
+
+    /// The one at which it was made.
+    pub fn created_at(&self, key: &str) -> i64 {
+        self.number_of(key, "create_revision")
+    }
+
+    fn number_of(&self, key: &str, field: &str) -> i64 {
         let key = format!("/filter-agent/v1/{key}");
         let found = self.control(&["get", &key, "--write-out", "json"]);
         let found: serde_json::Value = serde_json::from_str(&found).unwrap();
-        found["kvs"][0]["mod_revision"].as_i64().unwrap()
+        found["kvs"][0][field].as_i64().unwrap()
     }
 
     /// The text under a key below the agent's prefix; `None`: it is not there.
@@ -332,13 +341,9 @@ impl Etcd {
 
     /// Seconds left to the lease of a key.
     pub fn time_left(&self, key: &str) -> i64 {
-        let json = |arguments: &[&str]| {
-            let found = self.control(&[arguments, &["--write-out", "json"]].concat());
-            serde_json::from_str::<serde_json::Value>(&found).unwrap()
-        };
-        let found = json(&["get", &format!("/filter-agent/v1/{key}")]);
-        let lease = found["kvs"][0]["lease"].as_i64().unwrap();
-        let found = json(&["lease", "timetolive", &format!("{lease:x}")]);
+        let lease = format!("{:x}", self.number_of(key, "lease"));
+        let found = self.control(&["lease", "timetolive", &lease, "--write-out", "json"]);
+        let found: serde_json::Value = serde_json::from_str(&found).unwrap();
         found["ttl"].as_i64().unwrap()
     }
 

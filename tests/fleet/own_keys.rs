@@ -94,12 +94,14 @@ fn host_that_died_is_no_longer_alive_and_one_that_restarts_is_at_once() {
     let good = put(&etcd, &document(&[A]));
     let status = wait_until_written(&etcd, |it| it.enforced == good);
     assert_eq!(etcd.text_of("alive/db7"), Some(status.boot.clone()));
+    let created = etcd.created_at("alive/db7");
     let (alive, told) = (etcd.revision_of("alive/db7"), etcd.revision_of("hosts/db7"));
     net.kill();
     net.start();
-    // Under a lease of its own, before the other one's ended.
+    // Under a lease of its own, before the other one's ended, and the key with it.
     assert!(wait_until(|| etcd.revision_of("hosts/db7") > told));
     assert!(etcd.revision_of("alive/db7") > alive);
+    assert_eq!(etcd.created_at("alive/db7"), created);
     assert_eq!(etcd.text_of("alive/db7"), Some(status.boot.clone()));
     // Its lease is renewed.
     let mut before = etcd.time_left("alive/db7");
@@ -199,6 +201,12 @@ fn what_changes_without_etcd_is_written_once_it_is_back() {
     );
     etcd.kill(0);
     net.agent_text(&["allow", "orders", B, "--for", "1h"]);
+    etcd.run(0);
+    etcd.wait_until_healthy();
+    wait_until_written(&etcd, |it| it.temporary == 1 && it.enforced == good);
+    // The same is written again as well: a restored etcd may have lost it.
+    etcd.delete("hosts/db7");
+    etcd.kill(0);
     etcd.run(0);
     etcd.wait_until_healthy();
     wait_until_written(&etcd, |it| it.temporary == 1 && it.enforced == good);
