@@ -19,7 +19,7 @@ use crate::{
     clock::{BootTime, Now},
     enforcer::Checked,
     event::{Effect, Event, Order, ReloadOptions, Reply, Request},
-    fleet::state::State as Fleet,
+    fleet::{ThisHost, state::State as Fleet},
     history::{History, Origin},
     host::coverage::Remembered,
     late::Late,
@@ -103,11 +103,9 @@ pub struct Agent {
     file: Arc<PolicyFile>,
     enforced: report::Enforced,
     regions: Regions,
-    /// What is known of the fleet, and the host's own name.
+    /// What is known of the fleet, and of this host in it.
     fleet: Arc<Fleet>,
-    own_name: String,
-    /// Changes that etcd did not announce.
-    healed: u64,
+    this_host: ThisHost,
     remembered: Remembered,
     now: Now,
     started: Timestamp,
@@ -149,7 +147,7 @@ impl Agent {
             unsaved,
             fleet,
             kept_fleet,
-            own_name,
+            this_host,
             timed,
             committed,
             checked,
@@ -185,8 +183,7 @@ impl Agent {
             enforced: committed.enforced,
             regions,
             fleet: fleet.into(),
-            own_name,
-            healed: 0,
+            this_host,
             remembered: Remembered::default(),
             now,
             started: now.wall,
@@ -261,6 +258,7 @@ impl Agent {
             self.take(event);
         }
         self.go_on();
+        self.report_to_fleet();
         if self.is_ending && self.under_way.is_none() && self.late.is_empty() {
             self.effects.push(Effect::Stop);
         }
@@ -635,6 +633,9 @@ impl Agent {
             self.keep_fleet();
         }
         self.remembered = checked.remembered;
+        self.this_host
+            .not_verified
+            .clone_from(&checked.verified.errors);
         let write = self.saves.last_hits(checked.last_hits, self.now.steady);
         self.effects.extend(write.map(Effect::Save));
         self.log_all(checked.entries);
@@ -752,8 +753,7 @@ impl Agent {
             window: self.trial.window.as_ref().map(|w| w.open.brief()),
             regions: self.regions.clone(),
             fleet: self.fleet.clone(),
-            fleet_host: crate::fleet::host(&self.file.policy, &self.own_name),
-            healed: self.healed,
+            this_host: self.this_host.clone(),
             timed: self.timed.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
             unsaved: self

@@ -31,7 +31,8 @@ use crate::{
     enforcer::{Enforcer, Handle},
     etcd,
     event::{Effect, Event},
-    fleet, host,
+    fleet::{self, host_status::HostStatus},
+    host,
     log::Entry,
     look_ups::LookUp,
     metrics::{self, scrape::Scraper, timings::Timings},
@@ -134,6 +135,7 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
         store,
         watcher,
         following: None,
+        reports: watch::channel(None).0,
         is_stopping: false,
         failure: None,
         notifier: Notifier::start()?,
@@ -235,6 +237,7 @@ struct Performer {
     store: Store,
     watcher: Watcher,
     following: Option<(fleet::Settings, etcd::Following)>,
+    reports: watch::Sender<Option<Arc<HostStatus>>>,
     is_stopping: bool,
     failure: Option<String>,
     notifier: Notifier,
@@ -269,7 +272,8 @@ impl Performer {
             let tell = move |news| {
                 let _ = events.send(Event::Fleet(news));
             };
-            (settings.clone(), etcd::follow(settings, tell))
+            let reports = self.reports.subscribe();
+            (settings.clone(), etcd::follow(settings, reports, tell))
         });
     }
 
@@ -325,6 +329,9 @@ impl Performer {
                 reply.send(Ok(*decided));
             }),
             Effect::Follow(settings) => self.follow(settings),
+            Effect::Report(status) => {
+                self.reports.send_replace(Some(status));
+            }
             Effect::LookUp(look_up) => {
                 let timings = self.timings.clone();
                 tokio::spawn(ask(look_up, self.watcher.clone(), events, timings));

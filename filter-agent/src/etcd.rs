@@ -1,5 +1,5 @@
-//! Follows the documents of this host in etcd. The only user of `etcd-client`; it judges nothing, and keeps nothing of one
-//! connection for the next.
+//! Follows the documents of this host in etcd, and writes its status there. The only user of `etcd-client`; it judges
+//! nothing, and keeps nothing of one connection for the next.
 //!
 //! The watch only rings; what is reported is a linearizable read of all keys. So no event can be lost, come twice or come
 //! late, and no revision has to be resumed at that etcd has compacted, or has not reached again after a restore.
@@ -8,8 +8,9 @@ pub mod client;
 mod connection;
 mod failure;
 mod files;
+mod own_keys;
 
-use std::{pin::pin, time::Duration};
+use std::{future::pending, pin::pin, time::Duration};
 
 use anyhow::{Result, bail};
 use backon::{BackoffBuilder as _, ExponentialBuilder};
@@ -18,8 +19,11 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
+pub use own_keys::Reports;
+
 use crate::{
-    etcd::{connection::Connection, files::Files},
+    clock::BootTime,
+    etcd::{connection::Connection, files::Files, own_keys::Writer},
     fleet::{Answer, Found, News, Settings},
 };
 
@@ -45,25 +49,32 @@ impl Drop for Following {
     }
 }
 
-/// Follows documents by a task of the current runtime.
-pub fn follow(settings: Settings, tell: impl FnMut(News) + Send + 'static) -> Following {
+/// Follows documents by a task of the current runtime, and writes what is reported of the host.
+pub fn follow(
+    settings: Settings,
+    reports: Reports,
+    tell: impl Fn(News) + Send + Sync + 'static,
+) -> Following {
     Following {
-        task: tokio::spawn(run(settings, tell)),
+        task: tokio::spawn(run(settings, reports, tell)),
     }
 }
 
-async fn run(settings: Settings, mut tell: impl FnMut(News)) {
+async fn run(settings: Settings, reports: Reports, tell: impl Fn(News)) {
     if settings.endpoints.is_empty() {
         return;
     }
     let mut pauses = pauses();
     let mut healed = 0;
+    let own = settings.own.clone();
+    let mut writer = own.map(|keys| Writer::new(keys, reports));
     // At random, so that hosts with the same file do not all take the first.
     let mut next = fastrand::usize(..settings.endpoints.len());
     loop {
         let endpoint = &settings.endpoints[next];
         let begun = Instant::now();
-        let Err(error) = attend(endpoint, &settings, &mut healed, &mut tell).await else {
+        let attended = attend(endpoint, &settings, &mut healed, writer.as_mut(), &tell).await;
+        let Err(error) = attended else {
             continue;
         };
         tell(News::Lost(format!("{endpoint}: {error:#}")));
@@ -94,20 +105,48 @@ async fn attend(
     endpoint: &str,
     settings: &Settings,
     healed: &mut u64,
-    tell: &mut impl FnMut(News),
+    writer: Option<&mut Writer>,
+    tell: &impl Fn(News),
 ) -> Result<()> {
     let files = Files::read(settings).await?;
-    let mut connection = Connection::open(endpoint, &files, &settings.databases).await?;
+    let connection = Connection::open(endpoint, &files, &settings.databases).await?;
+    let mut clients = connection.clients();
+    let writing = async {
+        match writer {
+            Some(writer) => writer.write(&mut clients, tell).await,
+            None => pending().await,
+        }
+    };
+    // Side by side: a write that is not answered holds up no read.
+    tokio::select! {
+        ended = read_when_rung(connection, &files, healed, tell) => ended,
+        never = writing => match never {},
+    }
+}
+
+async fn read_when_rung(
+    mut connection: Connection,
+    files: &Files,
+    healed: &mut u64,
+    tell: &impl Fn(News),
+) -> Result<()> {
     // After every watch stands: what is written from now on rings, what was written before is read.
+    let mut rang = BootTime::now();
     let answer = connection.read().await?;
     let mut known = revisions(&answer);
-    let mut report = |answer, healed| tell(News::Answer { answer, healed });
-    report(answer, *healed);
+    let report = |answer, healed, rang| {
+        tell(News::Answer {
+            answer,
+            healed,
+            rang,
+        });
+    };
+    report(answer, *healed, rang);
     let mut changed = pin!(files.changed());
     let mut read_at = next_read();
     let mut ring_by = None;
     loop {
-        let rang = tokio::select! {
+        let is_rung = tokio::select! {
             rang = connection.rang() => rang.map(|()| true)?,
             () = sleep_until(read_at) => false,
             () = sleep_until(ring_by.unwrap_or(read_at)), if ring_by.is_some() => {
@@ -116,22 +155,23 @@ async fn attend(
             }
             () = &mut changed => return Ok(()),
         };
+        rang = BootTime::now();
         let answer = connection.read().await?;
         let found = revisions(&answer);
-        if rang {
+        if is_rung {
             ring_by = None;
         } else if connection
             .unwatched()
             .any(|name| is_readable(&answer, name))
         {
-            report(answer, *healed);
+            report(answer, *healed, rang);
             return Ok(());
         } else if found != known {
             ring_by = Some(Instant::now() + RING_TIMEOUT);
         }
         known = found;
         read_at = next_read();
-        report(answer, *healed);
+        report(answer, *healed, rang);
     }
 }
 

@@ -9,7 +9,7 @@ use crate::{
     clock::Accepted,
     enforcer::Checked,
     firewall::Condition,
-    fleet,
+    fleet::{self, host_status::HostStatus},
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
@@ -168,6 +168,8 @@ pub enum Effect {
     Save(Write),
     /// Follow these keys of the fleet, and no others. Answered by `Fleet`.
     Follow(Option<fleet::Settings>),
+    /// Write this status of the host to etcd, once there is a connection. Answered by `Fleet`.
+    Report(Arc<HostStatus>),
     /// The region files whose changes matter.
     Watch(BTreeSet<PathBuf>),
     Log(Entry),

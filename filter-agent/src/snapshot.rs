@@ -1,6 +1,6 @@
 //! The agent's state as plain values, and the reports made from them: readers never touch the agent. Pure.
 
-mod fleet;
+pub mod fleet;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -11,7 +11,7 @@ use jiff::{Timestamp, Unit};
 use crate::{
     clock::Now,
     enforcer::Observed,
-    fleet::state::State as Fleet,
+    fleet::{ThisHost, state::State as Fleet},
     history::History,
     holding::{self, Regional},
     host::coverage::{Coverage, address_warnings, describe_missing},
@@ -39,10 +39,9 @@ pub struct Snapshot {
     pub enforced: report::Enforced,
     pub window: Option<Brief>,
     pub regions: Regions,
-    /// What is known of the fleet, the host's name in it, and the changes that etcd did not announce.
+    /// What is known of the fleet, and of this host in it.
     pub fleet: Arc<Fleet>,
-    pub fleet_host: String,
-    pub healed: u64,
+    pub this_host: ThisHost,
     pub timed: Timed,
     /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,

@@ -66,8 +66,7 @@ pub struct Started {
     pub fleet: fleet::State,
     /// The fleet's documents as they are on disk. `None`: something else is there.
     pub kept_fleet: Option<fleet::Kept>,
-    /// The host's own name, for a policy that gives it no other.
-    pub own_name: String,
+    pub this_host: of_fleet::ThisHost,
     pub timed: Timed,
     pub committed: Committed,
     pub checked: Checked,
@@ -284,7 +283,7 @@ pub async fn enforce(
         path: options.policy.clone(),
         fleet: fleet.state(&file.policy, clock.now()),
         kept_fleet: fleet.kept,
-        own_name: fleet.own_name,
+        this_host: fleet.this_host,
         file,
         regions,
         unsaved,
@@ -336,19 +335,19 @@ struct KeptFleet {
     kept: Option<fleet::Kept>,
     /// Why it cannot be read.
     error: Option<String>,
-    own_name: String,
+    this_host: of_fleet::ThisHost,
 }
 
 impl KeptFleet {
     /// # Errors
     /// It cannot be read, and what is pinned holds rules of the fleet, which stay in force.
     async fn read(options: &Options, choice: &Choice) -> Result<Self> {
-        let own_name = host::name();
+        let this_host = of_fleet::ThisHost::new(host::name(), host::boot());
         if choice.is_foreign {
             return Ok(Self {
                 kept: None,
                 error: None,
-                own_name,
+                this_host,
             });
         }
         let directory = options.state_dir.clone();
@@ -376,7 +375,7 @@ impl KeptFleet {
         Ok(Self {
             kept,
             error,
-            own_name,
+            this_host,
         })
     }
 
@@ -388,7 +387,7 @@ impl KeptFleet {
 
     fn fill(&self, file: &Arc<PolicyFile>, now: Now) -> Arc<PolicyFile> {
         let state = self.state(&file.policy, now);
-        of_fleet::with_rules(file, &state, &self.own_name, now)
+        of_fleet::with_rules(file, &state, &self.this_host, now)
     }
 }
 

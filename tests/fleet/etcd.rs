@@ -138,6 +138,20 @@ impl Etcd {
         self.control(&["role", "grant-permission", role, "read", &key]);
     }
 
+    /// Lets a user's role write a host's own keys.
+    pub fn grant_own(&self, role: &str, host: &str) {
+        for key in own_keys(host) {
+            self.control(&["role", "grant-permission", role, "readwrite", &key]);
+        }
+    }
+
+    /// Takes that right away again.
+    pub fn revoke_own(&self, role: &str, host: &str) {
+        for key in own_keys(host) {
+            self.control(&["role", "revoke-permission", role, &key]);
+        }
+    }
+
     /// Where a member listens without TLS, in its own namespace.
     pub fn without_tls(index: usize) -> String {
         format!("127.0.0.1:{}", 2400 + index)
@@ -302,10 +316,35 @@ impl Etcd {
 
     /// The revision at which a key was last changed.
     pub fn revision_of(&self, key: &str) -> i64 {
+        self.number_of(key, "mod_revision")
+    }
+
+    /// The one at which it was made.
+    pub fn created_at(&self, key: &str) -> i64 {
+        self.number_of(key, "create_revision")
+    }
+
+    fn number_of(&self, key: &str, field: &str) -> i64 {
         let key = format!("/filter-agent/v1/{key}");
         let found = self.control(&["get", &key, "--write-out", "json"]);
         let found: serde_json::Value = serde_json::from_str(&found).unwrap();
-        found["kvs"][0]["mod_revision"].as_i64().unwrap()
+        found["kvs"][0][field].as_i64().unwrap()
+    }
+
+    /// The text under a key below the agent's prefix; `None`: it is not there.
+    pub fn text_of(&self, key: &str) -> Option<String> {
+        let key = format!("/filter-agent/v1/{key}");
+        let text = self.control(&["get", &key, "--print-value-only"]);
+        let text = text.trim_end();
+        (!text.is_empty()).then(|| text.to_owned())
+    }
+
+    /// Seconds left to the lease of a key.
+    pub fn time_left(&self, key: &str) -> i64 {
+        let lease = format!("{:x}", self.number_of(key, "lease"));
+        let found = self.control(&["lease", "timetolive", &lease, "--write-out", "json"]);
+        let found: serde_json::Value = serde_json::from_str(&found).unwrap();
+        found["ttl"].as_i64().unwrap()
     }
 
     pub fn delete(&self, key: &str) {
@@ -349,11 +388,18 @@ impl Etcd {
 
     /// Connects another namespace, by an interface `etcd0` of it.
     pub fn attach(&self, namespace: &Namespace) {
+        self.attach_as(namespace, 10);
+    }
+
+    /// The same with another last byte of its address.
+    pub fn attach_as(&self, namespace: &Namespace, last: u8) {
         self.namespace.ip(&format!(
-            "link add db0 type veth peer name etcd0 netns {}\nlink set db0 up\nroute add 10.77.0.10/32 dev db0",
+            "link add db{last} type veth peer name etcd0 netns {}\nlink set db{last} up\nroute add 10.77.0.{last}/32 dev db{last}",
             namespace.name
         ));
-        namespace.ip("address add 10.77.0.10/24 dev etcd0\nlink set etcd0 up");
+        namespace.ip(&format!(
+            "address add 10.77.0.{last}/24 dev etcd0\nlink set etcd0 up"
+        ));
     }
 
     /// Drops every packet between the host and etcd, both ways and without a word, or no more.
@@ -380,12 +426,17 @@ impl Etcd {
             cert_file: Some(self.client.certificate.clone()),
             key_file: Some(self.client.key.clone()),
             databases: databases.iter().map(ToString::to_string).collect(),
+            own: None,
         }
     }
 
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
+}
+
+fn own_keys(host: &str) -> [String; 2] {
+    ["hosts", "alive"].map(|part| format!("/filter-agent/v1/{part}/{host}"))
 }
 
 const TOKEN: &str = "fleet";

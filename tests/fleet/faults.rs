@@ -8,6 +8,7 @@ use filter_agent::{
 };
 use filter_tests::net::PATIENCE;
 use nix::sys::signal::Signal;
+use tokio::sync::watch;
 
 use crate::{
     certificates::Validity,
@@ -209,7 +210,9 @@ fn nothing_is_told_after_the_end() {
             .unwrap();
         runtime.block_on(async {
             let (send, mut news) = tokio::sync::mpsc::unbounded_channel();
-            let following = etcd::follow(settings, move |news| send.send(news).unwrap());
+            let following = etcd::follow(settings, watch::channel(None).1, move |news| {
+                send.send(news).unwrap()
+            });
             assert!(matches!(news.recv().await, Some(News::Answer { .. })));
             drop(following);
             // Who tells is gone.

@@ -11,7 +11,7 @@ use filter_agent::{
     fleet::{Answer, Found, News, Settings, Value},
 };
 use filter_tests::net::{Namespace, PATIENCE, run_in};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 /// Follows documents in a namespace, until it is dropped.
 pub struct Follower {
@@ -32,7 +32,7 @@ impl Follower {
                     .build()
                     .unwrap();
                 runtime.block_on(async {
-                    let _following = etcd::follow(settings, move |news| {
+                    let _following = etcd::follow(settings, watch::channel(None).1, move |news| {
                         let _ = send.send(news);
                     });
                     let _ = stopped.await;
@@ -104,7 +104,9 @@ impl Follower {
 
 fn announced(news: News) -> Answer {
     match news {
-        News::Answer { answer, healed: 0 } => answer,
+        News::Answer {
+            answer, healed: 0, ..
+        } => answer,
         other => panic!("an answer comes, not {other:?}"),
     }
 }

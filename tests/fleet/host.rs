@@ -8,25 +8,29 @@ use filter_tests::net::{
 };
 use serde_json::{Value, json};
 
-use crate::{certificates::Validity, etcd::Etcd};
+use crate::{
+    certificates::Validity,
+    etcd::{Etcd, USER},
+};
 
-const PORT: u16 = 5432;
+pub const PORT: u16 = 5432;
 const BILLING: u16 = 5433;
 
 /// Sources: of the policy's own rule, and of those of the fleet.
-const FLOOR: IpAddr = NEIGHBOURS[0];
-const A: &str = "198.51.100.7/32";
-const B: &str = "203.0.113.10/32";
+pub const FLOOR: IpAddr = NEIGHBOURS[0];
+pub const A: &str = "198.51.100.7/32";
+pub const B: &str = "203.0.113.10/32";
 
 /// A host whose policy allows `FLOOR` at two databases, and lets the fleet open both within bounds.
-fn host(name: &str, etcd: &Etcd) -> Net {
+pub fn host(name: &str, etcd: &Etcd) -> Net {
     let net = Net::new(name);
     etcd.attach(&net.db);
+    etcd.grant_own(USER, USER);
     net.write_policy(&text(etcd, "within: [198.51.100.0/24, 203.0.113.0/24]"));
     net
 }
 
-fn text(etcd: &Etcd, bounds: &str) -> String {
+pub fn text(etcd: &Etcd, bounds: &str) -> String {
     let settings = etcd.settings(&["orders", "billing"]);
     let path = |path: &Option<std::path::PathBuf>| path.as_ref().unwrap().display().to_string();
     let fleet = format!(
@@ -43,7 +47,7 @@ fn text(etcd: &Etcd, bounds: &str) -> String {
     fleet + &policy("eth0", "native", &databases)
 }
 
-fn document(sources: &[&str]) -> Vec<u8> {
+pub fn document(sources: &[&str]) -> Vec<u8> {
     let rules = sources.iter().map(|source| format!("  - cidr: {source}\n"));
     let rules: String = rules.collect();
     match rules.as_str() {
@@ -52,7 +56,7 @@ fn document(sources: &[&str]) -> Vec<u8> {
     }
 }
 
-fn status(net: &Net, database: &str) -> Value {
+pub fn status(net: &Net, database: &str) -> Value {
     let status = net.agent_json(&["status"]);
     let documents = status["fleet"]["documents"].as_array().unwrap();
     let mut documents = documents.iter();
@@ -61,7 +65,7 @@ fn status(net: &Net, database: &str) -> Value {
 }
 
 /// Waits until the document of a database in force is of this revision of its key.
-fn wait_for(net: &Net, etcd: &Etcd, database: &str) {
+pub fn wait_for(net: &Net, etcd: &Etcd, database: &str) {
     let revision = etcd.revision_of(&format!("rules/{database}"));
     let in_force = || status(net, database)["revision"] == json!(revision);
     assert!(wait_until(in_force), "{}", status(net, database));
@@ -81,7 +85,7 @@ fn reboot(net: &mut Net) {
     net.assert_detached("eth0");
 }
 
-fn connects(net: &Net, source: IpAddr, port: u16) -> bool {
+pub fn connects(net: &Net, source: IpAddr, port: u16) -> bool {
     net.connect(source, (DB4, port).into()) == Connection::Accepted
 }
 

@@ -8,4 +8,5 @@ mod faults;
 mod follower;
 mod host;
 mod mute;
+mod own_keys;
 mod refusals;

@@ -43,12 +43,12 @@ fn change_that_no_watch_announces_is_found_counted_and_ends_the_connection() {
         "{why}"
     );
     is_mute.store(false, Ordering::Relaxed);
-    let News::Answer { answer, healed } = follower.next() else {
+    let News::Answer { answer, healed, .. } = follower.next() else {
         panic!("the next connection works");
     };
     assert_eq!((text_of(&answer, "orders"), healed), (Some("two"), 1));
     etcd.put("rules/orders", b"three");
-    let News::Answer { answer, healed } = follower.next() else {
+    let News::Answer { answer, healed, .. } = follower.next() else {
         panic!("the next watch announces");
     };
     assert_eq!((text_of(&answer, "orders"), healed), (Some("three"), 1));

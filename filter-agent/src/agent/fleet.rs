@@ -10,17 +10,25 @@ use super::{
 use crate::{
     enforcer::Checked,
     event::Effect,
-    fleet::{self, News, Settings, state::Standing},
+    fleet::{
+        self, News, Settings, Unwritten,
+        host_status::{Bounds, DatabaseStatus, HostStatus},
+        state::Standing,
+    },
     history::Origin,
     log::Entry,
+    policy::{Database, FromFleet},
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused},
+    snapshot::fleet::describe_standing,
+    temporary::Kind,
+    text::list,
 };
 
 impl Agent {
     /// A policy with the rules that the fleet has for it.
     pub(super) fn with_fleet(&self, file: &Arc<PolicyFile>, fleet: &Fleet) -> Arc<PolicyFile> {
-        fleet::with_rules(file, fleet, &self.own_name, self.now)
+        fleet::with_rules(file, fleet, &self.this_host, self.now)
     }
 
     pub(super) fn fleet_news(&mut self, news: News) {
@@ -30,8 +38,14 @@ impl Agent {
                 Arc::make_mut(&mut self.fleet).lost(error, self.now.steady);
                 self.log_fleet(&before);
             }
-            News::Answer { answer, healed } => {
-                self.healed = healed;
+            News::Status(result) => self.status_written(result),
+            News::Answer {
+                answer,
+                healed,
+                rang,
+            } => {
+                self.this_host.healed = healed;
+                self.this_host.rang = rang;
                 let next = self.fleet.take(&answer, &self.file.policy, self.now.steady);
                 let over = next.without_rollouts_over(self.now.wall);
                 self.enforce_fleet(over.unwrap_or(next).into());
@@ -51,6 +65,9 @@ impl Agent {
             // Its document may have another revision.
             self.file = file;
             let before = std::mem::replace(&mut self.fleet, next);
+            let waited = self.now.boot.since(self.this_host.rang);
+            let milliseconds = 1000.0 * waited.as_secs_f64();
+            self.this_host.enforced(&before, &self.fleet, milliseconds);
             self.log_fleet(&before);
             return self.keep_fleet();
         }
@@ -64,6 +81,7 @@ impl Agent {
             fleet: next,
         };
         let occasion = Occasion::Change { caller: None };
+        self.this_host.accepted = self.now.boot;
         self.change(next, Cause::Fleet, occasion, false);
     }
 
@@ -77,6 +95,9 @@ impl Agent {
     ) {
         self.log_fleet(before);
         let timing = &committed.enforced.timing;
+        let accepted = self.this_host.accepted.since(self.this_host.rang);
+        let milliseconds = 1000.0 * accepted.as_secs_f64() + timing.enforced_ms;
+        self.this_host.enforced(before, &self.fleet, milliseconds);
         let entry = Entry::info(format!(
             "the fleet's rules changed; {timing}; {}",
             numbered(id, None)
@@ -149,8 +170,98 @@ impl Agent {
 
     /// Follows what the policy in force says.
     pub(super) fn follow(&mut self) {
-        let settings = Settings::of(&self.file.policy);
+        let settings = Settings::of(&self.file.policy, &self.this_host);
+        if settings != self.this_host.followed {
+            self.this_host.followed.clone_from(&settings);
+            // Of other keys, or to other members.
+            self.this_host.unwritten = None;
+        }
         self.effects.push(Effect::Follow(settings));
+    }
+
+    /// Has the status of this host written to etcd where it is news.
+    pub(super) fn report_to_fleet(&mut self) {
+        if self.is_detached || self.is_ending {
+            return;
+        }
+        let status = self.host_status();
+        let report = self.this_host.report(status, self.now.steady);
+        self.effects.extend(report.map(Effect::Report));
+    }
+
+    /// `None`: it is not written.
+    fn host_status(&self) -> Option<HostStatus> {
+        let policy = &self.file.policy;
+        let keys = self.this_host.followed.as_ref()?.own.as_ref()?;
+        let marks = self.fleet.marks();
+        let databases = policy.databases.iter().filter_map(|database| {
+            let fleet = database.fleet.as_ref()?;
+            let status = self.database_status(database, fleet).limited();
+            Some((database.name.clone(), status))
+        });
+        Some(HostStatus {
+            agent: env!("CARGO_PKG_VERSION").into(),
+            boot: keys.boot.clone(),
+            era: marks.map(|marks| marks.era),
+            revision: marks.map(|marks| marks.revision),
+            at: self.now.wall,
+            databases: databases.collect(),
+        })
+    }
+
+    fn database_status(&self, database: &Database, fleet: &FromFleet) -> DatabaseStatus {
+        let name = &database.name;
+        let policy = &self.file.policy;
+        let (state, error) = describe_standing(self.fleet.standing(name));
+        let not_verified = &self.this_host.not_verified;
+        let is_verified = not_verified.is_empty();
+        // The worst first: the kernel does something else, it takes no change, the document is not taken.
+        let error = match (is_verified, &self.stuck) {
+            (false, _) => Some(format!("not enforced: {}", list(not_verified.iter()))),
+            (true, Some(stuck)) => Some(stuck.error.clone()),
+            (true, None) => error,
+        };
+        let good = self.fleet.documents().get(name);
+        let in_force = good.filter(|_| is_verified);
+        let allowed = self.timed.in_force(database);
+        let allowed = allowed.filter(|rule| rule.kind == Kind::Allow && rule.end > self.now.boot);
+        let all_regions = || policy.regions.keys().cloned().collect();
+        DatabaseStatus {
+            seen: self.fleet.seen(name),
+            enforced: in_force.map(|good| good.mod_revision),
+            sha256: in_force.map(|good| good.sha256.clone()),
+            state,
+            error,
+            enforced_ms: in_force.and_then(|_| self.this_host.enforced_ms.get(name).copied()),
+            rules: fleet.rules.len(),
+            temporary: allowed.count(),
+            bounds: Some(Bounds {
+                widest: fleet.bounds.widest.map(|length| format!("/{length}")),
+                within: fleet.bounds.within.clone(),
+                regions: fleet.bounds.regions.clone().unwrap_or_else(all_regions),
+                floor: database.rules().len(),
+            }),
+        }
+    }
+
+    /// Notes what came of writing the status.
+    fn status_written(&mut self, result: Result<(), Unwritten>) {
+        let failed = result.as_ref().err().cloned();
+        if !self.this_host.status_written(result, self.now.steady) {
+            return;
+        }
+        let entry = match failed {
+            None => Entry::info("fleet: the status of this host is written to etcd again"),
+            Some(why) => {
+                let host = self.this_host.name(&self.file.policy);
+                let line = format!("fleet: {}", why.describe(&host));
+                match why {
+                    Unwritten::NameTaken => Entry::error(line),
+                    Unwritten::Failed(_) => Entry::warning(line),
+                }
+            }
+        };
+        self.log(limited(entry));
     }
 }
 

@@ -148,6 +148,7 @@ async fn client(access: &Access) -> Result<Client> {
         cert_file: fleet.cert_file,
         key_file: fleet.key_file,
         databases: Default::default(),
+        own: None,
     })
     .await
 }

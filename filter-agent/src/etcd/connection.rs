@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use etcd_client::{
-    Client, ConnectOptions, KvClient, Txn, TxnOp, WatchOptions, WatchResponse, WatchStream,
+    Client, ConnectOptions, KvClient, LeaseClient, Txn, TxnOp, WatchOptions, WatchResponse,
+    WatchStream,
     proto::{PbKeyValue, PbRangeResponse, PbTxnOpResponse, PbTxnResponse},
 };
 use futures_util::FutureExt as _;
@@ -17,6 +18,7 @@ use crate::{
     etcd::{
         failure::{Failure, one_line, plain},
         files::Files,
+        own_keys::Clients,
     },
     fleet::{Answer, Found, Value},
     policy::MAX_DOCUMENT,
@@ -38,6 +40,7 @@ const MAX_ANSWER: usize = 128 * MAX_DOCUMENT + (1 << 20);
 
 pub struct Connection {
     kv: KvClient,
+    lease: LeaseClient,
     watch: WatchStream,
     databases: BTreeSet<String>,
     /// Databases whose keys may not be watched.
@@ -59,6 +62,7 @@ impl Connection {
         let watch = watch.map_err(Failure::at_first)?;
         let mut connection = Self {
             kv,
+            lease: client.lease_client(),
             watch,
             databases: databases.clone(),
             unwatched: BTreeSet::new(),
@@ -96,6 +100,14 @@ impl Connection {
     /// Databases whose keys could not be watched when the connection was made.
     pub fn unwatched(&self) -> impl Iterator<Item = &str> {
         self.unwatched.iter().map(String::as_str)
+    }
+
+    /// For the host's own keys, over the same connection.
+    pub fn clients(&self) -> Clients {
+        Clients {
+            kv: self.kv.clone(),
+            lease: self.lease.clone(),
+        }
     }
 
     /// Waits for an announcement, and takes all that there are.

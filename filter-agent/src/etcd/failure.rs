@@ -59,6 +59,15 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// The same, with what it is about.
+    pub fn of(self, subject: &str) -> Self {
+        match self {
+            Self::Denied(text) => Self::Denied(format!("{subject}: {text}")),
+            Self::TooLong(text) => Self::TooLong(format!("{subject}: {text}")),
+            Self::Other(error) => Self::Other(error.context(subject.to_owned())),
+        }
+    }
+
     /// The same, of the first request on a connection.
     pub fn at_first(self) -> Self {
         match self {

@@ -297,6 +297,12 @@ impl State {
         }
     }
 
+    /// The revision of the newest value of a database's key.
+    pub fn seen(&self, database: &str) -> Option<i64> {
+        let newest = self.known.get(database)?.newest.as_ref()?;
+        Some(newest.mod_revision)
+    }
+
     /// The reason that answers are not believed, and since when.
     pub fn held(&self) -> Option<&Since> {
         self.held.as_ref()

@@ -27,6 +27,12 @@ pub struct Fleet {
     pub held: Option<Error>,
     /// Changes that etcd did not announce, and that a read found.
     pub healed: u64,
+    /// When the status of this host was last written to etcd.
+    #[serde(default)]
+    pub status_written: Option<Timestamp>,
+    /// Since when it is not, and why.
+    #[serde(default)]
+    pub status_unwritten: Option<Error>,
     pub documents: Vec<FleetDocument>,
 }
 
@@ -64,7 +70,8 @@ pub enum FleetState {
     Held,
     Missing,
     Unreadable,
-    /// It was not read yet.
+    /// It was not read yet, or a host of a newer version has another word.
+    #[serde(other)]
     Unknown,
 }
 

@@ -4,8 +4,11 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Snapshot;
 use crate::{
-    fleet::state::{Since, Standing},
-    policy::{FromFleet, spelled},
+    fleet::{
+        Unwritten, is_followed,
+        state::{Since, Standing},
+    },
+    policy::{FromFleet, Policy, spelled},
     report::{self, FleetDocument, FleetRollout, FleetState},
 };
 
@@ -20,7 +23,7 @@ impl Snapshot {
             text: since.why.clone(),
         };
         let marks = state.marks();
-        let host = self.fleet_host.clone();
+        let host = self.this_host.name(policy);
         let documents = policy.databases.iter().filter_map(|database| {
             let of_fleet = database.fleet.as_ref()?;
             Some(self.document(&database.name, of_fleet, &host))
@@ -34,7 +37,9 @@ impl Snapshot {
             answered: state.contact().map(|at| self.now.on_host(at)),
             lost: state.lost_since().map(since),
             held: state.held().map(since),
-            healed: self.healed,
+            healed: self.this_host.healed,
+            status_written: self.this_host.written.map(|at| self.now.on_host(at)),
+            status_unwritten: self.status_unwritten(policy, &host),
             documents: documents.collect(),
             host,
         })
@@ -42,23 +47,17 @@ impl Snapshot {
 
     fn document(&self, database: &str, of_fleet: &FromFleet, host: &str) -> FleetDocument {
         let good = self.fleet.documents().get(database);
-        let (state, error) = match self.fleet.standing(database) {
-            Standing::Active => (FleetState::Active, None),
-            Standing::Refused { why, mod_revision } => {
-                let why = format!("the document of revision {mod_revision} is refused: {why}");
-                (FleetState::Refused, Some(why))
-            }
-            Standing::Held(why) => (FleetState::Held, Some(why)),
-            Standing::Missing { since } => {
-                let since = self.now.on_host(since);
-                let why = format!(
-                    "there is no document since {since:.0}; `rules: []` is how rules are removed"
-                );
-                (FleetState::Missing, Some(why))
-            }
-            Standing::Unreadable(since) => (FleetState::Unreadable, Some(since.why)),
-            Standing::Unknown => (FleetState::Unknown, None),
+        let standing = self.fleet.standing(database);
+        let missing_since = match standing {
+            Standing::Missing { since } => Some(self.now.on_host(since)),
+            _ => None,
         };
+        let (state, mut error) = describe_standing(standing);
+        if let Some(since) = missing_since {
+            error = Some(format!(
+                "there is no document since {since:.0}; {HOW_TO_REMOVE}"
+            ));
+        }
         let rollout = good.and_then(|good| {
             let rollout = good.document.rollout.as_ref()?;
             Some(FleetRollout {
@@ -79,12 +78,36 @@ impl Snapshot {
         }
     }
 
+    fn status_unwritten(&self, policy: &Policy, host: &str) -> Option<report::Error> {
+        if !is_followed(policy) {
+            return None;
+        }
+        if let Err(why) = self.this_host.keys(policy) {
+            let unwritten = Unwritten::Failed(why);
+            return Some(unwritten.reported(host, self.started));
+        }
+        let (since, why) = self.this_host.unwritten.as_ref()?;
+        Some(why.reported(host, self.now.on_host(*since)))
+    }
+
+    /// Whether nobody but an operator of this host can have its status written.
+    fn is_name_unusable(&self) -> bool {
+        let unwritten = self.this_host.unwritten.as_ref();
+        unwritten.is_some_and(|(_, why)| *why == Unwritten::NameTaken)
+            || self.this_host.keys(&self.file.policy).is_err()
+    }
+
     /// What is wrong: answers that are held, and documents that are refused.
     pub(super) fn fleet_errors(&self) -> Vec<String> {
         let Some(fleet) = self.fleet() else {
             return Vec::new();
         };
         let mut errors = Vec::new();
+        if let Some(unwritten) = &fleet.status_unwritten
+            && self.is_name_unusable()
+        {
+            errors.push(format!("fleet: {}", unwritten.text));
+        }
         if let Some(held) = &fleet.held {
             errors.push(format!(
                 "fleet: {}: nothing that it says is in force, and the last good documents stay (see `filter-agent fleet \
@@ -129,6 +152,11 @@ impl Snapshot {
                 "fleet: etcd {since}: {why}; what was in force stays so"
             ));
         }
+        if let Some(unwritten) = &fleet.status_unwritten
+            && !self.is_name_unusable()
+        {
+            warnings.push(format!("fleet: {}", unwritten.text));
+        }
         for document in &fleet.documents {
             let error = match document.state {
                 FleetState::Missing | FleetState::Unreadable => document.error.as_deref(),
@@ -140,6 +168,26 @@ impl Snapshot {
             }
         }
         warnings
+    }
+}
+
+const HOW_TO_REMOVE: &str = "`rules: []` is how rules are removed";
+
+/// How a database stands, and what is wrong with it. The same at any time.
+pub fn describe_standing(standing: Standing) -> (FleetState, Option<String>) {
+    match standing {
+        Standing::Active => (FleetState::Active, None),
+        Standing::Refused { why, mod_revision } => {
+            let why = format!("the document of revision {mod_revision} is refused: {why}");
+            (FleetState::Refused, Some(why))
+        }
+        Standing::Held(why) => (FleetState::Held, Some(why)),
+        Standing::Missing { .. } => {
+            let why = format!("there is no document; {HOW_TO_REMOVE}");
+            (FleetState::Missing, Some(why))
+        }
+        Standing::Unreadable(since) => (FleetState::Unreadable, Some(since.why)),
+        Standing::Unknown => (FleetState::Unknown, None),
     }
 }
 

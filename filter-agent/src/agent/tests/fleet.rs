@@ -1,8 +1,12 @@
 use super::*;
 use crate::{
-    fleet::{Answer as FleetAnswer, Found as FleetFound, News, Value},
+    fleet::{
+        Answer as FleetAnswer, Found as FleetFound, News, Unwritten, Value,
+        host_status::DatabaseStatus,
+    },
     history::{Wanted as HistoryWanted, What},
     policy::Source,
+    report::FleetState,
 };
 
 const FLEET: &str = "fleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true, host: db7}\n";
@@ -36,7 +40,22 @@ impl World {
             revision,
             documents: [("orders".into(), FleetFound::Value(value))].into(),
         };
-        self.send(Event::Fleet(News::Answer { answer, healed: 0 }));
+        self.send(Event::Fleet(News::Answer {
+            answer,
+            healed: 0,
+            rang: self.now.boot,
+        }));
+    }
+
+    /// What was reported last of the database.
+    fn reported(&self) -> DatabaseStatus {
+        self.reports.last().unwrap().databases["orders"].clone()
+    }
+
+    fn verified(&mut self, errors: &[&str]) {
+        let mut checked = checked();
+        checked.verified.errors = errors.iter().map(ToString::to_string).collect();
+        self.send(Event::Checked(checked));
     }
 
     /// Sources of the fleet's rules that the agent holds to be in force.
@@ -172,4 +191,135 @@ fn rollout_ends_at_its_time_for_good_with_etcd_away() {
     let policy = &world.agent.file.policy;
     let again = Fleet::restore(kept.as_ref().clone(), policy, world.now.steady);
     assert!(again.documents()["orders"].rollout_over);
+}
+
+#[test]
+fn status_is_reported_where_it_is_news_and_every_ten_minutes() {
+    let mut world = world("{widest: [/16, /48], within: [198.51.100.0/24]}");
+    let before = world.reported();
+    assert_eq!((before.seen, before.enforced), (None, None));
+    assert_eq!(before.state, FleetState::Unknown);
+    let text = "rules: [{cidr: 198.51.100.0/24}]";
+    world.news(4, text);
+    assert_eq!(world.reported(), before, "nothing of it is in force");
+    world.settle(OFFICE);
+    let after = world.reported();
+    assert_eq!((after.seen, after.enforced), (Some(4), Some(4)));
+    assert_eq!(
+        after.sha256,
+        Some(crate::policy_file::hash(text.as_bytes()))
+    );
+    assert_eq!((after.state, after.error), (FleetState::Active, None));
+    assert_eq!((after.rules, after.enforced_ms), (1, Some(0.0)));
+    let bounds = after.bounds.unwrap();
+    assert_eq!(
+        (bounds.widest, bounds.floor),
+        (["/16".into(), "/48".into()], 3)
+    );
+    assert_eq!(bounds.within, ["198.51.100.0/24".parse().unwrap()]);
+    assert!(
+        bounds.regions.contains("osc-fr1"),
+        "any that the policy has"
+    );
+    let status = world.reports.last().unwrap();
+    assert_eq!((status.boot.as_str(), status.revision), ("boot", Some(4)));
+    // Refused: what is in force is another one, and why.
+    world.news(5, "rules: [{cidr: 192.0.2.0/24}]");
+    let refused = world.reported();
+    assert_eq!((refused.seen, refused.enforced), (Some(5), Some(4)));
+    assert_eq!(refused.state, FleetState::Refused);
+    assert!(refused.error.unwrap().contains("192.0.2.0/24"));
+    world.settle(OFFICE);
+    let count = world.reports.len();
+    world.pass(599);
+    world.settle(OFFICE);
+    assert_eq!(world.reports.len(), count, "{:?}", world.reports);
+    world.pass(1);
+    world.settle(OFFICE);
+    assert_eq!(world.reports.len(), count + 1);
+}
+
+#[test]
+fn document_is_not_reported_as_enforced_unless_the_kernel_does_it() {
+    let mut world = world("true");
+    world.news(4, "rules: [{cidr: 198.51.100.0/24}]");
+    world.settle(OFFICE);
+    world.verified(&["eth0 is not filtered"]);
+    let report = world.reported();
+    assert_eq!((report.enforced, report.sha256), (None, None));
+    let error = report.error.unwrap();
+    assert_eq!(error, "not enforced: eth0 is not filtered");
+    world.verified(&[]);
+    let report = world.reported();
+    assert_eq!((report.enforced, report.error), (Some(4), None));
+    // The kernel takes no change.
+    world.news(5, "rules: []");
+    world.perform(world.find(is_commit).unwrap(), OFFICE, true, false);
+    let report = world.reported();
+    assert_eq!(report.enforced, Some(4));
+    assert!(report.error.unwrap().contains("no memory"));
+}
+
+#[test]
+fn nothing_is_reported_where_nothing_is_followed() {
+    let mut world = world("true");
+    let reload = |world: &mut World, text: String| {
+        world.text = text;
+        let mut answer = world.reload();
+        world.settle(OFFICE);
+        answer.try_recv().unwrap().unwrap();
+        world.pass(700);
+        world.settle(OFFICE);
+    };
+    let count = world.reports.len();
+    let frozen = of_fleet(2, "true").replace("host: db7", "frozen: true");
+    reload(&mut world, frozen);
+    reload(&mut world, policy(2, ""));
+    // No key can have this name.
+    let own = of_fleet(2, "true").replace(", host: db7", "");
+    world.agent.this_host = ThisHost::new("db 1".into(), Some("boot".into()));
+    reload(&mut world, own.clone());
+    assert_eq!(world.reports.len(), count);
+    let fleet = world.agent.snapshot().fleet().unwrap();
+    let why = fleet.status_unwritten.unwrap().text;
+    assert!(why.contains("\"db 1\" is not a valid name"), "{why}");
+    world.agent.this_host = ThisHost::new("db1".into(), Some("boot".into()));
+    reload(&mut world, own);
+    assert!(world.reports.len() > count);
+    assert_eq!(world.agent.snapshot().fleet().unwrap().host, "db1");
+}
+
+#[test]
+fn status_that_is_not_written_is_logged_once_and_shown_until_it_is() {
+    let mut world = world("true");
+    let told = |world: &mut World, result: Result<(), Unwritten>| {
+        world.send(Event::Fleet(News::Status(result)));
+        let fleet = world.agent.snapshot().fleet().unwrap();
+        fleet.status_unwritten.map(|it| it.text).unwrap_or_default()
+    };
+    for _ in 0..2 {
+        let why = told(
+            &mut world,
+            Err(Unwritten::Failed("permission denied".into())),
+        );
+        assert!(why.ends_with("permission denied"), "{why}");
+    }
+    let why = told(&mut world, Err(Unwritten::NameTaken));
+    assert!(
+        why.contains("another host of the fleet has the name db7"),
+        "{why}"
+    );
+    assert_eq!(told(&mut world, Ok(())), "");
+    assert!(
+        world
+            .agent
+            .snapshot()
+            .fleet()
+            .unwrap()
+            .status_written
+            .is_some()
+    );
+    let lines = |text: &str| world.log.iter().filter(|line| line.contains(text)).count();
+    let counts = ["permission denied", "has the name", "written to etcd again"].map(lines);
+    assert_eq!(counts, [1, 1, 1], "{:?}", world.log);
 }
