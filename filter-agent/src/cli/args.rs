@@ -443,7 +443,7 @@ fn trace_time(text: &str) -> Result<Duration, String> {
 }
 
 /// As `lasting`, of at most an hour.
-fn time_limit(text: &str) -> Result<Duration, String> {
+pub(super) fn time_limit(text: &str) -> Result<Duration, String> {
     let duration = lasting(text)?;
     if duration < Duration::from_millis(100) {
         return Err("at least 100ms".into());

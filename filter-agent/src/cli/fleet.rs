@@ -1,6 +1,7 @@
 //! `fleet`: documents in etcd, for a person with a certificate and without root.
 
 mod args;
+mod status;
 
 use std::{
     collections::BTreeMap,
@@ -14,19 +15,19 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use jiff::Timestamp;
 
 use crate::{
-    cli::output::end_with_the_reader,
-    etcd::client::{Changed, Client},
+    cli::output::{end_with_the_reader, failure_if},
+    etcd::client::{Changed, Client, Overview},
     fleet::{Settings, Value},
     policy::{
-        Document, MAX_DOCUMENT, Rule, Source, check_document, check_label, check_name, parse_fleet,
-        with_rollout, with_rule, without_rollout, without_rule,
+        Document, MAX_DOCUMENT, Rule, Source, check_document, check_host, check_label, check_name,
+        parse_fleet, with_rollout, with_rule, without_rollout, without_rule,
     },
     temporary::parse_source,
     text::{counted, list, written_out},
 };
 
-use args::Access;
 pub(super) use args::Fleet;
+use args::{Access, Waiting};
 
 /// How often a rule is added anew to what somebody else has written meanwhile.
 const MAX_TRIES: usize = 100;
@@ -46,19 +47,35 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             file,
             access,
         } => diff(&database, &file, &access).await,
+        Fleet::Status {
+            database,
+            waiting,
+            json,
+            access,
+        } => {
+            let mut client = client(&access).await?;
+            status::status(&mut client, database.as_deref(), waiting.wait, json).await
+        }
+        Fleet::Forget { host, access } => forget(&host, &access).await,
         Fleet::Put {
             database,
             file,
             if_revision,
             yes,
+            waiting,
             access,
-        } => put(&database, &file, if_revision, yes, &access).await,
+        } => {
+            let mut client = client(&access).await?;
+            put(&mut client, &database, &file, if_revision, yes).await?;
+            follow(&mut client, &database, waiting).await
+        }
         Fleet::Allow {
             database,
             source,
             lasting,
             expires,
             label,
+            waiting,
             access,
         } => {
             let after = lasting.map(|lasting| Timestamp::now().checked_add(lasting));
@@ -74,11 +91,12 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
                 expires,
             };
             let change = |text: Option<&[u8]>| with_rule(text, &rule);
-            edit(&database, change, &access).await
+            edit(&database, change, waiting, &access).await
         }
         Fleet::Revoke {
             database,
             source,
+            waiting,
             access,
         } => {
             let source = Source::Cidr(parse_source(&source)?);
@@ -91,33 +109,42 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
                 }
                 without_rule(text, &source)
             };
-            edit(&database, change, &access).await
+            edit(&database, change, waiting, &access).await
         }
         Fleet::Rollout {
             database,
             file,
             on,
             lasting,
+            waiting,
             access,
         } => {
             let text = read_document(&file)?;
             let until = Timestamp::now().checked_add(lasting);
             let until = in_seconds(until.context("no date is that far away")?);
             let change = |before: Option<&[u8]>| with_rollout(before, &on, until, text.as_bytes());
-            edit(&database, change, &access).await?;
+            let exit = edit(&database, change, waiting, &access).await?;
             say!(
                 "in force on {} until {until}; to keep it: filter-agent fleet promote {database}",
                 list(on.iter())
             );
-            Ok(ExitCode::SUCCESS)
+            Ok(exit)
         }
-        Fleet::Promote { database, access } => {
+        Fleet::Promote {
+            database,
+            waiting,
+            access,
+        } => {
             let change = |text: Option<&[u8]>| end_rollout(text, true);
-            edit(&database, change, &access).await
+            edit(&database, change, waiting, &access).await
         }
-        Fleet::Abort { database, access } => {
+        Fleet::Abort {
+            database,
+            waiting,
+            access,
+        } => {
             let change = |text: Option<&[u8]>| end_rollout(text, false);
-            edit(&database, change, &access).await
+            edit(&database, change, waiting, &access).await
         }
         Fleet::Recover { yes, access } => recover(yes, &access).await,
     }
@@ -190,27 +217,28 @@ async fn get(database: &str, revision: Option<i64>, access: &Access) -> Result<E
 
 async fn diff(database: &str, file: &Path, access: &Access) -> Result<ExitCode> {
     let text = read_document(file)?;
-    let found = client(access).await?.document(database, None).await?;
+    let mut client = client(access).await?;
+    let found = client.document(database, None).await?;
     let lines = differences(found.as_ref(), &text)?.lines;
+    let refusals = status::refusals(&client.overview().await?, database, &text);
     end_with_the_reader()?;
     if lines.is_empty() {
         say!("no difference");
     }
-    for line in lines {
+    for line in lines.iter().chain(&refusals) {
         say!("{line}");
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(failure_if(!refusals.is_empty()))
 }
 
 async fn put(
+    client: &mut Client,
     database: &str,
     file: &Path,
     if_revision: Option<i64>,
     yes: bool,
-    access: &Access,
-) -> Result<ExitCode> {
+) -> Result<()> {
     let text = read_document(file)?;
-    let mut client = client(access).await?;
     let found = client.document(database, None).await?;
     let revision = found.as_ref().map_or(0, |value| value.mod_revision);
     if let Some(wanted) = if_revision.filter(|&wanted| wanted != revision) {
@@ -228,8 +256,16 @@ async fn put(
         .is_some_and(|value| value.text == text.as_bytes())
     {
         say!("no difference: the document of revision {revision} is the same");
-        return Ok(ExitCode::SUCCESS);
+        return Ok(());
     }
+    let overview = client.overview().await?;
+    check_believed(&overview)?;
+    let refusals = status::refusals(&overview, database, &text);
+    ensure!(
+        yes || refusals.is_empty(),
+        "{}: with --yes it is written all the same; nothing is written",
+        refusals.join("; ")
+    );
     ensure!(
         yes || difference.removed * 2 <= difference.before || difference.before == 0,
         "{} of {} would go: look at `filter-agent fleet diff`, then add --yes; nothing is written",
@@ -244,16 +280,18 @@ async fn put(
         None => error,
     })?;
     report(database, written, &difference);
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Changes a document, and again where somebody else has changed it meanwhile.
 async fn edit(
     database: &str,
     change: impl Fn(Option<&[u8]>) -> Result<String, String>,
+    waiting: Waiting,
     access: &Access,
 ) -> Result<ExitCode> {
     let mut client = client(access).await?;
+    check_believed(&client.overview().await?)?;
     for _ in 0..MAX_TRIES {
         let found = client.document(database, None).await?;
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
@@ -265,13 +303,49 @@ async fn edit(
         match client.put(database, &text, revision).await {
             Ok(written) => {
                 report(database, written, &difference);
-                return Ok(ExitCode::SUCCESS);
+                return follow(&mut client, database, waiting).await;
             }
             Err(error) if error.is::<Changed>() => {}
             Err(error) => return Err(error),
         }
     }
     bail!("the document of {database} was changed by others {MAX_TRIES} times: nothing is written");
+}
+
+/// # Errors
+/// A host does not believe etcd: what is written now would not be enforced there.
+fn check_believed(overview: &Overview) -> Result<()> {
+    let holding = status::Fleet::of(overview, None).holding;
+    ensure!(
+        holding.is_empty(),
+        "{} does not believe etcd, which went back: `filter-agent fleet status` says why, and `fleet recover` has it believed \
+         again; nothing is written",
+        list(holding.iter())
+    );
+    Ok(())
+}
+
+/// Waits until the hosts have what was written, if that is asked for.
+async fn follow(client: &mut Client, database: &str, waiting: Waiting) -> Result<ExitCode> {
+    match waiting.wait {
+        Some(_) => status::status(client, Some(database), waiting.wait, false).await,
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+async fn forget(host: &str, access: &Access) -> Result<ExitCode> {
+    check_host(host).map_err(anyhow::Error::msg)?;
+    let mut client = client(access).await?;
+    let overview = client.overview().await?;
+    ensure!(
+        !overview.alive.contains_key(host),
+        "{host} is there: it would report itself again"
+    );
+    let seen = status::last_seen(&overview, host);
+    ensure!(client.forget(host).await?, "etcd knows no host {host}");
+    let seen = seen.map(|at| format!(", which reported itself last at {at:.0}"));
+    say!("{host}{} is forgotten", seen.unwrap_or_default());
+    Ok(ExitCode::SUCCESS)
 }
 
 fn report(database: &str, revision: i64, difference: &Difference) {

@@ -1,21 +1,39 @@
 //! Requests of a person who writes documents: one connection, a request after the other.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, Result, anyhow, bail};
-use etcd_client::{Compare, CompareOp, GetOptions, KvClient, Txn, TxnOp, proto::PbTxnOpResponse};
+use etcd_client::{
+    Compare, CompareOp, GetOptions, KvClient, MaintenanceClient, Txn, TxnOp,
+    proto::{PbKeyValue, PbTxnOpResponse},
+};
 
 use crate::{
     etcd::{
-        connection::{ERA, connect, era_of, key_of, value_of, within},
+        connection::{ERA, MAX_ANSWER, RULES, connect, era_of, key_of, value_of, within},
         failure::Failure,
         files::Files,
+        own_keys::{ALIVE, HOSTS},
     },
     fleet::{Settings, Value},
 };
 
 pub struct Client {
     kv: KvClient,
+    maintenance: MaintenanceClient,
     /// The member that answers.
     endpoint: String,
+}
+
+/// What etcd holds of a fleet.
+#[derive(Debug, Default)]
+pub struct Overview {
+    /// Revisions of the documents, by database.
+    pub documents: BTreeMap<String, i64>,
+    /// What hosts reported of themselves, as they wrote it.
+    pub hosts: BTreeMap<String, Vec<u8>>,
+    /// The present life of each host that is there.
+    pub alive: BTreeMap<String, String>,
 }
 
 /// A value was changed by somebody else, and is not overwritten. `None`: it is gone.
@@ -33,7 +51,8 @@ impl Client {
         for endpoint in &settings.endpoints {
             let mut client = match connect(endpoint, &files).await {
                 Ok(client) => Self {
-                    kv: client.kv_client(),
+                    kv: client.kv_client().max_decoding_message_size(MAX_ANSWER),
+                    maintenance: client.maintenance_client(),
                     endpoint: endpoint.clone(),
                 },
                 Err(error) => {
@@ -78,6 +97,69 @@ impl Client {
             mod_revision: value.mod_revision,
             version: value.version,
         }))
+    }
+
+    /// Everything of the fleet that its status is made of, read at one revision.
+    ///
+    /// # Errors
+    /// No answer, or no right to read it.
+    pub async fn overview(&mut self) -> Result<Overview> {
+        let get = |prefix| TxnOp::get(prefix, Some(GetOptions::new().with_prefix()));
+        let gets = [RULES, HOSTS, ALIVE].map(get);
+        let found = within(self.kv.txn(Txn::new().and_then(gets))).await;
+        let found = found.map_err(anyhow::Error::from);
+        let found = found
+            .with_context(|| format!("{}: read the fleet", self.endpoint))?
+            .0;
+        let mut lists = found.responses.into_iter().zip([RULES, HOSTS, ALIVE]);
+        let mut list = || -> Result<Vec<(String, PbKeyValue)>> {
+            let (response, prefix) = lists.next().context("etcd's answer is too short")?;
+            let Some(PbTxnOpResponse::ResponseRange(range)) = response.response else {
+                bail!("etcd's answer has nothing for {prefix}");
+            };
+            let named = range.kvs.into_iter().filter_map(|value| {
+                let name = std::str::from_utf8(&value.key).ok()?.strip_prefix(prefix)?;
+                Some((name.to_owned(), value))
+            });
+            Ok(named.collect())
+        };
+        let (rules, hosts, alive) = (list()?, list()?, list()?);
+        let text = |value: PbKeyValue| String::from_utf8_lossy(&value.value).into_owned();
+        Ok(Overview {
+            documents: rules
+                .into_iter()
+                .map(|(name, value)| (name, value.mod_revision))
+                .collect(),
+            hosts: hosts
+                .into_iter()
+                .map(|(name, value)| (name, value.value))
+                .collect(),
+            alive: alive
+                .into_iter()
+                .map(|(name, value)| (name, text(value)))
+                .collect(),
+        })
+    }
+
+    /// Removes what a host reported. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// No answer, or no right to do it.
+    pub async fn forget(&mut self, host: &str) -> Result<bool> {
+        let key = format!("{HOSTS}{host}");
+        let done = within(self.kv.delete(key.as_str(), None)).await;
+        let done = done.map_err(anyhow::Error::from);
+        let done = done.with_context(|| format!("{}: remove {key}", self.endpoint))?;
+        Ok(done.deleted() > 0)
+    }
+
+    /// The version of the member that answers.
+    ///
+    /// # Errors
+    /// No answer, or no right to ask.
+    pub async fn version(&mut self) -> Result<String> {
+        let status = within(self.maintenance.status()).await;
+        Ok(status.map_err(anyhow::Error::from)?.version().to_owned())
     }
 
     /// Writes a document, if its last change is still of this revision (0: if there is none). Returns the revision of this

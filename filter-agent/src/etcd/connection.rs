@@ -25,7 +25,7 @@ use crate::{
 };
 
 pub(super) const ERA: &str = "/filter-agent/v1/era";
-const RULES: &str = "/filter-agent/v1/rules/";
+pub(super) const RULES: &str = "/filter-agent/v1/rules/";
 
 /// Limits of a TCP connection (`failure` names it too), and of each request as a whole.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -36,7 +36,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest answer, in bytes: 128 of the longest documents, and what stands around them. gRPC's own limit is 4 MiB.
-const MAX_ANSWER: usize = 128 * MAX_DOCUMENT + (1 << 20);
+pub(super) const MAX_ANSWER: usize = 128 * MAX_DOCUMENT + (1 << 20);
 
 pub struct Connection {
     kv: KvClient,

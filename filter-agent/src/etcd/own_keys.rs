@@ -21,8 +21,8 @@ use crate::{
     fleet::{News, OwnKeys, Unwritten, host_status::HostStatus},
 };
 
-const HOSTS: &str = "/filter-agent/v1/hosts/";
-const ALIVE: &str = "/filter-agent/v1/alive/";
+pub(super) const HOSTS: &str = "/filter-agent/v1/hosts/";
+pub(super) const ALIVE: &str = "/filter-agent/v1/alive/";
 
 /// Length of the lease, which is renewed three times as often.
 const LEASE_SECONDS: i64 = 30;

@@ -18,8 +18,8 @@ pub use duration::spelled;
 pub use fleet::{Bounds, Document, Fleet, MAX_DOCUMENT, Rollout, check_host};
 pub use prefix::{parse_cidr, without};
 pub use read::{
-    Problem, check_document, check_label, check_name, parse, parse_document, parse_fleet,
-    with_rollout, with_rule, without_rollout, without_rule,
+    Problem, check_document, check_label, check_name, check_within, parse, parse_document,
+    parse_fleet, with_rollout, with_rule, without_rollout, without_rule,
 };
 pub use region::{Dns, DnsType, Guards, Nameserver, Region, RegionSource, Select, Transport, Url};
 pub use secret_url::{SecretUrl, redacted};

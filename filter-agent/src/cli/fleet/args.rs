@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
-use crate::cli::args::lasting;
+use crate::cli::args::{lasting, time_limit};
 
 #[derive(Args)]
 pub(in crate::cli) struct Access {
@@ -16,6 +16,13 @@ pub(in crate::cli) struct Access {
         default_value = "/etc/filter-agent/policy.yaml"
     )]
     pub(super) fleet: PathBuf,
+}
+
+#[derive(Args)]
+pub(in crate::cli) struct Waiting {
+    /// Wait for at most so long, such as 30s, until every host enforces it, and print and exit as `fleet status` does.
+    #[arg(long, value_name = "DURATION", value_parser = time_limit)]
+    pub(super) wait: Option<Duration>,
 }
 
 #[derive(Subcommand)]
@@ -30,7 +37,27 @@ pub(in crate::cli) enum Fleet {
         #[command(flatten)]
         access: Access,
     },
-    /// Print which rules a file would change.
+    /// Print whether every host enforces what was written. Exits with 0 if all do, 1 if one cannot, 3 if the others are
+    /// silent, and 4 if some do not yet.
+    Status {
+        /// Show only this database.
+        database: Option<String>,
+        #[command(flatten)]
+        waiting: Waiting,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Forget what a host reported of itself that is gone for good.
+    Forget {
+        /// Host, by its name in the fleet.
+        host: String,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Print which rules a file would change, and which hosts would refuse it.
     Diff {
         /// Database.
         database: String,
@@ -48,9 +75,11 @@ pub(in crate::cli) enum Fleet {
         /// Only if the document is still the one of this revision; 0: only if there is none.
         #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(i64).range(0..))]
         if_revision: Option<i64>,
-        /// Even if it takes away more than half of the rules.
+        /// Even if it takes away more than half of the rules, or a host would refuse it.
         #[arg(long)]
         yes: bool,
+        #[command(flatten)]
+        waiting: Waiting,
         #[command(flatten)]
         access: Access,
     },
@@ -70,6 +99,8 @@ pub(in crate::cli) enum Fleet {
         #[arg(long)]
         label: Option<String>,
         #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
         access: Access,
     },
     /// Take a rule out of a document. It is written anew: comments are lost.
@@ -78,6 +109,8 @@ pub(in crate::cli) enum Fleet {
         database: String,
         /// Prefix of the rule; an address alone is that one host.
         source: String,
+        #[command(flatten)]
+        waiting: Waiting,
         #[command(flatten)]
         access: Access,
     },
@@ -94,6 +127,8 @@ pub(in crate::cli) enum Fleet {
         #[arg(long = "for", value_name = "DURATION", default_value = "30m", value_parser = lasting)]
         lasting: Duration,
         #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
         access: Access,
     },
     /// Have every host enforce what is rolled out to some.
@@ -101,12 +136,16 @@ pub(in crate::cli) enum Fleet {
         /// Database.
         database: String,
         #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
         access: Access,
     },
     /// End a rollout: its hosts enforce again what the others do.
     Abort {
         /// Database.
         database: String,
+        #[command(flatten)]
+        waiting: Waiting,
         #[command(flatten)]
         access: Access,
     },
@@ -131,7 +170,8 @@ impl Fleet {
             | Self::Rollout { database, .. }
             | Self::Promote { database, .. }
             | Self::Abort { database, .. } => Some(database),
-            Self::Recover { .. } => None,
+            Self::Status { database, .. } => database.as_ref(),
+            Self::Recover { .. } | Self::Forget { .. } => None,
         }
     }
 }

@@ -27,7 +27,8 @@ pub use document::parse_document;
 use reader::{At, MAX_PROBLEMS, Reader, describe, structural};
 pub use reader::{Problem, check_name};
 pub use written::{
-    check_document, parse_fleet, with_rollout, with_rule, without_rollout, without_rule,
+    check_document, check_within, parse_fleet, with_rollout, with_rule, without_rollout,
+    without_rule,
 };
 
 /// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).

@@ -45,27 +45,47 @@ pub fn parse_fleet(text: &str) -> Result<Fleet, Vec<Problem>> {
 /// # Errors
 /// As `parse_document`.
 pub fn check_document(text: &[u8]) -> Result<Document, String> {
-    let regions = regions(text).into_iter();
+    let bounds = Bounds {
+        widest: [0, 0],
+        ..Bounds::default()
+    };
+    check_within(text, bounds, 0)
+}
+
+/// Checks a document as a host would that lets the fleet go so far. `floor`: the number of its policy's own rules.
+///
+/// # Errors
+/// As `parse_document`.
+pub fn check_within(text: &[u8], bounds: Bounds, floor: usize) -> Result<Document, String> {
+    let names = match &bounds.regions {
+        Some(names) => names.clone(),
+        None => regions(text).into_iter().collect(),
+    };
     let region = |name: String| {
         let source = RegionSource::Prefixes(Vec::new());
         let guards = Guards::default_for(&source);
         (name, Region { source, guards })
+    };
+    let own = |_| Rule {
+        source: Source::Region(String::new()),
+        except: Vec::new(),
+        label: None,
+        expires: None,
     };
     let database = Database {
         name: String::new(),
         protocol: Protocol::Tcp,
         ports: Vec::new(),
         addresses: Vec::new(),
-        model: Model::Dedicated { rules: Vec::new() },
+        model: Model::Dedicated {
+            rules: (0..floor).map(own).collect(),
+        },
         tls: None,
         monitor: false,
         on_removal: OnRemoval::default(),
         cluster: Vec::new(),
         fleet: Some(FromFleet {
-            bounds: Bounds {
-                widest: [0, 0],
-                ..Bounds::default()
-            },
+            bounds,
             rules: Vec::new(),
             document: None,
         }),
@@ -75,7 +95,7 @@ pub fn check_document(text: &[u8]) -> Result<Document, String> {
         ignored_interfaces: Vec::new(),
         mode: Mode::default(),
         modes: BTreeMap::new(),
-        regions: regions.map(region).collect(),
+        regions: names.into_iter().map(region).collect(),
         regional_network: Vec::new(),
         databases: Vec::new(),
         unprotected: Default::default(),
