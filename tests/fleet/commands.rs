@@ -6,11 +6,12 @@ use std::{
     process::{Child, Command, Output, Stdio},
 };
 
-use filter_tests::net::{agent_binary, run_in};
+use filter_tests::net::{agent_binary, run_in, wait_until};
 
 use crate::{
     certificates::Validity,
     etcd::{Etcd, USER},
+    host::host,
 };
 
 /// An operator beside etcd, who may read and write all that is the fleet's.
@@ -209,6 +210,94 @@ fn rollout_is_begun_promoted_and_aborted() {
         kim.run(&["rollout", "orders", &file]).status.code(),
         Some(2)
     );
+}
+
+#[test]
+fn what_is_written_is_waited_for_and_who_is_silent_is_told() {
+    let etcd = Etcd::start("fleet-waiting");
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(&etcd);
+    let mut net = host("fleet-waiting-db", &etcd);
+    net.start();
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    let said = kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    let row = said.lines().find(|line| line.starts_with("orders"));
+    let row: Vec<&str> = row.unwrap().split_whitespace().collect();
+    let revision = etcd.revision_of("rules/orders").to_string();
+    assert_eq!(
+        row[1..6],
+        [revision.as_str(), "ACTIVE", "1", "1", "0"],
+        "{said}"
+    );
+    assert!(said.contains("warning: etcd 3.4."), "{said}");
+    // Wider than the host lets the fleet open.
+    let wide = kim.file("rules: [{cidr: 198.51.100.7/32}, {cidr: 198.51.0.0/16}]");
+    let refused = kim.fails(&["put", "orders", &wide]);
+    assert!(refused.contains("db7 would refuse it: line 1"), "{refused}");
+    assert!(refused.contains("nothing is written"), "{refused}");
+    assert_eq!(etcd.revision_of("rules/orders").to_string(), revision);
+    assert_eq!(kim.run(&["diff", "orders", &wide]).status.code(), Some(1));
+    let output = kim.run(&["put", "orders", &wide, "--yes", "--wait", "30s"]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("FAILED") && said.contains("orders on db7: "),
+        "{said}"
+    );
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    let present = kim.fails(&["forget", "db7"]);
+    assert!(present.contains("db7 is there"), "{present}");
+    // Its lease ends with it; not waited for here.
+    net.kill();
+    let alive = etcd.control(&["get", "/filter-agent/v1/alive/db7", "--write-out", "json"]);
+    let alive: serde_json::Value = serde_json::from_str(&alive).unwrap();
+    let lease = alive["kvs"][0]["lease"].as_i64().unwrap();
+    etcd.control(&["lease", "revoke", &format!("{lease:x}")]);
+    let output = kim.run(&[
+        "put",
+        "orders",
+        &kim.file("rules: [{cidr: 198.51.100.0/26}]"),
+        "--yes",
+        "--wait",
+        "1s",
+    ]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("orders: silent: db7"), "{said}");
+    let said = kim.says(&["forget", "db7"]);
+    assert!(
+        said.starts_with("db7, which reported itself last at "),
+        "{said}"
+    );
+    assert!(kim.fails(&["forget", "db7"]).contains("knows no host db7"));
+}
+
+/// What is written while a host does not believe etcd would not be in force there.
+#[test]
+fn nothing_is_written_while_a_host_holds() {
+    let etcd = Etcd::start("fleet-holding");
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(&etcd);
+    etcd.put("rules/orders", b"rules: []");
+    let mut net = host("fleet-holding-db", &etcd);
+    net.start();
+    let snapshot = etcd.snapshot();
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    etcd.restore(&snapshot);
+    let mut held = String::new();
+    assert!(wait_until(|| {
+        let output = kim.run(&["put", "orders", &file]);
+        held = String::from_utf8(output.stderr).unwrap();
+        held.contains("db7 does not believe etcd")
+    }));
+    assert!(held.contains("nothing is written"), "{held}");
+    kim.says(&["recover", "--yes"]);
+    assert!(wait_until(|| kim
+        .run(&["put", "orders", &file, "--wait", "30s"])
+        .status
+        .success()));
 }
 
 #[test]

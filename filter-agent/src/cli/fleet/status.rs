@@ -168,7 +168,11 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
             found.silent.push((*host).clone());
             continue;
         }
-        if let Some(error) = &reported.error {
+        // Its error is about an earlier document, unless it reads none.
+        let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
+        if reads && reported.seen < revision {
+            is_pending = true;
+        } else if let Some(error) = &reported.error {
             found.errors.insert((*host).clone(), error.clone());
         } else if revision.is_some() && reported.enforced == revision {
             found.active += 1;
@@ -181,6 +185,8 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
             is_pending = true;
         }
     }
+    // Of no host it is not known that it enforces anything.
+    is_pending |= found.hosts == 0;
     found.state = match (revision, is_pending) {
         _ if !found.errors.is_empty() => Goal::Failed,
         (None, _) => Goal::None,
@@ -301,6 +307,13 @@ mod tests {
         let (done, late) = (host(9, None), host(8, None));
         assert_eq!(exit(&[("db7", done.clone(), true)]), (Goal::Active, 0));
         assert_eq!(exit(&[("db7", late.clone(), true)]), (Goal::Pending, 4));
+        assert_eq!(exit(&[]), (Goal::Pending, 4));
+        // Its error is of the document before.
+        let mut behind: serde_json::Value =
+            serde_json::from_slice(&host(7, Some("line 3"))).unwrap();
+        behind["databases"]["orders"]["seen"] = 8.into();
+        let behind = behind.to_string().into_bytes();
+        assert_eq!(exit(&[("db7", behind, true)]), (Goal::Pending, 4));
         let silent = [("db7", done.clone(), true), ("db8", done.clone(), false)];
         assert_eq!(exit(&silent), (Goal::Active, 3));
         let failed = [("db7", host(8, Some("line 3")), true), ("db8", late, true)];
