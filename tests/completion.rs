@@ -87,6 +87,14 @@ fn names_come_from_the_agent_and_nothing_without_one() {
         complete(&["revoke", "stock"], "192"),
         set(&["192.0.2.7/32"])
     );
+    // Changes by their numbers: every one, a policy that can be enforced again, and the one that is tried.
+    assert_eq!(complete(&["history"], ""), set(&["1", "2", "3"]));
+    assert_eq!(complete(&["rollback"], ""), set(&["1"]));
+    assert_eq!(complete(&["confirm"], ""), set(&[]));
+    net.wait_until_confirmed();
+    net.agent_text(&["reload", "--confirm", "1h"]);
+    assert_eq!(complete(&["confirm"], ""), set(&["4"]));
+    net.agent_text(&["confirm"]);
     // An agent that does not answer is not waited for.
     net.signal(Signal::SIGSTOP);
     assert_eq!(complete(&["allow"], ""), set(&[]));

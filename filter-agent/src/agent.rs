@@ -2,6 +2,7 @@
 //! a time; events that would start another one wait until it is done.
 
 mod fall_back;
+mod fleet;
 mod history;
 mod regions;
 mod reloads;
@@ -18,6 +19,7 @@ use crate::{
     clock::{BootTime, Now},
     enforcer::Checked,
     event::{Effect, Event, Order, ReloadOptions, Reply, Request},
+    fleet::{ThisHost, state::State as Fleet},
     history::{History, Origin},
     host::coverage::Remembered,
     late::Late,
@@ -36,9 +38,10 @@ use crate::{
     store::{Record, Write},
     temporary::Timed,
     text::list,
-    window::{Open, Reason, Window},
+    window::{Open, Window},
 };
 
+use fall_back::FallBack;
 use history::{numbered, with_change};
 use window::Trial;
 
@@ -46,8 +49,7 @@ use window::Trial;
 #[derive(Debug)]
 enum UnderWay {
     Change {
-        regions: Regions,
-        timed: Box<Timed>,
+        next: Box<Next>,
         cause: Cause,
     },
     Detach {
@@ -56,10 +58,18 @@ enum UnderWay {
     },
 }
 
+/// Everything to enforce.
+#[derive(Debug)]
+struct Next {
+    file: Arc<PolicyFile>,
+    regions: Regions,
+    timed: Timed,
+    fleet: Arc<Fleet>,
+}
+
 #[derive(Debug)]
 enum Cause {
     Reload {
-        file: Arc<PolicyFile>,
         wanted: Wanted,
         asked: Vec<String>,
         origin: Origin,
@@ -68,16 +78,13 @@ enum Cause {
         open: Option<Box<Open>>,
         reply: Option<Reply<report::Reloaded>>,
     },
-    FallBack {
-        reason: Reason,
-        by: Option<By>,
-        reply: Option<Reply<report::Decided>>,
-    },
+    FallBack(FallBack),
     Region {
         name: String,
         change: Change,
         waiters: Vec<u64>,
     },
+    Fleet,
     Time {
         changes: Vec<(String, Change)>,
         /// Lines for the log about rules of the policy that have ended.
@@ -96,6 +103,9 @@ pub struct Agent {
     file: Arc<PolicyFile>,
     enforced: report::Enforced,
     regions: Regions,
+    /// What is known of the fleet, and of this host in it.
+    fleet: Arc<Fleet>,
+    this_host: ThisHost,
     remembered: Remembered,
     now: Now,
     started: Timestamp,
@@ -135,6 +145,9 @@ impl Agent {
             file,
             regions,
             unsaved,
+            fleet,
+            kept_fleet,
+            this_host,
             timed,
             committed,
             checked,
@@ -159,6 +172,7 @@ impl Agent {
             confirmed,
             kept,
             kept_window.clone(),
+            kept_fleet,
             noted,
             saved,
             now.steady,
@@ -168,6 +182,8 @@ impl Agent {
             file,
             enforced: committed.enforced,
             regions,
+            fleet: fleet.into(),
+            this_host,
             remembered: Remembered::default(),
             now,
             started: now.wall,
@@ -212,6 +228,8 @@ impl Agent {
             agent.save_region(name, true);
         }
         agent.forget_unused();
+        agent.keep_fleet();
+        agent.follow();
         agent.save_window();
         if is_abandoned {
             agent.watch_abandoned();
@@ -240,6 +258,7 @@ impl Agent {
             self.take(event);
         }
         self.go_on();
+        self.report_to_fleet();
         if self.is_ending && self.under_way.is_none() && self.late.is_empty() {
             self.effects.push(Effect::Stop);
         }
@@ -309,6 +328,7 @@ impl Agent {
             }
             Event::PolicyRead { proposal, file } => self.policy_read(proposal, file),
             Event::LookedUp { number, answer } => self.looked_up(number, answer),
+            Event::Fleet(news) => self.fleet_news(news),
             Event::FileChanged(path) => self.file_changed(&path),
         }
     }
@@ -338,33 +358,23 @@ impl Agent {
 
     // Changes.
 
-    fn change(
-        &mut self,
-        file: Arc<PolicyFile>,
-        regions: Regions,
-        timed: Timed,
-        cause: Cause,
-        occasion: Occasion,
-        existing: bool,
-    ) {
+    fn change(&mut self, next: Next, cause: Cause, occasion: Occasion, existing: bool) {
         let accepted = match cause {
-            Cause::Reload { .. } => file.accepted,
-            Cause::FallBack { .. }
+            Cause::Reload { .. } => next.file.accepted,
+            Cause::FallBack(_)
             | Cause::Region { .. }
+            | Cause::Fleet
             | Cause::Time { .. }
             | Cause::Temporary { .. } => self.now.into(),
         };
         let order = Order {
             accepted,
-            file,
-            prefixes: region::prefixes(&regions),
-            timed: timed.clone(),
+            file: next.file.clone(),
+            prefixes: region::prefixes(&next.regions),
+            timed: next.timed.clone(),
         };
-        self.under_way = Some(UnderWay::Change {
-            regions,
-            timed: timed.into(),
-            cause,
-        });
+        let next = next.into();
+        self.under_way = Some(UnderWay::Change { next, cause });
         self.effects.push(Effect::Commit {
             order,
             occasion,
@@ -379,12 +389,7 @@ impl Agent {
     }
 
     fn committed(&mut self, result: Result<(Committed, Checked), Refused>) {
-        let Some(UnderWay::Change {
-            regions,
-            timed,
-            cause,
-        }) = self.under_way.take()
-        else {
+        let Some(UnderWay::Change { next, cause }) = self.under_way.take() else {
             return;
         };
         match result {
@@ -392,26 +397,30 @@ impl Agent {
                 if self.stuck.take().is_some() {
                     self.log(Entry::info("the kernel takes changes again"));
                 }
-                let before = mem::replace(&mut self.regions, regions);
+                let next = *next;
+                let replaced = mem::replace(&mut self.file, next.file);
+                let before = mem::replace(&mut self.regions, next.regions);
+                let fleet = mem::replace(&mut self.fleet, next.fleet);
                 self.enforced.next_expiry = committed.enforced.next_expiry;
                 let timing = committed.enforced.timing.clone();
                 self.next_end = committed.compiled.next_end;
-                let timed = mem::replace(&mut self.timed, *timed);
+                let timed = mem::replace(&mut self.timed, next.timed);
+                let file = self.file.clone();
                 let in_force = self.history.in_force().map(|(past, _)| past.id);
                 let id = match &cause {
                     Cause::Reload {
-                        file,
                         origin,
                         open: Some(open),
                         ..
-                    } => self.note_tried(open, file, &committed.report, *origin),
-                    Cause::Reload {
-                        file, origin, by, ..
-                    } => self.note_policy(file, &committed.report, *origin, by.clone()),
-                    Cause::FallBack { by, .. } => {
+                    } => self.note_tried(open, &file, &committed.report, *origin),
+                    Cause::Reload { origin, by, .. } => {
+                        self.note_policy(&file, &committed.report, *origin, by.clone())
+                    }
+                    Cause::FallBack(FallBack { by, .. }) => {
                         self.note_fall_back(&committed.report, by.clone())
                     }
                     Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
+                    Cause::Fleet => self.note_fleet(&replaced, &committed.report),
                     Cause::Region { .. } | Cause::Time { .. } => 0,
                 };
                 self.note_ended(&timed.temporary);
@@ -419,7 +428,6 @@ impl Agent {
                 self.keep_temporary(false);
                 match cause {
                     Cause::Reload {
-                        file,
                         asked,
                         origin,
                         by,
@@ -427,7 +435,6 @@ impl Agent {
                         reply,
                         ..
                     } => {
-                        let replaced = mem::replace(&mut self.file, file);
                         self.log_all(mem::take(&mut committed.entries));
                         self.log_policy(checked.summary.as_ref(), id, origin, by.as_ref());
                         let mut left = None;
@@ -445,8 +452,8 @@ impl Agent {
                             self.watch_file(&text);
                         }
                     }
-                    Cause::FallBack { reason, by, reply } => {
-                        self.fell_back(reason, by, &before, committed, checked, reply);
+                    Cause::FallBack(asked) => {
+                        self.fell_back(asked, &replaced, &before, committed, checked);
                     }
                     Cause::Region {
                         name,
@@ -464,7 +471,9 @@ impl Agent {
                         self.checked(Checked { entries, ..checked });
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
+                    Cause::Fleet => self.fleet_changed(id, &fleet, committed, checked),
                     Cause::Time { changes, ended } => {
+                        self.keep_fleet();
                         self.log_all(ended);
                         self.log_all(committed.entries);
                         for (name, change) in changes {
@@ -501,7 +510,7 @@ impl Agent {
                 }
                 self.refuse_reload(wanted, reply, refused);
             }
-            Cause::FallBack { reason, reply, .. } => {
+            Cause::FallBack(FallBack { reason, reply, .. }) => {
                 self.not_fallen_back(reason, refused, not_taken_back, reply);
             }
             Cause::Region { name, waiters, .. } => {
@@ -515,6 +524,7 @@ impl Agent {
                 }
                 self.region_done(&name, before.as_ref(), Change::default(), &waiters);
             }
+            Cause::Fleet => self.fleet_not_changed(refused, not_taken_back),
             Cause::Time { ended, .. } => {
                 let what = match ended.is_empty() {
                     false => "take out rules that have ended",
@@ -566,6 +576,8 @@ impl Agent {
             self.save_region(name, !is_saved);
         }
         self.forget_unused();
+        self.keep_fleet();
+        self.follow();
         let verified = checked.verified.clone();
         self.checked(checked);
         for error in &committed.errors {
@@ -617,7 +629,13 @@ impl Agent {
         if self.saves.is_window_due(self.now.steady) {
             self.save_window();
         }
+        if self.saves.error(&Record::Fleet).is_some() {
+            self.keep_fleet();
+        }
         self.remembered = checked.remembered;
+        self.this_host
+            .not_verified
+            .clone_from(&checked.verified.errors);
         let write = self.saves.last_hits(checked.last_hits, self.now.steady);
         self.effects.extend(write.map(Effect::Save));
         self.log_all(checked.entries);
@@ -734,6 +752,8 @@ impl Agent {
             enforced: self.enforced.clone(),
             window: self.trial.window.as_ref().map(|w| w.open.brief()),
             regions: self.regions.clone(),
+            fleet: self.fleet.clone(),
+            this_host: self.this_host.clone(),
             timed: self.timed.clone(),
             errors: errors.into_iter().flatten().cloned().collect(),
             unsaved: self

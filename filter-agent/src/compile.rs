@@ -8,7 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::{
     clock::BootTime,
     policy::{Database, Model, OnRemoval, Policy, Rule, Tls},
-    rules::{Regions, RuleKey, held},
+    rules::{Regions, RuleKey, held, keyed},
     temporary::{Kind, Timed},
 };
 
@@ -147,10 +147,14 @@ fn compile_database(
         add(&mut entries, RuleKey::Cluster, None, &permanent);
     }
     match &database.model {
-        Model::Dedicated { rules } => {
-            for (number, rule) in (1..).zip(rules) {
-                let key = RuleKey::Rule(rule.source.clone());
-                if let Ok(end) = end(&key, rule, format!("rule {number}")) {
+        Model::Dedicated { .. } => {
+            let written = database.rules().len();
+            for (number, (key, rule)) in (1..).zip(keyed(database)) {
+                let what = match number <= written {
+                    true => format!("rule {number}"),
+                    false => format!("rule {} of the fleet", number - written),
+                };
+                if let Ok(end) = end(&key, rule, what) {
                     add(&mut entries, key, end, &held(rule, regions));
                 }
             }
@@ -330,6 +334,7 @@ mod tests {
             monitor: false,
             on_removal: OnRemoval::Reset,
             cluster: vec![],
+            fleet: None,
         }
     }
 
@@ -343,6 +348,7 @@ mod tests {
             regional_network: vec!["10.0.0.0/8".parse().unwrap()],
             unprotected: Default::default(),
             metrics: None,
+            fleet: None,
             databases,
         }
     }

@@ -29,7 +29,9 @@ use crate::{
     clock::Clock,
     control,
     enforcer::{Enforcer, Handle},
+    etcd,
     event::{Effect, Event},
+    fleet::{self, host_status::HostStatus},
     host,
     log::Entry,
     look_ups::LookUp,
@@ -132,6 +134,8 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
         enforcer: enforcer.clone(),
         store,
         watcher,
+        following: None,
+        reports: watch::channel(None).0,
         is_stopping: false,
         failure: None,
         notifier: Notifier::start()?,
@@ -232,6 +236,8 @@ struct Performer {
     enforcer: Handle,
     store: Store,
     watcher: Watcher,
+    following: Option<(fleet::Settings, etcd::Following)>,
+    reports: watch::Sender<Option<Arc<HostStatus>>>,
     is_stopping: bool,
     failure: Option<String>,
     notifier: Notifier,
@@ -251,6 +257,24 @@ impl Performer {
         for effect in effects {
             self.perform_one(effect);
         }
+    }
+
+    /// Goes on with a connection that is to the same place.
+    fn follow(&mut self, settings: Option<fleet::Settings>) {
+        let current = self.following.as_ref().map(|(current, _)| current);
+        if current == settings.as_ref() {
+            return;
+        }
+        // The old one ends first: nothing of it comes after the new one's.
+        self.following = None;
+        self.following = settings.map(|settings| {
+            let events = self.events.clone();
+            let tell = move |news| {
+                let _ = events.send(Event::Fleet(news));
+            };
+            let reports = self.reports.subscribe();
+            (settings.clone(), etcd::follow(settings, reports, tell))
+        });
     }
 
     fn perform_one(&mut self, effect: Effect) {
@@ -304,6 +328,10 @@ impl Performer {
                 let _ = events.send(Event::Checked(checked));
                 reply.send(Ok(*decided));
             }),
+            Effect::Follow(settings) => self.follow(settings),
+            Effect::Report(status) => {
+                self.reports.send_replace(Some(status));
+            }
             Effect::LookUp(look_up) => {
                 let timings = self.timings.clone();
                 tokio::spawn(ask(look_up, self.watcher.clone(), events, timings));

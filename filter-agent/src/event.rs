@@ -9,6 +9,7 @@ use crate::{
     clock::Accepted,
     enforcer::Checked,
     firewall::Condition,
+    fleet::{self, host_status::HostStatus},
     log::Entry,
     look_ups::LookUp,
     policy_file::PolicyFile,
@@ -45,6 +46,8 @@ pub enum Event {
         write: Write,
         result: Result<()>,
     },
+    /// From the fleet's keys.
+    Fleet(fleet::News),
     /// The SHA-256 of the policy file's text now.
     PolicyHashed(Result<String>),
     /// Time passes.
@@ -163,6 +166,10 @@ pub enum Effect {
     Detach,
     /// Answered by `Saved`.
     Save(Write),
+    /// Follow these keys of the fleet, and no others. Answered by `Fleet`.
+    Follow(Option<fleet::Settings>),
+    /// Write this status of the host to etcd, once there is a connection. Answered by `Fleet`.
+    Report(Arc<HostStatus>),
     /// The region files whose changes matter.
     Watch(BTreeSet<PathBuf>),
     Log(Entry),

@@ -9,11 +9,11 @@ use crate::{
     policy::{Policy, Rule, Source},
     refusal::Refusal,
     report::{FirewallAction, FirewallRule, Origin, RangeType, RuleState},
-    rules::{RuleKey, rule_id},
+    rules::{RuleKey, keyed, rule_id},
     temporary::{Kind, Temporary, Timed, find_database},
 };
 
-/// A database's rules of the policy, in its order, then temporary rules and blocks, oldest first.
+/// A database's rules of the policy, in its order, those of the fleet, in the document's, then temporary rules and blocks, oldest first.
 ///
 /// # Errors
 /// The policy has no such database.
@@ -25,8 +25,11 @@ pub fn rules(
 ) -> Result<Vec<FirewallRule>> {
     let database = find_database(policy, database)?;
     let timed = timed.at(now);
-    let of_policy = database.rules().iter().map(|rule| {
-        let key = RuleKey::Rule(rule.source.clone());
+    let of_policy = keyed(database).map(|(key, rule)| {
+        let origin = match key {
+            RuleKey::Fleet(_) => Origin::Fleet,
+            _ => Origin::File,
+        };
         let has_ended = rule
             .expires
             .is_some_and(|at| timed.ends.of(&database.name, &key, at, now) <= now.boot);
@@ -34,7 +37,7 @@ pub fn rules(
             true => RuleState::Expired,
             false => RuleState::Active,
         };
-        of_policy(&database.name, rule, state)
+        of_policy(&database.name, rule, origin, state)
     });
     let running = timed.temporary.iter();
     let running = running.filter(|t| t.database == database.name && t.end > now.boot);
@@ -49,20 +52,20 @@ pub fn rules(
     Ok(of_policy.chain(temporary).collect())
 }
 
-fn of_policy(database: &str, rule: &Rule, state: RuleState) -> FirewallRule {
+fn of_policy(database: &str, rule: &Rule, origin: Origin, state: RuleState) -> FirewallRule {
     let (of, cidr, range_id) = match &rule.source {
         Source::Cidr(prefix) => (RangeType::CustomRange, Some(*prefix), None),
         Source::Region(name) => (RangeType::ManagedRange, None, Some(name.clone())),
     };
     FirewallRule {
-        id: rule_id("file", &rule.source),
+        id: rule_id(origin.name(), &rule.source),
         database_id: database.to_owned(),
         of,
         cidr,
         range_id,
         label: rule.label.clone(),
         action: FirewallAction::Allow,
-        origin: Origin::File,
+        origin,
         except: rule.except.clone(),
         expires: rule.expires,
         state,

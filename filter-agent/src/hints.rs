@@ -13,7 +13,7 @@ use crate::{
     reconcile::InForce,
     region::state::{self as region, Regions},
     report,
-    rules::RuleKey,
+    rules::{RuleKey, keyed},
     temporary::{Kind, Temporary, room},
 };
 
@@ -171,14 +171,13 @@ impl Facts<'_> {
                 "temporary rule {source} is suspended: the policy's rules leave it no room"
             ));
         }
-        for rule in database.rules() {
+        for (key, rule) in keyed(database) {
             let (Some(expires), Source::Cidr(prefix)) = (rule.expires, &rule.source) else {
                 continue;
             };
-            let key = RuleKey::Rule(rule.source.clone());
             let has_ended = timed.ends.of(&database.name, &key, expires, now) <= now.boot;
             if has_ended && prefix.contains(&source) {
-                return Some(format!("rule {prefix} allowed it until {expires}"));
+                return Some(format!("rule {key} allowed it until {expires}"));
             }
         }
         if let Some(rule) = self.ended.iter().rev().find(holds) {
@@ -192,13 +191,10 @@ impl Facts<'_> {
         if let Some(exception) = exception(database, source) {
             return Some(exception);
         }
-        let named = database
-            .rules()
-            .iter()
-            .filter_map(|rule| match &rule.source {
-                Source::Region(name) => Some(name),
-                Source::Cidr(_) => None,
-            });
+        let named = database.all_rules().filter_map(|rule| match &rule.source {
+            Source::Region(name) => Some(name),
+            Source::Cidr(_) => None,
+        });
         for name in named {
             let change = self.regions.get(name).and_then(|s| s.change.as_ref());
             let removed = change.filter(|c| c.removed.iter().any(|p| p.contains(&source)));
@@ -231,7 +227,7 @@ impl Facts<'_> {
 
 /// The exception of a rule that holds the source: `rule 203.0.113.0/24 excepts 203.0.113.66/32`.
 pub fn exception(database: &Database, source: IpAddr) -> Option<String> {
-    database.rules().iter().find_map(|rule| match &rule.source {
+    database.all_rules().find_map(|rule| match &rule.source {
         Source::Cidr(prefix) if prefix.contains(&source) => {
             let except = rule.except.iter().find(|hole| hole.contains(&source))?;
             Some(format!("rule {prefix} excepts {except}"))
@@ -252,7 +248,7 @@ fn neighbour(database: &Database, source: IpAddr) -> Option<String> {
         Some((length, IpNet::new(address, length).ok()?.trunc()))
     };
     let (length, own) = network(source)?;
-    let rules = database.rules().iter().chain(&database.cluster);
+    let rules = database.all_rules().chain(&database.cluster);
     let mut near = rules.filter_map(|rule| match &rule.source {
         Source::Cidr(prefix) if prefix.prefix_len() > length => {
             let (_, of_rule) = network(prefix.network())?;

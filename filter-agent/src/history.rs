@@ -19,7 +19,7 @@ use crate::{
     report::{self, Action, By},
 };
 
-/// Policies that are kept, and apart from them changes of temporary rules: many of these must not push out a policy.
+/// Policies that are kept, and apart from them changes of temporary rules and of the fleet's: many of these must not push out a policy.
 pub const MAX_POLICIES: usize = 20;
 pub const MAX_OTHERS: usize = 1000;
 
@@ -60,6 +60,8 @@ pub enum Origin {
     FallBack,
     /// A client of the control socket, other than by `reload`.
     Socket,
+    /// The fleet's documents.
+    Fleet,
     /// The end of a rule.
     Time,
 }
@@ -73,6 +75,7 @@ impl Origin {
             Self::Rollback => "rollback",
             Self::FallBack => "fall-back",
             Self::Socket => "socket",
+            Self::Fleet => "fleet",
             Self::Time => "time",
         }
     }
@@ -83,6 +86,7 @@ impl Origin {
 pub enum What {
     Policy(PastPolicy),
     Temporary(PastTemporary),
+    Fleet(PastFleet),
     /// Nothing was filtered from then on.
     Detached,
 }
@@ -118,7 +122,15 @@ pub struct PastTemporary {
     pub until: Option<Timestamp>,
 }
 
-/// The difference that a policy made, bounded.
+/// A change of the fleet's rules.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct PastFleet {
+    /// The databases whose rules changed, with the revisions of their documents. `None`: it has no document any more.
+    pub documents: BTreeMap<String, Option<i64>>,
+    pub difference: Summary,
+}
+
+/// The difference that a policy, or the fleet, made, bounded.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 pub struct Summary {
     pub databases: BTreeMap<String, DatabaseSummary>,
@@ -361,7 +373,7 @@ impl History {
                 id if id > last => format!("there is no change {id} yet: the last one is {last}"),
                 _ => format!(
                     "change {id} is not kept: the last {MAX_POLICIES} policies are, and the last {MAX_OTHERS} \
-                     changes of temporary rules"
+                     other changes"
                 ),
             };
             Refusal::NotFound(error)
@@ -382,7 +394,7 @@ impl History {
         self.keep_text(file);
     }
 
-    /// Notes a change of the temporary rules, or the end of one.
+    /// Notes a change of the temporary rules, the end of one, or a change of the fleet's rules.
     pub fn changed(&mut self, past: Past) {
         Arc::make_mut(&mut self.others).push_back(past);
         self.drop_oldest();
@@ -466,6 +478,7 @@ impl History {
                     .is_none_or(|wanted| match &past.what {
                         What::Policy(policy) => policy.difference.concerns(wanted),
                         What::Temporary(temporary) => temporary.database == *wanted,
+                        What::Fleet(fleet) => fleet.documents.contains_key(wanted),
                         What::Detached => true,
                     })
         };

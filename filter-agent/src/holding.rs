@@ -6,7 +6,7 @@ use crate::{
     clock::BootTime,
     policy::{Database, Model, Policy, Rule, Source},
     ranges::Ranges,
-    rules::{Regions, RuleKey, held},
+    rules::{Regions, RuleKey, held, keyed},
     temporary::{Kind, Timed},
 };
 
@@ -84,8 +84,8 @@ pub fn in_force(
             holdings.push(Holding { key, end, ranges });
         }
     };
-    for rule in database.rules() {
-        add(RuleKey::Rule(rule.source.clone()), rule);
+    for (key, rule) in keyed(database) {
+        add(key, rule);
     }
     for member in database.cluster.iter().filter(|m| m.expires.is_some()) {
         add(RuleKey::Member(member.source.clone()), member);

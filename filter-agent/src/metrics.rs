@@ -14,7 +14,7 @@ use filter_common::{Fate, Reason};
 
 use crate::{
     kernel::fill::Fill,
-    report::{self, Origin, Status},
+    report::{self, Status},
     snapshot::Snapshot,
 };
 use families::Families;
@@ -44,6 +44,7 @@ impl Values<'_> {
         self.add_packets(&mut families);
         self.add_rules(&mut families);
         self.add_regions(&mut families);
+        self.add_fleet(&mut families);
         self.add_fills(&mut families);
         families.extend(self.timings.families());
         self.add_process(&mut families);
@@ -251,12 +252,11 @@ impl Values<'_> {
         let mut seen = BTreeSet::new();
         let mut rules = Vec::new();
         for rule in self.rules {
-            let origin = match rule.origin {
-                Origin::File => "file",
-                Origin::Temporary => "temporary",
-                Origin::Block => "block",
-            };
-            let key = (rule.database.as_str(), rule.source.as_str(), origin);
+            let key = (
+                rule.database.as_str(),
+                rule.source.as_str(),
+                rule.origin.name(),
+            );
             if is_in_force(rule) && seen.insert(key) {
                 let (database, source, origin) = key;
                 let labels = vec![("database", database), ("rule", source), ("origin", origin)];
@@ -276,6 +276,48 @@ impl Values<'_> {
             rules
                 .iter()
                 .filter_map(|(labels, rule)| Some((labels.clone(), rule.left? as f64))),
+        );
+    }
+
+    fn add_fleet(&self, families: &mut Families) {
+        let Some(fleet) = &self.status.fleet else {
+            return;
+        };
+        let answers = fleet.lost.is_none() && fleet.answered.is_some();
+        families.gauge(
+            "filter_agent_fleet_answering",
+            "Whether etcd answers.",
+            [(Vec::new(), flag(answers))],
+        );
+        families.gauge(
+            "filter_agent_fleet_held",
+            "Whether the answers of etcd are not believed, since it went back.",
+            [(Vec::new(), flag(fleet.held.is_some()))],
+        );
+        families.counter(
+            "filter_agent_fleet_unannounced_changes_total",
+            "Changes that etcd did not announce, and a periodic read found.",
+            [(Vec::new(), fleet.healed as f64)],
+        );
+        let documents = fleet.documents.iter();
+        families.gauge(
+            "filter_agent_fleet_document_revision",
+            "Revision in etcd of a database's document in force; 0 where there is none.",
+            documents.clone().map(|document| {
+                let revision = document.revision.unwrap_or_default();
+                (
+                    vec![("database", document.database.as_str())],
+                    revision as f64,
+                )
+            }),
+        );
+        families.gauge(
+            "filter_agent_fleet_document_state",
+            "1 for the state of a database's document.",
+            documents.map(|document| {
+                let state = ("state", document.state.name());
+                (vec![("database", document.database.as_str()), state], 1.0)
+            }),
         );
     }
 

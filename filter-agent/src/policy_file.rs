@@ -106,9 +106,9 @@ pub fn read_text(path: &Path) -> Result<String> {
     read().with_context(|| format!("read {}", path.display()))
 }
 
-/// SHA-256 of a policy's text, in hexadecimal digits.
-pub fn hash(text: &str) -> String {
-    let digest = digest(&SHA256, text.as_bytes());
+/// SHA-256 of a text, in hexadecimal digits.
+pub fn hash(text: impl AsRef<[u8]>) -> String {
+    let digest = digest(&SHA256, text.as_ref());
     let digits = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
     digits.collect()
 }

@@ -1,6 +1,7 @@
 //! The agent's answers to requests, which the commands print.
 
 mod firewall;
+mod fleet;
 
 use std::{collections::BTreeMap, net::IpAddr, path::PathBuf, time::Duration};
 
@@ -12,10 +13,11 @@ pub use firewall::{
     FirewallAction, FirewallRule, FirewallRuleOnly, FirewallRules, ManagedRange, ManagedRanges,
     RangeType, RuleState,
 };
+pub use fleet::{Fleet, FleetDocument, FleetRollout, FleetState};
 
 use crate::{
     kernel::difference::Difference,
-    policy::spelled,
+    policy::{DocumentInForce, spelled},
     text::{counted, list},
 };
 
@@ -41,6 +43,9 @@ pub struct Status {
     /// The window of a policy that is tried.
     #[serde(default)]
     pub window: Option<Window>,
+    /// `None`: the host is of no fleet.
+    #[serde(default)]
+    pub fleet: Option<Fleet>,
     pub warnings: Vec<String>,
     /// Why the policy is not enforced on every listed interface that exists.
     pub not_enforced: Vec<String>,
@@ -187,10 +192,23 @@ pub struct Rule {
 pub enum Origin {
     #[default]
     File,
+    /// Of the fleet's document.
+    Fleet,
     /// Added by `allow`.
     Temporary,
     /// Added by `block`.
     Block,
+}
+
+impl Origin {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::File => "file",
+            Self::Fleet => "fleet",
+            Self::Temporary => "temporary",
+            Self::Block => "block",
+        }
+    }
 }
 
 #[derive(Debug, Deserialize, Serialize)]
@@ -229,7 +247,7 @@ pub struct Retiring {
     pub until: Timestamp,
 }
 
-#[derive(Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Error {
     pub at: Timestamp,
     pub text: String,
@@ -291,6 +309,9 @@ pub struct Explanation {
     pub left: Option<u64>,
     #[serde(default)]
     pub by: Option<By>,
+    /// The fleet's document that has the rule.
+    #[serde(default)]
+    pub document: Option<DocumentInForce>,
     /// The exception of a rule that keeps the source out, in words.
     #[serde(default)]
     pub exception: Option<String>,

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use ipnet::IpNet;
 
-use crate::policy::{Rule, Source, without};
+use crate::policy::{Database, Rule, Source, without};
 
 /// Prefixes that each region allows, by its name. A region that is missing allows nobody.
 pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
@@ -13,6 +13,8 @@ pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleKey {
     Rule(Source),
+    /// A rule of the fleet.
+    Fleet(Source),
     /// Members of the cluster without an end.
     Cluster,
     /// A member of the cluster with an end.
@@ -30,6 +32,8 @@ impl RuleKey {
         match self {
             Self::Rule(Source::Cidr(prefix)) => prefix.to_string(),
             Self::Rule(Source::Region(name)) => format!("@{name}"),
+            Self::Fleet(Source::Cidr(prefix)) => format!("*{prefix}"),
+            Self::Fleet(Source::Region(name)) => format!("^{name}"),
             Self::Cluster => "cluster".into(),
             Self::Member(Source::Cidr(prefix)) => format!("={prefix}"),
             Self::Member(Source::Region(name)) => format!("&{name}"),
@@ -48,6 +52,8 @@ impl RuleKey {
             ("regional network", _) => Self::RegionalNetwork,
             ("internet", _) => Self::Internet,
             (_, ("@", name)) => Self::Rule(region(name)),
+            (_, ("*", prefix)) => Self::Fleet(Source::Cidr(prefix.parse().ok()?)),
+            (_, ("^", name)) => Self::Fleet(region(name)),
             (_, ("=", prefix)) => Self::Member(Source::Cidr(prefix.parse().ok()?)),
             (_, ("&", name)) => Self::Member(region(name)),
             (_, ("+", prefix)) => Self::Temporary(prefix.parse().ok()?),
@@ -81,12 +87,21 @@ impl std::fmt::Display for RuleKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Rule(source) => source.fmt(f),
+            Self::Fleet(source) => write!(f, "fleet rule {source}"),
             Self::Member(source) => write!(f, "cluster member {source}"),
             Self::Temporary(prefix) => write!(f, "temporary rule {prefix}"),
             Self::Block(prefix) => write!(f, "block {prefix}"),
             Self::Cluster | Self::RegionalNetwork | Self::Internet => f.write_str(&self.text()),
         }
     }
+}
+
+/// The rules of a database's policy and of its fleet, with their keys.
+pub fn keyed(database: &Database) -> impl Iterator<Item = (RuleKey, &Rule)> {
+    let written = database.rules().iter();
+    let written = written.map(|rule| (RuleKey::Rule(rule.source.clone()), rule));
+    let fleet = database.fleet_rules().iter();
+    written.chain(fleet.map(|rule| (RuleKey::Fleet(rule.source.clone()), rule)))
 }
 
 /// The id of a rule in the API: where it comes from and what it names, since a database has no two rules of one origin for
@@ -119,6 +134,7 @@ mod tests {
         let prefix: IpNet = "192.0.2.0/24".parse().unwrap();
         let sources = [Source::Cidr(prefix), Source::Region("office".into())];
         let members = sources.clone().map(RuleKey::Member);
+        let fleet = sources.clone().map(RuleKey::Fleet);
         let others = [
             RuleKey::Cluster,
             RuleKey::RegionalNetwork,
@@ -130,6 +146,7 @@ mod tests {
             .map(RuleKey::Rule)
             .into_iter()
             .chain(members)
+            .chain(fleet)
             .chain(others)
         {
             assert_eq!(RuleKey::describe(&key.text()), key.to_string());
@@ -150,7 +167,7 @@ mod tests {
         let longest = RuleKey::Rule(Source::Region("r".repeat(MAX_NAME)));
         let name = filter_common::Name::new(1, &longest.text()).unwrap();
         assert_eq!(name.text(), Some(longest.text().as_str()));
-        let v6 = RuleKey::Rule(Source::Cidr(
+        let v6 = RuleKey::Fleet(Source::Cidr(
             "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff/128"
                 .parse()
                 .unwrap(),

@@ -10,6 +10,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 
 use crate::{
+    fleet::state as fleet,
     history::History,
     host::coverage::Remembered,
     last_hits,
@@ -39,6 +40,9 @@ const HITS_INTERVAL: Duration = Duration::from_mins(1);
 /// Pause before records of the history that could not be written are written again, where there is no change before.
 const HISTORY_RETRY: Duration = Duration::from_secs(10);
 
+/// How often at most the marks of etcd's answers are written to disk, where the documents stay the same.
+const MARKS_INTERVAL: Duration = Duration::from_mins(1);
+
 #[derive(Debug)]
 pub struct Saves {
     /// The confirmed policy that was given to the store last.
@@ -49,6 +53,9 @@ pub struct Saves {
     /// The window and abandoned texts that were given to the store last, and when. `None`: something else is on disk.
     window: Option<window::Kept>,
     window_at: Timestamp,
+    /// The fleet's documents that were given to the store last. `None`: something else is on disk.
+    fleet: Option<fleet::Kept>,
+    fleet_at: Timestamp,
     /// Last hits of rules that are not on disk, and when a version was given to the store last.
     last_hits: Option<last_hits::Kept>,
     last_hits_at: Option<Timestamp>,
@@ -74,6 +81,7 @@ impl Saves {
         confirmed: Option<Confirmed>,
         temporary: Kept,
         window: Option<window::Kept>,
+        fleet: Option<fleet::Kept>,
         (history, change_id): (History, Option<u64>),
         regions: impl Iterator<Item = String>,
         now: Timestamp,
@@ -84,6 +92,8 @@ impl Saves {
             temporary_at: now,
             window,
             window_at: now,
+            fleet,
+            fleet_at: now,
             last_hits: None,
             last_hits_at: None,
             history,
@@ -145,6 +155,22 @@ impl Saves {
         self.window_at = now;
         self.under_way.insert(Record::Window);
         Some(Write::Window(kept.into()))
+    }
+
+    /// The write that keeps the fleet's documents for the next start; `None`: they are on disk. The marks of the last answer,
+    /// which any write to etcd moves, are written each minute at most.
+    pub fn fleet(&mut self, kept: fleet::Kept, now: Timestamp) -> Option<Write> {
+        let is_same = |before: &fleet::Kept| match self.fleet_at + MARKS_INTERVAL > now {
+            true => before.has_same_documents(&kept),
+            false => *before == kept,
+        };
+        if self.fleet.as_ref().is_some_and(is_same) && self.error(&Record::Fleet).is_none() {
+            return None;
+        }
+        self.fleet = Some(kept.clone());
+        self.fleet_at = now;
+        self.under_way.insert(Record::Fleet);
+        Some(Write::Fleet(kept.into()))
     }
 
     /// The write that keeps the ends and temporary rules for the next start; `None`: they are on disk. `now`: also for
@@ -328,6 +354,7 @@ impl Saves {
             Write::Policies(written) => written == self.history.policies(),
             Write::Changes(written) => written == self.history.others(),
             Write::Text { .. } | Write::Texts(_) => true,
+            Write::Fleet(written) => Some(&**written) == self.fleet.as_ref(),
             Write::Window(written) => Some(&**written) == self.window.as_ref(),
             Write::Region { .. } | Write::Regions(_) | Write::LastHits(_) => false,
         };
@@ -351,6 +378,9 @@ impl Saves {
                         "the policy that is tried, and those that were fallen back from, are kept for the next start \
                          again"
                             .into()
+                    }
+                    Record::Fleet => {
+                        "the fleet's documents are kept for the next start again".into()
                     }
                     Record::LastHits => {
                         "the last hits of rules are kept for the next start again".into()
@@ -384,6 +414,9 @@ impl Saves {
                         "what is known of policies that are tried, or were fallen back from, is not kept for the next \
                          start: {error:#}"
                     ),
+                    Record::Fleet => {
+                        format!("the fleet's documents are not kept for the next start: {error:#}")
+                    }
                     Record::LastHits => {
                         format!("the last hits of rules are not kept for the next start: {error:#}")
                     }
@@ -441,6 +474,7 @@ mod tests {
         let mut saves = Saves::new(
             None,
             Kept::default(),
+            None,
             None,
             Default::default(),
             ["x".to_owned()].into_iter(),

@@ -1,5 +1,7 @@
 //! The agent's state as plain values, and the reports made from them: readers never touch the agent. Pure.
 
+pub mod fleet;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use filter_common::Reason;
@@ -9,6 +11,7 @@ use jiff::{Timestamp, Unit};
 use crate::{
     clock::Now,
     enforcer::Observed,
+    fleet::{ThisHost, state::State as Fleet},
     history::History,
     holding::{self, Regional},
     host::coverage::{Coverage, address_warnings, describe_missing},
@@ -36,6 +39,9 @@ pub struct Snapshot {
     pub enforced: report::Enforced,
     pub window: Option<Brief>,
     pub regions: Regions,
+    /// What is known of the fleet, and of this host in it.
+    pub fleet: Arc<Fleet>,
+    pub this_host: ThisHost,
     pub timed: Timed,
     /// Errors of the agent itself, such as a policy file that is not enforced.
     pub errors: Vec<String>,
@@ -63,6 +69,7 @@ impl Snapshot {
         warnings.extend(settings.port_warnings(policy));
         warnings.extend(unlisted(policy, &coverage, pinned, host));
         warnings.extend(self.region_warnings());
+        warnings.extend(self.fleet_warnings(now.steady));
         warnings.extend(observed.lost.iter().cloned());
         warnings.extend(self.unsaved.iter().cloned());
         let mut not_enforced = coverage.not_enforced(pinned, *ours);
@@ -73,6 +80,7 @@ impl Snapshot {
         }
         let mut errors = self.errors.clone();
         errors.extend(self.region_errors());
+        errors.extend(self.fleet_errors());
         errors.extend(coverage.missing.iter().map(describe_missing));
         errors.extend(not_enforced.iter().cloned());
         errors.extend(observed.complaints.iter().cloned());
@@ -104,6 +112,7 @@ impl Snapshot {
             verified: observed.verified.clone(),
             tracing: observed.tracing.clone(),
             window: self.window.as_ref().map(|window| window.report(now)),
+            fleet: self.fleet(),
             warnings,
             not_enforced,
             errors,
@@ -396,6 +405,7 @@ impl Observed {
                     }),
                     RuleKey::RegionalNetwork | RuleKey::Internet => rules.push(line(key)),
                     RuleKey::Rule(_)
+                    | RuleKey::Fleet(_)
                     | RuleKey::Member(_)
                     | RuleKey::Temporary(_)
                     | RuleKey::Block(_) => {}
@@ -408,6 +418,11 @@ impl Observed {
                     written(RuleKey::Rule(rule.source.clone()), Some(number), rule)
                 }));
             }
+            rules.extend(database.fleet_rules().iter().map(|rule| report::Rule {
+                source: rule.source.to_string(),
+                origin: report::Origin::Fleet,
+                ..written(RuleKey::Fleet(rule.source.clone()), None, rule)
+            }));
             let temporary = in_force.timed.temporary.iter();
             rules.extend(
                 temporary

@@ -18,8 +18,10 @@ use crate::{
     compile::{Compiled, compile},
     enforcer::{Checked, Enforcer, Handle},
     event::Order,
+    fleet::{self as of_fleet, state as fleet},
     history::History,
-    host::coverage::Remembered,
+    host::{self, coverage::Remembered},
+    kernel::pins,
     last_hits::LastHits,
     log::Entry,
     policy::{Policy, Region, RegionSource},
@@ -61,6 +63,10 @@ pub struct Started {
     pub regions: Regions,
     /// Regions whose set is not what is on disk.
     pub unsaved: BTreeSet<String>,
+    pub fleet: fleet::State,
+    /// The fleet's documents as they are on disk. `None`: something else is there.
+    pub kept_fleet: Option<fleet::Kept>,
+    pub this_host: of_fleet::ThisHost,
     pub timed: Timed,
     pub committed: Committed,
     pub checked: Checked,
@@ -93,6 +99,7 @@ pub struct Started {
 pub struct Opened {
     pub enforcer: Handle,
     choice: Choice,
+    fleet: KeptFleet,
     regions: Regions,
     unsaved: BTreeSet<String>,
 }
@@ -102,7 +109,9 @@ pub struct Opened {
 /// # Errors
 /// No policy, or no filter. What is pinned stays as it is.
 pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<Opened> {
-    let choice = Choice::make(options, clock.now()).await?;
+    let mut choice = Choice::make(options, clock.now()).await?;
+    let fleet = KeptFleet::read(options, &choice).await?;
+    choice.fill(|file| fleet.fill(file, clock.now()));
     let first = choice.candidates.front();
     let first = first.context("find a policy to enforce")?.file.clone();
     let (bpffs, max_prefixes) = (options.bpffs.clone(), options.max_prefixes);
@@ -126,6 +135,7 @@ pub async fn open(options: &Options, clock: Clock, watcher: &Watcher) -> Result<
     Ok(Opened {
         enforcer,
         choice,
+        fleet,
         regions,
         unsaved,
     })
@@ -144,6 +154,7 @@ pub async fn enforce(
     let Opened {
         enforcer,
         mut choice,
+        fleet,
         mut regions,
         mut unsaved,
     } = opened;
@@ -155,6 +166,7 @@ pub async fn enforce(
     let unread: Vec<String> = unkept
         .into_iter()
         .chain(choice.unknown_window.clone())
+        .chain(fleet.error.clone())
         .collect();
     let unkept = (!unread.is_empty()).then(|| unread.join("; "));
     let (history, change_id, unread_history) = read_history(options, is_foreign).await;
@@ -269,6 +281,9 @@ pub async fn enforce(
     };
     Ok(Started {
         path: options.policy.clone(),
+        fleet: fleet.state(&file.policy, clock.now()),
+        kept_fleet: fleet.kept,
+        this_host: fleet.this_host,
         file,
         regions,
         unsaved,
@@ -313,6 +328,67 @@ async fn restore_before_tried(window: &Window, enforcer: &Handle, now: Now) -> R
         Entry::warning(error).log();
     }
     Ok(())
+}
+
+/// What was kept of the fleet's documents.
+struct KeptFleet {
+    kept: Option<fleet::Kept>,
+    /// Why it cannot be read.
+    error: Option<String>,
+    this_host: of_fleet::ThisHost,
+}
+
+impl KeptFleet {
+    /// # Errors
+    /// It cannot be read, and what is pinned holds rules of the fleet, which stay in force.
+    async fn read(options: &Options, choice: &Choice) -> Result<Self> {
+        let this_host = of_fleet::ThisHost::new(host::name(), host::boot());
+        if choice.is_foreign {
+            return Ok(Self {
+                kept: None,
+                error: None,
+                this_host,
+            });
+        }
+        let directory = options.state_dir.clone();
+        let path = store::fleet_path(&directory);
+        let what = "read the fleet's documents that were kept";
+        let read = move || store::read_fleet(&directory);
+        let kept = threads::run_within(&threads::POLICIES, READ_TIMEOUT, what, &path, read).await;
+        let (kept, error) = match kept {
+            Ok(kept) => (Some(kept.unwrap_or_default()), None),
+            Err(error) => {
+                let is_used = choice.files().any(|file| file.policy.fleet.is_some());
+                if is_used && !pins::left_in_force(&options.bpffs)?.is_empty() {
+                    return Err(error.context(format!(
+                        "start refused; what is pinned stays in force, without an agent: to begin with what etcd has, \
+                         remove {}",
+                        path.display()
+                    )));
+                }
+                let error = format!(
+                    "{error:#}; until etcd answers only the policy's own rules are in force"
+                );
+                (None, is_used.then_some(error))
+            }
+        };
+        Ok(Self {
+            kept,
+            error,
+            this_host,
+        })
+    }
+
+    fn state(&self, policy: &Policy, now: Now) -> fleet::State {
+        let kept = self.kept.clone().unwrap_or_default();
+        let state = fleet::State::restore(kept, policy, now.steady);
+        state.without_rollouts_over(now.wall).unwrap_or(state)
+    }
+
+    fn fill(&self, file: &Arc<PolicyFile>, now: Now) -> Arc<PolicyFile> {
+        let state = self.state(&file.policy, now);
+        of_fleet::with_rules(file, &state, &self.this_host, now)
+    }
 }
 
 /// The temporary rules and ends that were kept on this machine.

@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
 use crate::{
-    clock::boot_id, history::Past, host::coverage::Remembered, last_hits, policy::RegionSource,
-    region::state::Set, temporary, window,
+    clock::boot_id, fleet::state as fleet, history::Past, host::coverage::Remembered, last_hits,
+    policy::RegionSource, region::state::Set, temporary, window,
 };
 
 /// Time allowed to an agent that is ending to let go of the state directory: the kernel takes back its locks one after
@@ -80,6 +80,8 @@ pub enum Record {
     Window,
     /// When rules were last hit.
     LastHits,
+    /// The fleet's documents that are in force.
+    Fleet,
     Confirmed,
     /// Ends of rules, and temporary rules.
     Temporary,
@@ -103,6 +105,7 @@ impl Record {
             Self::ChangeId => history::change_id_path(directory),
             Self::Window => window_path(directory),
             Self::LastHits => last_hits_path(directory),
+            Self::Fleet => fleet_path(directory),
             Self::Confirmed => confirmed_path(directory),
             Self::Temporary => temporary_path(directory),
             Self::Region(name) => region_path(directory, name),
@@ -123,6 +126,7 @@ pub enum Write {
     Temporary(temporary::Kept),
     Window(Box<window::Kept>),
     LastHits(last_hits::Kept),
+    Fleet(Box<fleet::Kept>),
     Region {
         name: String,
         source: Box<RegionSource>,
@@ -148,6 +152,7 @@ impl Write {
             Self::Temporary(_) => Record::Temporary,
             Self::Window(_) => Record::Window,
             Self::LastHits(_) => Record::LastHits,
+            Self::Fleet(_) => Record::Fleet,
             Self::Region { name, .. } => Record::Region(name.clone()),
             Self::Regions(_) => Record::Regions,
             Self::ChangeId(_) => Record::ChangeId,
@@ -354,6 +359,10 @@ pub fn last_hits_path(directory: &Path) -> PathBuf {
     directory.join("last-hits.json")
 }
 
+pub fn fleet_path(directory: &Path) -> PathBuf {
+    directory.join("fleet.json")
+}
+
 fn region_path(directory: &Path, name: &str) -> PathBuf {
     directory.join("regions").join(format!("{name}.json"))
 }
@@ -388,6 +397,14 @@ pub fn read_window(directory: &Path) -> Result<Option<window::Kept>> {
 /// As `read_confirmed`.
 pub fn read_last_hits(directory: &Path) -> Result<Option<last_hits::Kept>> {
     read(&last_hits_path(directory), unseal)
+}
+
+/// The fleet's documents that were kept; `None`: none were.
+///
+/// # Errors
+/// As `read_confirmed`.
+pub fn read_fleet(directory: &Path) -> Result<Option<fleet::Kept>> {
+    read(&fleet_path(directory), unseal)
 }
 
 /// The set that was kept of a region; `None`: none was.
@@ -470,6 +487,11 @@ fn write(directory: &Path, write: &Write) -> Result<()> {
             let kept = kept.clone().of_boot(boot_id());
             write_file(directory, &last_hits_path(directory), &seal(&kept)?)
         }
+        Write::Fleet(kept) if **kept == fleet::Kept::default() => {
+            let path = fleet_path(directory);
+            remove(&path).with_context(|| format!("remove {}", path.display()))
+        }
+        Write::Fleet(kept) => write_file(directory, &fleet_path(directory), &seal(kept)?),
         Write::Region { name, source, set } => {
             let text = encode(name, source, set)?;
             write_file(&regions, &region_path(directory, name), &text)

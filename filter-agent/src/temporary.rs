@@ -117,7 +117,7 @@ impl Timed {
         let is_new = |end: BootTime| self.now.boot < end && end <= now;
         let dated = self.ends.iter().filter(|(_, end)| is_new(*end));
         let dated = dated.map(|(Dated { database, rule, .. }, _)| {
-            let rule = rule.trim_start_matches(['=', '&', '@']);
+            let rule = rule.trim_start_matches(['=', '&', '@', '*', '^']);
             let text = format!("database {database}: the rule of {rule} has expired");
             Entry::info(text)
                 .with("DATABASE", database)
@@ -171,7 +171,10 @@ impl Timed {
 /// How many temporary rules and blocks a database may have.
 pub fn room(database: &Database) -> (usize, usize) {
     match &database.model {
-        Model::Dedicated { rules } => (MAX_RULES.saturating_sub(rules.len()), MAX_BLOCKS),
+        Model::Dedicated { .. } => {
+            let rules = database.all_rules().count();
+            (MAX_RULES.saturating_sub(rules), MAX_BLOCKS)
+        }
         Model::Shared { .. } => (0, 0),
     }
 }

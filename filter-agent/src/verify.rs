@@ -11,7 +11,7 @@ use crate::{
     hints,
     host::coverage::Coverage,
     kernel::{filter::Filter, probe},
-    policy::{Model, Rule, Source},
+    policy::{DocumentInForce, Model, Rule, Source},
     reconcile::InForce,
     refusal::Refusal,
     report::{self, By},
@@ -120,6 +120,7 @@ pub fn explain(
             expires: described.expires,
             left: end.map(|end| end.since(now).as_secs()),
             by: described.by,
+            document: described.document,
             exception: in_force.exception(name, judged.reason, source),
             unfiltered: unfiltered.map(str::to_owned),
         });
@@ -165,6 +166,7 @@ impl InForce {
                 label: rule.label.clone(),
                 expires: Some(rule.until),
                 by: rule.by.clone(),
+                document: None,
             })
         };
         let databases = &self.file.policy.databases;
@@ -179,6 +181,10 @@ impl InForce {
             (Model::Dedicated { rules }, RuleKey::Rule(source)) => {
                 rules.iter().find(|rule| rule.source == *source)
             }
+            (_, RuleKey::Fleet(source)) => written
+                .fleet_rules()
+                .iter()
+                .find(|rule| rule.source == *source),
             (_, RuleKey::Member(source)) => written
                 .cluster
                 .iter()
@@ -201,6 +207,10 @@ impl InForce {
             label: rule.label.clone(),
             expires: rule.expires,
             by: None,
+            document: match key {
+                RuleKey::Fleet(_) => written.fleet.as_ref().and_then(|fleet| fleet.document),
+                _ => None,
+            },
         })
     }
 }
@@ -211,4 +221,5 @@ struct Described {
     label: Option<String>,
     expires: Option<Timestamp>,
     by: Option<By>,
+    document: Option<DocumentInForce>,
 }

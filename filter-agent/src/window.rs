@@ -156,7 +156,9 @@ impl Window {
             }
             (name.clone(), state)
         };
-        self.regions.iter().map(known).collect()
+        let mut regions = now.clone();
+        regions.extend(self.regions.iter().map(known));
+        regions
     }
 
     /// Returns the ends and temporary rules with which the confirmed policy is enforced. `tried`: the tried policy.

@@ -5,7 +5,8 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use filter_agent::{
     policy::{
-        self, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source, Tls, Transport,
+        self, Bounds, Fleet, Guards, Listed, Mode, Model, Problem, RegionSource, Select, Source,
+        Tls, Transport,
     },
     policy_file::PolicyFile,
 };
@@ -175,6 +176,39 @@ fn every_field_of_a_policy_arrives() {
     assert_eq!(shop.ports, [3306, 33060]);
     assert!(shop.tls.is_none() && shop.model == Model::Shared { internet: false });
     assert_eq!((metrics.protocol, metrics.tls), (Protocol::Udp, None));
+    let file = |name: &str| Some(PathBuf::from("/etc/filter-agent").join(name));
+    let fleet = Fleet {
+        endpoints: [
+            "https://10.0.0.11:2379",
+            "https://etcd.example.net",
+            "https://[2001:db8::11]:2379",
+        ]
+        .map(str::to_owned)
+        .into(),
+        ca_file: file("etcd-ca.pem"),
+        cert_file: file("etcd-client.pem"),
+        key_file: file("etcd-client.key"),
+        host: Some("db7".into()),
+        frozen: true,
+    };
+    assert_eq!(policy.fleet.as_deref(), Some(&fleet));
+    let bounds = |database: &policy::Database| database.fleet.clone().map(|fleet| fleet.bounds);
+    let expected = Bounds {
+        widest: [16, 48],
+        within: vec![
+            "203.0.113.0/24".parse().unwrap(),
+            "2001:db8::/32".parse().unwrap(),
+        ],
+        regions: Some(["office", "osc-fr1"].map(str::to_owned).into()),
+    };
+    assert_eq!(bounds(others), Some(expected));
+    let unless_written = Bounds {
+        widest: [8, 16],
+        within: Vec::new(),
+        regions: None,
+    };
+    assert_eq!(bounds(metrics), Some(unless_written));
+    assert_eq!(bounds(orders), None);
 }
 
 #[test]

@@ -3,14 +3,17 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    process::Command,
 };
 
 use filter_agent::report::{TraceLine, Traced};
-use filter_tests::net::{Connection, DB4, DENIED4, Net, dedicated, policy as policy_text};
+use filter_tests::net::{
+    Connection, DB4, DENIED4, Net, dedicated, policy as policy_text, wait_until,
+};
 use jiff::Timestamp;
 use serde_json::Value;
 
-use crate::text;
+use crate::{text, tours::Server};
 
 /// Paths of all values in JSON, such as `interfaces[].name`, and those where nothing is: `null`, an empty list or object.
 fn paths(value: &Value, path: &str, found: &mut BTreeMap<String, bool>) {
@@ -55,12 +58,22 @@ fn every_field_of_the_json_is_described_and_no_other() {
     let file = net.dir().join("office.txt");
     fs::write(&file, "192.0.2.0/24\n198.51.100.0/24\n").unwrap();
     let orders = dedicated("orders", 5432, &["203.0.113.10/32"], "");
-    let orders = orders.replace("rules: [", "rules: [{region: office}, ");
+    let orders = orders.replace("rules: [", "fleet: true, rules: [{region: office}, ");
     let text = policy_text("eth0", "auto", &[orders]);
     let regions = format!("regions: {{office: {{file: {}}}}}\n", file.display());
-    net.write_policy(&(regions + &text));
+    let fleet = "fleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true, host: db7}\n";
+    net.write_policy(&(regions + fleet + &text));
     net.watch(&[]);
+    let data = net.dir().join("etcd");
+    let _etcd = Server::start(&net, &format!("\netcd --data-dir {}", data.display()));
     net.start();
+    let document = "{rules: [], rollout: {on: [db7], until: 2099-12-31T00:00:00Z, rules: [{cidr: 203.0.113.77/32}]}}";
+    let put = ["put", "/filter-agent/v1/rules/orders", document];
+    let mut put_document = Command::new("etcdctl");
+    put_document.env("ETCDCTL_API", "3").args(put);
+    let is_put = || net.db.output(&mut put_document).status.success();
+    assert!(wait_until(is_put), "etcd takes no document");
+    net.wait_for_line("the fleet's rules changed");
     fs::write(&file, "192.0.2.0/24\n").unwrap();
     net.wait_for_line("region office: 1 removed");
     net.remove_tripwire();
@@ -74,7 +87,7 @@ fn every_field_of_the_json_is_described_and_no_other() {
         ("status", &["status"]),
         ("rules", &["rules"]),
         ("regions", &["regions"]),
-        ("explain", &["explain", "192.0.2.1"]),
+        ("explain", &["explain", "203.0.113.77"]),
         ("drops", &["drops"]),
         ("plan", &["plan"]),
         (

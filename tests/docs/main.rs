@@ -103,9 +103,26 @@ fn commands() -> BTreeMap<String, BTreeSet<String>> {
         .collect()
 }
 
+/// Options of each command, those of its own commands included.
+fn all_options() -> BTreeMap<String, BTreeSet<String>> {
+    let mut options = commands();
+    let mut command = cli::command();
+    command.build();
+    for sub in command.get_subcommands() {
+        let Some(options) = options.get_mut(sub.get_name()) else {
+            continue;
+        };
+        for inner in sub.get_subcommands().filter(|it| it.get_name() != "help") {
+            let longs = inner.get_arguments().filter_map(|option| option.get_long());
+            options.extend(longs.map(|long| format!("--{long}")));
+        }
+    }
+    options
+}
+
 #[test]
 fn every_command_and_option_in_a_page_exists() {
-    let commands = commands();
+    let commands = all_options();
     let mut found = 0;
     for document in documents() {
         for code in code(&document) {
@@ -175,7 +192,7 @@ fn every_command_and_option_is_described() {
             assert!(argument.get_help().is_some(), "{name}: {id} has no help");
         }
     }
-    let all: BTreeSet<String> = commands().into_values().flatten().collect();
+    let all: BTreeSet<String> = all_options().into_values().flatten().collect();
     let pages: String = documents().iter().map(|document| text(document)).collect();
     for option in all {
         assert!(pages.contains(&option), "no page names {option}");
@@ -262,7 +279,12 @@ fn every_field_of_the_policy_is_described_and_no_other() {
     let formats = fields(
         "interfaces: [eth0]\nregions: {x: {url: 'https://a.test/', select: {format: other}}}\ndatabases: []\n",
     );
+    let fleet = fields("interfaces: [eth0]\nfleet: {other: 1}\ndatabases: []\n");
+    let bounds = fields(
+        "interfaces: [eth0]\ndatabases: [{name: a, model: dedicated, port: 1, force_tls: false, fleet: {other: 1}}]\n",
+    );
     assert!(top.len() >= 7 && database.len() >= 14 && rule.len() >= 5 && region.len() >= 19);
+    assert!(fleet.len() >= 7 && bounds.len() >= 3);
     let mut documented = BTreeSet::new();
     for header in ["field", "source"] {
         for row in rows("docs/policy.md", header) {
@@ -278,7 +300,7 @@ fn every_field_of_the_policy_is_described_and_no_other() {
         assert!(page.contains(&format!("`{field}")), "{field}");
         documented.insert(field.into());
     }
-    let accepted: BTreeSet<String> = [top, database, rule, region]
+    let accepted: BTreeSet<String> = [top, database, rule, region, fleet, bounds]
         .into_iter()
         .flatten()
         .collect();
@@ -300,8 +322,9 @@ regions:
   dns: {dns: [a.test]}
   url: {url: 'https://a.test/'}
   file: {file: /a}
+fleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true}
 databases:
-  - {name: dedicated, port: 1, model: dedicated, engine: postgresql}
+  - {name: dedicated, port: 1, model: dedicated, engine: postgresql, fleet: true}
   - {name: shared, port: 2, model: shared}
   - {name: udp, port: 3, model: dedicated, protocol: udp}
 ";
@@ -337,7 +360,15 @@ databases:
     assert!(policy.ignored_interfaces.is_empty() && policy.regional_network.is_empty());
     assert!(policy.unprotected.is_empty());
     assert!(dedicated.addresses.is_empty() && dedicated.cluster.is_empty());
+    assert!(shared.fleet.is_none());
+    let bounds = &dedicated.fleet.as_ref().unwrap().bounds;
+    assert!(bounds.within.is_empty() && bounds.regions.is_none());
+    let [widest4, widest6] = bounds.widest;
+    let frozen = policy.fleet.as_ref().unwrap().frozen;
     let expected = [
+        ("widest", format!("[/{widest4}, /{widest6}]")),
+        ("within", "anywhere".into()),
+        ("frozen", format!("`{frozen}`")),
         ("mode", "`auto`".into()),
         ("ignore_interfaces", "empty".into()),
         ("regional_network", "empty".into()),
@@ -463,14 +494,17 @@ fn sentence(words: &str) -> String {
 fn what_the_readme_says_does_not_exist_is_no_command() {
     let listed = sentence(" do not exist yet").to_lowercase();
     let (listed, _) = listed.split_once(" do not exist yet").unwrap();
-    let commands = commands();
+    let mut command = cli::command();
+    command.build();
+    let fleet = command.find_subcommand("fleet").unwrap();
+    let rollout = fleet.find_subcommand("rollout").unwrap();
     for thing in listed.split(" and ").flat_map(|things| things.split(", ")) {
-        let command = match thing {
-            "a history of changes" => "history",
-            "rules from etcd" => "fleet",
+        let option = match thing {
+            "rollouts that watch their hosts" => "soak",
             _ => panic!("the README says that {thing} do not exist yet"),
         };
-        assert!(!commands.contains_key(command), "{thing}: {command} exists");
+        let exists = rollout.get_arguments().any(|it| it.get_id() == option);
+        assert!(!exists, "{thing}: fleet rollout has --{option}");
     }
 }
 
@@ -510,10 +544,24 @@ fn commands_need_root_as_the_readme_says() {
             _ => &[],
         };
         let mut command = net.agent_command(&[&[name.as_str()], argument].concat());
+        if name == "fleet" {
+            command = Command::new(agent_binary());
+            command
+                .args(["fleet", "get", "orders", "--fleet"])
+                .arg(&path);
+        }
         command.uid(65534).gid(65534);
         let output = net.db.output(&mut command);
         let stderr = String::from_utf8(output.stderr).unwrap();
         let needs_none = exceptions.contains(&name.as_str());
+        if name == "fleet" {
+            // It reads the file, which names no etcd.
+            assert!(
+                needs_none && stderr.contains("it has no `fleet`"),
+                "{stderr}"
+            );
+            continue;
+        }
         assert_eq!(output.status.success(), needs_none, "{name}: {stderr}");
         let names_it = stderr.contains("root") || stderr.contains("Permission denied");
         assert!(needs_none || names_it, "{name}: {stderr}");

@@ -1,14 +1,18 @@
 //! Pages whose commands are typed one after the other, and what they print is compared with what the page shows.
 
 use std::{
+    cell::RefCell,
     io::Write as _,
     net::SocketAddr,
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
 use filter_tests::{
-    net::{ALLOWED4, CLIENT4, Connection, DB4, DENIED4, Net, Protected, bound},
+    net::{
+        ALLOWED4, CLIENT4, Connection, DB4, DENIED4, Net, Protected, bound, run_in, succeed,
+        wait_until,
+    },
     servers::{Dns, Resolv},
 };
 
@@ -73,9 +77,18 @@ fn commands(document: &str) -> Vec<(String, String)> {
     commands
 }
 
-/// Types a page's commands on the database's host. `before`: what clients do before a command is typed.
-fn type_commands(net: &mut Net, document: &str, before: impl Fn(&Net, &str)) {
-    let mut text = blocks(document, "yaml").remove(0);
+/// The first policy of a page, with its files where a test has them.
+fn policy_of(net: &Net, document: &str) -> String {
+    let dir = net.dir().to_str().unwrap();
+    blocks(document, "yaml")
+        .remove(0)
+        .replace(CONFIGURATION, dir)
+}
+
+/// Types a page's commands on the database's host. `prelude`: lines of a shell before each of other programs' commands;
+/// `before`: what clients do before a command is typed.
+fn type_commands(net: &mut Net, document: &str, prelude: &str, before: impl Fn(&Net, &str)) {
+    let mut text = policy_of(net, document);
     text.push('\n');
     net.write_policy(&text);
     let commands = commands(document);
@@ -89,9 +102,9 @@ fn type_commands(net: &mut Net, document: &str, before: impl Fn(&Net, &str)) {
         ];
         let reads = reads.map(|name| format!("filter-agent {name}"));
         let may_repeat = reads.iter().any(|read| command.starts_with(read));
-        let mut printed = type_command(net, &command);
+        let mut printed = type_command(net, prelude, &command);
         while normal(&printed) != normal(&shown) && may_repeat && Instant::now() < deadline {
-            printed = type_command(net, &command);
+            printed = type_command(net, prelude, &command);
         }
         if normal(&printed) != normal(&shown) {
             wrong.push_str(&format!("$ {command}\n{printed}"));
@@ -101,7 +114,7 @@ fn type_commands(net: &mut Net, document: &str, before: impl Fn(&Net, &str)) {
 }
 
 /// Returns what a command prints, with the usual places of files.
-fn type_command(net: &mut Net, command: &str) -> String {
+fn type_command(net: &mut Net, prelude: &str, command: &str) -> String {
     let dir = net.dir().to_str().unwrap().to_owned();
     let socket = net.socket().to_str().unwrap().to_owned();
     let typed = command.replace(CONFIGURATION, &dir);
@@ -115,6 +128,11 @@ fn type_command(net: &mut Net, command: &str) -> String {
             net.start();
             net.log[before..].join("\n")
         }
+        // It asks no agent.
+        Some(arguments) if arguments.starts_with("fleet ") => {
+            let script = format!("{prelude}\n{} {arguments}", net.binary.display());
+            both(net.db.output(Command::new("sh").args(["-c", &script])))
+        }
         Some(arguments) => {
             // A command in `$(...)` is the shell's.
             let arguments = match arguments.contains("$(") {
@@ -127,7 +145,10 @@ fn type_command(net: &mut Net, command: &str) -> String {
             let words: Vec<&str> = arguments.split_whitespace().collect();
             both(net.agent(&words))
         }
-        None => both(net.db.output(Command::new("sh").args(["-c", &typed]))),
+        None => {
+            let script = format!("{prelude}\n{typed}");
+            both(net.db.output(Command::new("sh").args(["-c", &script])))
+        }
     };
     let state = net.state_dir().to_str().unwrap().to_owned();
     let places = [
@@ -157,7 +178,7 @@ fn tour_of_the_readme_prints_what_it_shows() {
     dns.set("egress.osc-fr1 50 A 171.33.105.206\negress.osc-fr1 50 A 171.33.92.211\n");
     let _resolv = Resolv::new(&net.db, CLIENT4.into(), &[]);
     net.own_resolver = true;
-    type_commands(&mut net, "README.md", |_, _| {});
+    type_commands(&mut net, "README.md", "", |_, _| {});
 }
 
 #[test]
@@ -173,7 +194,7 @@ fn tasks_of_the_operator_print_what_their_page_shows() {
     net.watch(&[Protected::tcp(PORT, &allowed)]);
     net.write_policy(&blocks("docs/tasks.md", "yaml").remove(0));
     net.start();
-    type_commands(&mut net, "docs/tasks.md", |net, command| {
+    type_commands(&mut net, "docs/tasks.md", "", |net, command| {
         let database = SocketAddr::new(DB4.into(), PORT);
         match command {
             "filter-agent drops --source 198.51.100.7" => {
@@ -191,5 +212,89 @@ fn tasks_of_the_operator_print_what_their_page_shows() {
             }),
             _ => {}
         }
+    });
+}
+
+/// A server as a page starts it, ended when dropped.
+pub struct Server(Child);
+
+impl Server {
+    pub fn start(net: &Net, script: &str) -> Self {
+        let mut command = Command::new("sh");
+        // The shell is replaced, so that its child is not left behind.
+        command.args(["-ec", &script.replace("\netcd ", "\nexec etcd ")]);
+        command.stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        Self(run_in(&net.db.name, || command.spawn().unwrap()))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Where the page has etcd's data.
+const ETCD: &str = "/var/lib/etcd";
+
+#[test]
+fn fleet_is_set_up_restored_and_recovered_as_its_page_shows() {
+    const PAGE: &str = "docs/fleet.md";
+    let mut net = Net::new("docs-fleet");
+    net.db.ip("address add 10.0.0.11/32 dev lo");
+    let dir = net.dir().to_str().unwrap().to_owned();
+    let scripts = blocks(PAGE, "sh").into_iter();
+    let scripts = scripts.map(|script| script.replace(CONFIGURATION, &dir).replace(ETCD, &dir));
+    let scripts: Vec<String> = scripts.collect();
+    let [
+        certificates,
+        etcd,
+        rights,
+        files,
+        documents,
+        backup,
+        restore,
+    ] = &scripts[..]
+    else {
+        panic!("{scripts:?}");
+    };
+    let shell = |net: &Net, script: &str| {
+        net.db
+            .run(|| succeed(Command::new("sh").args(["-ec", script])));
+    };
+    shell(&net, &format!("cd {dir}\n{certificates}"));
+    let inside = format!("cd {dir}/fleet");
+    let exports = rights.lines().filter(|line| line.starts_with("export "));
+    let root: Vec<&str> = exports.collect();
+    let root = format!("{inside}\n{}", root.join("\n"));
+    let kim = format!("{root}\nexport ETCDCTL_CERT=kim.pem ETCDCTL_KEY=kim.key");
+    let is_healthy = |net: &Net| {
+        let script = format!("{root}\netcdctl endpoint health");
+        let output = net.db.output(Command::new("sh").args(["-c", &script]));
+        output.status.success()
+    };
+    let server = Server::start(&net, &format!("{inside}\n{etcd}"));
+    assert!(wait_until(|| is_healthy(&net)), "etcd does not get healthy");
+    shell(&net, &format!("{inside}\n{rights}"));
+    for script in [files, documents] {
+        shell(&net, &format!("{inside}\n{script}"));
+    }
+    net.write_policy(&policy_of(&net, PAGE));
+    net.start();
+    let server = RefCell::new(Some(server));
+    type_commands(&mut net, PAGE, &kim, |net, command| match command {
+        "echo 'rules: []' | etcdctl put /filter-agent/v1/rules/orders" => {
+            shell(net, &format!("{root}\n{backup}"));
+        }
+        "etcdctl get --print-value-only /filter-agent/v1/rules/orders" => {
+            server.take();
+            shell(net, &format!("{inside}\nexport ETCDCTL_API=3\n{restore}"));
+            let restored = etcd.replace("fleet-1", "fleet-2");
+            server.replace(Some(Server::start(net, &format!("{inside}\n{restored}"))));
+            assert!(wait_until(|| is_healthy(net)), "etcd is not restored");
+        }
+        _ => {}
     });
 }

@@ -65,12 +65,13 @@ fn complete(name: &str) -> (Net, SocketAddr) {
     let office = net.dir().join("office.txt");
     fs::write(&office, "192.0.2.0/25\n").unwrap();
     let orders = dedicated("orders", 5432, &["203.0.113.10/32"], "");
-    let orders = orders.replace("rules: [", "rules: [{region: office}, ");
+    let orders = orders.replace("rules: [", "fleet: true, rules: [{region: office}, ");
     let bank = dedicated("bank", 5433, &["203.0.113.10/32"], "");
     let bank = bank.replace("force_tls: false", "force_tls: true");
     let policy = policy("eth0", "native", &[orders, bank]);
     net.write_policy(&format!(
-        "metrics: {{listen: '{LISTEN}'}}\nregions:\n  office: {{file: {}}}\n{policy}",
+        "metrics: {{listen: '{LISTEN}'}}\nfleet: {{endpoints: ['http://127.0.0.1:9'], insecure: true}}\nregions:\n  office: \
+         {{file: {}}}\n{policy}",
         office.display()
     ));
     net.start();

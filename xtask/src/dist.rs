@@ -76,6 +76,7 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("docs/api.md"),
         Path::new("docs/openapi.json"),
         Path::new("docs/containers.md"),
+        Path::new("docs/fleet.md"),
         Path::new("docs/force-tls.md"),
         Path::new("docs/load-balancers.md"),
         Path::new("docs/metrics.md"),

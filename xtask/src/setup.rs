@@ -32,15 +32,18 @@ pub enum Needs {
 /// heeds that only when it installs the toolchain.
 const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 
-const BUILD_PACKAGES: [&str; 2] = ["gcc", "libc6-dev"];
+/// etcd's messages are compiled from their definitions, which import those of protobuf's own.
+const BUILD_PACKAGES: [&str; 4] = ["gcc", "libc6-dev", "libprotobuf-dev", "protobuf-compiler"];
 /// libFuzzer is C++.
 const CHECK_PACKAGES: [&str; 1] = ["g++"];
 const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
-const RUN_PACKAGES: [&str; 20] = [
+const RUN_PACKAGES: [&str; 22] = [
     "bpftool",
     "curl",
+    "etcd-client",
+    "etcd-server",
     "haproxy",
     "iproute2",
     "knot",

@@ -1,11 +1,11 @@
 //! Falling back from a policy that nobody confirmed, and texts that are not to be enforced at a start.
 
-use std::{mem, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use anyhow::{Result, anyhow};
 
 use super::{
-    Agent, Cause,
+    Agent, Cause, Next,
     history::{by_whom, with_change},
     window::regions_of,
 };
@@ -25,6 +25,14 @@ use crate::{
 
 /// How often the policy file is read where its text was abandoned: until it is changed that is an error in `status`.
 const HASH_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why and for whom the confirmed policy is enforced again.
+#[derive(Debug)]
+pub(super) struct FallBack {
+    pub(super) reason: Reason,
+    pub(super) by: Option<By>,
+    pub(super) reply: Option<Reply<report::Decided>>,
+}
 
 impl Agent {
     /// Falls back where the time of a policy is over, gives up a disk that does not take a window, and looks at the policy
@@ -68,28 +76,37 @@ impl Agent {
         let Some(window) = &self.trial.window else {
             return;
         };
-        let file = window.before.clone();
+        let fleet: Arc<_> = self
+            .fleet
+            .under(&window.before.policy, self.now.steady)
+            .into();
+        let file = self.with_fleet(&window.before, &fleet);
         let known = window.known_regions(&self.regions, self.now.steady);
         let regions = regions_of(&file.policy, &known, self.now.steady);
         let timed = window.timed(&self.file.policy, &self.timed, self.now);
-        let cause = Cause::FallBack { reason, by, reply };
-        self.change(file, regions, timed, cause, Occasion::FallBack, false);
+        let cause = Cause::FallBack(FallBack { reason, by, reply });
+        let next = Next {
+            file,
+            regions,
+            timed,
+            fleet,
+        };
+        self.change(next, cause, Occasion::FallBack, false);
     }
 
     /// The confirmed policy is enforced again.
     pub(super) fn fell_back(
         &mut self,
-        reason: Reason,
-        by: Option<By>,
+        asked: FallBack,
+        tried: &PolicyFile,
         before: &Regions,
         committed: Committed,
         checked: Checked,
-        reply: Option<Reply<report::Decided>>,
     ) {
+        let FallBack { reason, by, reply } = asked;
         let Some(window) = self.trial.window.take() else {
             return;
         };
-        let tried = mem::replace(&mut self.file, window.before);
         self.enforced = committed.enforced.clone();
         self.end_look_ups(before, &[]);
         let id = window.open.id;
@@ -118,6 +135,8 @@ impl Agent {
             self.save_region(name, true);
         }
         self.forget_unused();
+        self.keep_fleet();
+        self.follow();
         self.log_all(committed.entries);
         self.checked(checked);
         for error in &committed.errors {

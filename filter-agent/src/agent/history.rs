@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::Agent;
 use crate::{
     event::Effect,
-    history::{Origin, Past, PastTemporary, State, Summary, What},
+    history::{Origin, Past, PastFleet, PastTemporary, State, Summary, What},
     log::Entry,
     policy_file::PolicyFile,
     report::{self, Action, By},
@@ -74,17 +74,39 @@ impl Agent {
             label: done.label.clone(),
             until: done.until,
         };
-        self.note(self.now.wall, Origin::Socket, by, what)
+        self.note(self.now.wall, Origin::Socket, by, What::Temporary(what))
     }
 
-    fn note(&mut self, at: Timestamp, origin: Origin, by: Option<By>, what: PastTemporary) -> u64 {
+    /// Notes that the policy is in force with other rules of the fleet than before.
+    pub(super) fn note_fleet(&mut self, before: &PolicyFile, plan: &report::Plan) -> u64 {
+        let before = &before.policy.databases;
+        let changed = self.file.policy.databases.iter().filter(|database| {
+            let before = before.iter().find(|before| before.name == database.name);
+            before.is_none_or(|before| before.fleet_rules() != database.fleet_rules())
+        });
+        let documents = changed.map(|database| {
+            let fleet = database.fleet.as_ref();
+            let document = fleet.and_then(|fleet| fleet.document);
+            (
+                database.name.clone(),
+                document.map(|document| document.revision),
+            )
+        });
+        let what = What::Fleet(PastFleet {
+            documents: documents.collect(),
+            difference: Summary::of(plan),
+        });
+        self.note(self.now.wall, Origin::Fleet, None, what)
+    }
+
+    fn note(&mut self, at: Timestamp, origin: Origin, by: Option<By>, what: What) -> u64 {
         let id = self.next_change();
         self.history.changed(Past {
             id,
             at,
             origin,
             by,
-            what: What::Temporary(what),
+            what,
         });
         id
     }
@@ -129,7 +151,7 @@ impl Agent {
             .with("DATABASE", database)
             .with("RULE", source)
             .with("REASON", "ended");
-        let id = self.note(at, Origin::Time, None, past);
+        let id = self.note(at, Origin::Time, None, What::Temporary(past));
         self.log(with_change(entry, id, Origin::Time, None));
     }
 

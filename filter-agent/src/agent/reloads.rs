@@ -4,7 +4,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::{Result, bail};
 
-use super::{Agent, Cause};
+use super::{Agent, Cause, Next};
 use crate::{
     event::{Effect, Order, ReloadOptions, Reply},
     history::{KeptPolicy, Origin},
@@ -140,6 +140,9 @@ impl Agent {
             return;
         };
         let asked = answers.keys().cloned().collect();
+        // It may have changed since the file was read.
+        let fleet: Arc<_> = self.fleet.under(&file.policy, self.now.steady).into();
+        let file = self.with_fleet(&file, &fleet);
         let next = region::next(&file.policy, &self.regions, answers, self.now.steady);
         // A reload computes the ends anew, by the host's clock.
         let timed = Timed {
@@ -167,7 +170,6 @@ impl Agent {
                 };
                 let open = self.take_opening().map(Box::new);
                 let cause = Cause::Reload {
-                    file: file.clone(),
                     wanted,
                     asked,
                     origin,
@@ -175,7 +177,13 @@ impl Agent {
                     open,
                     reply,
                 };
-                self.change(file, regions, timed, cause, occasion, options.existing);
+                let next = Next {
+                    file,
+                    regions,
+                    timed,
+                    fleet,
+                };
+                self.change(next, cause, occasion, options.existing);
             }
             (Aim::Plan { caller, reply }, Ok(regions)) => {
                 let order = Order {

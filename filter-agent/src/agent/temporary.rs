@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use anyhow::Result;
 
 use super::{
-    Agent, Cause,
+    Agent, Cause, Next,
     history::{numbered, with_change},
 };
 use crate::{
@@ -86,9 +86,13 @@ impl Agent {
         cause: Cause,
         caller: Option<IpAddr>,
     ) {
-        let file = self.file.clone();
-        let occasion = Occasion::Change { caller };
-        self.change(file, regions, timed, cause, occasion, false);
+        let next = Next {
+            file: self.file.clone(),
+            regions,
+            timed,
+            fleet: self.fleet.clone(),
+        };
+        self.change(next, cause, Occasion::Change { caller }, false);
     }
 
     pub(super) fn temporary_changed(

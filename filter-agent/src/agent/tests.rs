@@ -1,3 +1,4 @@
+mod fleet;
 mod waiting;
 mod window;
 
@@ -15,6 +16,7 @@ use super::*;
 use crate::{
     compile::compile,
     event::Order,
+    fleet::host_status::HostStatus,
     kernel::difference::Difference,
     look_ups::LookUp,
     region::answer::{Answer, Found},
@@ -119,9 +121,12 @@ fn started(file: PolicyFile, regions: Regions) -> Started {
     };
     Started {
         path: "/etc/policy.yaml".into(),
-        file,
         regions,
         unsaved: BTreeSet::new(),
+        fleet: crate::fleet::state::State::restore(Default::default(), &file.policy, at(0).steady),
+        kept_fleet: Some(Default::default()),
+        this_host: ThisHost::new("db1".into(), Some("boot".into())),
+        file,
         timed: order.timed.clone(),
         committed: committed(&order),
         kept: Kept::default(),
@@ -177,6 +182,8 @@ struct World {
     commits: usize,
     /// How often the enforcer reset what a policy that is confirmed cut off.
     resets: usize,
+    /// What the host reported of itself to the fleet.
+    reports: Vec<Arc<HostStatus>>,
 }
 
 impl World {
@@ -199,6 +206,7 @@ impl World {
             disk: BTreeMap::new(),
             commits: 0,
             resets: 0,
+            reports: Vec::new(),
         };
         world.take(effects);
         world
@@ -208,6 +216,7 @@ impl World {
         for effect in effects {
             match effect {
                 Effect::Log(entry) => self.log.push(entry.to_string()),
+                Effect::Report(status) => self.reports.push(status),
                 effect => self.effects.push(effect),
             }
         }
@@ -302,8 +311,10 @@ impl World {
             }
             Effect::Fail(error) => panic!("{error}"),
             Effect::Watch(_)
+            | Effect::Follow(_)
             | Effect::Status(_)
             | Effect::Ready
+            | Effect::Report(_)
             | Effect::Stop
             | Effect::Log(_) => {}
         }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::{Agent, Cause};
-use crate::{clock::Now, region::state::State};
+use super::{Agent, Cause, Next, window::regions_of};
+use crate::{clock::Now, reconcile::Occasion, region::state::State};
 
 /// Longest time between two ticks: the host's clock may be set meanwhile.
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
@@ -45,8 +45,9 @@ impl Agent {
             .stuck
             .as_ref()
             .is_some_and(|stuck| stuck.not_taken_back);
-        if due || has_ended || is_nearer || must_repair {
-            let (timed, ended) = self.timed.passed(self.now);
+        let over = self.fleet.without_rollouts_over(self.now.wall);
+        if due || has_ended || is_nearer || must_repair || over.is_some() {
+            let (mut timed, ended) = self.timed.passed(self.now);
             let mut regions = self.regions.clone();
             let mut changes = Vec::new();
             for (name, state) in &mut regions {
@@ -54,7 +55,21 @@ impl Agent {
                     changes.push((name.clone(), state.tick(now)));
                 }
             }
-            self.change_timed(regions, timed, Cause::Time { changes, ended }, None);
+            let (mut file, mut fleet) = (self.file.clone(), self.fleet.clone());
+            if let Some(over) = over {
+                fleet = over.into();
+                file = self.with_fleet(&file, &fleet);
+                regions = regions_of(&file.policy, &regions, now);
+                timed.ends = timed.ends.with(&file.policy, self.now);
+            }
+            let next = Next {
+                file,
+                regions,
+                timed,
+                fleet,
+            };
+            let cause = Cause::Time { changes, ended };
+            self.change(next, cause, Occasion::Change { caller: None }, false);
         }
     }
 

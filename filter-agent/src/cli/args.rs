@@ -10,6 +10,7 @@ use crate::{
     cli::{
         client::{Agent, SOCKET, STATUS_SOCKET},
         complete,
+        fleet::Fleet,
     },
     enforcer::LONGEST_TRACE,
     window::check_lasting,
@@ -90,6 +91,7 @@ pub(super) struct Temporary {
 #[derive(Args)]
 pub(super) struct HistoryWanted {
     /// Show this change in full, by its number.
+    #[arg(add = ArgValueCompleter::new(complete::changes))]
     pub(super) id: Option<u64>,
     /// Show only changes of this database.
     #[arg(long, conflicts_with = "id", add = ArgValueCompleter::new(complete::databases))]
@@ -186,6 +188,7 @@ pub(super) enum Command {
     /// Keep the policy that `reload --confirm` tries.
     Confirm {
         /// The change that is meant, as `reload` printed it.
+        #[arg(add = ArgValueCompleter::new(complete::tried))]
         change: Option<u64>,
         /// Enforce the policy of before again, at once.
         #[arg(long)]
@@ -198,6 +201,7 @@ pub(super) enum Command {
     /// Enforce a policy of before again. The policy file stays as it is, and its text is not enforced at the next start.
     Rollback {
         /// The change whose policy is meant, as `history` lists it [default: the policy confirmed before the one in force].
+        #[arg(add = ArgValueCompleter::new(complete::policies))]
         change: Option<u64>,
         /// Enforce it even if it no longer protects a database, port, address or interface that is protected now.
         #[arg(long)]
@@ -383,6 +387,9 @@ pub(super) enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Read and write the rules of a fleet's databases, in etcd. Needs a certificate, and neither root nor an agent.
+    #[command(subcommand)]
+    Fleet(Fleet),
     /// Stop filtering and remove everything from the kernel. The databases are then open to everybody.
     Detach {
         /// Do not ask for confirmation.
@@ -402,7 +409,7 @@ fn at_least_one(text: &str) -> Result<NonZeroUsize, &'static str> {
 }
 
 /// A duration of the command line. Days have 24 hours.
-fn lasting(text: &str) -> Result<Duration, String> {
+pub(super) fn lasting(text: &str) -> Result<Duration, String> {
     let span: Span = text
         .parse()
         .map_err(|_| "not a duration with its unit, such as 60s, 2m or 3d")?;
@@ -436,7 +443,7 @@ fn trace_time(text: &str) -> Result<Duration, String> {
 }
 
 /// As `lasting`, of at most an hour.
-fn time_limit(text: &str) -> Result<Duration, String> {
+pub(super) fn time_limit(text: &str) -> Result<Duration, String> {
     let duration = lasting(text)?;
     if duration < Duration::from_millis(100) {
         return Err("at least 100ms".into());

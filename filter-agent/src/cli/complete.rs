@@ -19,8 +19,12 @@ use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    cli::client::{Agent, SOCKET, STATUS_SOCKET},
-    report::{Drops, Origin, Regions, Rules, Status},
+    cli::{
+        client::{Agent, SOCKET, STATUS_SOCKET},
+        history,
+    },
+    history::{Listing, Past, What},
+    report::{self, Drops, Origin, Regions, Rules, Status},
 };
 
 /// Time for everything that one completion asks for.
@@ -63,6 +67,32 @@ pub(super) fn regions(current: &OsStr) -> Vec<CompletionCandidate> {
     })
 }
 
+/// Changes of the history.
+pub(super) fn changes(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, async |line| line.changes(|_| true).await)
+}
+
+/// Those whose policy can be enforced again.
+pub(super) fn policies(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, async |line| {
+        line.changes(|past| matches!(&past.what, What::Policy(policy) if policy.text_kept))
+            .await
+    })
+}
+
+/// The change that is tried.
+pub(super) fn tried(current: &OsStr) -> Vec<CompletionCandidate> {
+    offered(current, async |line| {
+        let status: Status = line.get("/v1/status").await?;
+        let offer = |window: report::Window| Offer {
+            value: window.id.to_string(),
+            note: format!("tried until {}", window.until),
+            database: None,
+        };
+        Ok(status.window.map(offer).into_iter().collect())
+    })
+}
+
 /// Sources whose packets were dropped lately.
 pub(super) fn refused(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, async |line| line.refused().await)
@@ -80,7 +110,8 @@ pub(super) fn refused_or_allowed(current: &OsStr) -> Vec<CompletionCandidate> {
 /// Sources of temporary rules and of blocks.
 pub(super) fn temporary(current: &OsStr) -> Vec<CompletionCandidate> {
     offered(current, async |line| {
-        line.rules(|origin| origin != Origin::File).await
+        line.rules(|origin| matches!(origin, Origin::Temporary | Origin::Block))
+            .await
     })
 }
 
@@ -193,6 +224,17 @@ impl Line {
         Ok(offers.collect())
     }
 
+    async fn changes(&self, is_meant: impl Fn(&Past) -> bool) -> Result<Vec<Offer>> {
+        let listing: Listing = self.get(&format!("/v1/history?limit={MAX_OFFERS}")).await?;
+        let meant = listing.changes.iter().filter(|past| is_meant(past));
+        let offers = meant.map(|past| Offer {
+            value: past.id.to_string(),
+            note: format!("{}, {:.0}", history::what(past), past.at),
+            database: None,
+        });
+        Ok(offers.collect())
+    }
+
     async fn rules(&self, is_meant: impl Fn(Origin) -> bool) -> Result<Vec<Offer>> {
         let answer: Rules = self.get("/v1/rules").await?;
         let rules = answer.rules.into_iter().filter(|rule| {
@@ -202,6 +244,7 @@ impl Line {
         let offers = rules.map(|rule| {
             let what = match rule.origin {
                 Origin::File => "rule of",
+                Origin::Fleet => "fleet's rule of",
                 Origin::Temporary => "allowed for a time at",
                 Origin::Block => "blocked at",
             };

@@ -12,12 +12,12 @@ use crate::{
         output::{LISTED, failure_if, print_table, table},
     },
     history::{
-        DatabaseSummary, Listed, Listing, Origin, Past, PastPolicy, PastTemporary, State, Summary,
-        Wanted, What,
+        DatabaseSummary, Listed, Listing, Origin, Past, PastFleet, PastPolicy, PastTemporary,
+        State, Summary, Wanted, What,
     },
     report::{Action, By},
     store::history::read_history,
-    text::counted,
+    text::{counted, list},
     threads,
 };
 
@@ -173,7 +173,8 @@ fn who_exactly(by: &By, users: &Users) -> String {
     parts.into_iter().flatten().collect()
 }
 
-fn what(past: &Past) -> String {
+/// In one line.
+pub(super) fn what(past: &Past) -> String {
     match &past.what {
         What::Policy(policy) => {
             let state = match policy.state {
@@ -202,14 +203,24 @@ fn what(past: &Past) -> String {
             let label = label.unwrap_or_default();
             format!("{database}: {source} {}{until}{label}", action.name())
         }
+        What::Fleet(fleet) => {
+            let documents = fleet.documents.iter();
+            let documents = documents.map(|(database, revision)| match revision {
+                Some(revision) => format!("{database} at revision {revision}"),
+                None => format!("{database} without a document"),
+            });
+            format!("fleet: {}", list(documents))
+        }
         What::Detached => "detached: nothing was filtered from then on".into(),
     }
 }
 
 /// `+3 -1 prefixes, 2 settings`.
 fn difference(past: &Past) -> String {
-    let What::Policy(PastPolicy { difference, .. }) = &past.what else {
-        return "-".into();
+    let difference = match &past.what {
+        What::Policy(PastPolicy { difference, .. }) => difference,
+        What::Fleet(PastFleet { difference, .. }) => difference,
+        What::Temporary(_) | What::Detached => return "-".into(),
     };
     let Summary {
         databases,
@@ -272,20 +283,24 @@ fn print_change(past: &Past) {
         None => say!("by {}", who(past, &users)),
     }
     say!("origin: {}", past.origin.name());
-    let What::Policy(policy) = &past.what else {
-        return;
+    let difference = match &past.what {
+        What::Policy(policy) => {
+            let kept = match policy.text_kept {
+                true => "kept",
+                false => "not kept any more",
+            };
+            say!("text: {kept}, SHA-256 {}", policy.hash);
+            &policy.difference
+        }
+        What::Fleet(fleet) => &fleet.difference,
+        What::Temporary(_) | What::Detached => return,
     };
-    let kept = match policy.text_kept {
-        true => "kept",
-        false => "not kept any more",
-    };
-    say!("text: {kept}, SHA-256 {}", policy.hash);
     let Summary {
         databases,
         settings,
         attached,
         detached,
-    } = &policy.difference;
+    } = difference;
     for name in attached {
         say!("+ interface {name}");
     }

@@ -16,6 +16,7 @@ mod complete;
 mod detach;
 mod drops;
 mod enforced;
+mod fleet;
 mod history;
 mod output;
 mod print;
@@ -257,6 +258,7 @@ async fn execute(
             output.print(&decided, print_decided)?;
             return Ok(failure_if(!decided.errors.is_empty()));
         }
+        Command::Fleet(command) => return fleet::fleet(command).await,
         Command::Allow {
             database,
             source,

@@ -299,6 +299,9 @@ pub(super) fn print_status(status: &Status) {
         say!("");
     }
     print_region_table(&used);
+    if let Some(fleet) = &status.fleet {
+        print_fleet(fleet);
+    }
     print_warnings(&status.warnings);
     if status.warnings.is_empty() && !status.errors.is_empty() {
         say!("");
@@ -306,6 +309,47 @@ pub(super) fn print_status(status: &Status) {
     for error in &status.errors {
         say!("error: {error}");
     }
+}
+
+fn print_fleet(fleet: &report::Fleet) {
+    let at = fleet
+        .revision
+        .map(|revision| format!(", at revision {revision}"));
+    let answered = match (&fleet.answered, &fleet.lost) {
+        _ if fleet.frozen => "frozen: nothing new is taken".into(),
+        (_, Some(lost)) => format!("etcd does not answer since {:.0}: {}", lost.at, lost.text),
+        (Some(at), None) => format!("etcd answered {} ago", age(*at)),
+        (None, None) => "etcd has not answered yet".into(),
+    };
+    say!(
+        "\nfleet: host {}{}; {answered}",
+        fleet.host,
+        at.unwrap_or_default()
+    );
+    let mut documents = table(["DATABASE", "DOCUMENT", "STATE", "RULES", "SINCE", "ROLLOUT"]);
+    for document in &fleet.documents {
+        let rollout = document.rollout.as_ref().map(|rollout| {
+            let here = if rollout.in_force {
+                "in force"
+            } else {
+                "not here"
+            };
+            format!("{here}, until {:.0}", rollout.until)
+        });
+        documents.add_row([
+            document.database.clone(),
+            document
+                .revision
+                .map_or("-".into(), |revision| revision.to_string()),
+            document.state.name().into(),
+            document.rules.to_string(),
+            document
+                .since
+                .map_or("-".into(), |since| format!("{since:.0}")),
+            rollout.unwrap_or_else(|| "-".into()),
+        ]);
+    }
+    print_table(&documents, fleet.documents.len());
 }
 
 /// `3 not-allowed, 1 bad-source`.
@@ -421,7 +465,12 @@ pub(super) fn print_explanations(explanations: &[Explanation]) {
             "is dropped"
         };
         let by = verdict.by.as_ref().map(by);
-        let notes: Vec<String> = verdict.label.clone().into_iter().chain(by).collect();
+        let document = verdict.document.map(|document| {
+            let (revision, since) = (document.revision, document.since);
+            format!("document of revision {revision}, in force since {since:.0}")
+        });
+        let notes = verdict.label.clone().into_iter().chain(by).chain(document);
+        let notes: Vec<String> = notes.collect();
         let label = match notes.is_empty() {
             true => String::new(),
             false => format!(" ({})", notes.join("; ")),

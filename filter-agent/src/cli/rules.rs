@@ -35,8 +35,7 @@ pub(super) fn print_rules(rules: &[Rule]) {
             (None, _) => "-".into(),
         };
         let number = match (rule.origin, rule.number) {
-            (Origin::Temporary, _) => "temporary".into(),
-            (Origin::Block, _) => "block".into(),
+            (Origin::Temporary | Origin::Block | Origin::Fleet, _) => rule.origin.name().into(),
             (Origin::File, Some(number)) => number.to_string(),
             (Origin::File, None) => "-".into(),
         };

@@ -8,7 +8,9 @@ pub mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::unix::fs::MetadataExt as _,
     time::Duration,
 };
 
@@ -36,6 +38,19 @@ use rtnetlink::{
 /// interface that comes or goes interrupts a dump; containers do that in bursts.
 const MAX_INTERRUPTED: usize = 50;
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// The host's own name.
+pub fn name() -> String {
+    let name = rustix::system::uname();
+    name.nodename().to_string_lossy().into_owned()
+}
+
+/// The host's present life: the kernel's boot id and the network namespace, since containers share the former. The same as
+/// long as the host runs, however often the agent is started. `None`: it cannot be read.
+pub fn boot() -> Option<String> {
+    let namespace = fs::metadata("/proc/self/ns/net").ok()?.ino();
+    Some(format!("{}/{namespace}", crate::clock::boot_id()?))
+}
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Interface {

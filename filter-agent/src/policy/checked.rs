@@ -12,7 +12,10 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::region::Region;
+use crate::policy::{
+    fleet::{Bounds, Fleet},
+    region::Region,
+};
 
 /// A valid policy: every name resolves, every number is in range, no two databases claim the same port of the same
 /// address. Only `parse` makes one.
@@ -33,6 +36,8 @@ pub struct Policy {
     pub unprotected: BTreeSet<String>,
     /// Address on which metrics are served, besides the control socket.
     pub metrics: Option<SocketAddr>,
+    /// Where the fleet's documents come from, if the host is of one.
+    pub fleet: Option<Box<Fleet>>,
 }
 
 /// An entry of `interfaces`.
@@ -85,6 +90,27 @@ pub struct Database {
     /// Members of its own cluster: always allowed, and exempt from forced TLS. Of regions only those whose prefixes the
     /// operator writes (`file`, `prefixes`).
     pub cluster: Vec<Rule>,
+    /// What the fleet may add to the rules, and does. `None`: nothing.
+    pub fleet: Option<FromFleet>,
+}
+
+/// The fleet's part of a database.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FromFleet {
+    pub bounds: Bounds,
+    /// Rules of the fleet's document that is in force. `parse` leaves them empty.
+    pub rules: Vec<Rule>,
+    /// That document. `None`: there is none.
+    pub document: Option<DocumentInForce>,
+}
+
+/// A document of the fleet that is in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct DocumentInForce {
+    /// etcd's revision of its last change.
+    pub revision: i64,
+    /// Since when it is in force, by the host's clock.
+    pub since: Timestamp,
 }
 
 /// Treatment of the connections that a change cuts off. Their packets are dropped in any case.
@@ -144,6 +170,16 @@ impl Database {
             Model::Dedicated { rules } => rules,
             Model::Shared { .. } => &[],
         }
+    }
+
+    /// The rules of the fleet's document that is in force.
+    pub fn fleet_rules(&self) -> &[Rule] {
+        self.fleet.as_ref().map_or(&[], |fleet| &fleet.rules)
+    }
+
+    /// The rules of the policy and of the fleet.
+    pub fn all_rules(&self) -> impl Iterator<Item = &Rule> {
+        self.rules().iter().chain(self.fleet_rules())
     }
 
     /// Returns `tcp/5432` for each port.

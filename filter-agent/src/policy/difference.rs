@@ -4,14 +4,16 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
+    path::PathBuf,
     time::Duration,
 };
 
 use filter_common::Engine;
 
 use crate::policy::{
-    checked::{Database, Model, OnRemoval, Policy, Rule, Tls},
+    checked::{Database, FromFleet, Model, OnRemoval, Policy, Rule, Tls},
     duration::spelled,
+    fleet::{Bounds, Fleet},
     region::{Guards, Region, RegionSource},
 };
 
@@ -162,6 +164,7 @@ fn settings(policy: &Policy) -> Settings {
         databases,
         unprotected,
         metrics,
+        fleet,
     } = policy;
     let mut own = BTreeMap::new();
     let mut set = |field: &str, value: String| {
@@ -173,6 +176,23 @@ fn settings(policy: &Policy) -> Settings {
     set("regional_network", list(regional_network));
     set("unprotected", list(unprotected));
     set("metrics: listen", list(metrics));
+    if let Some(fleet) = fleet {
+        let Fleet {
+            endpoints,
+            ca_file,
+            cert_file,
+            key_file,
+            host,
+            frozen,
+        } = fleet.as_ref();
+        let path = |path: &Option<PathBuf>| list(path.iter().map(|path| path.display()));
+        set("fleet: endpoints", list(endpoints));
+        set("fleet: ca_file", path(ca_file));
+        set("fleet: cert_file", path(cert_file));
+        set("fleet: key_file", path(key_file));
+        set("fleet: host", list(host));
+        set("fleet: frozen", frozen.to_string());
+    }
     for (entry, mode) in modes {
         set(&format!("interface {entry}: mode"), mode.to_string());
     }
@@ -235,6 +255,7 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
         monitor,
         on_removal,
         cluster,
+        fleet,
     } = database;
     let mut settings = BTreeMap::new();
     let mut set = |field: &str, value: String| {
@@ -289,6 +310,31 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     }
     for member in cluster {
         set(&format!("cluster {}", member.source), describe(member));
+    }
+    // What its document allows is no setting of the policy.
+    if let Some(FromFleet {
+        bounds,
+        rules: _,
+        document: _,
+    }) = fleet
+    {
+        let Bounds {
+            widest: [widest4, widest6],
+            within,
+            regions,
+        } = bounds;
+        set("fleet: widest", format!("/{widest4}, /{widest6}"));
+        let all = |texts: String, default: &str| match texts.is_empty() {
+            true => default.to_owned(),
+            false => texts,
+        };
+        set("fleet: within", all(list(within), "anywhere"));
+        set(
+            "fleet: regions",
+            regions
+                .as_ref()
+                .map_or("all".into(), |names| all(list(names), "none")),
+        );
     }
     settings
 }
@@ -572,6 +618,67 @@ databases:
                 lines.iter().any(|line| line.starts_with(expected)),
                 "{expected}: {lines:#?}"
             );
+        }
+    }
+
+    #[test]
+    fn every_field_of_the_fleet_that_changes_is_named() {
+        let fleet = "fleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true}\ndatabases:";
+        let base = BEFORE.replace("databases:", fleet);
+        let base = base.replace("    rules:", "    fleet: true\n    rules:");
+        let lines = |from: &str, to: &str| {
+            assert!(base.contains(from), "{from}");
+            let [before, after] =
+                [&base, &base.replace(from, to)].map(|text| parse(text).unwrap().0);
+            differences(&before, &after)
+        };
+        let files = "'https://127.0.0.1:2379'], ca_file: /a, cert_file: /b, key_file: /c";
+        let cases = [
+            (
+                "insecure: true}",
+                "insecure: true, host: db7}",
+                "~ fleet: host: nothing -> db7",
+            ),
+            (
+                "insecure: true}",
+                "insecure: true, frozen: true}",
+                "~ fleet: frozen: false -> true",
+            ),
+            (
+                "'http://127.0.0.1:2379']",
+                files,
+                "~ fleet: ca_file: nothing -> /a\n~ fleet: cert_file: nothing -> /b\n~ fleet: endpoints: \
+                 http://127.0.0.1:2379 -> https://127.0.0.1:2379\n~ fleet: key_file: nothing -> /c",
+            ),
+            (
+                "fleet: true",
+                "fleet: {widest: [/0, /48]}",
+                "~ database orders: fleet: widest: /8, /16 -> /0, /48",
+            ),
+            (
+                "fleet: true",
+                "fleet: {within: [203.0.113.0/24]}",
+                "~ database orders: fleet: within: anywhere -> 203.0.113.0/24",
+            ),
+            (
+                "fleet: true",
+                "fleet: {regions: []}",
+                "~ database orders: fleet: regions: all -> none",
+            ),
+            (
+                "fleet: true",
+                "fleet: {regions: [office]}",
+                "~ database orders: fleet: regions: all -> office",
+            ),
+            (
+                "fleet: true",
+                "fleet: false",
+                "- database orders: fleet: regions: all\n- database orders: fleet: widest: /8, /16\n\
+                 - database orders: fleet: within: anywhere",
+            ),
+        ];
+        for (from, to, expected) in cases {
+            assert_eq!(lines(from, to).join("\n"), expected);
         }
     }
 }

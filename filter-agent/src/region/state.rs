@@ -30,7 +30,7 @@ pub type Regions = BTreeMap<String, State>;
 /// Returns the names of the regions that rules and clusters name. A name may come more than once.
 pub fn used(policy: &Policy) -> impl Iterator<Item = &String> {
     let databases = policy.databases.iter();
-    let rules = databases.map(|database| database.cluster.iter().chain(database.rules()));
+    let rules = databases.map(|database| database.cluster.iter().chain(database.all_rules()));
     rules.flatten().filter_map(|rule| match &rule.source {
         Source::Region(name) => Some(name),
         Source::Cidr(_) => None,

@@ -204,6 +204,25 @@ impl Choice {
         Ok(choice)
     }
 
+    /// Every policy that is known.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Arc<PolicyFile>> {
+        let candidates = self.candidates.iter().map(|candidate| &candidate.file);
+        let tried = self.tried.iter().map(|(_, tried)| tried);
+        candidates.chain(&self.before).chain(tried)
+    }
+
+    /// Puts another form of each policy in its place.
+    pub(super) fn fill(&mut self, fill: impl Fn(&Arc<PolicyFile>) -> Arc<PolicyFile>) {
+        let candidates = self
+            .candidates
+            .iter_mut()
+            .map(|candidate| &mut candidate.file);
+        let tried = self.tried.iter_mut().map(|(_, tried)| tried);
+        for file in candidates.chain(&mut self.before).chain(tried) {
+            *file = fill(file);
+        }
+    }
+
     fn end_with_confirmed(&mut self, instead_of_file: Option<String>) {
         let before = self.before.clone();
         let confirmed = before.map(|before| Candidate::new(before, instead_of_file));

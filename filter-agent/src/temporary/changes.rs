@@ -1,6 +1,6 @@
 //! Changes of the temporary rules that clients ask for.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fmt::Display, net::IpAddr, time::Duration};
 
 use anyhow::{Error, Result, bail, ensure};
 use filter_common::{MAX_BLOCKS, MAX_RULES};
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::{Kind, Temporary, Timed, room};
 use crate::{
     clock::{BootTime, Now},
-    policy::{Database, Model, Policy, Source, check_label, parse_cidr, without},
+    policy::{Database, Model, Policy, Rule, Source, check_label, parse_cidr, without},
     policy_file::PolicyFile,
     refusal::Refusal,
     report::{self, By},
@@ -334,6 +334,13 @@ impl Timed {
                 file.path.display()
             )));
         }
+        let mut fleet = database.fleet_rules().iter();
+        if fleet.any(|rule| rule_id("fleet", &rule.source) == id) {
+            bail!(Refusal::Conflict(of_the_fleet(
+                &id.to_owned(),
+                &database.name
+            )));
+        }
         bail!(Refusal::NotFound(format!(
             "database {} has no rule {id}",
             database.name
@@ -348,16 +355,15 @@ impl Timed {
         regions: &Regions,
         notes: &mut Vec<String>,
     ) {
-        let holding = database
-            .rules()
-            .iter()
-            .chain(&database.cluster)
-            .find(|rule| {
-                let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
-                !ended && without(&[source], &held(rule, regions)).is_empty()
-            });
-        if let Some(rule) = holding {
-            notes.push(format!("{} of the policy allows it already", rule.source));
+        let holds = |rule: &Rule| {
+            let ended = rule.expires.is_some_and(|at| at <= self.now.wall);
+            !ended && without(&[source], &held(rule, regions)).is_empty()
+        };
+        let written = database.rules().iter().chain(&database.cluster);
+        let written = written.map(|rule| (rule, "policy"));
+        let fleet = database.fleet_rules().iter().map(|rule| (rule, "fleet"));
+        if let Some((rule, whose)) = written.chain(fleet).find(|(rule, _)| holds(rule)) {
+            notes.push(format!("{} of the {whose} allows it already", rule.source));
         }
         let blocks = self.temporary.iter().filter(|block| {
             let touches = block.source.contains(&source) || source.contains(&block.source);
@@ -445,6 +451,10 @@ impl Timed {
                 file.path.display()
             ));
         }
+        let mut fleet = database.fleet_rules().iter();
+        if fleet.any(|rule| rule.source == Source::Cidr(source)) {
+            return Refusal::Conflict(of_the_fleet(&source, &database.name));
+        }
         let temporary = self
             .temporary
             .iter()
@@ -459,6 +469,14 @@ impl Timed {
             database.name
         ))
     }
+}
+
+/// Why a rule of the fleet cannot be changed here, and what can be done.
+fn of_the_fleet(rule: &dyn Display, database: &str) -> String {
+    format!(
+        "{rule} is a rule of the fleet: take it out there (`filter-agent fleet revoke {database} ...`), or block it here \
+         for a time"
+    )
 }
 
 /// The report of a rule that is in force from now on.

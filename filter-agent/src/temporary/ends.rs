@@ -9,7 +9,7 @@ use super::{Kind, Temporary, Timed};
 use crate::{
     clock::{BootTime, Now},
     policy::Policy,
-    rules::RuleKey,
+    rules::{RuleKey, keyed},
 };
 
 /// When the rules with `expires:` end.
@@ -58,11 +58,7 @@ impl Ends {
         for database in &policy.databases {
             let members = database.cluster.iter();
             let members = members.map(|m| (RuleKey::Member(m.source.clone()), m));
-            let rules = database
-                .rules()
-                .iter()
-                .map(|r| (RuleKey::Rule(r.source.clone()), r));
-            for (key, rule) in members.chain(rules) {
+            for (key, rule) in members.chain(keyed(database)) {
                 if let Some(expires) = rule.expires {
                     let dated = Dated {
                         database: database.name.clone(),

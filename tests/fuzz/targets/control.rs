@@ -11,6 +11,7 @@ use filter_agent::{
     control::{Server, Shared},
     enforcer::Handle,
     event::{Event, Request},
+    fleet::state::State as Fleet,
     history::History,
     metrics::{scrape::Scraper, timings::Timings},
     policy_file::PolicyFile,
@@ -65,6 +66,8 @@ fn setup() -> Setup {
     let snapshot = Snapshot {
         now: beginning,
         timed: Timed::of(&file.policy, beginning),
+        fleet: Fleet::restore(Default::default(), &file.policy, now()).into(),
+        this_host: Default::default(),
         window: None,
         started: now(),
         file: Arc::new(file),

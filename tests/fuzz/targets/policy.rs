@@ -31,6 +31,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
         assert!(std::str::from_utf8(bytes).is_err());
         return;
     };
+    check_as_document(bytes);
     let read = policy::parse(&text);
     check_with_a_line_before(&text, &read);
     let (policy, warnings) = match read {
@@ -72,6 +73,37 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
             .any(|database| ended(&database.model)),
     );
 });
+
+/// A policy for documents.
+static OF_FLEET: LazyLock<Policy> = LazyLock::new(|| {
+    let text = "interfaces: [eth0]\nfleet: {endpoints: ['http://127.0.0.1:2379'], insecure: true}\ndatabases:\n- {name: a, \
+                port: 1, model: dedicated, force_tls: false, rules: [{cidr: 192.0.2.1/32}], fleet: {within: [192.0.2.0/24, \
+                198.51.100.0/25], regions: [osc-fr1]}}";
+    policy::parse(text).expect("a policy").0
+});
+
+/// The same bytes as a document of the fleet: one short error, or rules within the bounds.
+fn check_as_document(bytes: &[u8]) {
+    let database = &OF_FLEET.databases[0];
+    let document = match policy::parse_document(bytes, database, &OF_FLEET) {
+        Ok(document) => document,
+        Err(error) => {
+            assert!(!error.is_empty() && error.chars().count() <= 3_200);
+            assert!(!error.contains(|c: char| c.is_control()));
+            return;
+        }
+    };
+    for rule in document.all_rules() {
+        match &rule.source {
+            Source::Cidr(prefix) => {
+                let bounds = &database.fleet.as_ref().expect("bounds").bounds;
+                assert!(bounds.within.iter().any(|outer| outer.contains(prefix)));
+            }
+            Source::Region(name) => assert_eq!(name, "osc-fr1"),
+        }
+    }
+    assert!(document.rules.len() < MAX_RULES);
+}
 
 fn check_problems(text: &str, problems: &[Problem]) {
     // As YAML 1.1 has them.

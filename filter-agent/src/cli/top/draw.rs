@@ -102,13 +102,16 @@ fn notices(state: &State, now: Timestamp, instant: Instant, width: usize) -> Vec
         notices.push((Mark::Error, silence));
     } else if let Some(look) = &state.look {
         let status = &look.status;
+        if let Some(window) = &status.window {
+            notices.push((Mark::Warning, window.to_string()));
+        }
         let unenforced = status.not_enforced.iter();
         let unenforced = unenforced.filter(|why| !status.errors.contains(why));
         let errors = status.errors.iter().chain(unenforced);
         notices.extend(errors.map(|error| (Mark::Error, format!("error: {error}"))));
         let warnings = status.warnings.iter();
         notices.extend(warnings.map(|text| (Mark::Warning, format!("warning: {text}"))));
-        if notices.is_empty() {
+        if notices.len() == usize::from(status.window.is_some()) {
             notices.push((Mark::None, enforced(look, now)));
         }
     } else {

@@ -155,6 +155,26 @@ fn words(line: &str) -> Vec<&str> {
 }
 
 #[test]
+fn policy_that_is_tried_is_said_above_everything() {
+    let mut view = View::new();
+    let mut tried = status(1250, 11);
+    tried["window"] = json!({
+        "id": 7, "opened": ago(30), "until": ago(-90), "left": 90, "by": null,
+    });
+    view.state.take_look(
+        Ok(look(tried, Vec::new(), Vec::new())),
+        view.start + 3 * SECOND,
+    );
+    let screen = view.screen(80, 24);
+    assert!(
+        screen[1].starts_with("change 7 is tried until "),
+        "{screen:?}"
+    );
+    assert!(screen[1].contains("1m 30s left"), "{screen:?}");
+    assert!(screen[2].starts_with("enforced on "), "{screen:?}");
+}
+
+#[test]
 fn all_panes_are_on_80_columns_and_24_lines() {
     let view = View::new();
     let screen = view.screen(80, 24);

@@ -14,7 +14,10 @@ use serde_yaml::Value;
 use crate::policy::{
     checked::{Database, Model, OnRemoval, Rule, Source, Tls},
     prefix::{parse_cidr, without},
-    read::reader::{At, Reader, check_name},
+    read::{
+        fleet::RawFromFleet,
+        reader::{At, Reader, check_name},
+    },
     region::Region,
 };
 
@@ -57,6 +60,7 @@ pub(super) struct RawDatabase {
     cluster: Option<Vec<RawMember>>,
     rules: Option<Vec<Value>>,
     internet: Option<bool>,
+    fleet: Option<RawFromFleet>,
 }
 
 #[derive(Clone, Copy, Deserialize)]
@@ -145,7 +149,7 @@ pub fn check_label(label: &str) -> Result<(), String> {
 
 /// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a label that has one
 /// looks like another in a terminal.
-fn is_control(character: char) -> bool {
+pub(super) fn is_control(character: char) -> bool {
     const DIRECTIONS: [std::ops::RangeInclusive<char>; 4] = [
         '\u{61c}'..='\u{61c}',
         '\u{200e}'..='\u{200f}',
@@ -157,7 +161,7 @@ fn is_control(character: char) -> bool {
 
 /// An instant (RFC 3339). The last days of the year 9999, which mean never, are past what can be computed with: the last
 /// instant before them is as good.
-fn instant(text: &str) -> Option<Timestamp> {
+pub(super) fn instant(text: &str) -> Option<Timestamp> {
     let last = || {
         let date: civil::DateTime = text.strip_suffix(['Z', 'z'])?.parse().ok()?;
         (date.year() == 9999).then_some(Timestamp::MAX)
@@ -241,6 +245,8 @@ impl Reader<'_> {
             let message = "cancel_in_clear is for postgresql databases where TLS is forced";
             self.problem(&at.key("cancel_in_clear"), message);
         }
+        let is_dedicated = matches!(raw.model, RawModel::Dedicated);
+        let fleet = self.fleet_of_database(at, raw.fleet, is_dedicated, regions);
         let model = match raw.model {
             RawModel::Dedicated => {
                 if raw.internet.is_some() {
@@ -249,7 +255,12 @@ impl Reader<'_> {
                     self.problem(&at.key("internet"), message);
                 }
                 let rules = self.rules(at, raw.rules.unwrap_or_default(), regions);
-                if rules.is_empty() && cluster.is_empty() {
+                if fleet.is_some() && rules.len() >= MAX_RULES {
+                    let message = format!("{MAX_RULES} rules: none is left to the fleet");
+                    self.warn(&at.key("rules"), message);
+                } else if fleet.is_some() {
+                    // Documents open it: none is looked at here.
+                } else if rules.is_empty() && cluster.is_empty() {
                     self.warn(at, "no rules: nobody may reach it");
                 } else if rules.is_empty() {
                     self.warn(at, "no rules: only its cluster may reach it");
@@ -283,6 +294,7 @@ impl Reader<'_> {
             monitor: matches!(raw.monitor, Some(RawMonitor::Everything(true))),
             on_removal: raw.on_removal.unwrap_or_default(),
             cluster,
+            fleet,
         })
     }
 
@@ -349,6 +361,16 @@ impl Reader<'_> {
             let message = format!("{} rules; at most {MAX_RULES}", values.len());
             self.problem(&list, message);
         }
+        self.listed(&list, values, regions)
+    }
+
+    /// The rules of a list, of a database or of a document.
+    pub(super) fn listed(
+        &mut self,
+        list: &At,
+        values: Vec<Value>,
+        regions: &BTreeMap<String, Region>,
+    ) -> Vec<Rule> {
         let mut rules = Vec::new();
         for (index, value) in values.into_iter().enumerate() {
             let mut at = list.index(index);
@@ -449,6 +471,8 @@ impl Reader<'_> {
         if texts.len() > MAX_EXCEPTIONS {
             let message = format!("{} exceptions; at most {MAX_EXCEPTIONS}", texts.len());
             self.problem(&list, message);
+            // To take out thousands takes minutes.
+            return Vec::new();
         }
         let mut except = Vec::new();
         for (index, text) in texts.iter().enumerate() {

@@ -1,9 +1,13 @@
 //! Reads a policy file's text and checks it. Only the files of this folder use the YAML crate.
 
+mod bounded;
 mod databases;
+mod document;
+mod fleet;
 mod locate;
 mod reader;
 mod regions;
+mod written;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,8 +23,13 @@ use crate::policy::checked::{DEFAULT_ROUTE, Listed, Mode, Policy};
 
 use databases::RawDatabase;
 pub use databases::check_label;
-pub use reader::Problem;
-use reader::{At, Reader, describe, structural};
+pub use document::parse_document;
+use reader::{At, MAX_PROBLEMS, Reader, describe, structural};
+pub use reader::{Problem, check_name};
+pub use written::{
+    check_document, check_within, parse_fleet, with_rollout, with_rule, without_rollout,
+    without_rule,
+};
 
 /// Longest name of a network interface, in bytes: that of an alternative name (ALTIFNAMSIZ, less the final zero).
 const MAX_INTERFACE: usize = 127;
@@ -33,33 +42,9 @@ const MAX_OPEN_BRACKETS: usize = 1000;
 /// # Errors
 /// Everything wrong with it, in the order of the file.
 pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
-    let unreadable = |line, message| {
-        vec![Problem {
-            line: Some(line),
-            region: None,
-            database: None,
-            rule: None,
-            message,
-        }]
-    };
-    if let Some(line) = too_deep(text) {
-        let message = format!("more than {MAX_OPEN_BRACKETS} brackets are open");
-        return Err(unreadable(line, message));
-    }
-    if let Some((line, character)) = not_allowed(text) {
-        let message = format!(
-            "the character U+{:04X} is not allowed",
-            u32::from(character)
-        );
-        return Err(unreadable(line, message));
-    }
+    check_characters(text).map_err(|problem| vec![problem])?;
     let file: RawFile = serde_yaml::from_str(text).map_err(|error| vec![structural(&error)])?;
-    let mut reader = Reader {
-        text,
-        problems: Vec::new(),
-        warnings: Vec::new(),
-        unlisted: 0,
-    };
+    let mut reader = Reader::new(text, MAX_PROBLEMS);
     let policy = reader.policy(file);
     reader.problems.sort_by_key(|problem| problem.line);
     reader.warnings.sort_by_key(|warning| warning.line);
@@ -76,6 +61,29 @@ pub fn parse(text: &str) -> Result<(Policy, Vec<Problem>), Vec<Problem>> {
         });
     }
     Err(reader.problems)
+}
+
+/// Checks what the YAML crate must not get, or does not give a line of.
+fn check_characters(text: &str) -> Result<(), Problem> {
+    let unreadable = |line, message| Problem {
+        line: Some(line),
+        region: None,
+        database: None,
+        rule: None,
+        message,
+    };
+    if let Some(line) = too_deep(text) {
+        let message = format!("more than {MAX_OPEN_BRACKETS} brackets are open");
+        return Err(unreadable(line, message));
+    }
+    if let Some((line, character)) = not_allowed(text) {
+        let message = format!(
+            "the character U+{:04X} is not allowed",
+            u32::from(character)
+        );
+        return Err(unreadable(line, message));
+    }
+    Ok(())
 }
 
 /// The line with one open bracket too many. Those in comments and quotes count, too: no policy has as many.
@@ -147,6 +155,7 @@ struct RawFile {
     #[serde(default)]
     unprotected: BTreeSet<String>,
     metrics: Option<Value>,
+    fleet: Option<Value>,
 }
 
 #[derive(Deserialize)]
@@ -219,6 +228,8 @@ impl Reader<'_> {
             let message = format!("{} databases; at most {MAX_DATABASES}", values.len());
             self.problem(&top, message);
         }
+        let has_fleet = file.fleet.is_some();
+        let fleet = file.fleet.and_then(|value| self.fleet(value));
         let mut databases = Vec::new();
         let mut names = BTreeSet::new();
         for (index, value) in values.into_iter().enumerate() {
@@ -234,10 +245,22 @@ impl Reader<'_> {
                 self.problem(&at.key("name"), "another database has this name");
             }
             if let Some(database) = self.database(&at, raw, &regions, &regional_network) {
+                if database.fleet.is_some() && !has_fleet {
+                    let message = "fleet: the file has no `fleet` at its top, which says where the documents come from";
+                    self.problem(&at.key("fleet"), message);
+                }
                 databases.push((at, database));
             }
         }
         self.overlaps(&databases);
+        if has_fleet
+            && !databases
+                .iter()
+                .any(|(_, database)| database.fleet.is_some())
+        {
+            let message = "no database has `fleet: true`: nothing is taken from the fleet";
+            self.warn(&At::top("fleet"), message);
+        }
         Policy {
             interfaces,
             ignored_interfaces,
@@ -251,6 +274,7 @@ impl Reader<'_> {
                 .collect(),
             unprotected: file.unprotected,
             metrics: file.metrics.and_then(|value| self.metrics(value)),
+            fleet: fleet.map(Box::new),
         }
     }
 

@@ -37,14 +37,15 @@ impl fmt::Display for Problem {
         match (&self.database, self.rule) {
             (Some(database), Some(rule)) => write!(f, "database {database}, rule {rule}: ")?,
             (Some(database), None) => write!(f, "database {database}: ")?,
-            (None, _) => {}
+            (None, Some(rule)) => write!(f, "rule {rule}: ")?,
+            (None, None) => {}
         }
         f.write_str(&self.message)
     }
 }
 
 /// Problems reported of one file. Each takes another pass over the text, for its line number.
-const MAX_PROBLEMS: usize = 50;
+pub(super) const MAX_PROBLEMS: usize = 50;
 
 /// Converts an error of serde_yaml: the text is not YAML, or not of this shape.
 pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
@@ -65,8 +66,10 @@ pub(super) fn structural(error: &serde_yaml::Error) -> Problem {
 
 /// Replaces names of Rust types in a message of serde.
 pub(super) fn plain(message: &str) -> String {
-    let shapes =
-        ["File", "Region", "Database", "Rule", "Metrics"].map(|name| format!("struct Raw{name}"));
+    let shapes = [
+        "File", "Region", "Database", "Rule", "Metrics", "Fleet", "Bounds", "Document", "Rollout",
+    ];
+    let shapes = shapes.map(|name| format!("struct Raw{name}"));
     let mut message = message
         .replace("a sequence", "a list")
         .replace("internally tagged enum Select", "a mapping")
@@ -87,13 +90,18 @@ pub(super) struct At {
 }
 
 impl At {
-    pub(super) fn top(key: &str) -> Self {
+    /// The whole file.
+    pub(super) fn root() -> Self {
         Self {
-            path: vec![Step::Key(key.into())],
+            path: Vec::new(),
             region: None,
             database: None,
             rule: None,
         }
+    }
+
+    pub(super) fn top(key: &str) -> Self {
+        Self::root().key(key)
     }
 
     pub(super) fn key(&self, key: &str) -> Self {
@@ -113,18 +121,29 @@ pub(super) struct Reader<'a> {
     pub(super) text: &'a str,
     pub(super) problems: Vec<Problem>,
     pub(super) warnings: Vec<Problem>,
-    /// Number of problems beyond `MAX_PROBLEMS`.
+    /// Most problems to list, and the number of those beyond.
+    most: usize,
     pub(super) unlisted: usize,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    pub(super) fn new(text: &'a str, most: usize) -> Self {
+        Self {
+            text,
+            problems: Vec::new(),
+            warnings: Vec::new(),
+            most,
+            unlisted: 0,
+        }
+    }
+
     pub(super) fn problem(&mut self, at: &At, message: impl Into<String>) {
         self.problem_at(&at.path, false, at, message.into());
     }
 
     /// Adds a problem at a node, or at the key that leads to it. `whose`: the node that the message names.
     pub(super) fn problem_at(&mut self, path: &[Step], of_key: bool, whose: &At, message: String) {
-        if self.problems.len() < MAX_PROBLEMS {
+        if self.problems.len() < self.most {
             let line = locate(self.text, path, of_key);
             self.problems.push(describe(line, whose, message));
         } else {
@@ -217,8 +236,11 @@ pub(super) fn describe(line: Option<usize>, at: &At, message: String) -> Problem
     }
 }
 
-/// Checks a name, which becomes part of paths, metrics and output.
-pub(super) fn check_name(name: &str) -> Result<(), String> {
+/// Checks a name, which becomes part of paths, keys in etcd, metrics and output.
+///
+/// # Errors
+/// The name is too long, or has other characters.
+pub fn check_name(name: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty()
         || name.len() > MAX_NAME

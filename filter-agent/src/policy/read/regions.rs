@@ -47,7 +47,7 @@ struct RawRegion {
 /// Text that YAML may parse as a number, such as a duration without its unit.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected text, such as 50% or 10m")]
-enum RawScalar {
+pub(super) enum RawScalar {
     Text(String),
     Number(i64),
 }
@@ -68,14 +68,14 @@ enum RawDnssec {
 }
 
 /// Prefix lengths of IPv4 and IPv6, each written as `/6`.
-fn lengths(texts: &[RawScalar]) -> Option<[u8; 2]> {
+pub(super) fn lengths(texts: &[RawScalar], least: u8) -> Option<[u8; 2]> {
     let [v4, v6] = texts else {
         return None;
     };
     let length = |text: &RawScalar, most| {
         let text = text.to_string();
         let length = text.strip_prefix('/')?.parse().ok()?;
-        (1..=most).contains(&length).then_some(length)
+        (least..=most).contains(&length).then_some(length)
     };
     Some([length(v4, 32)?, length(v6, 128)?])
 }
@@ -164,7 +164,7 @@ impl Reader<'_> {
             }
         }
         if let Some(texts) = raw.shortest {
-            match lengths(&texts) {
+            match lengths(&texts, 1) {
                 Some(shortest) => guards.shortest = shortest,
                 None => {
                     let message =

@@ -1,0 +1,177 @@
+//! Arguments of `fleet`.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+
+use crate::cli::args::{lasting, time_limit};
+
+#[derive(Args)]
+pub(in crate::cli) struct Access {
+    /// File whose `fleet` says where etcd is, and which certificate to show: a policy file, or one with nothing else.
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/etc/filter-agent/policy.yaml"
+    )]
+    pub(super) fleet: PathBuf,
+}
+
+#[derive(Args)]
+pub(in crate::cli) struct Waiting {
+    /// Wait for at most so long, such as 30s, until every host enforces it, and print and exit as `fleet status` does.
+    #[arg(long, value_name = "DURATION", value_parser = time_limit)]
+    pub(super) wait: Option<Duration>,
+}
+
+#[derive(Subcommand)]
+pub(in crate::cli) enum Fleet {
+    /// Print the document of a database.
+    Get {
+        /// Database, as the policies of its hosts name it.
+        database: String,
+        /// As it was at this revision of etcd.
+        #[arg(long, value_parser = clap::value_parser!(i64).range(1..))]
+        revision: Option<i64>,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Print whether every host enforces what was written. Exits with 0 if all do, 1 if one cannot, 3 if the others are
+    /// silent, and 4 if some do not yet.
+    Status {
+        /// Show only this database.
+        database: Option<String>,
+        #[command(flatten)]
+        waiting: Waiting,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Forget what a host reported of itself that is gone for good.
+    Forget {
+        /// Host, by its name in the fleet.
+        host: String,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Print which rules a file would change, and which hosts would refuse it.
+    Diff {
+        /// Database.
+        database: String,
+        /// Document; `-` is standard input.
+        file: PathBuf,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Write a document, unless somebody else changes it meanwhile.
+    Put {
+        /// Database.
+        database: String,
+        /// Document; `-` is standard input.
+        file: PathBuf,
+        /// Only if the document is still the one of this revision; 0: only if there is none.
+        #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(i64).range(0..))]
+        if_revision: Option<i64>,
+        /// Even if it takes away more than half of the rules, or a host would refuse it.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Add a rule to a document. It is written anew: comments are lost.
+    Allow {
+        /// Database.
+        database: String,
+        /// Prefix, such as 203.0.113.0/24; an address alone is that one host.
+        source: String,
+        /// How long, such as 2h or 3d.
+        #[arg(long = "for", value_name = "DURATION", value_parser = lasting, conflicts_with = "expires")]
+        lasting: Option<Duration>,
+        /// Until when, such as 2026-12-31T18:00:00Z.
+        #[arg(long, value_name = "TIME")]
+        expires: Option<Timestamp>,
+        /// Why, for those who read the rules later.
+        #[arg(long)]
+        label: Option<String>,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Take a rule out of a document. It is written anew: comments are lost.
+    Revoke {
+        /// Database.
+        database: String,
+        /// Prefix of the rule; an address alone is that one host.
+        source: String,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Have some hosts enforce a document for a time, and the others go on. They return to theirs by themselves.
+    Rollout {
+        /// Database.
+        database: String,
+        /// Document; `-` is standard input.
+        file: PathBuf,
+        /// Hosts, by their names in the fleet.
+        #[arg(long, value_name = "HOST", required = true, value_delimiter = ',')]
+        on: Vec<String>,
+        /// How long, such as 30m, unless it is promoted by then.
+        #[arg(long = "for", value_name = "DURATION", default_value = "30m", value_parser = lasting)]
+        lasting: Duration,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Have every host enforce what is rolled out to some.
+    Promote {
+        /// Database.
+        database: String,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// End a rollout: its hosts enforce again what the others do.
+    Abort {
+        /// Database.
+        database: String,
+        #[command(flatten)]
+        waiting: Waiting,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// Have every host believe etcd again, after it was restored from a backup.
+    Recover {
+        /// Do not ask.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        access: Access,
+    },
+}
+
+impl Fleet {
+    pub(super) fn database(&self) -> Option<&String> {
+        match self {
+            Self::Get { database, .. }
+            | Self::Diff { database, .. }
+            | Self::Put { database, .. }
+            | Self::Allow { database, .. }
+            | Self::Revoke { database, .. }
+            | Self::Rollout { database, .. }
+            | Self::Promote { database, .. }
+            | Self::Abort { database, .. } => Some(database),
+            Self::Status { database, .. } => database.as_ref(),
+            Self::Recover { .. } | Self::Forget { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! `fleet status`: whether every host enforces what was written, and waiting for it.
+
+use std::{
+    collections::BTreeMap,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    cli::output::{print_table, table},
+    etcd::client::{Client, Overview},
+    fleet::host_status::HostStatus,
+    policy::{self, check_within},
+    report::FleetState,
+    text::list,
+};
+
+/// Pause between two looks while one waits.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Versions of etcd from which on its rights are a boundary: of 3.6, and of 3.7 and later.
+const SOUND: [(u64, u64, u64); 2] = [(3, 6, 14), (3, 7, 1)];
+
+/// The state of a database in the fleet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub(super) enum Goal {
+    /// There is no document, and the hosts enforce their own rules.
+    None,
+    Active,
+    Pending,
+    Failed,
+}
+
+impl Goal {
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "NONE",
+            Self::Active => "ACTIVE",
+            Self::Pending => "PENDING",
+            Self::Failed => "FAILED",
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Database {
+    database: String,
+    /// etcd's revision of the document.
+    revision: Option<i64>,
+    state: Goal,
+    hosts: usize,
+    /// Hosts that enforce that revision.
+    active: usize,
+    /// Hosts that are not there: what they enforce is not known.
+    silent: Vec<String>,
+    /// The longest that a host took, from etcd's announcement on, in milliseconds.
+    slowest_ms: Option<f64>,
+    /// Why hosts do not enforce it, by their names.
+    errors: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Fleet {
+    pub(super) databases: Vec<Database>,
+    /// Hosts that do not believe etcd.
+    pub(super) holding: Vec<String>,
+}
+
+fn parsed(overview: &Overview) -> BTreeMap<&String, HostStatus> {
+    let hosts = overview.hosts.iter();
+    let hosts = hosts.filter_map(|(host, text)| Some((host, serde_json::from_slice(text).ok()?)));
+    hosts.collect()
+}
+
+impl Fleet {
+    /// `only`: the database that is asked for.
+    pub(super) fn of(overview: &Overview, only: Option<&str>) -> Self {
+        let hosts = parsed(overview);
+        let named = hosts.values().flat_map(|host| host.databases.keys());
+        let mut names: Vec<&String> = overview.documents.keys().chain(named).collect();
+        names.sort_unstable();
+        names.dedup();
+        names.retain(|name| only.is_none_or(|only| only == *name));
+        let is_holding = |host: &&HostStatus| {
+            let mut databases = host.databases.values();
+            databases.any(|database| database.state == FleetState::Held)
+        };
+        let holding = hosts.iter().filter(|(_, host)| is_holding(host));
+        Self {
+            holding: holding.map(|(name, _)| (*name).clone()).collect(),
+            databases: names
+                .into_iter()
+                .map(|name| database(name, overview, &hosts))
+                .collect(),
+        }
+    }
+
+    /// The worst of all, and whether hosts are silent.
+    fn exit(&self) -> u8 {
+        let states = self.databases.iter().map(|database| database.state);
+        let is_silent = self.databases.iter().any(|it| !it.silent.is_empty());
+        match states.max() {
+            Some(Goal::Failed) => 1,
+            Some(Goal::Pending) => 4,
+            _ if is_silent => 3,
+            _ => 0,
+        }
+    }
+
+    fn print(&self) {
+        let header = [
+            "DATABASE", "REVISION", "STATE", "HOSTS", "ACTIVE", "SILENT", "SLOWEST",
+        ];
+        let mut rows = table(header);
+        for database in &self.databases {
+            rows.add_row([
+                database.database.clone(),
+                database
+                    .revision
+                    .map_or("-".into(), |revision| revision.to_string()),
+                database.state.name().into(),
+                database.hosts.to_string(),
+                database.active.to_string(),
+                database.silent.len().to_string(),
+                database
+                    .slowest_ms
+                    .map_or("-".into(), |ms| format!("{ms:.1} ms")),
+            ]);
+        }
+        print_table(&rows, self.databases.len());
+        for database in &self.databases {
+            let name = &database.database;
+            for (host, error) in &database.errors {
+                say!("{name} on {host}: {error}");
+            }
+            if !database.silent.is_empty() {
+                say!("{name}: silent: {}", list(database.silent.iter()));
+            }
+        }
+    }
+}
+
+fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatus>) -> Database {
+    let revision = overview.documents.get(name).copied();
+    let mut found = Database {
+        database: name.into(),
+        revision,
+        state: Goal::None,
+        hosts: 0,
+        active: 0,
+        silent: Vec::new(),
+        slowest_ms: None,
+        errors: BTreeMap::new(),
+    };
+    let mut is_pending = false;
+    for (host, status) in hosts {
+        let Some(reported) = status.databases.get(name) else {
+            continue;
+        };
+        found.hosts += 1;
+        // What a host that is away reported last says nothing of now.
+        if overview.alive.get(*host) != Some(&status.boot) {
+            found.silent.push((*host).clone());
+            continue;
+        }
+        // Its error is about an earlier document, unless it reads none.
+        let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
+        if reads && reported.seen < revision {
+            is_pending = true;
+        } else if let Some(error) = &reported.error {
+            found.errors.insert((*host).clone(), error.clone());
+        } else if revision.is_some() && reported.enforced == revision {
+            found.active += 1;
+            let slowest = found.slowest_ms.unwrap_or_default();
+            found.slowest_ms = reported
+                .enforced_ms
+                .map(|ms| ms.max(slowest))
+                .or(found.slowest_ms);
+        } else {
+            is_pending = true;
+        }
+    }
+    // Of no host it is not known that it enforces anything.
+    is_pending |= found.hosts == 0;
+    found.state = match (revision, is_pending) {
+        _ if !found.errors.is_empty() => Goal::Failed,
+        (None, _) => Goal::None,
+        (Some(_), true) => Goal::Pending,
+        (Some(_), false) => Goal::Active,
+    };
+    found
+}
+
+/// Prints how the fleet stands. `wait`: for so long at most, until every host that is there has decided.
+pub(super) async fn status(
+    client: &mut Client,
+    only: Option<&str>,
+    wait: Option<Duration>,
+    json: bool,
+) -> Result<ExitCode> {
+    let deadline = Instant::now() + wait.unwrap_or_default();
+    let fleet = loop {
+        let fleet = Fleet::of(&client.overview().await?, only);
+        let is_pending = fleet.databases.iter().any(|it| it.state == Goal::Pending);
+        if !is_pending || Instant::now() >= deadline {
+            break fleet;
+        }
+        tokio::time::sleep(PAUSE).await;
+    };
+    match json {
+        true => say!("{}", serde_json::to_string_pretty(&fleet)?),
+        false => {
+            fleet.print();
+            if let Ok(version) = client.version().await
+                && !is_sound(&version)
+            {
+                say!(
+                    "warning: etcd {version}: who may write one key may take over all of it, before 3.6.14 and 3.7.1"
+                );
+            }
+        }
+    }
+    Ok(ExitCode::from(fleet.exit()))
+}
+
+/// Whether the rights of this version hold.
+fn is_sound(version: &str) -> bool {
+    let mut numbers = version.split(['.', '-']).map(|part| part.parse().ok());
+    let mut next = || numbers.next().flatten();
+    let (Some(major), Some(minor), Some(patch)) = (next(), next(), next()) else {
+        return true;
+    };
+    let version: (u64, u64, u64) = (major, minor, patch);
+    let [of_36, of_37] = SOUND;
+    version >= of_37 || version >= of_36 && (major, minor) == (3, 6)
+}
+
+/// The hosts that would refuse a document, and why.
+pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<String> {
+    let hosts = parsed(overview);
+    let refusal = |(host, status): (&&String, &HostStatus)| {
+        let reported = status.databases.get(database)?;
+        let bounds = reported.bounds.as_ref()?;
+        let [widest4, widest6] = &bounds.widest;
+        let length = |text: &String| text.trim_start_matches('/').parse().ok();
+        let within = policy::Bounds {
+            widest: [length(widest4)?, length(widest6)?],
+            within: bounds.within.clone(),
+            regions: Some(bounds.regions.clone()),
+        };
+        let error = check_within(text.as_bytes(), within, bounds.floor).err()?;
+        Some(format!("{host} would refuse it: {error}"))
+    };
+    hosts.iter().filter_map(refusal).collect()
+}
+
+/// When a host was there last, for `forget`.
+pub(super) fn last_seen(overview: &Overview, host: &str) -> Option<Timestamp> {
+    let status: HostStatus = serde_json::from_slice(overview.hosts.get(host)?).ok()?;
+    Some(status.at)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn host(enforced: i64, error: Option<&str>) -> Vec<u8> {
+        let status = json!({
+            "agent": "0.1.0", "boot": "life", "era": 0, "revision": 9, "at": "2027-01-01T00:00:00Z",
+            "databases": {"orders": {
+                "seen": 9, "enforced": enforced, "sha256": null, "error": error, "enforced_ms": 3.1, "rules": 2, "temporary": 0,
+                "state": if error.is_some() { "refused" } else { "active" },
+                "bounds": {"widest": ["/16", "/48"], "within": ["203.0.113.0/24"], "regions": ["osc-fr1"], "floor": 29},
+            }},
+        });
+        status.to_string().into_bytes()
+    }
+
+    fn overview(hosts: &[(&str, Vec<u8>, bool)]) -> Overview {
+        let alive = hosts.iter().filter(|(_, _, alive)| *alive);
+        Overview {
+            documents: [("orders".into(), 9)].into(),
+            alive: alive
+                .map(|(name, ..)| ((*name).into(), "life".into()))
+                .collect(),
+            hosts: hosts
+                .iter()
+                .map(|(name, text, _)| ((*name).into(), text.clone()))
+                .collect(),
+        }
+    }
+
+    fn exit(hosts: &[(&str, Vec<u8>, bool)]) -> (Goal, u8) {
+        let fleet = Fleet::of(&overview(hosts), None);
+        (fleet.databases[0].state, fleet.exit())
+    }
+
+    #[test]
+    fn silent_host_is_never_counted_as_converged() {
+        let (done, late) = (host(9, None), host(8, None));
+        assert_eq!(exit(&[("db7", done.clone(), true)]), (Goal::Active, 0));
+        assert_eq!(exit(&[("db7", late.clone(), true)]), (Goal::Pending, 4));
+        assert_eq!(exit(&[]), (Goal::Pending, 4));
+        // Its error is of the document before.
+        let mut behind: serde_json::Value =
+            serde_json::from_slice(&host(7, Some("line 3"))).unwrap();
+        behind["databases"]["orders"]["seen"] = 8.into();
+        let behind = behind.to_string().into_bytes();
+        assert_eq!(exit(&[("db7", behind, true)]), (Goal::Pending, 4));
+        let silent = [("db7", done.clone(), true), ("db8", done.clone(), false)];
+        assert_eq!(exit(&silent), (Goal::Active, 3));
+        let failed = [("db7", host(8, Some("line 3")), true), ("db8", late, true)];
+        assert_eq!(exit(&failed), (Goal::Failed, 1));
+        // Another life than the one that reported.
+        let mut reborn = overview(&[("db7", done, true)]);
+        reborn.alive.insert("db7".into(), "another".into());
+        assert_eq!(Fleet::of(&reborn, None).exit(), 3);
+    }
+
+    #[test]
+    fn hosts_that_would_refuse_a_document_are_named() {
+        let overview = overview(&[("db7", host(9, None), true)]);
+        for (text, expected) in [
+            ("rules: [{cidr: 203.0.0.0/8}]", "host bits"),
+            ("rules: [{cidr: 203.0.0.0/12}]", "wider than /16"),
+            ("rules: [{cidr: 192.0.2.0/24}]", "not inside"),
+            ("rules: [{region: elsewhere}]", "elsewhere"),
+            (
+                "rules: [{cidr: 203.0.113.0/25}, {region: osc-fr1}]",
+                "at most 30",
+            ),
+        ] {
+            let refused = refusals(&overview, "orders", text);
+            assert!(
+                refused[0].starts_with("db7 would refuse it: "),
+                "{refused:?}"
+            );
+            assert!(refused[0].contains(expected), "{refused:?}");
+        }
+        assert!(refusals(&overview, "orders", "rules: [{cidr: 203.0.113.0/25}]").is_empty());
+        assert!(refusals(&overview, "billing", "rules: [{cidr: 192.0.2.0/24}]").is_empty());
+    }
+
+    #[test]
+    fn versions_whose_rights_hold_are_known() {
+        for (version, sound) in [
+            ("3.4.23", false),
+            ("3.5.33", false),
+            ("3.6.13", false),
+            ("3.6.14", true),
+            ("3.7.0", false),
+            ("3.7.1", true),
+            ("3.8.0-rc.1", true),
+            ("4.0.0", true),
+        ] {
+            assert_eq!(is_sound(version), sound, "{version}");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Requests of a person who writes documents: one connection, a request after the other.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use etcd_client::{
+    Compare, CompareOp, GetOptions, KvClient, MaintenanceClient, Txn, TxnOp,
+    proto::{PbKeyValue, PbTxnOpResponse},
+};
+
+use crate::{
+    etcd::{
+        connection::{ERA, MAX_ANSWER, RULES, connect, era_of, key_of, value_of, within},
+        failure::Failure,
+        files::Files,
+        own_keys::{ALIVE, HOSTS},
+    },
+    fleet::{Settings, Value},
+};
+
+pub struct Client {
+    kv: KvClient,
+    maintenance: MaintenanceClient,
+    /// The member that answers.
+    endpoint: String,
+}
+
+/// What etcd holds of a fleet.
+#[derive(Debug, Default)]
+pub struct Overview {
+    /// Revisions of the documents, by database.
+    pub documents: BTreeMap<String, i64>,
+    /// What hosts reported of themselves, as they wrote it.
+    pub hosts: BTreeMap<String, Vec<u8>>,
+    /// The present life of each host that is there.
+    pub alive: BTreeMap<String, String>,
+}
+
+/// A value was changed by somebody else, and is not overwritten. `None`: it is gone.
+#[derive(Debug)]
+pub struct Changed(pub Option<i64>);
+
+impl Client {
+    /// Connects to the first member that answers.
+    ///
+    /// # Errors
+    /// Why each of them does not.
+    pub async fn connect(settings: &Settings) -> Result<Self> {
+        let files = Files::read(settings).await?;
+        let mut errors = Vec::new();
+        for endpoint in &settings.endpoints {
+            let mut client = match connect(endpoint, &files).await {
+                Ok(client) => Self {
+                    kv: client.kv_client().max_decoding_message_size(MAX_ANSWER),
+                    maintenance: client.maintenance_client(),
+                    endpoint: endpoint.clone(),
+                },
+                Err(error) => {
+                    errors.push(format!("{endpoint}: {error:#}"));
+                    continue;
+                }
+            };
+            // The connection is made with the first request. A missing right is an answer.
+            match within(client.kv.get(ERA, None)).await {
+                Ok(_) => return Ok(client),
+                Err(failure) => match failure.at_first() {
+                    denied @ Failure::Denied(_) => {
+                        return Err(anyhow::Error::from(denied).context(format!("read {ERA}")));
+                    }
+                    failure => {
+                        errors.push(format!("{endpoint}: {:#}", anyhow::Error::from(failure)));
+                    }
+                },
+            }
+        }
+        bail!("reach etcd: {}", errors.join("; "))
+    }
+
+    /// The document of a database; of an earlier `revision`, as far as etcd still has it. `None`: there is none.
+    ///
+    /// # Errors
+    /// No answer, no right to read it, or a revision that is compacted or yet to come.
+    pub async fn document(
+        &mut self,
+        database: &str,
+        revision: Option<i64>,
+    ) -> Result<Option<Value>> {
+        let key = key_of(database);
+        let options = revision.map(|revision| GetOptions::new().with_revision(revision));
+        let found = within(self.kv.get(key.as_str(), options)).await;
+        let found = found.map_err(anyhow::Error::from);
+        let found = found.with_context(|| format!("{}: read {key}", self.endpoint))?;
+        let value = value_of(&key, found.0)?;
+        Ok(value.map(|value| Value {
+            text: value.value,
+            create_revision: value.create_revision,
+            mod_revision: value.mod_revision,
+            version: value.version,
+        }))
+    }
+
+    /// Everything of the fleet that its status is made of, read at one revision.
+    ///
+    /// # Errors
+    /// No answer, or no right to read it.
+    pub async fn overview(&mut self) -> Result<Overview> {
+        let get = |prefix| TxnOp::get(prefix, Some(GetOptions::new().with_prefix()));
+        let gets = [RULES, HOSTS, ALIVE].map(get);
+        let found = within(self.kv.txn(Txn::new().and_then(gets))).await;
+        let found = found.map_err(anyhow::Error::from);
+        let found = found
+            .with_context(|| format!("{}: read the fleet", self.endpoint))?
+            .0;
+        let mut lists = found.responses.into_iter().zip([RULES, HOSTS, ALIVE]);
+        let mut list = || -> Result<Vec<(String, PbKeyValue)>> {
+            let (response, prefix) = lists.next().context("etcd's answer is too short")?;
+            let Some(PbTxnOpResponse::ResponseRange(range)) = response.response else {
+                bail!("etcd's answer has nothing for {prefix}");
+            };
+            let named = range.kvs.into_iter().filter_map(|value| {
+                let name = std::str::from_utf8(&value.key).ok()?.strip_prefix(prefix)?;
+                Some((name.to_owned(), value))
+            });
+            Ok(named.collect())
+        };
+        let (rules, hosts, alive) = (list()?, list()?, list()?);
+        let text = |value: PbKeyValue| String::from_utf8_lossy(&value.value).into_owned();
+        Ok(Overview {
+            documents: rules
+                .into_iter()
+                .map(|(name, value)| (name, value.mod_revision))
+                .collect(),
+            hosts: hosts
+                .into_iter()
+                .map(|(name, value)| (name, value.value))
+                .collect(),
+            alive: alive
+                .into_iter()
+                .map(|(name, value)| (name, text(value)))
+                .collect(),
+        })
+    }
+
+    /// Removes what a host reported. Returns whether there was anything.
+    ///
+    /// # Errors
+    /// No answer, or no right to do it.
+    pub async fn forget(&mut self, host: &str) -> Result<bool> {
+        let key = format!("{HOSTS}{host}");
+        let done = within(self.kv.delete(key.as_str(), None)).await;
+        let done = done.map_err(anyhow::Error::from);
+        let done = done.with_context(|| format!("{}: remove {key}", self.endpoint))?;
+        Ok(done.deleted() > 0)
+    }
+
+    /// The version of the member that answers.
+    ///
+    /// # Errors
+    /// No answer, or no right to ask.
+    pub async fn version(&mut self) -> Result<String> {
+        let status = within(self.maintenance.status()).await;
+        Ok(status.map_err(anyhow::Error::from)?.version().to_owned())
+    }
+
+    /// Writes a document, if its last change is still of this revision (0: if there is none). Returns the revision of this
+    /// change.
+    ///
+    /// # Errors
+    /// `Changed`, no answer, or no right to write it. Without an answer it may have been written.
+    pub async fn put(&mut self, database: &str, text: &str, expected: i64) -> Result<i64> {
+        self.put_if(&key_of(database), text, expected).await
+    }
+
+    /// The era, and the revision of its last change (0: there was none).
+    ///
+    /// # Errors
+    /// No answer, no right to read it, or no number.
+    pub async fn era(&mut self) -> Result<(u64, i64)> {
+        let found = within(self.kv.get(ERA, None)).await;
+        let found = found.map_err(anyhow::Error::from);
+        let found = found.with_context(|| format!("{}: read {ERA}", self.endpoint))?;
+        let value = value_of(ERA, found.0)?;
+        Ok(match value {
+            Some(value) => (era_of(&value)?, value.mod_revision),
+            None => (0, 0),
+        })
+    }
+
+    /// Raises the era. `expected`: as of `put`.
+    ///
+    /// # Errors
+    /// As `put`.
+    pub async fn raise_era(&mut self, to: u64, expected: i64) -> Result<()> {
+        self.put_if(ERA, &to.to_string(), expected).await.map(drop)
+    }
+
+    async fn put_if(&mut self, key: &str, text: &str, expected: i64) -> Result<i64> {
+        let is_same = Compare::mod_revision(key, CompareOp::Equal, expected);
+        let txn = Txn::new()
+            .when([is_same])
+            .and_then([TxnOp::put(key, text, None)])
+            .or_else([TxnOp::get(key, None)]);
+        let done = within(self.kv.txn(txn)).await.map_err(anyhow::Error::from);
+        let done = done
+            .with_context(|| format!("{}: write {key}", self.endpoint))?
+            .0;
+        if done.succeeded {
+            let header = done.header.context("etcd's answer has no header")?;
+            return Ok(header.revision);
+        }
+        let found = done.responses.into_iter().next();
+        let Some(PbTxnOpResponse::ResponseRange(range)) = found.and_then(|found| found.response)
+        else {
+            return Err(anyhow!("etcd's answer has nothing for {key}"));
+        };
+        let revision = value_of(key, range)?.map(|value| value.mod_revision);
+        Err(Changed(revision).into())
+    }
+}
+
+impl std::fmt::Display for Changed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(revision) => write!(f, "it was changed at revision {revision}"),
+            None => f.write_str("it is not there any more"),
+        }
+    }
+}
+
+impl std::error::Error for Changed {}

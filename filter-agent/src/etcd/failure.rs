@@ -1,0 +1,154 @@
+//! Errors of requests to etcd, told apart as far as it matters, as one line each.
+
+use std::error::Error;
+
+use anyhow::anyhow;
+
+/// Status codes of gRPC, whose type `etcd-client` does not export.
+const PERMISSION_DENIED: i32 = 7;
+const OUT_OF_RANGE: i32 = 11;
+
+/// Longest text of a server in an error, in characters.
+const MAX_TEXT: usize = 300;
+
+/// The connection was made before, and is gone: the peer closed it, or no ping was answered.
+const BROKEN_OFF: &str = "the connection broke off";
+
+/// What the libraries write for their own users, and what it means for ours.
+const PLAIN: [(&str, &str); 12] = [
+    ("closed because of a broken pipe", BROKEN_OFF),
+    (
+        "peer closed connection without sending TLS close_notify",
+        BROKEN_OFF,
+    ),
+    ("Connection reset by peer", BROKEN_OFF),
+    ("missing grpc-status trailer", BROKEN_OFF),
+    ("operation was canceled: connection closed", BROKEN_OFF),
+    ("deadline has elapsed", "no connection within 2 s"),
+    (
+        "received fatal alert",
+        "it refuses the certificate in `cert_file`, or that there is none",
+    ),
+    (
+        "invalid peer certificate: UnknownIssuer",
+        "no authority in `ca_file` signed the certificate that it shows",
+    ),
+    (
+        "invalid peer certificate: certificate expired",
+        "the certificate that it shows has expired",
+    ),
+    ("received corrupt message of type", "it does not speak TLS"),
+    (
+        "http2 error: connection error detected",
+        "it does not speak gRPC",
+    ),
+    (
+        "KeyMismatch",
+        "the key in `key_file` is not that of the certificate in `cert_file`",
+    ),
+];
+
+/// A failed request.
+#[derive(Debug)]
+pub enum Failure {
+    /// The user has no right to a key.
+    Denied(String),
+    /// The answer is longer than we read.
+    TooLong(String),
+    Other(anyhow::Error),
+}
+
+impl Failure {
+    /// The same, with what it is about.
+    pub fn of(self, subject: &str) -> Self {
+        match self {
+            Self::Denied(text) => Self::Denied(format!("{subject}: {text}")),
+            Self::TooLong(text) => Self::TooLong(format!("{subject}: {text}")),
+            Self::Other(error) => Self::Other(error.context(subject.to_owned())),
+        }
+    }
+
+    /// The same, of the first request on a connection.
+    pub fn at_first(self) -> Self {
+        match self {
+            Self::Other(error) if error.to_string() == BROKEN_OFF => Self::Other(anyhow!(
+                "it closed the connection at once: it is not etcd, expects TLS, or refuses the certificate in `cert_file`"
+            )),
+            other => other,
+        }
+    }
+}
+
+impl From<etcd_client::Error> for Failure {
+    fn from(error: etcd_client::Error) -> Self {
+        let text = text(&error);
+        let etcd_client::Error::GRpcStatus(status) = error else {
+            return Self::Other(anyhow!(text));
+        };
+        match status.code() as i32 {
+            PERMISSION_DENIED => Self::Denied(text),
+            OUT_OF_RANGE => Self::TooLong(text),
+            _ => Self::Other(anyhow!(text)),
+        }
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<Failure> for anyhow::Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Denied(text) | Failure::TooLong(text) => anyhow!(text),
+            Failure::Other(error) => error,
+        }
+    }
+}
+
+/// An error that no caller tells apart.
+pub fn plain(error: &etcd_client::Error) -> anyhow::Error {
+    anyhow!(text(error))
+}
+
+/// All that an error says, its causes too, and nothing twice.
+fn text(error: &etcd_client::Error) -> String {
+    let (first, mut cause) = match error {
+        etcd_client::Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
+        etcd_client::Error::TransportError(error) => (error.to_string(), error.source()),
+        other => (other.to_string(), None),
+    };
+    let mut texts = vec![first];
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !texts.iter().any(|before| before.contains(&text)) {
+            texts.push(text);
+        }
+        cause = error.source();
+    }
+    texts.retain(|text| !text.is_empty() && text != "transport error");
+    let text = texts.join(": ");
+    let plain = PLAIN.iter().find(|(written, _)| text.contains(written));
+    plain.map_or_else(|| one_line(&text), |(_, plain)| (*plain).to_owned())
+}
+
+/// A text of the server's, which may have any length and content.
+pub fn one_line(text: &str) -> String {
+    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(MAX_TEXT).map(visible).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_a_server_is_one_short_line() {
+        let hostile = format!("no\n\x1b[2Jleader{}", "x".repeat(10_000));
+        let line = one_line(&hostile);
+        assert!(line.starts_with("no  [2Jleaderxx"), "{line}");
+        assert_eq!(line.chars().count(), MAX_TEXT);
+    }
+}

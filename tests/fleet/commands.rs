@@ -1,0 +1,365 @@
+//! `filter-agent fleet`, as an operator with a certificate types it.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+};
+
+use filter_tests::net::{agent_binary, run_in, wait_until};
+
+use crate::{
+    certificates::Validity,
+    etcd::{Etcd, USER},
+    host::host,
+};
+
+/// An operator beside etcd, who may read and write all that is the fleet's.
+struct Operator<'a> {
+    etcd: &'a Etcd,
+    place: PathBuf,
+}
+
+impl<'a> Operator<'a> {
+    fn new(etcd: &'a Etcd) -> Self {
+        etcd.control(&["user", "add", "kim", "--no-password"]);
+        etcd.control(&["role", "add", "operators"]);
+        etcd.control(&["user", "grant-role", "kim", "operators"]);
+        let all = [
+            "grant-permission",
+            "operators",
+            "readwrite",
+            "/filter-agent/",
+        ];
+        etcd.control(&[&["role"], &all[..], &["--prefix"]].concat());
+        Self::with_certificate_of(etcd, "kim")
+    }
+
+    fn with_certificate_of(etcd: &'a Etcd, user: &str) -> Self {
+        let pair = etcd.authority.sign(user, &[], Validity::Now);
+        let settings = etcd.settings(&[]);
+        let place = etcd.directory().join(format!("{user}.yaml"));
+        let text = format!(
+            "fleet:\n  endpoints: {:?}\n  ca_file: {}\n  cert_file: {}\n  key_file: {}\n",
+            settings.endpoints,
+            etcd.authority.file().display(),
+            pair.certificate.display(),
+            pair.key.display()
+        );
+        fs::write(&place, text).unwrap();
+        Self { etcd, place }
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(agent_binary());
+        command.arg("fleet").args(arguments);
+        command.arg("--fleet").arg(&self.place);
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.etcd.host.output(&mut self.command(arguments))
+    }
+
+    #[track_caller]
+    fn says(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The one line of a command that fails.
+    #[track_caller]
+    fn fails(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {error}");
+        assert_eq!(error.trim_end().lines().count(), 1, "{error}");
+        error
+    }
+
+    fn file(&self, text: &str) -> String {
+        let path = self.etcd.directory().join("document.yaml");
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+}
+
+/// All at the same time, on the host.
+fn spawn(etcd: &Etcd, mut commands: Vec<Command>) -> Vec<Child> {
+    let spawn = |command: &mut Command| {
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
+    run_in(&etcd.host.name, move || {
+        commands.iter_mut().map(spawn).collect()
+    })
+}
+
+#[test]
+fn document_is_written_read_changed_and_never_overwritten_unseen() {
+    let etcd = Etcd::start("fleet-commands");
+    let kim = Operator::new(&etcd);
+    let missing = kim.fails(&["get", "orders"]);
+    assert!(
+        missing.contains("etcd has no document of orders"),
+        "{missing}"
+    );
+    let office = kim.file("# the office\nrules:\n- {cidr: 203.0.113.0/24, label: office}\n");
+    assert_eq!(
+        kim.says(&["diff", "orders", &office]),
+        "+ 203.0.113.0/24 \"office\"\n"
+    );
+    kim.says(&["put", "orders", &office]);
+    let first = etcd.revision_of("rules/orders");
+    let got = kim.says(&["get", "orders"]);
+    assert_eq!(
+        got,
+        format!(
+            "# revision {first}\n{}",
+            fs::read_to_string(&office).unwrap()
+        )
+    );
+    assert!(
+        kim.says(&["put", "orders", &office])
+            .starts_with("no difference")
+    );
+    assert_eq!(etcd.revision_of("rules/orders"), first);
+    let said = kim.says(&[
+        "allow",
+        "orders",
+        "198.51.100.7",
+        "--for",
+        "2h",
+        "--label",
+        "kim",
+    ]);
+    assert!(
+        said.starts_with("+ 198.51.100.7/32 \"kim\", until "),
+        "{said}"
+    );
+    let older = kim.says(&["get", "orders", "--revision", &first.to_string()]);
+    assert_eq!(older, got);
+    let old = kim.fails(&[
+        "put",
+        "orders",
+        &office,
+        "--if-revision",
+        &first.to_string(),
+    ]);
+    assert!(
+        old.contains(&format!("not the one of revision {first}")),
+        "{old}"
+    );
+    let half = kim.file("rules:\n- {cidr: 192.0.2.0/24}\n");
+    let refused = kim.fails(&["put", "orders", &half]);
+    assert!(refused.contains("2 rules of 2 would go"), "{refused}");
+    kim.says(&["revoke", "orders", "198.51.100.7"]);
+    let none = kim.fails(&["revoke", "orders", "198.51.100.7"]);
+    assert!(none.contains("it has no rule of 198.51.100.7/32"), "{none}");
+    kim.says(&["put", "orders", &half, "--yes"]);
+    assert!(
+        kim.says(&["get", "orders"])
+            .ends_with("rules:\n- {cidr: 192.0.2.0/24}\n")
+    );
+    for (text, expected) in [
+        ("rules: [{cidr: 192.0.2.1/24}]", "host bits"),
+        ("", "it is empty"),
+        ("rules: {}", "line 1"),
+    ] {
+        let error = kim.fails(&["put", "orders", &kim.file(text)]);
+        assert!(error.contains(expected), "{error}");
+    }
+    assert!(kim.fails(&["get", "../era"]).contains("a name has"));
+    let wrong = kim.run(&["put", "orders"]);
+    assert_eq!(wrong.status.code(), Some(2));
+}
+
+#[test]
+fn rollout_is_begun_promoted_and_aborted() {
+    let etcd = Etcd::start("fleet-rollouts");
+    let kim = Operator::new(&etcd);
+    etcd.put("rules/orders", b"rules: [{cidr: 192.0.2.0/24}]");
+    let file = kim.file("rules: [{cidr: 203.0.113.0/24}]");
+    let said = kim.says(&[
+        "rollout", "orders", &file, "--on", "db7,db8", "--for", "10m",
+    ]);
+    assert!(said.contains("in force on db7, db8 until "), "{said}");
+    let document = kim.says(&["get", "orders"]);
+    assert!(
+        document.contains("rollout:") && document.contains("192.0.2.0/24"),
+        "{document}"
+    );
+    kim.says(&["abort", "orders"]);
+    let document = kim.says(&["get", "orders"]);
+    assert!(!document.contains("203.0.113.0/24"), "{document}");
+    assert!(
+        kim.fails(&["promote", "orders"])
+            .contains("it has no rollout")
+    );
+    kim.says(&["rollout", "orders", &file, "--on", "db7"]);
+    let said = kim.says(&["promote", "orders"]);
+    assert!(
+        said.starts_with("- 192.0.2.0/24\n+ 203.0.113.0/24\n"),
+        "{said}"
+    );
+    let no_host = kim.fails(&["rollout", "orders", &file, "--on", "a/b"]);
+    assert!(no_host.contains("not a valid name of a host"), "{no_host}");
+    assert_eq!(
+        kim.run(&["rollout", "orders", &file]).status.code(),
+        Some(2)
+    );
+}
+
+#[test]
+fn what_is_written_is_waited_for_and_who_is_silent_is_told() {
+    let etcd = Etcd::start("fleet-waiting");
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(&etcd);
+    let mut net = host("fleet-waiting-db", &etcd);
+    net.start();
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    let said = kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    let row = said.lines().find(|line| line.starts_with("orders"));
+    let row: Vec<&str> = row.unwrap().split_whitespace().collect();
+    let revision = etcd.revision_of("rules/orders").to_string();
+    assert_eq!(
+        row[1..6],
+        [revision.as_str(), "ACTIVE", "1", "1", "0"],
+        "{said}"
+    );
+    assert!(said.contains("warning: etcd 3.4."), "{said}");
+    // Wider than the host lets the fleet open.
+    let wide = kim.file("rules: [{cidr: 198.51.100.7/32}, {cidr: 198.51.0.0/16}]");
+    let refused = kim.fails(&["put", "orders", &wide]);
+    assert!(refused.contains("db7 would refuse it: line 1"), "{refused}");
+    assert!(refused.contains("nothing is written"), "{refused}");
+    assert_eq!(etcd.revision_of("rules/orders").to_string(), revision);
+    assert_eq!(kim.run(&["diff", "orders", &wide]).status.code(), Some(1));
+    let output = kim.run(&["put", "orders", &wide, "--yes", "--wait", "30s"]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("FAILED") && said.contains("orders on db7: "),
+        "{said}"
+    );
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    let present = kim.fails(&["forget", "db7"]);
+    assert!(present.contains("db7 is there"), "{present}");
+    // Its lease ends with it; not waited for here.
+    net.kill();
+    let alive = etcd.control(&["get", "/filter-agent/v1/alive/db7", "--write-out", "json"]);
+    let alive: serde_json::Value = serde_json::from_str(&alive).unwrap();
+    let lease = alive["kvs"][0]["lease"].as_i64().unwrap();
+    etcd.control(&["lease", "revoke", &format!("{lease:x}")]);
+    let output = kim.run(&[
+        "put",
+        "orders",
+        &kim.file("rules: [{cidr: 198.51.100.0/26}]"),
+        "--yes",
+        "--wait",
+        "1s",
+    ]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert!(said.contains("orders: silent: db7"), "{said}");
+    let said = kim.says(&["forget", "db7"]);
+    assert!(
+        said.starts_with("db7, which reported itself last at "),
+        "{said}"
+    );
+    assert!(kim.fails(&["forget", "db7"]).contains("knows no host db7"));
+}
+
+/// What is written while a host does not believe etcd would not be in force there.
+#[test]
+fn nothing_is_written_while_a_host_holds() {
+    let etcd = Etcd::start("fleet-holding");
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(&etcd);
+    etcd.put("rules/orders", b"rules: []");
+    let mut net = host("fleet-holding-db", &etcd);
+    net.start();
+    let snapshot = etcd.snapshot();
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    etcd.restore(&snapshot);
+    let mut held = String::new();
+    assert!(wait_until(|| {
+        let output = kim.run(&["put", "orders", &file]);
+        held = String::from_utf8(output.stderr).unwrap();
+        held.contains("db7 does not believe etcd")
+    }));
+    assert!(held.contains("nothing is written"), "{held}");
+    kim.says(&["recover", "--yes"]);
+    assert!(wait_until(|| kim
+        .run(&["put", "orders", &file, "--wait", "30s"])
+        .status
+        .success()));
+}
+
+#[test]
+fn writers_at_the_same_time_lose_nothing() {
+    let etcd = Etcd::start("fleet-writers");
+    let kim = Operator::new(&etcd);
+    let sources: Vec<String> = (0..30)
+        .map(|host| format!("198.51.100.{host}/32"))
+        .collect();
+    let commands = sources
+        .iter()
+        .map(|source| kim.command(&["allow", "orders", source]));
+    let spawned = spawn(&etcd, commands.collect());
+    for mut child in spawned {
+        assert!(child.wait().unwrap().success());
+    }
+    let document = kim.says(&["get", "orders"]);
+    assert!(
+        sources.iter().all(|source| document.contains(source)),
+        "{document}"
+    );
+    let beyond = kim.fails(&["allow", "orders", "198.51.100.30/32"]);
+    assert!(beyond.contains("at most 30"), "{beyond}");
+    // Of several who saw the same revision one gets through.
+    let revision = etcd.revision_of("rules/orders").to_string();
+    let file = kim.file("rules: [{cidr: 203.0.113.0/24}]\n");
+    let put = ["put", "orders", &file, "--yes", "--if-revision", &revision];
+    let spawned = spawn(&etcd, (0..20).map(|_| kim.command(&put)).collect());
+    let done = spawned.into_iter().map(|mut child| child.wait().unwrap());
+    assert_eq!(done.filter(|status| status.success()).count(), 1);
+}
+
+#[test]
+fn who_may_not_or_reaches_nobody_is_told_so() {
+    let etcd = Etcd::start("fleet-rights");
+    etcd.put("rules/orders", b"rules: []");
+    let host = Operator::with_certificate_of(&etcd, USER);
+    host.says(&["get", "orders"]);
+    let file = host.file("rules: [{cidr: 203.0.113.0/24}]\n");
+    for arguments in [&["put", "orders", &file][..], &["recover", "--yes"]] {
+        let denied = host.fails(arguments);
+        assert!(denied.contains("permission denied"), "{denied}");
+    }
+    let kim = Operator::new(&etcd);
+    assert_eq!(kim.run(&["recover"]).status.code(), Some(2));
+    // Later than any that a host may have seen and a backup has not, and than one that is yet to come by the clock.
+    let raised = kim.says(&["recover", "--yes"]);
+    assert!(
+        raised.ends_with(": every host believes what etcd has now\n"),
+        "{raised}"
+    );
+    let era: u64 = raised.split([' ', ':']).nth(1).unwrap().parse().unwrap();
+    assert!(era > 1_700_000_000);
+    etcd.put("era", b"99999999999");
+    let raised = kim.says(&["recover", "--yes"]);
+    assert!(raised.starts_with("era 100000000000: "), "{raised}");
+    etcd.kill(0);
+    let gone = kim.fails(&["get", "orders"]);
+    assert!(
+        gone.contains("reach etcd: https://10.77.0.1:2379: "),
+        "{gone}"
+    );
+    fs::write(&kim.place, "interfaces: [eth0]\n").unwrap();
+    assert!(kim.fails(&["get", "orders"]).contains("it has no `fleet`"));
+}
