@@ -1,6 +1,7 @@
 //! The agent's state machine: events in, effects out. It does no I/O and reads no clock. One change is under way at
 //! a time; events that would start another one wait until it is done.
 
+mod end;
 mod fall_back;
 mod fleet;
 mod history;
@@ -37,12 +38,10 @@ use crate::{
     start::Started,
     store::{Record, Write},
     temporary::Timed,
-    text::list,
     window::{Open, Window},
 };
 
 use fall_back::FallBack;
-use history::{numbered, with_change};
 use window::Trial;
 
 /// The change that is under way.
@@ -84,7 +83,10 @@ enum Cause {
         change: Change,
         waiters: Vec<u64>,
     },
-    Fleet,
+    Fleet {
+        /// What it is to be enforced for, to be tried again.
+        fleet: Arc<Fleet>,
+    },
     Time {
         changes: Vec<(String, Change)>,
         /// Lines for the log about rules of the policy that have ended.
@@ -120,6 +122,8 @@ pub struct Agent {
     refreshes: Refreshes,
     /// The change that the kernel refused last, if it has taken none since.
     stuck: Option<Retry>,
+    /// What the fleet has, where the kernel refused it.
+    refused_fleet: Option<Arc<Fleet>>,
     saves: Saves,
     history: History,
     trial: Trial,
@@ -195,6 +199,7 @@ impl Agent {
             proposals: Proposals::default(),
             refreshes: Refreshes::default(),
             stuck: None,
+            refused_fleet: None,
             saves,
             history,
             trial: Trial::new(window, abandoned, is_window_unknown),
@@ -341,21 +346,6 @@ impl Agent {
         self.effects.extend(entries.into_iter().map(Effect::Log));
     }
 
-    /// Begins nothing more. The change under way is waited for: its client learns what came of it, and the last line
-    /// of the log is true.
-    fn terminate(&mut self) {
-        self.is_ending = true;
-        self.deferred.clear();
-        self.proposals = Proposals::default();
-        self.refreshes = Refreshes::default();
-        self.end_trial();
-        // The time left of each rule, for a start after a reboot.
-        self.keep_temporary(true);
-        for name in self.saves.unwritten_regions() {
-            self.save_region(&name, true);
-        }
-    }
-
     // Changes.
 
     fn change(&mut self, next: Next, cause: Cause, occasion: Occasion, existing: bool) {
@@ -363,7 +353,7 @@ impl Agent {
             Cause::Reload { .. } => next.file.accepted,
             Cause::FallBack(_)
             | Cause::Region { .. }
-            | Cause::Fleet
+            | Cause::Fleet { .. }
             | Cause::Time { .. }
             | Cause::Temporary { .. } => self.now.into(),
         };
@@ -420,7 +410,7 @@ impl Agent {
                         self.note_fall_back(&committed.report, by.clone())
                     }
                     Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
-                    Cause::Fleet => self.note_fleet(&replaced, &committed.report),
+                    Cause::Fleet { .. } => self.note_fleet(&replaced, &committed.report),
                     Cause::Region { .. } | Cause::Time { .. } => 0,
                 };
                 self.note_ended(&timed.temporary);
@@ -471,7 +461,7 @@ impl Agent {
                         self.checked(Checked { entries, ..checked });
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
-                    Cause::Fleet => self.fleet_changed(id, &fleet, committed, checked),
+                    Cause::Fleet { .. } => self.fleet_changed(id, &fleet, committed, checked),
                     Cause::Time { changes, ended } => {
                         self.keep_fleet();
                         self.log_all(ended);
@@ -524,7 +514,7 @@ impl Agent {
                 }
                 self.region_done(&name, before.as_ref(), Change::default(), &waiters);
             }
-            Cause::Fleet => self.fleet_not_changed(refused, not_taken_back),
+            Cause::Fleet { fleet } => self.fleet_not_changed(fleet, refused, not_taken_back),
             Cause::Time { ended, .. } => {
                 let what = match ended.is_empty() {
                     false => "take out rules that have ended",
@@ -576,8 +566,7 @@ impl Agent {
             self.save_region(name, !is_saved);
         }
         self.forget_unused();
-        self.keep_fleet();
-        self.follow();
+        self.follow_fleet_anew();
         let verified = checked.verified.clone();
         self.checked(checked);
         for error in &committed.errors {
@@ -695,35 +684,6 @@ impl Agent {
         }
     }
 
-    fn detached(&mut self, result: Result<Vec<String>>) {
-        let Some(UnderWay::Detach { by, reply }) = self.under_way.take() else {
-            return;
-        };
-        match result {
-            Ok(names) => {
-                self.is_detached = true;
-                let id = self.history.detached(self.now.wall, by.clone());
-                let from = match names.is_empty() {
-                    true => String::new(),
-                    false => format!(" from {}", list(names.iter())),
-                };
-                let numbered = numbered(id, by.as_ref());
-                let entry = Entry::info(format!("detached{from}; {numbered}"));
-                self.log(with_change(entry, id, Origin::Socket, by.as_ref()));
-                self.keep_history();
-                self.trial = Trial::default();
-                let forget = self.saves.forget();
-                self.effects.extend(forget.map(Effect::Save));
-                self.late
-                    .push(Late::detached(names, reply, self.now.steady));
-            }
-            Err(error) => {
-                self.log(Entry::error(format!("detach: {error:#}")));
-                reply.send(Err(error));
-            }
-        }
-    }
-
     /// Sends a reply once the change is on disk, or cannot be.
     fn answer_when_kept(&mut self, late: Late) {
         match late.must_wait(&self.saves) {
@@ -773,26 +733,6 @@ impl Agent {
 
     pub fn is_ready(&self) -> bool {
         self.is_ready
-    }
-
-    /// For the log's last line.
-    pub fn describe_stop(&self) -> String {
-        if self.is_detached {
-            return "detached; nothing is filtered any more".into();
-        }
-        let names = list(self.file.policy.interfaces.iter());
-        match self.under_way {
-            None => format!("stopping; the filter stays in force on {names}"),
-            Some(UnderWay::Change { .. }) => format!(
-                "stopping in the middle of a change, which the next start completes or takes back; the filter \
-                 stays in force on {names}"
-            ),
-            Some(UnderWay::Detach { .. }) => {
-                "stopping in the middle of a detach: parts of the filter may be gone; run `filter-agent detach` \
-                 again"
-                    .into()
-            }
-        }
     }
 }
 

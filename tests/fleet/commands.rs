@@ -293,11 +293,15 @@ fn nothing_is_written_while_a_host_holds() {
         held.contains("db7 does not believe etcd")
     }));
     assert!(held.contains("nothing is written"), "{held}");
+    // What was restored is corrected before it is believed.
+    let corrected = kim.file("rules: [{cidr: 198.51.100.8/32}]");
+    let output = kim.run(&["put", "orders", &corrected, "--yes", "--wait", "1s"]);
+    assert_eq!(output.status.code(), Some(1));
     kim.says(&["recover", "--yes"]);
-    assert!(wait_until(|| kim
-        .run(&["put", "orders", &file, "--wait", "30s"])
-        .status
-        .success()));
+    let believed = || kim.run(&["status", "--wait", "5s"]).status.success();
+    assert!(wait_until(believed));
+    let explained = net.agent_json(&["explain", "198.51.100.8", "--database", "orders"]);
+    assert_eq!(explained["verdicts"][0]["passes"], true, "{explained}");
 }
 
 #[test]

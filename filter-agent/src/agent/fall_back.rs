@@ -135,8 +135,7 @@ impl Agent {
             self.save_region(name, true);
         }
         self.forget_unused();
-        self.keep_fleet();
-        self.follow();
+        self.follow_fleet_anew();
         self.log_all(committed.entries);
         self.checked(checked);
         for error in &committed.errors {

@@ -54,6 +54,7 @@ impl Agent {
     }
 
     fn enforce_fleet(&mut self, next: Arc<Fleet>) {
+        let was_refused = self.refused_fleet.take().is_some();
         let file = self.with_fleet(&self.file, &next);
         let rules = |file: &PolicyFile| {
             let databases = file.policy.databases.iter();
@@ -69,11 +70,17 @@ impl Agent {
             let milliseconds = 1000.0 * waited.as_secs_f64();
             self.this_host.enforced(&before, &self.fleet, milliseconds);
             self.log_fleet(&before);
+            // What was refused is not wanted any more.
+            self.stuck
+                .take_if(|stuck| was_refused && !stuck.not_taken_back);
             return self.keep_fleet();
         }
         let regions = regions_of(&file.policy, &self.regions, self.now.steady);
         let mut timed = self.timed.at(self.now);
         timed.ends = timed.ends.with(&file.policy, self.now);
+        let cause = Cause::Fleet {
+            fleet: next.clone(),
+        };
         let next = Next {
             file,
             regions,
@@ -82,7 +89,16 @@ impl Agent {
         };
         let occasion = Occasion::Change { caller: None };
         self.this_host.accepted = self.now.boot;
-        self.change(next, Cause::Fleet, occasion, false);
+        self.change(next, cause, occasion, false);
+    }
+
+    /// Tries again what the kernel refused. Returns whether a change is under way now.
+    pub(super) fn enforce_refused_fleet(&mut self) -> bool {
+        let Some(fleet) = self.refused_fleet.clone() else {
+            return false;
+        };
+        self.enforce_fleet(fleet);
+        self.under_way.is_some()
     }
 
     /// A change of the fleet's rules is in force.
@@ -112,8 +128,14 @@ impl Agent {
         self.forget_unused();
     }
 
-    /// The kernel did not take it. It is asked again with etcd's next answer.
-    pub(super) fn fleet_not_changed(&mut self, refused: Refused, not_taken_back: bool) {
+    /// The kernel did not take it. It is asked again after a pause, and with etcd's next answer.
+    pub(super) fn fleet_not_changed(
+        &mut self,
+        fleet: Arc<Fleet>,
+        refused: Refused,
+        not_taken_back: bool,
+    ) {
+        self.refused_fleet = Some(fleet);
         let error = format!("enforce the fleet's rules: {}", refused.describe_alone());
         self.retry_later(error, not_taken_back);
     }
@@ -149,8 +171,13 @@ impl Agent {
                 Standing::Refused { why, mod_revision } => Entry::warning(format!(
                     "database {name}: the fleet's document of revision {mod_revision} is refused: {why}"
                 )),
-                Standing::Missing { .. } => Entry::warning(format!(
-                    "database {name}: the fleet's document is gone; the last good one stays in force"
+                Standing::Missing { .. } if after.documents().contains_key(&name) => {
+                    Entry::warning(format!(
+                        "database {name}: the fleet's document is gone; the last good one stays in force"
+                    ))
+                }
+                Standing::Missing { .. } => Entry::info(format!(
+                    "database {name}: the fleet has no document; only the policy's own rules are in force"
                 )),
                 Standing::Unreadable(since) => Entry::warning(format!(
                     "database {name}: the fleet's document cannot be read: {}",
@@ -166,6 +193,14 @@ impl Agent {
     pub(super) fn keep_fleet(&mut self) {
         let write = self.saves.fleet(self.fleet.kept(), self.now.steady);
         self.effects.extend(write.map(Effect::Save));
+    }
+
+    /// Another policy is in force.
+    pub(super) fn follow_fleet_anew(&mut self) {
+        // It was judged by the policy before; etcd is asked again soon.
+        self.refused_fleet = None;
+        self.keep_fleet();
+        self.follow();
     }
 
     /// Follows what the policy in force says.
@@ -227,7 +262,11 @@ impl Agent {
         let allowed = allowed.filter(|rule| rule.kind == Kind::Allow && rule.end > self.now.boot);
         let all_regions = || policy.regions.keys().cloned().collect();
         DatabaseStatus {
-            seen: self.fleet.seen(name),
+            seen: self
+                .refused_fleet
+                .as_ref()
+                .unwrap_or(&self.fleet)
+                .seen(name),
             enforced: in_force.map(|good| good.mod_revision),
             sha256: in_force.map(|good| good.sha256.clone()),
             state,

@@ -37,6 +37,9 @@ impl Agent {
         if self.stuck.as_ref().is_some_and(|stuck| stuck.next > now) {
             return;
         }
+        if self.enforce_refused_fleet() {
+            return;
+        }
         let is_due = |state: &State| state.next_tick().is_some_and(|next| next <= now);
         let due = self.regions.values().any(is_due);
         let has_ended = self.next_end.is_some_and(|next| next <= self.now.boot);

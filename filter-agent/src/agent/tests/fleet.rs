@@ -115,6 +115,27 @@ fn document_that_the_kernel_refuses_changes_nothing_and_is_tried_again() {
     world.news(4, "rules: [{cidr: 198.51.100.0/24}]");
     world.settle(OFFICE);
     assert_eq!(world.by_fleet(), ["198.51.100.0/24"]);
+    // Without an answer after a pause; and not, once something else is wanted.
+    world.news(5, "rules: [{cidr: 198.51.100.0/25}]");
+    world.perform(world.find(is_commit).unwrap(), OFFICE, true, false);
+    world.settle(OFFICE);
+    assert_eq!(world.by_fleet(), ["198.51.100.0/24"]);
+    world.pass(60);
+    world.settle(OFFICE);
+    assert_eq!(world.by_fleet(), ["198.51.100.0/25"]);
+    world.news(6, "rules: []");
+    world.perform(world.find(is_commit).unwrap(), OFFICE, true, false);
+    world.settle(OFFICE);
+    world.news(7, "rules: [{cidr: 198.51.100.0/25}]");
+    world.settle(OFFICE);
+    assert!(world.agent.stuck.is_none() && world.agent.refused_fleet.is_none());
+    let commits = world.commits;
+    world.pass(60);
+    world.settle(OFFICE);
+    assert_eq!(
+        (world.commits, world.by_fleet()),
+        (commits, vec!["198.51.100.0/25".into()])
+    );
 }
 
 #[test]

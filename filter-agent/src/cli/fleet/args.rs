@@ -75,7 +75,7 @@ pub(in crate::cli) enum Fleet {
         /// Only if the document is still the one of this revision; 0: only if there is none.
         #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(i64).range(0..))]
         if_revision: Option<i64>,
-        /// Even if it takes away more than half of the rules, or a host would refuse it.
+        /// Even if it takes away more than half of the rules, a host would refuse it, or a host does not believe etcd.
         #[arg(long)]
         yes: bool,
         #[command(flatten)]

@@ -328,7 +328,7 @@ mod tests {
     fn hosts_that_would_refuse_a_document_are_named() {
         let overview = overview(&[("db7", host(9, None), true)]);
         for (text, expected) in [
-            ("rules: [{cidr: 203.0.0.0/8}]", "host bits"),
+            ("rules: [{cidr: 203.0.1.0/16}]", "host bits"),
             ("rules: [{cidr: 203.0.0.0/12}]", "wider than /16"),
             ("rules: [{cidr: 192.0.2.0/24}]", "not inside"),
             ("rules: [{region: elsewhere}]", "elsewhere"),
