@@ -168,6 +168,13 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
             found.silent.push((*host).clone());
             continue;
         }
+        // No document was ever there: the policy's own rules are what is meant.
+        if revision.is_none()
+            && reported.enforced.is_none()
+            && reported.state == FleetState::Missing
+        {
+            continue;
+        }
         // Its error is about an earlier document, unless it reads none.
         let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
         if reads && reported.seen < revision {
@@ -318,6 +325,17 @@ mod tests {
         assert_eq!(exit(&silent), (Goal::Active, 3));
         let failed = [("db7", host(8, Some("line 3")), true), ("db8", late, true)];
         assert_eq!(exit(&failed), (Goal::Failed, 1));
+        // There is no document, and there was none.
+        let mut without: serde_json::Value = serde_json::from_slice(&host(9, None)).unwrap();
+        let orders = &mut without["databases"]["orders"];
+        orders["enforced"] = json!(null);
+        orders["seen"] = json!(null);
+        orders["state"] = json!("missing");
+        orders["error"] = json!("there is no document");
+        let mut none = overview(&[("db7", without.to_string().into_bytes(), true)]);
+        none.documents.clear();
+        let none = Fleet::of(&none, None);
+        assert_eq!((none.databases[0].state, none.exit()), (Goal::None, 0));
         // Another life than the one that reported.
         let mut reborn = overview(&[("db7", done, true)]);
         reborn.alive.insert("db7".into(), "another".into());
