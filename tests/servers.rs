@@ -25,7 +25,10 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, date_time_ymd};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
+    date_time_ymd,
+};
 
 use crate::net::{Namespace, run_in, succeed, wait, wait_until};
 
@@ -339,10 +342,17 @@ pub struct Ca {
 
 impl Ca {
     pub fn new(directory: &Path) -> Self {
-        let directory = directory.join("ca");
+        Self::with(directory.join("ca"), CertificateParams::new([]).unwrap())
+    }
+
+    /// One with a common name, and a folder of that name.
+    pub fn named(directory: &Path, name: &str) -> Self {
+        Self::with(directory.join(name), parameters_of(name, &[]))
+    }
+
+    fn with(directory: PathBuf, mut parameters: CertificateParams) -> Self {
         fs::create_dir_all(&directory).unwrap();
         let key = KeyPair::generate().unwrap();
-        let mut parameters = CertificateParams::new([]).unwrap();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let certificate = parameters.self_signed(&key).unwrap();
         fs::write(directory.join("ca.pem"), certificate.pem()).unwrap();
@@ -359,7 +369,26 @@ impl Ca {
     /// Paths of a certificate and its key.
     pub(crate) fn certificate(&self, names: &[&str], kind: Certificate) -> (PathBuf, PathBuf) {
         let all: Vec<String> = names.iter().map(ToString::to_string).collect();
-        let mut parameters = CertificateParams::new(all).unwrap();
+        let parameters = CertificateParams::new(all).unwrap();
+        self.write(parameters, names[0], kind)
+    }
+
+    /// The same with a common name. `names`: what a server is reached by.
+    pub fn certificate_of(
+        &self,
+        user: &str,
+        names: &[&str],
+        kind: Certificate,
+    ) -> (PathBuf, PathBuf) {
+        self.write(parameters_of(user, names), user, kind)
+    }
+
+    fn write(
+        &self,
+        mut parameters: CertificateParams,
+        name: &str,
+        kind: Certificate,
+    ) -> (PathBuf, PathBuf) {
         let key = KeyPair::generate().unwrap();
         if kind == Certificate::Expired {
             parameters.not_before = date_time_ymd(2020, 1, 1);
@@ -369,11 +398,19 @@ impl Ca {
             Certificate::SelfSigned => parameters.self_signed(&key),
             _ => parameters.signed_by(&key, &self.issuer),
         };
-        let path = |end: &str| self.directory.join(format!("{}-{kind:?}.{end}", names[0]));
+        let path = |end: &str| self.directory.join(format!("{name}-{kind:?}.{end}"));
         fs::write(path("pem"), certificate.unwrap().pem()).unwrap();
         fs::write(path("key"), key.serialize_pem()).unwrap();
         (path("pem"), path("key"))
     }
+}
+
+fn parameters_of(user: &str, names: &[&str]) -> CertificateParams {
+    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+    let mut parameters = CertificateParams::new(names).unwrap();
+    parameters.distinguished_name = DistinguishedName::new();
+    parameters.distinguished_name.push(DnType::CommonName, user);
+    parameters
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]

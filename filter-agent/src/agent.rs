@@ -83,10 +83,7 @@ enum Cause {
         change: Change,
         waiters: Vec<u64>,
     },
-    Fleet {
-        /// What it is to be enforced for, to be tried again.
-        fleet: Arc<Fleet>,
-    },
+    Fleet,
     Time {
         changes: Vec<(String, Change)>,
         /// Lines for the log about rules of the policy that have ended.
@@ -105,7 +102,7 @@ pub struct Agent {
     file: Arc<PolicyFile>,
     enforced: report::Enforced,
     regions: Regions,
-    /// What is known of the fleet, and of this host in it.
+    /// Documents of the fleet, and this host in it.
     fleet: Arc<Fleet>,
     this_host: ThisHost,
     remembered: Remembered,
@@ -122,7 +119,7 @@ pub struct Agent {
     refreshes: Refreshes,
     /// The change that the kernel refused last, if it has taken none since.
     stuck: Option<Retry>,
-    /// What the fleet has, where the kernel refused it.
+    /// Documents that the kernel refused, to be tried again.
     refused_fleet: Option<Arc<Fleet>>,
     saves: Saves,
     history: History,
@@ -353,7 +350,7 @@ impl Agent {
             Cause::Reload { .. } => next.file.accepted,
             Cause::FallBack(_)
             | Cause::Region { .. }
-            | Cause::Fleet { .. }
+            | Cause::Fleet
             | Cause::Time { .. }
             | Cause::Temporary { .. } => self.now.into(),
         };
@@ -410,7 +407,7 @@ impl Agent {
                         self.note_fall_back(&committed.report, by.clone())
                     }
                     Cause::Temporary { done, by, .. } => self.note_temporary(done, by.clone()),
-                    Cause::Fleet { .. } => self.note_fleet(&replaced, &committed.report),
+                    Cause::Fleet => self.note_fleet(&replaced, &committed.report),
                     Cause::Region { .. } | Cause::Time { .. } => 0,
                 };
                 self.note_ended(&timed.temporary);
@@ -461,7 +458,7 @@ impl Agent {
                         self.checked(Checked { entries, ..checked });
                         self.region_done(&name, before.get(&name), change, &waiters);
                     }
-                    Cause::Fleet { .. } => self.fleet_changed(id, &fleet, committed, checked),
+                    Cause::Fleet => self.fleet_changed(id, &fleet, committed, checked),
                     Cause::Time { changes, ended } => {
                         self.keep_fleet();
                         self.log_all(ended);
@@ -482,11 +479,12 @@ impl Agent {
                     }
                 }
             }
-            Err(refused) => self.refused(cause, refused),
+            Err(refused) => self.refused(cause, next.fleet, refused),
         }
     }
 
-    fn refused(&mut self, cause: Cause, refused: Refused) {
+    /// `fleet`: with which the change would have been made.
+    fn refused(&mut self, cause: Cause, fleet: Arc<Fleet>, refused: Refused) {
         if refused.kernel == Kernel::Unknown {
             // The next start reads the maps.
             self.effects
@@ -514,7 +512,7 @@ impl Agent {
                 }
                 self.region_done(&name, before.as_ref(), Change::default(), &waiters);
             }
-            Cause::Fleet { fleet } => self.fleet_not_changed(fleet, refused, not_taken_back),
+            Cause::Fleet => self.fleet_not_changed(fleet, refused, not_taken_back),
             Cause::Time { ended, .. } => {
                 let what = match ended.is_empty() {
                     false => "take out rules that have ended",

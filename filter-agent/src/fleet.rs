@@ -19,7 +19,7 @@ use state::State;
 
 pub use this_host::ThisHost;
 
-/// What etcd held of a host's keys, read at one revision.
+/// A host's keys as etcd held them, read at one revision.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Answer {
     /// etcd's id of the cluster.
@@ -32,7 +32,7 @@ pub struct Answer {
     pub documents: BTreeMap<String, Found>,
 }
 
-/// What was found under a database's key.
+/// The content of a database's key.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
     Missing,
@@ -52,7 +52,7 @@ pub struct Value {
     pub version: i64,
 }
 
-/// What comes of following the fleet's keys.
+/// News of the keys that are followed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum News {
     Answer {
@@ -64,7 +64,7 @@ pub enum News {
     },
     /// One line: the endpoint, and why there is no connection to it. Another is made without being asked for.
     Lost(String),
-    /// What came of writing the host's status.
+    /// Whether the host's status was written.
     Status(Result<(), Unwritten>),
 }
 
@@ -77,7 +77,7 @@ pub enum Unwritten {
     Failed(String),
 }
 
-/// What a host's own keys are made of.
+/// The parts of a host's own keys.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnKeys {
     /// The name of the host in the fleet.
@@ -86,7 +86,7 @@ pub struct OwnKeys {
     pub boot: String,
 }
 
-/// What is to be followed.
+/// The keys to follow, and the members of etcd.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     pub endpoints: Vec<String>,
@@ -100,7 +100,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// What a policy has to be followed; `None`: nothing, or nothing new is taken.
+    /// Those of a policy; `None`: nothing is followed.
     pub fn of(policy: &Policy, this_host: &ThisHost) -> Option<Self> {
         let fleet = policy.fleet.as_ref().filter(|_| is_followed(policy))?;
         let databases = policy.databases.iter().filter(|d| d.fleet.is_some());

@@ -39,7 +39,7 @@ pub struct Snapshot {
     pub enforced: report::Enforced,
     pub window: Option<Brief>,
     pub regions: Regions,
-    /// What is known of the fleet, and of this host in it.
+    /// Documents of the fleet, and this host in it.
     pub fleet: Arc<Fleet>,
     pub this_host: ThisHost,
     pub timed: Timed,

@@ -330,7 +330,7 @@ async fn restore_before_tried(window: &Window, enforcer: &Handle, now: Now) -> R
     Ok(())
 }
 
-/// What was kept of the fleet's documents.
+/// The fleet's documents that were kept.
 struct KeptFleet {
     kept: Option<fleet::Kept>,
     /// Why it cannot be read.

@@ -1,11 +1,11 @@
-//! What a host is told of etcd's keys, when, and how often.
+//! A host is told of etcd's keys: of which, when, and how often.
 
 use filter_agent::fleet::Found;
 use serde_json::Value as Json;
 
 use crate::{
     etcd::{Etcd, USER},
-    follower::{Follower, text_of, value},
+    follower::{Follower, followed, text_of, value},
 };
 
 #[test]
@@ -77,10 +77,7 @@ fn burst_ends_with_the_last() {
 
 #[test]
 fn era_that_is_not_a_number_is_not_believed() {
-    let etcd = Etcd::start("fleet-era");
-    etcd.put("rules/orders", b"one");
-    let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
-    follower.answer_with("orders", "one");
+    let (etcd, follower, _) = followed("fleet-era");
     etcd.put("era", b"soon");
     let why = follower.lost();
     assert!(

@@ -5,10 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair,
-    date_time_ymd,
-};
+use filter_tests::servers::Ca;
+pub use filter_tests::servers::Certificate as Kind;
 
 /// A certificate and its key.
 #[derive(Clone, Debug)]
@@ -17,53 +15,21 @@ pub struct Pair {
     pub key: PathBuf,
 }
 
-pub struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    directory: PathBuf,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Validity {
-    Now,
-    Past,
-}
+pub struct Authority(Ca);
 
 impl Authority {
     pub fn new(directory: &Path, name: &str) -> Self {
-        let directory = directory.join(name);
-        fs::create_dir_all(&directory).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let mut parameters = parameters(name, &[]);
-        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = parameters.self_signed(&key).unwrap();
-        fs::write(directory.join("ca.pem"), certificate.pem()).unwrap();
-        Self {
-            issuer: Issuer::new(parameters, key),
-            directory,
-        }
+        Self(Ca::named(directory, name))
     }
 
     pub fn file(&self) -> PathBuf {
-        self.directory.join("ca.pem")
+        self.0.file()
     }
 
     /// `user`: the common name. `names`: what a server is reached by.
-    pub fn sign(&self, user: &str, names: &[&str], validity: Validity) -> Pair {
-        let key = KeyPair::generate().unwrap();
-        let mut parameters = parameters(user, names);
-        if validity == Validity::Past {
-            parameters.not_before = date_time_ymd(2020, 1, 1);
-            parameters.not_after = date_time_ymd(2021, 1, 1);
-        }
-        let certificate = parameters.signed_by(&key, &self.issuer).unwrap();
-        let path = |end: &str| self.directory.join(format!("{user}-{validity:?}.{end}"));
-        let pair = Pair {
-            certificate: path("pem"),
-            key: path("key"),
-        };
-        fs::write(&pair.certificate, certificate.pem()).unwrap();
-        fs::write(&pair.key, key.serialize_pem()).unwrap();
-        pair
+    pub fn sign(&self, user: &str, names: &[&str], kind: Kind) -> Pair {
+        let (certificate, key) = self.0.certificate_of(user, names, kind);
+        Pair { certificate, key }
     }
 }
 
@@ -79,12 +45,4 @@ impl Pair {
             fs::rename(next, to).unwrap();
         }
     }
-}
-
-fn parameters(name: &str, names: &[&str]) -> CertificateParams {
-    let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-    let mut parameters = CertificateParams::new(names).unwrap();
-    parameters.distinguished_name = DistinguishedName::new();
-    parameters.distinguished_name.push(DnType::CommonName, name);
-    parameters
 }

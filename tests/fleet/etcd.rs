@@ -18,7 +18,7 @@ use nix::{
 };
 use tempfile::TempDir;
 
-use crate::certificates::{Authority, Pair, Validity};
+use crate::certificates::{Authority, Kind, Pair};
 
 /// The host's user in etcd.
 pub const USER: &str = "db7";
@@ -104,9 +104,9 @@ impl Etcd {
         };
         let etcd = Self {
             members: RefCell::new((0..count).map(member).collect()),
-            root: authority.sign("root", &[], Validity::Now),
-            server: authority.sign("etcd", &addresses, Validity::Now),
-            client: authority.sign(USER, &[], Validity::Now),
+            root: authority.sign("root", &[], Kind::Good),
+            server: authority.sign("etcd", &addresses, Kind::Good),
+            client: authority.sign(USER, &[], Kind::Good),
             authority,
             host,
             namespace,
@@ -152,7 +152,7 @@ impl Etcd {
         }
     }
 
-    /// Where a member listens without TLS, in its own namespace.
+    /// The address at which a member listens without TLS, in its own namespace.
     pub fn without_tls(index: usize) -> String {
         format!("127.0.0.1:{}", 2400 + index)
     }
@@ -417,7 +417,7 @@ impl Etcd {
         self.host.run(|| succeed(&mut command));
     }
 
-    /// What the host follows.
+    /// The settings of a host that follows these databases.
     pub fn settings(&self, databases: &[&str]) -> Settings {
         let count = self.members.borrow().len();
         Settings {

@@ -11,17 +11,14 @@ use nix::sys::signal::Signal;
 use tokio::sync::watch;
 
 use crate::{
-    certificates::Validity,
+    certificates::Kind,
     etcd::{Etcd, endpoint},
-    follower::{Follower, text_of, value},
+    follower::{Follower, followed, text_of, value},
 };
 
 #[test]
 fn host_that_was_away_finds_the_newest_after_a_compaction() {
-    let etcd = Etcd::start("fleet-compacted");
-    etcd.put("rules/orders", b"one");
-    let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
-    let before = follower.answer_with("orders", "one");
+    let (etcd, follower, before) = followed("fleet-compacted");
     etcd.cut(true);
     follower.lost();
     for n in 0..20 {
@@ -39,10 +36,7 @@ fn host_that_was_away_finds_the_newest_after_a_compaction() {
 
 #[test]
 fn connection_that_is_half_open_is_given_up() {
-    let etcd = Etcd::start("fleet-half-open");
-    etcd.put("rules/orders", b"one");
-    let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
-    follower.answer_with("orders", "one");
+    let (etcd, follower, _) = followed("fleet-half-open");
     etcd.drop_packets(true);
     etcd.put("rules/orders", b"two");
     // By a ping: the next periodic read would not have been answered in time.
@@ -56,10 +50,7 @@ fn connection_that_is_half_open_is_given_up() {
 
 #[test]
 fn etcd_that_is_stopped_is_given_up_and_found_again() {
-    let etcd = Etcd::start("fleet-stopped");
-    etcd.put("rules/orders", b"one");
-    let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
-    follower.answer_with("orders", "one");
+    let (etcd, follower, _) = followed("fleet-stopped");
     etcd.signal(0, Signal::SIGSTOP);
     follower.lost();
     // It takes connections still, by its kernel.
@@ -72,10 +63,7 @@ fn etcd_that_is_stopped_is_given_up_and_found_again() {
 
 #[test]
 fn etcd_that_was_killed_is_found_again() {
-    let etcd = Etcd::start("fleet-killed");
-    etcd.put("rules/orders", b"one");
-    let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
-    let before = follower.answer_with("orders", "one");
+    let (etcd, follower, before) = followed("fleet-killed");
     etcd.kill(0);
     follower.lost();
     let why = follower.lost();
@@ -165,7 +153,7 @@ fn replaced_certificate_is_used_by_a_new_connection() {
     assert_eq!(text_of(&answer, "orders"), Some("one"));
     assert!(matches!(answer.documents["billing"], Found::Unreadable(_)));
     // Its user shows which one etcd saw.
-    let other = etcd.authority.sign("db8", &[], Validity::Now);
+    let other = etcd.authority.sign("db8", &[], Kind::Good);
     other.replace(&etcd.client);
     let answer = follower.answer_with("billing", "two");
     assert!(matches!(answer.documents["orders"], Found::Unreadable(_)));
@@ -176,7 +164,7 @@ fn files_that_do_not_fit_are_named_and_read_again() {
     let etcd = Etcd::start("fleet-files");
     etcd.put("rules/orders", b"one");
     let key = fs::read(&etcd.client.key).unwrap();
-    let stranger = etcd.authority.sign("db9", &[], Validity::Now);
+    let stranger = etcd.authority.sign("db9", &[], Kind::Good);
     fs::copy(&stranger.key, &etcd.client.key).unwrap();
     let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
     let why = follower.lost();
@@ -215,7 +203,7 @@ fn nothing_is_told_after_the_end() {
             });
             assert!(matches!(news.recv().await, Some(News::Answer { .. })));
             drop(following);
-            // Who tells is gone.
+            // The task that tells is gone.
             let ended = async { while news.recv().await.is_some() {} };
             tokio::time::timeout(PATIENCE, ended).await.unwrap();
         });

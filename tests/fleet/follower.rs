@@ -1,4 +1,4 @@
-//! What a host is told of its documents.
+//! A host that follows its documents, and all that it is told.
 
 use std::{
     sync::mpsc::{self, Receiver},
@@ -13,11 +13,22 @@ use filter_agent::{
 use filter_tests::net::{Namespace, PATIENCE, run_in};
 use tokio::sync::{oneshot, watch};
 
+use crate::etcd::Etcd;
+
 /// Follows documents in a namespace, until it is dropped.
 pub struct Follower {
     news: Receiver<News>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// One member of etcd, a host that follows `orders`, and the first answer. `name`: the test's.
+pub fn followed(name: &str) -> (Etcd, Follower, Answer) {
+    let etcd = Etcd::start(name);
+    etcd.put("rules/orders", b"one");
+    let follower = Follower::start(&etcd.host, etcd.settings(&["orders"]));
+    let answer = follower.answer_with("orders", "one");
+    (etcd, follower, answer)
 }
 
 impl Follower {
@@ -96,7 +107,7 @@ impl Follower {
         }
     }
 
-    /// What was told and not looked at yet.
+    /// News that were told and not looked at yet.
     pub fn pending(&self) -> Vec<News> {
         self.news.try_iter().collect()
     }

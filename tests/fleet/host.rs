@@ -9,7 +9,7 @@ use filter_tests::net::{
 use serde_json::{Value, json};
 
 use crate::{
-    certificates::Validity,
+    certificates::Kind,
     etcd::{Etcd, USER},
 };
 
@@ -325,7 +325,7 @@ fn host_that_took_over_etcd_opens_nothing_beyond_the_bounds() {
     etcd.control(&["user", "grant-role", "db8", "db8"]);
     let own = "/filter-agent/v1/hosts/db8";
     etcd.control(&["role", "grant-permission", "db8", "readwrite", own]);
-    let db8 = etcd.authority.sign("db8", &[], Validity::Now);
+    let db8 = etcd.authority.sign("db8", &[], Kind::Good);
     let mut net = host("fleet-rogue-db", &etcd);
     net.write_policy(&text(&etcd, "within: [203.0.113.0/24]"));
     let _echo = net.echo(PORT);

@@ -1,4 +1,4 @@
-//! What hosts write to etcd of themselves.
+//! The keys that hosts write to etcd of themselves.
 
 use std::process::Command;
 
@@ -12,7 +12,7 @@ use crate::{
     host::{A, B, FLOOR, PORT, connects, document, host, text, wait_for},
 };
 
-/// What the host wrote last of itself.
+/// The last status that the host wrote.
 fn written(etcd: &Etcd) -> Option<HostStatus> {
     let text = etcd.text_of("hosts/db7")?;
     Some(serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}")))
@@ -39,7 +39,7 @@ fn lines(net: &Net, kind: &str) -> Vec<String> {
     lines.filter(|line| line.starts_with("fleet:")).collect()
 }
 
-/// What is before the first document, with one in force, one that is refused and one that the kernel does not take.
+/// Before the first document, with one in force, with one that is refused, and with one that the kernel does not take.
 #[test]
 fn host_writes_what_is_in_force_and_why_another_is_not() {
     let etcd = Etcd::start("fleet-told");

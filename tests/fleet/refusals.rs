@@ -10,7 +10,7 @@ use filter_agent::fleet::Settings;
 use filter_tests::net::wait_until;
 
 use crate::{
-    certificates::{Authority, Pair, Validity},
+    certificates::{Authority, Kind, Pair},
     etcd::{Etcd, USER, endpoint},
     follower::Follower,
 };
@@ -46,14 +46,14 @@ fn refused_certificates_are_told_apart() {
         key_file: pair.map(|pair| pair.key.clone()),
         ..settings()
     };
-    let strange = strangers.sign(USER, &[], Validity::Now);
-    let expired = etcd.authority.sign(USER, &[], Validity::Past);
+    let strange = strangers.sign(USER, &[], Kind::Good);
+    let expired = etcd.authority.sign(USER, &[], Kind::Expired);
     for pair in [None, Some(&strange), Some(&expired)] {
         // In TLS 1.3 the refusal comes after the client began to speak: then it may get lost.
         let line = refused(&etcd, client(pair));
         assert!([REFUSED, AT_ONCE].contains(&line.as_str()), "{line}");
     }
-    let unknown = etcd.authority.sign("db99", &[], Validity::Now);
+    let unknown = etcd.authority.sign("db99", &[], Kind::Good);
     assert_eq!(
         refused(&etcd, client(Some(&unknown))),
         "read /filter-agent/v1/era: etcdserver: permission denied"
@@ -68,13 +68,13 @@ fn refused_certificates_are_told_apart() {
         (
             "expired",
             "10.77.0.1",
-            Validity::Past,
+            Kind::Expired,
             "the certificate that it shows has expired",
         ),
         (
             "other",
             "10.77.0.200",
-            Validity::Now,
+            Kind::Good,
             "invalid peer certificate: certificate not valid for name \"10.77.0.1\"; \
              certificate is only valid for IpAddress(10.77.0.200)",
         ),

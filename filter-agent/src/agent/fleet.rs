@@ -56,13 +56,9 @@ impl Agent {
     fn enforce_fleet(&mut self, next: Arc<Fleet>) {
         let was_refused = self.refused_fleet.take().is_some();
         let file = self.with_fleet(&self.file, &next);
-        let rules = |file: &PolicyFile| {
-            let databases = file.policy.databases.iter();
-            databases
-                .map(|d| d.fleet_rules().to_vec())
-                .collect::<Vec<_>>()
-        };
-        if rules(&file) == rules(&self.file) {
+        let before = self.file.policy.databases.iter();
+        let rules = file.policy.databases.iter().map(Database::fleet_rules);
+        if rules.eq(before.map(Database::fleet_rules)) {
             // Its document may have another revision.
             self.file = file;
             let before = std::mem::replace(&mut self.fleet, next);
@@ -70,7 +66,7 @@ impl Agent {
             let milliseconds = 1000.0 * waited.as_secs_f64();
             self.this_host.enforced(&before, &self.fleet, milliseconds);
             self.log_fleet(&before);
-            // What was refused is not wanted any more.
+            // The change that the kernel refused is not wanted any more.
             self.stuck
                 .take_if(|stuck| was_refused && !stuck.not_taken_back);
             return self.keep_fleet();
@@ -78,9 +74,6 @@ impl Agent {
         let regions = regions_of(&file.policy, &self.regions, self.now.steady);
         let mut timed = self.timed.at(self.now);
         timed.ends = timed.ends.with(&file.policy, self.now);
-        let cause = Cause::Fleet {
-            fleet: next.clone(),
-        };
         let next = Next {
             file,
             regions,
@@ -89,7 +82,7 @@ impl Agent {
         };
         let occasion = Occasion::Change { caller: None };
         self.this_host.accepted = self.now.boot;
-        self.change(next, cause, occasion, false);
+        self.change(next, Cause::Fleet, occasion, false);
     }
 
     /// Tries again what the kernel refused. Returns whether a change is under way now.
@@ -231,7 +224,7 @@ impl Agent {
         let marks = self.fleet.marks();
         let databases = policy.databases.iter().filter_map(|database| {
             let fleet = database.fleet.as_ref()?;
-            let status = self.database_status(database, fleet).limited();
+            let status = self.database_status(database, fleet);
             Some((database.name.clone(), status))
         });
         Some(HostStatus {
@@ -283,7 +276,7 @@ impl Agent {
         }
     }
 
-    /// Notes what came of writing the status.
+    /// Notes whether the status was written.
     fn status_written(&mut self, result: Result<(), Unwritten>) {
         let failed = result.as_ref().err().cloned();
         if !self.this_host.status_written(result, self.now.steady) {
@@ -304,7 +297,7 @@ impl Agent {
     }
 }
 
-/// Whoever may write to etcd can cause such lines.
+/// Anybody who may write to etcd can cause such lines.
 fn limited(entry: Entry) -> Entry {
     entry.limited("the fleet".to_owned())
 }

@@ -182,7 +182,7 @@ struct World {
     commits: usize,
     /// How often the enforcer reset what a policy that is confirmed cut off.
     resets: usize,
-    /// What the host reported of itself to the fleet.
+    /// Reports of the host to the fleet.
     reports: Vec<Arc<HostStatus>>,
 }
 

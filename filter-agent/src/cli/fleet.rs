@@ -365,7 +365,7 @@ struct Difference {
 }
 
 fn differences(found: Option<&Value>, text: &str) -> Result<Difference> {
-    // What cannot be read has no rules that somebody relies on.
+    // A document that cannot be read has no rules that somebody relies on.
     let before = found.and_then(|value| check_document(&value.text).ok());
     let after = check_document(text.as_bytes()).map_err(anyhow::Error::msg)?;
     let (before, after) = (by_source(before), by_source(Some(after)));

@@ -25,12 +25,12 @@ pub struct Client {
     endpoint: String,
 }
 
-/// What etcd holds of a fleet.
+/// Everything that etcd holds of a fleet.
 #[derive(Debug, Default)]
 pub struct Overview {
     /// Revisions of the documents, by database.
     pub documents: BTreeMap<String, i64>,
-    /// What hosts reported of themselves, as they wrote it.
+    /// Reports of hosts, as they wrote them.
     pub hosts: BTreeMap<String, Vec<u8>>,
     /// The present life of each host that is there.
     pub alive: BTreeMap<String, String>,
@@ -87,16 +87,15 @@ impl Client {
     ) -> Result<Option<Value>> {
         let key = key_of(database);
         let options = revision.map(|revision| GetOptions::new().with_revision(revision));
-        let found = within(self.kv.get(key.as_str(), options)).await;
+        let value = self.get(&key, options).await?;
+        Ok(value.map(Value::from))
+    }
+
+    async fn get(&mut self, key: &str, options: Option<GetOptions>) -> Result<Option<PbKeyValue>> {
+        let found = within(self.kv.get(key, options)).await;
         let found = found.map_err(anyhow::Error::from);
         let found = found.with_context(|| format!("{}: read {key}", self.endpoint))?;
-        let value = value_of(&key, found.0)?;
-        Ok(value.map(|value| Value {
-            text: value.value,
-            create_revision: value.create_revision,
-            mod_revision: value.mod_revision,
-            version: value.version,
-        }))
+        value_of(key, found.0)
     }
 
     /// Everything of the fleet that its status is made of, read at one revision.
@@ -176,11 +175,7 @@ impl Client {
     /// # Errors
     /// No answer, no right to read it, or no number.
     pub async fn era(&mut self) -> Result<(u64, i64)> {
-        let found = within(self.kv.get(ERA, None)).await;
-        let found = found.map_err(anyhow::Error::from);
-        let found = found.with_context(|| format!("{}: read {ERA}", self.endpoint))?;
-        let value = value_of(ERA, found.0)?;
-        Ok(match value {
+        Ok(match self.get(ERA, None).await? {
             Some(value) => (era_of(&value)?, value.mod_revision),
             None => (0, 0),
         })

@@ -84,7 +84,7 @@ impl Connection {
         loop {
             let message = within(self.watch.message()).await?;
             let message = message.context(ENDED)?;
-            // What another watch announces meanwhile is read anyway.
+            // A change that another watch announces meanwhile is read anyway.
             if !message.created() {
                 alive(&message)?;
             } else if !message.canceled() {
@@ -288,15 +288,18 @@ pub(super) fn value_of(key: &str, range: PbRangeResponse) -> Result<Option<PbKey
 }
 
 fn found(value: Option<PbKeyValue>) -> Found {
-    let Some(value) = value else {
-        return Found::Missing;
-    };
-    Found::Value(Value {
-        text: value.value,
-        create_revision: value.create_revision,
-        mod_revision: value.mod_revision,
-        version: value.version,
-    })
+    value.map_or(Found::Missing, |value| Found::Value(value.into()))
+}
+
+impl From<PbKeyValue> for Value {
+    fn from(value: PbKeyValue) -> Self {
+        Self {
+            text: value.value,
+            create_revision: value.create_revision,
+            mod_revision: value.mod_revision,
+            version: value.version,
+        }
+    }
 }
 
 /// # Errors

@@ -14,7 +14,7 @@ const MAX_TEXT: usize = 300;
 /// The connection was made before, and is gone: the peer closed it, or no ping was answered.
 const BROKEN_OFF: &str = "the connection broke off";
 
-/// What the libraries write for their own users, and what it means for ours.
+/// Texts of the libraries, and their meaning for an operator.
 const PLAIN: [(&str, &str); 12] = [
     ("closed because of a broken pipe", BROKEN_OFF),
     (

@@ -51,7 +51,7 @@ pub struct Writer {
     taken_since: Option<Instant>,
 }
 
-/// What one connection has for them.
+/// The clients that one connection has for them.
 pub struct Clients {
     pub kv: KvClient,
     pub lease: LeaseClient,
@@ -82,7 +82,7 @@ impl Writer {
                 .build()
         };
         let mut next = pauses();
-        // What was seen long ago says nothing: leases stand still while etcd does.
+        // A look of long ago says nothing: leases stand still while etcd does.
         self.taken_since = None;
         loop {
             let begun = Instant::now();
@@ -106,7 +106,7 @@ impl Writer {
     ) -> Result<(), Failure> {
         let mut lease = self.claim(clients, tell).await?;
         let mut renew_at = Instant::now() + RENEWAL_INTERVAL;
-        // What another connection wrote may be lost, if etcd was restored since.
+        // The status that another connection wrote may be lost, if etcd was restored since.
         self.reports.mark_changed();
         let mut write_at = None;
         loop {

@@ -1,4 +1,4 @@
-//! What a host reports of itself in the fleet: the JSON of its key in etcd.
+//! A host's report of itself in the fleet: the JSON of its key in etcd.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -73,6 +73,13 @@ impl HostStatus {
         *self == other
     }
 
+    /// The same within the limits of each database.
+    pub fn limited(mut self) -> Self {
+        let databases = self.databases.into_iter();
+        self.databases = databases.map(|(name, it)| (name, it.limited())).collect();
+        self
+    }
+
     /// Whether something is wrong: it is written without delay.
     pub fn has_errors(&self) -> bool {
         self.databases.values().any(|it| it.error.is_some())
@@ -81,7 +88,7 @@ impl HostStatus {
 
 impl DatabaseStatus {
     /// The same with an error of one short line, and in the space that it may have.
-    pub fn limited(mut self) -> Self {
+    fn limited(mut self) -> Self {
         self.error = self.error.map(|error| one_line(&error, MAX_ERROR));
         let Some(excess) = self.excess() else {
             return self;

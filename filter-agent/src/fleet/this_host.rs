@@ -25,7 +25,7 @@ pub struct ThisHost {
     /// When the last answer was announced, and when the change that it led to was begun.
     pub rang: BootTime,
     pub accepted: BootTime,
-    /// What is followed at present.
+    /// The keys and members that are followed at present.
     pub followed: Option<Settings>,
     /// Errors of the kernel's last comparison with the policy.
     pub not_verified: Vec<String>,
@@ -94,9 +94,8 @@ impl ThisHost {
         if !is_due {
             return None;
         }
-        let status = Arc::new(status);
-        self.reported = Some((status.clone(), now));
-        Some(status)
+        self.reported = Some((status.clone().into(), now));
+        Some(status.limited().into())
     }
 
     /// Notes what came of a status. Returns whether that is news.

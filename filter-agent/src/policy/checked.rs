@@ -36,7 +36,7 @@ pub struct Policy {
     pub unprotected: BTreeSet<String>,
     /// Address on which metrics are served, besides the control socket.
     pub metrics: Option<SocketAddr>,
-    /// Where the fleet's documents come from, if the host is of one.
+    /// The source of the fleet's documents, if the host is of one.
     pub fleet: Option<Box<Fleet>>,
 }
 
@@ -90,7 +90,7 @@ pub struct Database {
     /// Members of its own cluster: always allowed, and exempt from forced TLS. Of regions only those whose prefixes the
     /// operator writes (`file`, `prefixes`).
     pub cluster: Vec<Rule>,
-    /// What the fleet may add to the rules, and does. `None`: nothing.
+    /// The bounds and the rules of the fleet. `None`: it may add none.
     pub fleet: Option<FromFleet>,
 }
 

@@ -311,7 +311,7 @@ fn of_database(database: &Database) -> BTreeMap<String, String> {
     for member in cluster {
         set(&format!("cluster {}", member.source), describe(member));
     }
-    // What its document allows is no setting of the policy.
+    // The rules of its document are no setting of the policy.
     if let Some(FromFleet {
         bounds,
         rules: _,

@@ -13,7 +13,7 @@ pub const MAX_DOCUMENT: usize = 64 << 10;
 /// Longest name of a host in the fleet, in bytes.
 const MAX_HOST: usize = 63;
 
-/// Where the documents of the fleet come from.
+/// The source of the fleet's documents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fleet {
     /// URLs of the members of etcd, such as `https://10.0.0.11:2379`. Empty only where `frozen`.
@@ -66,7 +66,7 @@ pub fn check_host(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What one document says.
+/// The content of a document.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Document {
     pub rules: Vec<Rule>,

@@ -1,4 +1,4 @@
-//! What a host knows of its fleet.
+//! The fleet as a host knows it.
 
 use std::collections::BTreeSet;
 

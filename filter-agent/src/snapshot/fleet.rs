@@ -13,7 +13,7 @@ use crate::{
 };
 
 impl Snapshot {
-    /// What is known of the fleet. `None`: the host is of none.
+    /// The fleet as this host knows it. `None`: the host is of none.
     pub fn fleet(&self) -> Option<report::Fleet> {
         let policy = &self.file.policy;
         let fleet = policy.fleet.as_ref()?;
@@ -97,7 +97,7 @@ impl Snapshot {
             || self.this_host.keys(&self.file.policy).is_err()
     }
 
-    /// What is wrong: answers that are held, and documents that are refused.
+    /// Answers that are held, and documents that are refused.
     pub(super) fn fleet_errors(&self) -> Vec<String> {
         let Some(fleet) = self.fleet() else {
             return Vec::new();

@@ -47,7 +47,7 @@ impl World {
         }));
     }
 
-    /// What was reported last of the database.
+    /// The last report of the database.
     fn reported(&self) -> DatabaseStatus {
         self.reports.last().unwrap().databases["orders"].clone()
     }

@@ -29,7 +29,7 @@ const SOUND: [(u64, u64, u64); 2] = [(3, 6, 14), (3, 7, 1)];
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub(super) enum Goal {
-    /// There is no document, and the hosts enforce their own rules.
+    /// There is no document: hosts enforce the rules of their policies alone.
     None,
     Active,
     Pending,
@@ -163,7 +163,7 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
             continue;
         };
         found.hosts += 1;
-        // What a host that is away reported last says nothing of now.
+        // The last report of a host that is away says nothing of now.
         if overview.alive.get(*host) != Some(&status.boot) {
             found.silent.push((*host).clone());
             continue;
@@ -203,7 +203,7 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
     found
 }
 
-/// Prints how the fleet stands. `wait`: for so long at most, until every host that is there has decided.
+/// Prints the state of each database. `wait`: at most so long, until every host that is there enforces or refuses it.
 pub(super) async fn status(
     client: &mut Client,
     only: Option<&str>,

@@ -330,7 +330,7 @@ fn history(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                         watch.count("raised");
                         watch.revoked.clear();
                     }
-                    // What a tampered answer said of a key stays until another says something of it.
+                    // The tampered text of a key stays until another answer has the key.
                     let is_whole = NAMES.iter().all(|name| {
                         let found = answer.documents.get(*name);
                         found.is_some_and(|found| !matches!(found, Found::Unreadable(_)))

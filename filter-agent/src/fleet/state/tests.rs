@@ -172,7 +172,7 @@ fn answer_of_a_raised_era_is_believed_whole() {
     expect_a(&state);
 }
 
-/// What was read at revision 20 of the era before was read in another history.
+/// A key that was read at revision 20 of the era before was read in another history.
 #[test]
 fn key_that_a_raised_era_did_not_show_may_be_anything_then() {
     let mut raised = answer(12, Found::Unreadable("permission denied".into()));
@@ -205,7 +205,7 @@ fn answer_that_went_back_is_held_whole() {
     let state = in_era.take(&answer(30, value(B, (4, 30, 4))), &policy(), at(20));
     assert_eq!(state.held().unwrap().why, "etcd went back from era 3 to 0");
     expect_a(&state);
-    // What is good in it is held as well.
+    // A good document in it is held as well.
     let mut with_shop = answer(19, value(BOTH, (4, 5, 2)));
     with_shop
         .documents
@@ -386,7 +386,7 @@ fn held_answer_is_judged_again_against_each_later_one() {
     // Or the right etcd answers again.
     let right = taken(&held, &answer(21, value(B, (4, 21, 4))), 40);
     assert_eq!(in_force(&right).as_deref(), Some("203.0.113.0/24"));
-    // What is held is not on disk.
+    // A held answer is not on disk.
     let restarted = State::restore(held.kept(), &policy(), at(50));
     expect_a(&restarted);
     expect_held(

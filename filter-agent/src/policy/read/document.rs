@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
+
 use filter_common::MAX_RULES;
 use serde::Deserialize;
 use serde_yaml::Value;
@@ -16,6 +18,7 @@ use crate::{
             databases::{instant, is_control},
             reader::{At, Reader, structural},
         },
+        region::Region,
     },
     text::list,
 };
@@ -50,7 +53,30 @@ pub fn parse_document(
     database: &Database,
     policy: &Policy,
 ) -> Result<Document, String> {
-    document(text, database, policy).map_err(|error| {
+    let from_fleet = database.fleet.as_ref();
+    let bounds = &from_fleet
+        .ok_or("the database is not one of the fleet's")?
+        .bounds;
+    parse_within(text, bounds, database.rules().len(), &policy.regions)
+}
+
+/// The same with what of a host's policy matters. `floor`: the number of the database's own rules. `regions`: those that the
+/// policy defines.
+///
+/// # Errors
+/// As `parse_document`.
+pub(super) fn parse_within(
+    text: &[u8],
+    bounds: &Bounds,
+    floor: usize,
+    regions: &BTreeMap<String, Region>,
+) -> Result<Document, String> {
+    let limits = Limits {
+        bounds,
+        floor,
+        regions,
+    };
+    document(text, limits).map_err(|error| {
         let mut shown = String::new();
         let mut left = MAX_ERROR;
         for character in error.chars() {
@@ -68,11 +94,15 @@ pub fn parse_document(
     })
 }
 
-fn document(text: &[u8], database: &Database, policy: &Policy) -> Result<Document, String> {
-    let from_fleet = database.fleet.as_ref();
-    let bounds = &from_fleet
-        .ok_or("the database is not one of the fleet's")?
-        .bounds;
+/// How far a document may go.
+#[derive(Clone, Copy)]
+struct Limits<'a> {
+    bounds: &'a Bounds,
+    floor: usize,
+    regions: &'a BTreeMap<String, Region>,
+}
+
+fn document(text: &[u8], limits: Limits<'_>) -> Result<Document, String> {
     if text.len() > MAX_DOCUMENT {
         let length = text.len();
         return Err(format!("it has {length} bytes; at most {MAX_DOCUMENT}"));
@@ -91,7 +121,7 @@ fn document(text: &[u8], database: &Database, policy: &Policy) -> Result<Documen
     let value = value.map_err(|error| structural(&error).to_string())?;
     // The line of each other takes a pass over a text that somebody else wrote, and nobody would see it.
     let mut reader = Reader::new(text, 1);
-    let document = reader.document(value, database, bounds, policy);
+    let document = reader.document(value, limits);
     match (document, reader.problems.first(), reader.unlisted) {
         (Some(document), None, _) => Ok(document),
         (None, None, _) => Err("it is not a document".into()),
@@ -103,13 +133,7 @@ fn document(text: &[u8], database: &Database, policy: &Policy) -> Result<Documen
 const RULES_MISSING: &str = "`rules` is needed; `rules: []` is how all rules of the fleet end";
 
 impl Reader<'_> {
-    fn document(
-        &mut self,
-        value: Value,
-        database: &Database,
-        bounds: &Bounds,
-        policy: &Policy,
-    ) -> Option<Document> {
+    fn document(&mut self, value: Value, limits: Limits<'_>) -> Option<Document> {
         let root = At::root();
         if !value.is_mapping() {
             let message = format!("it is not a mapping: {RULES_MISSING}");
@@ -117,23 +141,15 @@ impl Reader<'_> {
             return None;
         }
         let raw: RawDocument = self.shape(&root, "", value)?;
-        let rules = self.within_bounds(&root, raw.rules, database, bounds, policy);
-        let rollout = raw
-            .rollout
-            .map(|value| self.rollout(value, database, bounds, policy));
+        let rules = self.within(limits, &root, raw.rules);
+        let rollout = raw.rollout.map(|value| self.rollout(value, limits));
         Some(Document {
             rules,
             rollout: rollout.flatten(),
         })
     }
 
-    fn rollout(
-        &mut self,
-        value: Value,
-        database: &Database,
-        bounds: &Bounds,
-        policy: &Policy,
-    ) -> Option<Rollout> {
+    fn rollout(&mut self, value: Value, limits: Limits<'_>) -> Option<Rollout> {
         let at = At::top("rollout");
         let raw: RawRollout = self.shape(&at, "rollout: ", value)?;
         let on = at.key("on");
@@ -153,7 +169,7 @@ impl Reader<'_> {
             );
             self.problem(&at.key("until"), message);
         }
-        let rules = self.within_bounds(&at, raw.rules, database, bounds, policy);
+        let rules = self.within(limits, &at, raw.rules);
         Some(Rollout {
             on: raw.on.into_iter().collect(),
             until: until?,
@@ -162,21 +178,18 @@ impl Reader<'_> {
     }
 
     /// Reads the rules of a document or of its rollout.
-    fn within_bounds(
-        &mut self,
-        of: &At,
-        values: Option<Vec<Value>>,
-        database: &Database,
-        bounds: &Bounds,
-        policy: &Policy,
-    ) -> Vec<Rule> {
+    fn within(&mut self, limits: Limits<'_>, of: &At, values: Option<Vec<Value>>) -> Vec<Rule> {
+        let Limits {
+            bounds,
+            floor,
+            regions,
+        } = limits;
         let at = of.key("rules");
         let Some(values) = values else {
             let place = if of.path.is_empty() { "" } else { "rollout: " };
             self.problem(of, format!("{place}{RULES_MISSING}"));
             return Vec::new();
         };
-        let floor = database.rules().len();
         if values.len() + floor > MAX_RULES {
             let message = format!(
                 "{} rules, and {floor} of this host's policy; together at most {MAX_RULES}",
@@ -186,7 +199,7 @@ impl Reader<'_> {
             return Vec::new();
         }
         let before = self.problems.len() + self.unlisted;
-        let rules = self.listed(&at, values, &policy.regions);
+        let rules = self.listed(&at, values, regions);
         // A rule that could not be read has no place among them.
         if self.problems.len() + self.unlisted > before {
             return rules;

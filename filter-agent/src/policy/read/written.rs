@@ -1,18 +1,15 @@
 //! The fleet for whoever writes its documents: where they are, a check without a host's bounds, and changes of single rules.
 
-use std::collections::BTreeMap;
-
-use filter_common::Protocol;
 use jiff::Timestamp;
 use serde_yaml::{Mapping, Value};
 
 use super::{
     bounded, check_characters,
-    document::{MAX_VALUE, parse_document},
+    document::{MAX_VALUE, parse_within},
     reader::{MAX_PROBLEMS, Problem, Reader, structural},
 };
 use crate::policy::{
-    checked::{Database, FromFleet, Mode, Model, OnRemoval, Policy, Rule, Source},
+    checked::{Rule, Source},
     fleet::{Bounds, Document, Fleet},
     region::{Guards, Region, RegionSource},
 };
@@ -66,43 +63,8 @@ pub fn check_within(text: &[u8], bounds: Bounds, floor: usize) -> Result<Documen
         let guards = Guards::default_for(&source);
         (name, Region { source, guards })
     };
-    let own = |_| Rule {
-        source: Source::Region(String::new()),
-        except: Vec::new(),
-        label: None,
-        expires: None,
-    };
-    let database = Database {
-        name: String::new(),
-        protocol: Protocol::Tcp,
-        ports: Vec::new(),
-        addresses: Vec::new(),
-        model: Model::Dedicated {
-            rules: (0..floor).map(own).collect(),
-        },
-        tls: None,
-        monitor: false,
-        on_removal: OnRemoval::default(),
-        cluster: Vec::new(),
-        fleet: Some(FromFleet {
-            bounds,
-            rules: Vec::new(),
-            document: None,
-        }),
-    };
-    let policy = Policy {
-        interfaces: Vec::new(),
-        ignored_interfaces: Vec::new(),
-        mode: Mode::default(),
-        modes: BTreeMap::new(),
-        regions: names.into_iter().map(region).collect(),
-        regional_network: Vec::new(),
-        databases: Vec::new(),
-        unprotected: Default::default(),
-        metrics: None,
-        fleet: None,
-    };
-    parse_document(text, &database, &policy)
+    let regions = names.into_iter().map(region).collect();
+    parse_within(text, &bounds, floor, &regions)
 }
 
 /// The regions that a text names, where a document may.
@@ -179,7 +141,7 @@ pub fn with_rollout(
         None => Mapping::from_iter([("rules".into(), Value::Sequence(Vec::new()))]),
     };
     document.insert("rollout".into(), rollout.into());
-    serde_yaml::to_string(&document).map_err(|error| error.to_string())
+    text_of(&document)
 }
 
 /// The text of a document without its rollout, whose rules every host enforces from then on where they are `promoted`.
@@ -194,7 +156,11 @@ pub fn without_rollout(text: &[u8], promoted: bool) -> Result<String, String> {
     if let (true, Some(rules)) = (promoted, rules) {
         document.insert("rules".into(), rules);
     }
-    serde_yaml::to_string(&document).map_err(|error| error.to_string())
+    text_of(&document)
+}
+
+fn text_of(document: &Mapping) -> Result<String, String> {
+    serde_yaml::to_string(document).map_err(|error| error.to_string())
 }
 
 fn mapping(text: &[u8]) -> Result<Mapping, String> {
@@ -224,7 +190,7 @@ fn edited(text: Option<&[u8]>, edit: impl FnOnce(&mut Vec<Value>)) -> Result<Str
     if let Value::Sequence(rules) = rules {
         edit(rules);
     }
-    serde_yaml::to_string(&document).map_err(|error| error.to_string())
+    text_of(&document)
 }
 
 #[cfg(test)]
