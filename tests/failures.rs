@@ -42,6 +42,17 @@ impl Scenario {
     }
 }
 
+/// How many of the calls fail.
+#[derive(Clone, Copy, Debug)]
+enum Share {
+    /// Each, by every action.
+    All,
+    /// Each, by one action after the other.
+    InTurn,
+    /// One in three, by one action after the other.
+    Third,
+}
+
 /// What one round showed.
 struct Round {
     /// Calls of the kind, from when they are counted to the agent's end.
@@ -361,16 +372,20 @@ impl Sweep {
         round_of(&agent)
     }
 
-    /// Makes each call fail, one after another, until there are no more: by every action, or, `in_turn`, by one.
-    fn every_call(&mut self, actions: &[Action], in_turn: bool) {
+    /// Makes calls fail, one after another, until there are no more.
+    fn every_call(&mut self, actions: &[Action], share: Share) {
         let expected = self.round(None).calls;
         // The number of calls differs a little from round to round, where there are many.
         let slack = (expected / 10).min(2);
         let (mut last, mut failed) = (0, 0);
-        for first in 1..=expected + 50 {
-            let chosen = match in_turn {
-                true => &actions[first % actions.len()..][..1],
-                false => actions,
+        let step = match share {
+            Share::All | Share::InTurn => 1,
+            Share::Third => 3,
+        };
+        for (turn, first) in (1..=expected + 50).step_by(step).enumerate() {
+            let chosen = match share {
+                Share::All => actions,
+                Share::InTurn | Share::Third => &actions[turn % actions.len()..][..1],
             };
             for &action in chosen {
                 let met = self.fails(first, 1, action);
@@ -379,12 +394,12 @@ impl Sweep {
                     last = first;
                 }
             }
-            if first > last + slack {
+            if first > last + slack.max(step) {
                 break;
             }
         }
         println!(
-            "{:?}, {:?}: {last} calls, one by one, {failed} failures",
+            "{:?}, {:?}: {last} calls, {share:?}, {failed} failures",
             self.scenario, self.kind
         );
         assert!(
@@ -472,12 +487,16 @@ fn is_full() -> bool {
     env::var_os("FILTER_TESTS_FULL").is_some()
 }
 
-/// Each call fails, and at each the agent is killed. At a start, which has hundreds of them, it is one or
-/// the other in turn, and both in the full test.
+/// Each call fails, and at each the agent is killed, in the full test and where there are few calls.
 fn every_call(name: &str, scenario: Scenario, kind: Kind) {
     let mut sweep = Sweep::new(name, scenario, kind);
-    let is_short = kind == Kind::BpfLink || matches!(scenario, Scenario::Reload | Scenario::Detach);
-    sweep.every_call(&actions(scenario, kind), !is_full() && !is_short);
+    let share = match (kind, scenario) {
+        _ if is_full() => Share::All,
+        (Kind::BpfLink, _) => Share::All,
+        (_, Scenario::Reload | Scenario::Detach) => Share::InTurn,
+        _ => Share::Third,
+    };
+    sweep.every_call(&actions(scenario, kind), share);
     sweep.report();
 }
 

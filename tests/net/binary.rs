@@ -32,15 +32,19 @@ pub fn previous_binary() -> PathBuf {
     binary
 }
 
-/// `below`: the folder of the target directory, which this binary must not share with the other.
+/// `below`: the folder of the target directory, which this binary must not share with the other. What its dependencies
+/// are compiled to is shared.
 fn build_agent(below: &str, arguments: &[&str]) -> PathBuf {
     let test = env::current_exe().unwrap();
     // <target>/<profile>/deps/<test>
     let profile = test.ancestors().nth(2).unwrap();
-    let target = profile.parent().unwrap().join(below);
+    let shared = profile.parent().unwrap();
+    let target = shared.join(below);
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--package", "filter-agent"]);
     build.args(arguments).arg("--target-dir").arg(&target);
+    let intermediate = format!("build.build-dir={:?}", shared.to_str().unwrap());
+    build.args(["--config", &intermediate]);
     if profile.ends_with("release") {
         build.arg("--release");
     }

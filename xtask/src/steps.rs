@@ -62,12 +62,19 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     // one of another layout. Each would build what is missing while others wait.
     let build = ["build", "--package", "filter-agent"];
     report.step("build the agent", cargo().args(build))?;
+    let target = target_directory()?;
+    // Its dependencies are those of the other: only the results lie apart.
     report.step(
         "build another layout",
         cargo()
             .args(build)
-            .args(["--features", "next-layout", "--target-dir"])
-            .arg(target_directory()?.join("next-layout")),
+            .args(["--features", "next-layout", "--config"])
+            .arg(format!(
+                "build.build-dir={:?}",
+                target.display().to_string()
+            ))
+            .arg("--target-dir")
+            .arg(target.join("next-layout")),
     )?;
     // Each of these tests runs an agent, servers and clients of its own: many at once compete for the
     // processor until time-outs expire.
