@@ -57,9 +57,9 @@ impl Member {
         }
     }
 
-    fn signal(&self, signal: Signal) {
+    fn pid(&self) -> Pid {
         let child = self.child.as_ref().expect("the member runs");
-        kill(Pid::from_raw(i32::try_from(child.id()).unwrap()), signal).unwrap();
+        Pid::from_raw(child.id().try_into().unwrap())
     }
 }
 
@@ -222,7 +222,11 @@ impl Etcd {
     }
 
     pub fn signal(&self, index: usize, signal: Signal) {
-        self.members.borrow()[index].signal(signal);
+        kill(self.pid(index), signal).unwrap();
+    }
+
+    pub fn pid(&self, index: usize) -> Pid {
+        self.members.borrow()[index].pid()
     }
 
     /// Runs `etcdctl` as root, beside etcd. Returns what it prints.
@@ -257,17 +261,29 @@ impl Etcd {
         let endpoints =
             running.filter_map(|(index, it)| it.child.as_ref().map(|_| endpoint(index)));
         let endpoints: Vec<String> = endpoints.collect();
+        self.control_at(&endpoints, user, arguments, input)
+    }
+
+    fn control_at(
+        &self,
+        endpoints: &[String],
+        user: &Pair,
+        arguments: &[&str],
+        input: &[u8],
+    ) -> Output {
         let mut command = Command::new("etcdctl");
         command
             .env("ETCDCTL_API", "3")
             .arg("--endpoints")
             .arg(endpoints.join(","))
-            .args(["--command-timeout", "60s", "--cacert"])
+            .arg("--cacert")
             .arg(self.authority.file())
             .arg("--cert")
             .arg(&user.certificate)
             .arg("--key")
             .arg(&user.key)
+            // The last one counts.
+            .args(["--command-timeout", "60s"])
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -288,6 +304,17 @@ impl Etcd {
             [] => self.control(&["put", &key, ""]),
             value => self.feed(&["put", &key], value),
         };
+    }
+
+    /// Writes a key through this member, which may be ill. Returns the revision; `None`: nobody says that it is written.
+    pub fn put_at(&self, index: usize, key: &str, value: &[u8]) -> Option<i64> {
+        let key = format!("/filter-agent/v1/{key}");
+        let brief = ["--command-timeout", "3s", "--write-out", "json"];
+        let arguments = [&["put", &key][..], &brief].concat();
+        let output = self.control_at(&[endpoint(index)], &self.root, &arguments, value);
+        let written = output.status.success();
+        let written = written.then(|| serde_json::from_slice::<serde_json::Value>(&output.stdout));
+        written?.unwrap()["header"]["revision"].as_i64()
     }
 
     /// Writes values one after the other as fast as etcd takes them, which `etcdctl` cannot.

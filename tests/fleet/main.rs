@@ -7,6 +7,7 @@ mod etcd;
 mod faults;
 mod follower;
 mod host;
+mod members;
 mod mute;
 mod own_keys;
 mod refusals;
