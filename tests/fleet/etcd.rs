@@ -2,11 +2,12 @@
 //! beside it.
 
 use std::{
-    cell::RefCell,
     fs,
     io::Write as _,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
+    sync::Mutex,
 };
 
 use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
@@ -25,7 +26,7 @@ pub const USER: &str = "db7";
 
 /// A cluster, stopped and removed when dropped.
 pub struct Etcd {
-    members: RefCell<Vec<Member>>,
+    members: Mutex<Vec<Member>>,
     pub authority: Authority,
     root: Pair,
     server: Pair,
@@ -103,7 +104,7 @@ impl Etcd {
             child: None,
         };
         let etcd = Self {
-            members: RefCell::new((0..count).map(member).collect()),
+            members: Mutex::new((0..count).map(member).collect()),
             root: authority.sign("root", &[], Kind::Good),
             server: authority.sign("etcd", &addresses, Kind::Good),
             client: authority.sign(USER, &[], Kind::Good),
@@ -164,15 +165,16 @@ impl Etcd {
 
     /// The same with another certificate towards clients.
     pub fn run_as(&self, index: usize, server: &Pair) {
-        let count = self.members.borrow().len();
+        let count = self.members.lock().unwrap().len();
         let peer = |index: usize| format!("https://{}:2380", address(index));
         let members = (0..count).map(|index| format!("m{index}={}", peer(index)));
         let members: Vec<String> = members.collect();
-        let member = &mut self.members.borrow_mut()[index];
+        let member = &mut self.members.lock().unwrap()[index];
         let client = endpoint(index);
         let authority = self.authority.file();
         let mut command = Command::new("etcd");
         command
+            .gid(group(index))
             .args(["--name", &format!("m{index}")])
             .arg("--data-dir")
             .arg(&member.data)
@@ -218,7 +220,7 @@ impl Etcd {
 
     /// `kill -9`.
     pub fn kill(&self, index: usize) {
-        self.members.borrow_mut()[index].kill();
+        self.members.lock().unwrap()[index].kill();
     }
 
     pub fn signal(&self, index: usize, signal: Signal) {
@@ -226,7 +228,7 @@ impl Etcd {
     }
 
     pub fn pid(&self, index: usize) -> Pid {
-        self.members.borrow()[index].pid()
+        self.members.lock().unwrap()[index].pid()
     }
 
     /// Runs `etcdctl` as root, beside etcd. Returns what it prints.
@@ -256,11 +258,12 @@ impl Etcd {
     }
 
     fn try_control_as(&self, user: &Pair, arguments: &[&str], input: &[u8]) -> Output {
-        let running = self.members.borrow();
-        let running = running.iter().enumerate();
-        let endpoints =
-            running.filter_map(|(index, it)| it.child.as_ref().map(|_| endpoint(index)));
-        let endpoints: Vec<String> = endpoints.collect();
+        let endpoints: Vec<String> = {
+            let members = self.members.lock().unwrap();
+            let running = members.iter().enumerate();
+            let running = running.filter(|(_, member)| member.child.is_some());
+            running.map(|(index, _)| endpoint(index)).collect()
+        };
         self.control_at(&endpoints, user, arguments, input)
     }
 
@@ -389,7 +392,7 @@ impl Etcd {
     /// is the same.
     pub fn restore(&self, snapshot: &Path) {
         self.kill(0);
-        let data = self.members.borrow()[0].data.clone();
+        let data = self.members.lock().unwrap()[0].data.clone();
         fs::remove_dir_all(&data).unwrap();
         let peer = format!("https://{}:2380", address(0));
         let mut command = Command::new("etcdctl");
@@ -411,6 +414,23 @@ impl Etcd {
     pub fn cut(&self, cut: bool) {
         let state = if cut { "down" } else { "up" };
         self.namespace.ip(&format!("link set eth0 {state}"));
+    }
+
+    /// Cuts a member off from the others, or connects it again.
+    pub fn cut_off(&self, index: usize, cut: bool) {
+        let (group, address) = (group(index), address(index));
+        let mut command = Command::new("nft");
+        if cut {
+            command.arg(format!(
+                "table inet cut{index} {{ chain out {{ type filter hook output priority 0;
+                    meta skgid {group} tcp dport 2380 drop; meta skgid {group} tcp sport 2380 drop;
+                    ip daddr {address} tcp dport 2380 drop; ip daddr {address} tcp sport 2380 drop; }}
+                }}"
+            ));
+        } else {
+            command.args(["delete", "table", "inet", &format!("cut{index}")]);
+        }
+        self.namespace.run(|| succeed(&mut command));
     }
 
     /// Connects another namespace, by an interface `etcd0` of it.
@@ -446,7 +466,7 @@ impl Etcd {
 
     /// The settings of a host that follows these databases.
     pub fn settings(&self, databases: &[&str]) -> Settings {
-        let count = self.members.borrow().len();
+        let count = self.members.lock().unwrap().len();
         Settings {
             endpoints: (0..count).map(endpoint).collect(),
             ca_file: Some(self.authority.file()),
@@ -470,6 +490,11 @@ const TOKEN: &str = "fleet";
 
 fn address(index: usize) -> String {
     format!("10.77.0.{}", index + 1)
+}
+
+/// Tells the packets of the members apart, which are in one namespace.
+fn group(index: usize) -> u32 {
+    60_000 + u32::try_from(index).unwrap()
 }
 
 pub fn endpoint(index: usize) -> String {
