@@ -105,6 +105,9 @@ impl Agent {
             );
             return self.refuse_proposal(number, Refusal::PreconditionFailed(error).into());
         }
+        // Documents name regions, too.
+        let fleet = self.fleet.under(&file.policy, self.now.steady);
+        let file = self.with_fleet(&file, &fleet);
         for (name, version) in region::to_ask(&file.policy, &self.regions) {
             let look_up = LookUp {
                 number: self.look_ups.begin_for_proposal(number, name),

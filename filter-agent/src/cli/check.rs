@@ -66,6 +66,8 @@ struct CheckedDatabase {
     model: String,
     monitor: bool,
     rules: Vec<String>,
+    /// Whether documents of the fleet add to them.
+    fleet: bool,
     prefixes: usize,
 }
 
@@ -202,6 +204,7 @@ pub(super) async fn check(
                 .iter()
                 .map(|(key, _)| key.to_string())
                 .collect(),
+            fleet: database.fleet.is_some(),
             prefixes: entries.prefixes(),
         }
     });
@@ -219,12 +222,14 @@ pub(super) async fn check(
         say!("interfaces: {}", checked.interfaces.join(", "));
         let mut table = table(["DATABASE", "PORTS", "MODEL", "PREFIXES", "OPEN TO"]);
         for database in &checked.databases {
+            let fleet = database.fleet.then(|| "what the fleet allows".to_owned());
+            let open_to: Vec<String> = database.rules.iter().cloned().chain(fleet).collect();
             table.add_row([
                 database.name.clone(),
                 with_addresses(&database.ports, &database.addresses),
                 with_monitor(&database.model, database.monitor),
                 database.prefixes.to_string(),
-                or(&database.rules.join(", "), "nobody"),
+                or(&open_to.join(", "), "nobody"),
             ]);
         }
         say!("");
