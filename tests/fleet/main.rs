@@ -1,12 +1,12 @@
 //! The fleet, with a real etcd.
 
 mod answers;
-mod certificates;
 mod commands;
-mod etcd;
 mod faults;
 mod follower;
 mod host;
 mod mute;
 mod own_keys;
 mod refusals;
+
+use filter_tests::{certificates, etcd};
