@@ -51,6 +51,8 @@ struct State {
     /// By source, of what is sent all the time.
     sent: BTreeMap<IpAddr, u64>,
     received: BTreeMap<IpAddr, u64>,
+    /// By source.
+    arrivals: BTreeMap<IpAddr, Arrivals>,
     /// The highest number that came through the fence.
     fence: u64,
     next_fence: u64,
@@ -61,6 +63,13 @@ struct State {
 pub struct Passed {
     pub sent: u64,
     pub received: u64,
+}
+
+/// The first and the last arrival of a source's datagrams.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrivals {
+    pub first: Instant,
+    pub last: Instant,
 }
 
 impl Datagrams {
@@ -108,6 +117,16 @@ impl Datagrams {
             (source, Passed { sent, received })
         };
         sent.into_iter().map(passed).collect()
+    }
+
+    /// Counts arrivals from now on only.
+    pub fn forget_arrivals(&self) {
+        self.shared.state().arrivals.clear();
+    }
+
+    /// `None`: nothing of the source arrived.
+    pub fn arrivals(&self, source: IpAddr) -> Option<Arrivals> {
+        self.shared.state().arrivals.get(&source).copied()
     }
 
     /// Whether a source passes now.
@@ -203,8 +222,12 @@ fn receive(sockets: &[UdpSocket; 2], shared: &Shared) {
         while let Ok((_, source)) = guarded.recv_from(&mut buffer) {
             *arrived.entry(source.ip().to_canonical()).or_default() += 1;
         }
+        let now = Instant::now();
         let mut state = shared.state();
         for (source, count) in arrived {
+            let arrivals = state.arrivals.entry(source);
+            let first = now;
+            arrivals.or_insert(Arrivals { first, last: now }).last = now;
             *state.received.entry(source).or_default() += count;
         }
         if let Some(number) = number {

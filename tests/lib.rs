@@ -1,8 +1,10 @@
 //! What the tests share.
 
 pub mod bpffs;
+pub mod certificates;
 pub mod databases;
 pub mod datagrams;
+pub mod etcd;
 pub mod frames;
 pub mod injector;
 pub mod laboratory;

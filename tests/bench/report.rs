@@ -17,6 +17,8 @@ pub struct Measure {
     pub prefixes: Option<usize>,
     pub unit: &'static str,
     pub value: Spread,
+    /// Where not only the middle counts.
+    pub tail: Option<Tail>,
     /// Of what a program that only drops or passes reached in the same round, or no filter.
     pub share: Option<Spread>,
 }
@@ -29,18 +31,29 @@ pub struct Spread {
     pub high: f64,
 }
 
+/// The 99th percentile, and the highest value.
+#[derive(Clone, Copy, Serialize)]
+pub struct Tail {
+    pub p99: f64,
+    pub max: f64,
+}
+
 impl Spread {
     /// `values`: at least one.
     pub fn of(values: &[f64]) -> Self {
-        let mut sorted = values.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let at = |part: f64| sorted[(part * (sorted.len() - 1) as f64).round() as usize];
         Self {
-            median: at(0.5),
-            low: at(0.25),
-            high: at(0.75),
+            median: quantile(values, 0.5),
+            low: quantile(values, 0.25),
+            high: quantile(values, 0.75),
         }
     }
+}
+
+/// `values`: at least one.
+fn quantile(values: &[f64], part: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[(part * (sorted.len() - 1) as f64).round() as usize]
 }
 
 impl fmt::Display for Spread {
@@ -69,7 +82,20 @@ impl Measure {
             prefixes: None,
             unit,
             value: Spread::of(values),
+            tail: None,
             share: None,
+        }
+    }
+
+    /// One of which the rare high values count.
+    pub fn with_tail(section: &'static str, name: impl Into<String>, values: &[f64]) -> Self {
+        let tail = Tail {
+            p99: quantile(values, 0.99),
+            max: quantile(values, 1.0),
+        };
+        Self {
+            tail: Some(tail),
+            ..Self::new(section, name, "ms", values)
         }
     }
 
@@ -114,12 +140,16 @@ impl Report {
             .prefixes
             .map(|prefixes| format!(", {prefixes} prefixes"));
         let on = measure.host.map(|host| format!(", {host}"));
+        let tail = measure
+            .tail
+            .map(|tail| format!("; p99 {:.1}, at most {:.1}", tail.p99, tail.max));
         println!(
-            "{section}: {name}{}{}: {} {}",
+            "{section}: {name}{}{}: {} {}{}",
             of.unwrap_or_default(),
             on.unwrap_or_default(),
             measure.value,
-            measure.unit
+            measure.unit,
+            tail.unwrap_or_default()
         );
         self.measures.push(measure);
     }
@@ -168,8 +198,14 @@ impl Report {
                 "median (quartiles)",
                 "",
                 "share",
+                "p99",
+                "at most",
             ]);
             for m in self.measures.iter().filter(|m| m.section == section) {
+                let tail = |of: fn(Tail) -> f64| {
+                    m.tail
+                        .map_or(String::new(), |tail| format!("{:.1}", of(tail)))
+                };
                 let share = m.share.map(|share| format!("{:.2}", share.median));
                 table.add_row([
                     m.name.clone(),
@@ -178,6 +214,8 @@ impl Report {
                     m.value.to_string(),
                     m.unit.to_owned(),
                     share.unwrap_or_default(),
+                    tail(|tail| tail.p99),
+                    tail(|tail| tail.max),
                 ]);
             }
             println!("{}", table.trim_fmt());

@@ -3,6 +3,7 @@
 
 mod control;
 mod database;
+mod fleet;
 mod hosts;
 mod report;
 mod tls;
@@ -46,14 +47,19 @@ struct Arguments {
     #[arg(long, value_delimiter = ',', value_parser = sizes())]
     sizes: Vec<usize>,
     /// Only these parts.
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<Part>,
+    parts: Vec<Part>,
     /// Leave out what else is in use.
     #[arg(long)]
     no_rivals: bool,
     /// What cargo gives every benchmark.
     #[arg(long, hide = true)]
     bench: bool,
+}
+
+impl Arguments {
+    fn wants(&self, part: Part) -> bool {
+        self.parts.is_empty() || self.parts.contains(&part)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -63,6 +69,7 @@ enum Part {
     Pgbench,
     Tls,
     Agent,
+    Fleet,
 }
 
 /// How often and how long.
@@ -77,6 +84,7 @@ struct Plan {
     pgbench_rounds: usize,
     /// How long connections are measured at a time.
     connection: Duration,
+    fleet: fleet::Plan,
 }
 
 const FULL: Plan = Plan {
@@ -88,6 +96,7 @@ const FULL: Plan = Plan {
     agent_rounds: 3,
     pgbench_rounds: 12,
     connection: Duration::from_secs(1),
+    fleet: fleet::FULL,
 };
 
 const QUICK: Plan = Plan {
@@ -99,6 +108,7 @@ const QUICK: Plan = Plan {
     agent_rounds: 1,
     pgbench_rounds: 1,
     connection: Duration::from_millis(200),
+    fleet: fleet::QUICK,
 };
 
 fn main() -> ExitCode {
@@ -119,7 +129,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         sizes => sizes,
     };
     let most = sizes.iter().copied().max().context("find a size")?;
-    let wants = |part| arguments.only.is_empty() || arguments.only.contains(&part);
+    let wants = |part| arguments.wants(part);
     let mut report = Report {
         machine: machine()?,
         ..Report::default()
@@ -136,56 +146,12 @@ fn run(arguments: &Arguments) -> Result<()> {
     )
     .context("mount a BPF file system at /sys/fs/bpf")?;
     let networks = traffic::networks(2 * most);
-    let mut programs = Programs::load(bpffs.path(), 2 * most + 4096)?;
-    if wants(Part::PerPacket) {
-        for &size in sizes {
-            programs.allow(&of_size(&networks, size), 0)?;
-            per_packet(&mut report, &programs, &plan, size, "")?;
-        }
-        let few = most.min(30);
-        programs.allow(&of_size(&networks, few), 120)?;
-        per_packet(&mut report, &programs, &plan, few, ", 122 databases")?;
-        judged(&mut report, &programs, &plan)?;
-        ending(&mut report, &mut programs, &plan, &of_size(&networks, few))?;
+    if [Part::PerPacket, Part::Live, Part::Pgbench]
+        .into_iter()
+        .any(wants)
+    {
+        programs(&mut report, arguments, &plan, sizes, &networks, &bpffs)?;
     }
-    if wants(Part::Live) {
-        let rivals: &[Guard] = if arguments.no_rivals {
-            &[]
-        } else {
-            &Guard::RIVALS
-        };
-        let guards = [&[Guard::Drop, Guard::Pass, Guard::Filter], rivals].concat();
-        let mut hosts: Vec<Host> = guards
-            .into_iter()
-            .map(|guard| Host::new(guard, &programs))
-            .collect();
-        for &size in sizes {
-            let networks = of_size(&networks, size);
-            programs.allow(&networks, 0)?;
-            for host in &mut hosts {
-                if let Err(error) = host.allow(&networks) {
-                    let name = host.guard.name();
-                    report.miss(format!("{name} with {size} prefixes: {error:#}"));
-                }
-            }
-            live(&mut report, &hosts, &plan, size)?;
-        }
-        for host in &mut hosts {
-            if matches!(host.guard, Guard::Drop | Guard::Filter) {
-                host.net.add_client();
-                let pin = programs.pin(host.guard).context("find the program")?;
-                attach(&host.net, "eth1", &pin);
-                two_processors(&mut report, host, &plan)?;
-            }
-            if host.guard == Guard::Filter {
-                sampled(&mut report, host, &mut programs.filter, &plan)?;
-            }
-        }
-    }
-    if wants(Part::Pgbench) {
-        database::measure(&mut report, &programs, plan.pgbench_rounds)?;
-    }
-    drop(programs);
     if wants(Part::Tls) {
         tls::measure(&mut report, plan.pgbench_rounds, plan.connection)?;
     }
@@ -193,6 +159,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         for &size in sizes {
             control::measure(&mut report, &networks[..2 * size], plan.agent_rounds)?;
         }
+    }
+    if wants(Part::Fleet) {
+        fleet::measure(&mut report, &plan.fleet)?;
     }
     judge(&mut report);
     report.print();
@@ -205,6 +174,68 @@ fn run(arguments: &Arguments) -> Result<()> {
     let directory = target.join("bench");
     report.write(&directory)?;
     println!("\nwritten to {}", directory.display());
+    Ok(())
+}
+
+/// Parts that load the program without an agent.
+fn programs(
+    report: &mut Report,
+    arguments: &Arguments,
+    plan: &Plan,
+    sizes: &[usize],
+    networks: &[IpNet],
+    bpffs: &Bpffs,
+) -> Result<()> {
+    let most = sizes.iter().copied().max().context("find a size")?;
+    let mut programs = Programs::load(bpffs.path(), 2 * most + 4096)?;
+    if arguments.wants(Part::PerPacket) {
+        for &size in sizes {
+            programs.allow(&of_size(networks, size), 0)?;
+            per_packet(report, &programs, plan, size, "")?;
+        }
+        let few = most.min(30);
+        programs.allow(&of_size(networks, few), 120)?;
+        per_packet(report, &programs, plan, few, ", 122 databases")?;
+        judged(report, &programs, plan)?;
+        ending(report, &mut programs, plan, &of_size(networks, few))?;
+    }
+    if arguments.wants(Part::Live) {
+        let rivals: &[Guard] = if arguments.no_rivals {
+            &[]
+        } else {
+            &Guard::RIVALS
+        };
+        let guards = [&[Guard::Drop, Guard::Pass, Guard::Filter], rivals].concat();
+        let mut hosts: Vec<Host> = guards
+            .into_iter()
+            .map(|guard| Host::new(guard, &programs))
+            .collect();
+        for &size in sizes {
+            let networks = of_size(networks, size);
+            programs.allow(&networks, 0)?;
+            for host in &mut hosts {
+                if let Err(error) = host.allow(&networks) {
+                    let name = host.guard.name();
+                    report.miss(format!("{name} with {size} prefixes: {error:#}"));
+                }
+            }
+            live(report, &hosts, plan, size)?;
+        }
+        for host in &mut hosts {
+            if matches!(host.guard, Guard::Drop | Guard::Filter) {
+                host.net.add_client();
+                let pin = programs.pin(host.guard).context("find the program")?;
+                attach(&host.net, "eth1", &pin);
+                two_processors(report, host, plan)?;
+            }
+            if host.guard == Guard::Filter {
+                sampled(report, host, &mut programs.filter, plan)?;
+            }
+        }
+    }
+    if arguments.wants(Part::Pgbench) {
+        database::measure(report, &programs, plan.pgbench_rounds)?;
+    }
     Ok(())
 }
 

@@ -1,9 +1,7 @@
 //! The fleet, with a real etcd.
 
 mod answers;
-mod certificates;
 mod commands;
-mod etcd;
 mod faults;
 mod follower;
 mod host;
@@ -11,3 +9,5 @@ mod members;
 mod mute;
 mod own_keys;
 mod refusals;
+
+use filter_tests::{certificates, etcd};

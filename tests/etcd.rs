@@ -1,6 +1,8 @@
 //! Debian's etcd, one member or several, with TLS, certificates as users and rights, in a namespace of its own; and a host
 //! beside it.
 
+mod session;
+
 use std::{
     fs,
     io::Write as _,
@@ -10,16 +12,19 @@ use std::{
     sync::Mutex,
 };
 
-use etcd_client::{Certificate, Client, ConnectOptions, Identity, TlsOptions};
 use filter_agent::fleet::Settings;
-use filter_tests::net::{Namespace, run_in, succeed, wait_until};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::{Pid, geteuid},
 };
 use tempfile::TempDir;
 
-use crate::certificates::{Authority, Kind, Pair};
+use crate::{
+    certificates::{Authority, Kind, Pair},
+    net::{Namespace, run_in, succeed, wait_until},
+};
+
+pub use session::Session;
 
 /// The host's user in etcd.
 pub const USER: &str = "db7";
@@ -321,27 +326,11 @@ impl Etcd {
     }
 
     /// Writes values one after the other as fast as etcd takes them, which `etcdctl` cannot.
-    pub fn put_all(&self, key: &str, values: impl Iterator<Item = String> + Send) {
-        let read = |path: &Path| fs::read(path).unwrap();
-        let tls = TlsOptions::new()
-            .ca_certificate(Certificate::from_pem(read(&self.authority.file())))
-            .identity(Identity::from_pem(
-                read(&self.root.certificate),
-                read(&self.root.key),
-            ));
-        let key = format!("/filter-agent/v1/{key}");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let write = async {
-            let options = ConnectOptions::new().with_tls(tls);
-            let mut client = Client::connect([endpoint(0)], Some(options)).await.unwrap();
-            for value in values {
-                client.put(key.as_str(), value, None).await.unwrap();
-            }
-        };
-        self.namespace.run(|| runtime.block_on(write));
+    pub fn put_all(&self, key: &str, values: impl Iterator<Item = String>) {
+        let mut session = self.session();
+        for value in values {
+            session.put(key, &value).unwrap();
+        }
     }
 
     /// The revision at which a key was last changed.

@@ -5,8 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use filter_tests::servers::Ca;
-pub use filter_tests::servers::Certificate as Kind;
+use crate::servers::Ca;
+pub use crate::servers::Certificate as Kind;
 
 /// A certificate and its key.
 #[derive(Clone, Debug)]
