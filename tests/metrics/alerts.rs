@@ -8,8 +8,9 @@ use std::{
 };
 
 use filter_common::{LAYOUT, Port, Protocol, port_index};
-use filter_tests::net::{
-    ALLOWED4, Connection, DB4, Net, Protected, dedicated, policy, succeed, wait_until,
+use filter_tests::{
+    etcd::Etcd,
+    net::{ALLOWED4, Connection, DB4, Net, Protected, dedicated, policy, succeed, wait_until},
 };
 use jiff::{SignedDuration, Timestamp};
 
@@ -155,4 +156,43 @@ fn each_alert_fires_for_its_cause() {
 
     watched.net.kill();
     watched.fires("FilterAgentGone", &[("job", "filter-agent")]);
+}
+
+#[test]
+fn alerts_of_the_fleet_fire_for_their_causes() {
+    let etcd = Etcd::start("alerts-fleet");
+    let mut net = Net::new("alerts-host");
+    etcd.attach(&net.db);
+    let settings = etcd.settings(&["orders"]);
+    let [ca, certificate, key] = [&settings.ca_file, &settings.cert_file, &settings.key_file]
+        .map(|file| file.as_ref().unwrap().display());
+    let fleet = format!(
+        "fleet: {{endpoints: {:?}, ca_file: {ca}, cert_file: {certificate}, key_file: {key}, host: db7}}",
+        settings.endpoints
+    );
+    let allowed = format!("{ALLOWED4}/32");
+    let orders = dedicated("orders", PORT, &[&allowed], "fleet: {widest: [/24, /64]}");
+    let policy = policy("eth0", "native", &[orders]);
+    net.write_policy(&format!(
+        "metrics: {{listen: '{AGENT}'}}\nignore_interfaces: [etcd0]\n{fleet}\n{policy}"
+    ));
+    etcd.put("rules/orders", b"rules: []");
+    net.start();
+    net.wait_for_line("metrics on ");
+    let prometheus = Prometheus::start(&net, &hasty_alerts());
+    let watched = Watched { net, prometheus };
+    watched.nothing_fires();
+    let orders = ("database", "orders");
+    let alert = "FilterFleetDocumentNotInForce";
+    etcd.put("rules/orders", b"rules: [{cidr: 0.0.0.0/0}]");
+    watched.fires(alert, &[orders, ("state", "refused")]);
+    etcd.put("rules/orders", b"rules: []");
+    watched.nothing_fires();
+    let snapshot = etcd.snapshot();
+    etcd.put("rules/orders", b"rules: [{cidr: 198.51.100.0/24}]");
+    watched.nothing_fires();
+    etcd.restore(&snapshot);
+    watched.fires("FilterFleetHeld", &[]);
+    etcd.kill(0);
+    watched.fires("FilterFleetSilent", &[]);
 }
