@@ -417,3 +417,31 @@ fn rollout_ends_by_itself_without_etcd() {
     let document = status(&net, "orders");
     assert_eq!(document["rollout"]["in_force"], false, "{document}");
 }
+
+/// Its region was not looked up before the policy was in force: the reload took the networks of both files away.
+#[test]
+fn reload_keeps_what_a_region_has_that_only_a_document_names() {
+    let etcd = Etcd::start("fleet-region");
+    etcd.put("rules/orders", b"rules: [{region: office}]");
+    let mut net = host("fleet-region-db", &etcd);
+    let [before, after] = ["before", "after"].map(|name| net.dir().join(name));
+    fs::write(&before, format!("{A}\n{B}\n")).unwrap();
+    fs::write(&after, format!("{A}\n")).unwrap();
+    let text = |file: &std::path::Path| {
+        let fleet = text(&etcd, "within: [198.51.100.0/24, 203.0.113.0/24]");
+        format!("regions: {{office: {{file: {}}}}}\n{fleet}", file.display())
+    };
+    net.write_policy(&text(&before));
+    let _echo = net.echo(PORT);
+    net.start();
+    wait_for(&net, &etcd, "orders");
+    assert!(wait_until(|| connects(&net, ALLOWED4.into(), PORT)));
+    net.reload(&text(&after));
+    let history = net.agent_json(&["history"]);
+    let changes = history["changes"].as_array().unwrap();
+    let reload = changes.iter().find(|change| change["origin"] == "reload");
+    let difference = &reload.unwrap()["difference"]["databases"]["orders"];
+    assert_eq!(difference["removed"]["first"], json!([B]), "{history}");
+    assert!(connects(&net, DENIED4.into(), PORT));
+    assert!(!connects(&net, ALLOWED4.into(), PORT));
+}
