@@ -283,6 +283,7 @@ impl Agent {
                 self.checked(checked);
             }
             Event::Saved { write, result } => self.saved(&write, result),
+            Event::Counted(packets) => self.counted(packets),
             Event::PolicyHashed(hash) => self.policy_hashed(hash),
             Event::Tick => self.tick(),
             Event::Terminate => self.terminate(),

@@ -332,6 +332,9 @@ impl Performer {
             Effect::Report(status) => {
                 self.reports.send_replace(Some(status));
             }
+            Effect::Count => enforcer.send(move |enforcer| {
+                let _ = events.send(Event::Counted(enforcer.packets()));
+            }),
             Effect::LookUp(look_up) => {
                 let timings = self.timings.clone();
                 tokio::spawn(ask(look_up, self.watcher.clone(), events, timings));

@@ -18,6 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use filter_common::Reason;
 use jiff::Timestamp;
 
 use crate::{
@@ -613,6 +614,26 @@ impl Enforcer {
             verified: self.verified.clone(),
         };
         Ok((observed, entries))
+    }
+
+    /// By database: packets that passed, and those that no rule allows.
+    ///
+    /// # Errors
+    /// A map cannot be read.
+    pub fn packets(&self) -> Result<BTreeMap<String, [u64; 2]>> {
+        let mut packets: BTreeMap<String, [u64; 2]> = BTreeMap::new();
+        for ((database, reason, is_monitored), count) in self.filter.counts()? {
+            let Some(database) = database.filter(|_| !is_monitored) else {
+                continue;
+            };
+            let [passed, dropped] = packets.entry(database).or_default();
+            match reason {
+                Reason::Allowed => *passed += count,
+                Reason::NotAllowed => *dropped += count,
+                _ => {}
+            }
+        }
+        Ok(packets)
     }
 
     /// The links that are pinned: none where the pins were removed, and cannot be restored.

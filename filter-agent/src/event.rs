@@ -1,6 +1,12 @@
 //! Events that the agent handles, and effects that it asks for.
 
-use std::{collections::BTreeSet, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Result;
 use tokio::sync::oneshot;
@@ -48,6 +54,8 @@ pub enum Event {
     },
     /// From the fleet's keys.
     Fleet(fleet::News),
+    /// By database: packets that passed, and those that no rule allows.
+    Counted(Result<BTreeMap<String, [u64; 2]>>),
     /// The SHA-256 of the policy file's text now.
     PolicyHashed(Result<String>),
     /// Time passes.
@@ -170,6 +178,8 @@ pub enum Effect {
     Follow(Option<fleet::Settings>),
     /// Write this status of the host to etcd, once there is a connection. Answered by `Fleet`.
     Report(Arc<HostStatus>),
+    /// Read the counters of packets. Answered by `Counted`.
+    Count,
     /// The region files whose changes matter.
     Watch(BTreeSet<PathBuf>),
     Log(Entry),

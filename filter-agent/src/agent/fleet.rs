@@ -1,6 +1,8 @@
 //! The fleet's documents: taken from etcd, enforced, and kept for the next start.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::Result;
 
 use super::{
     Agent, Cause, Fleet, Next,
@@ -12,7 +14,7 @@ use crate::{
     event::Effect,
     fleet::{
         self, News, Settings, Unwritten,
-        host_status::{Bounds, DatabaseStatus, HostStatus},
+        host_status::{Bounds, DatabaseStatus, HostStatus, Packets},
         state::Standing,
     },
     history::Origin,
@@ -212,9 +214,32 @@ impl Agent {
         if self.is_detached || self.is_ending {
             return;
         }
+        let fleet = self.fleet.clone();
+        let rolled_out = fleet.rolled_out(&self.this_host.name(&self.file.policy));
+        if self.this_host.is_count_due(&rolled_out, self.now.steady) {
+            self.effects.push(Effect::Count);
+        }
         let status = self.host_status();
         let report = self.this_host.report(status, self.now.steady);
         self.effects.extend(report.map(Effect::Report));
+    }
+
+    /// Of all databases. An error leaves out what is not known.
+    pub(super) fn counted(&mut self, packets: Result<BTreeMap<String, [u64; 2]>>) {
+        let name = self.this_host.name(&self.file.policy);
+        let rolled_out = self.fleet.rolled_out(&name);
+        let packets = packets.unwrap_or_default().into_iter();
+        let packets = packets.filter(|(name, _)| rolled_out.contains(name));
+        let at = self.now.wall;
+        let packets = packets.map(|(name, [passed, dropped])| {
+            let packets = Packets {
+                at,
+                passed,
+                dropped,
+            };
+            (name, packets)
+        });
+        self.this_host.packets = packets.collect();
     }
 
     /// `None`: it is not written.
@@ -273,6 +298,7 @@ impl Agent {
                 regions: fleet.bounds.regions.clone().unwrap_or_else(all_regions),
                 floor: database.rules().len(),
             }),
+            packets: self.this_host.packets.get(name).copied(),
         }
     }
 

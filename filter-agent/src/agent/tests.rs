@@ -315,6 +315,7 @@ impl World {
             | Effect::Status(_)
             | Effect::Ready
             | Effect::Report(_)
+            | Effect::Count
             | Effect::Stop
             | Effect::Log(_) => {}
         }

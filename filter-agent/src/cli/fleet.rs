@@ -1,6 +1,8 @@
 //! `fleet`: documents in etcd, for a person with a certificate and without root.
 
 mod args;
+mod rollout;
+mod soak;
 mod status;
 
 use std::{
@@ -28,6 +30,7 @@ use crate::{
 
 pub(super) use args::Fleet;
 use args::{Access, Waiting};
+use rollout::Soaked;
 
 /// How often a rule is added anew to what somebody else has written meanwhile.
 const MAX_TRIES: usize = 100;
@@ -116,10 +119,24 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             file,
             on,
             lasting,
+            soak,
+            promote,
             waiting,
             access,
         } => {
             let text = read_document(&file)?;
+            if let Some(soak) = soak {
+                let soaked = Soaked {
+                    database: &database,
+                    text: &text,
+                    on: &on,
+                    lasting,
+                    soak,
+                    promotes: promote,
+                    access: &access,
+                };
+                return soaked.perform().await;
+            }
             let until = Timestamp::now().checked_add(lasting);
             let until = in_seconds(until.context("no date is that far away")?);
             let change = |before: Option<&[u8]>| with_rollout(before, &on, until, text.as_bytes());

@@ -48,6 +48,19 @@ pub struct DatabaseStatus {
     pub temporary: usize,
     /// How far the fleet may open it. `None`: it is too long to be reported.
     pub bounds: Option<Bounds>,
+    /// While a rollout is in force here. `None`: there is none, or the kernel was not read yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packets: Option<Packets>,
+}
+
+/// Packets of a database since its counters were made.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Packets {
+    /// When they were counted, by the host's clock.
+    pub at: Timestamp,
+    pub passed: u64,
+    /// Those that no rule allows.
+    pub dropped: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -137,6 +150,7 @@ mod tests {
                 regions: ["osc-fr1".into()].into(),
                 floor: 1,
             }),
+            packets: None,
         }
     }
 

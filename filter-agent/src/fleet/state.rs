@@ -8,7 +8,7 @@ mod property;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -267,6 +267,15 @@ impl State {
     }
 
     /// Documents in force, by database.
+    /// Databases with a rollout that is in force on a host.
+    pub fn rolled_out(&self, host: &str) -> BTreeSet<&String> {
+        let documents = self.documents.iter().filter(|(_, good)| {
+            let rollout = good.document.rollout.as_ref();
+            !good.rollout_over && rollout.is_some_and(|rollout| rollout.on.contains(host))
+        });
+        documents.map(|(name, _)| name).collect()
+    }
+
     pub fn documents(&self) -> &BTreeMap<String, Good> {
         &self.documents
     }

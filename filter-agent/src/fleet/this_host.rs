@@ -1,10 +1,17 @@
 //! This host in the fleet: its name, what it reported of itself, and what came of it. Pure.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{OwnKeys, Settings, Unwritten, host_status::HostStatus, state::State};
+use super::{
+    OwnKeys, Settings, Unwritten,
+    host_status::{HostStatus, Packets},
+    state::State,
+};
 use crate::{
     clock::BootTime,
     policy::{Policy, check_host},
@@ -13,6 +20,10 @@ use crate::{
 
 /// Longest time between two reports.
 const REPORT_INTERVAL: SignedDuration = SignedDuration::from_mins(10);
+
+/// How often packets are counted while a rollout is in force here, for who watches it. At other times they are not: the
+/// status is no telemetry.
+const COUNT_INTERVAL: SignedDuration = SignedDuration::from_secs(5);
 
 #[derive(Clone, Debug, Default)]
 pub struct ThisHost {
@@ -35,6 +46,10 @@ pub struct ThisHost {
     pub unwritten: Option<(Timestamp, Unwritten)>,
     /// By database: milliseconds until its document was in force.
     pub enforced_ms: BTreeMap<String, f64>,
+    /// Of databases with a rollout.
+    pub packets: BTreeMap<String, Packets>,
+    /// When they were last asked for.
+    asked: Option<Timestamp>,
     reported: Option<(Arc<HostStatus>, Timestamp)>,
 }
 
@@ -76,6 +91,21 @@ impl ThisHost {
                 self.enforced_ms.insert(name.clone(), rounded);
             }
         }
+    }
+
+    /// Whether packets have to be counted. `rolled_out`: databases with a rollout that is in force here.
+    pub fn is_count_due(&mut self, rolled_out: &BTreeSet<&String>, now: Timestamp) -> bool {
+        self.packets.retain(|name, _| rolled_out.contains(name));
+        if rolled_out.is_empty() {
+            self.asked = None;
+            return false;
+        }
+        let asked = self.asked;
+        let is_due = asked.is_none_or(|asked| now.duration_since(asked) >= COUNT_INTERVAL);
+        if is_due {
+            self.asked = Some(now);
+        }
+        is_due
     }
 
     /// The status to report now, if it is news or the last one is old. `status`: `None` where nothing is followed.

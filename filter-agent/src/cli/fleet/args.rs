@@ -126,6 +126,13 @@ pub(in crate::cli) enum Fleet {
         /// How long, such as 30m, unless it is promoted by then.
         #[arg(long = "for", value_name = "DURATION", default_value = "30m", value_parser = lasting)]
         lasting: Duration,
+        /// Watch the hosts for so long, such as 2m, after as long without the change. It is taken back where one of them
+        /// falls silent, reports an error, or drops much more than before.
+        #[arg(long, value_name = "DURATION", value_parser = soak, conflicts_with = "wait")]
+        soak: Option<Duration>,
+        /// Promote it if none of them is worse off.
+        #[arg(long, requires = "soak")]
+        promote: bool,
         #[command(flatten)]
         waiting: Waiting,
         #[command(flatten)]
@@ -173,5 +180,14 @@ impl Fleet {
             Self::Status { database, .. } => database.as_ref(),
             Self::Recover { .. } | Self::Forget { .. } => None,
         }
+    }
+}
+
+/// As `time_limit`, and long enough for two reports of a host, which come every 5 s.
+fn soak(text: &str) -> Result<Duration, String> {
+    let duration = time_limit(text)?;
+    match duration < Duration::from_secs(10) {
+        true => Err("at least 10s".into()),
+        false => Ok(duration),
     }
 }

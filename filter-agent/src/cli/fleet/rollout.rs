@@ -1,0 +1,288 @@
+//! `fleet rollout --soak`: a rollout whose hosts are watched, and which is taken back where one of them is worse off.
+
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use jiff::{SignedDuration, Timestamp};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{
+    args::Access,
+    check_believed, in_seconds,
+    soak::{Halt, Watch},
+    status,
+};
+use crate::{
+    etcd::client::{Changed, Client},
+    policy::{check_document, with_rollout, without_rollout},
+    text::list,
+};
+
+/// Pause between two looks at the hosts.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Time beyond the soak for hosts to begin, and for the end to be decided.
+const MARGIN: Duration = Duration::from_secs(60);
+
+/// A rollout to make, and how it is watched.
+pub(super) struct Soaked<'a> {
+    pub(super) database: &'a str,
+    /// The document to roll out.
+    pub(super) text: &'a str,
+    pub(super) on: &'a [String],
+    pub(super) lasting: Duration,
+    pub(super) soak: Duration,
+    pub(super) promotes: bool,
+    pub(super) access: &'a Access,
+}
+
+/// A document of ours in etcd.
+struct Written {
+    text: String,
+    revision: i64,
+    until: Timestamp,
+}
+
+enum End {
+    /// Why it was halted.
+    Halted(Halt),
+    Interrupted,
+    /// The time of the rollout is over, and etcd did not answer.
+    Over,
+}
+
+struct Interrupts([Signal; 2]);
+
+impl Interrupts {
+    fn listen() -> Result<Self> {
+        let listen = |kind| signal(kind).context("listen for signals");
+        Ok(Self([
+            listen(SignalKind::interrupt())?,
+            listen(SignalKind::terminate())?,
+        ]))
+    }
+
+    async fn next(&mut self) {
+        let [interrupt, terminate] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    }
+}
+
+impl Soaked<'_> {
+    pub(super) async fn perform(&self) -> Result<ExitCode> {
+        let lasts = shown(self.soak);
+        ensure!(
+            self.lasting >= self.soak + MARGIN,
+            "a rollout of {} has no room for {lasts} of --soak and {} more: say --for; nothing is written",
+            shown(self.lasting),
+            shown(MARGIN)
+        );
+        let mut interrupts = Interrupts::listen()?;
+        let mut client = super::client(self.access).await?;
+        let overview = client.overview().await?;
+        check_believed(&overview)?;
+        let refusals = status::refusals(&overview, self.database, self.text);
+        ensure!(
+            refusals.is_empty(),
+            "{}; nothing is written",
+            refusals.join("; ")
+        );
+        let found = client.document(self.database, None).await?;
+        let before = found.as_ref().map(|value| value.text.as_slice());
+        let rules = before.map_or(Ok(Default::default()), check_document);
+        let rules = rules.map_err(|error| self.unwritten(&error))?;
+        ensure!(
+            rules.rollout.is_none(),
+            "a rollout of {} is under way: promote or abort it; nothing is written",
+            self.database
+        );
+        // The rules that are in force, so that the hosts report what they drop without the change.
+        let same = before.unwrap_or(b"rules: []");
+        let revision = found.as_ref().map_or(0, |value| value.mod_revision);
+        let baseline = self
+            .write(&mut client, before, same, revision, self.soak + MARGIN)
+            .await?;
+        say!(
+            "what {} drop without it: watched for {lasts}",
+            list(self.on.iter())
+        );
+        let mut watch = Watch::new(self.database, baseline.revision, self.on, Instant::now());
+        if let Err(end) = self
+            .attend(&mut client, &mut watch, &baseline, &mut interrupts)
+            .await
+        {
+            return self.end(end, &mut client, before, &baseline).await;
+        }
+        let rolled = self.text.as_bytes();
+        let rolled = self
+            .write(&mut client, before, rolled, baseline.revision, self.lasting)
+            .await?;
+        say!(
+            "rolled out to {}, at revision {}: watched for {lasts}",
+            list(self.on.iter()),
+            rolled.revision
+        );
+        let watched = match watch.judging(rolled.revision, Instant::now()) {
+            Ok(mut watch) => {
+                self.attend(&mut client, &mut watch, &rolled, &mut interrupts)
+                    .await
+            }
+            Err(why) => Err(End::Halted(Halt::Host(why))),
+        };
+        if let Err(end) = watched {
+            return self.end(end, &mut client, before, &rolled).await;
+        }
+        if !self.promotes {
+            say!(
+                "none of them is worse off; in force there until {}; to keep it: filter-agent fleet promote {}",
+                rolled.until,
+                self.database
+            );
+            return Ok(ExitCode::SUCCESS);
+        }
+        let text = without_rollout(rolled.text.as_bytes(), true);
+        let text = text.map_err(|error| self.unwritten(&error))?;
+        let promoted = client.put(self.database, &text, rolled.revision).await;
+        let promoted = promoted.map_err(|error| self.conflict(error))?;
+        say!("none of them is worse off: promoted, at revision {promoted}");
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Writes the document with a rollout of `other`'s rules.
+    async fn write(
+        &self,
+        client: &mut Client,
+        before: Option<&[u8]>,
+        other: &[u8],
+        expected: i64,
+        lasting: Duration,
+    ) -> Result<Written> {
+        let until = Timestamp::now().checked_add(lasting);
+        let until = in_seconds(until.context("no date is that far away")?);
+        let text = with_rollout(before, self.on, until, other)
+            .and_then(|text| check_document(text.as_bytes()).map(|_| text))
+            .map_err(|error| self.unwritten(&error))?;
+        let revision = client.put(self.database, &text, expected).await;
+        Ok(Written {
+            revision: revision.map_err(|error| self.conflict(error))?,
+            text,
+            until,
+        })
+    }
+
+    fn unwritten(&self, error: &str) -> anyhow::Error {
+        anyhow!(
+            "the document of {}: {error}; nothing is written",
+            self.database
+        )
+    }
+
+    fn conflict(&self, error: anyhow::Error) -> anyhow::Error {
+        match error.downcast_ref::<Changed>() {
+            Some(changed) => anyhow!(
+                "somebody else writes the document of {}: {changed}; nothing of it is taken back: see `fleet get`",
+                self.database
+            ),
+            None => error,
+        }
+    }
+
+    /// Watches the hosts for the time of the soak, from when all of them have it in force.
+    async fn attend(
+        &self,
+        client: &mut Client,
+        watch: &mut Watch,
+        written: &Written,
+        interrupts: &mut Interrupts,
+    ) -> Result<(), End> {
+        let mut end = None;
+        let mut is_away = false;
+        loop {
+            match client.overview().await {
+                Ok(overview) => {
+                    if std::mem::take(&mut is_away) {
+                        watch.excuse(Instant::now());
+                    }
+                    watch.look(&overview, Instant::now()).map_err(End::Halted)?;
+                    if watch.has_all() {
+                        let end = *end.get_or_insert_with(|| Instant::now() + self.soak);
+                        if Instant::now() >= end {
+                            return Ok(());
+                        }
+                    }
+                }
+                Err(error) => {
+                    if Timestamp::now() >= written.until {
+                        return Err(End::Over);
+                    }
+                    if !is_away {
+                        eprintln!(
+                            "filter-agent: {error:#}; it is asked again until {}",
+                            written.until
+                        );
+                    }
+                    is_away = true;
+                    // Perhaps of another member.
+                    if let Ok(other) = super::client(self.access).await {
+                        *client = other;
+                    }
+                }
+            }
+            tokio::select! {
+                () = interrupts.next() => return Err(End::Interrupted),
+                () = tokio::time::sleep(PAUSE) => {}
+            }
+        }
+    }
+
+    /// Takes the rollout back, if it is still ours, and says why.
+    async fn end(
+        &self,
+        end: End,
+        client: &mut Client,
+        before: Option<&[u8]>,
+        written: &Written,
+    ) -> Result<ExitCode> {
+        let why = match end {
+            End::Halted(Halt::Changed) => bail!(
+                "somebody else has changed the document of {}: the rollout is not watched any more, and nothing is taken back",
+                self.database
+            ),
+            End::Over => bail!(
+                "etcd did not answer until {}, when the rollout ended by itself: whether its hosts were worse off is not known",
+                written.until
+            ),
+            End::Halted(Halt::Host(why)) => Some(why),
+            End::Interrupted => None,
+        };
+        let text = match before.map(|before| String::from_utf8(before.to_vec())) {
+            Some(Ok(text)) => Ok(text),
+            _ => without_rollout(written.text.as_bytes(), false),
+        };
+        let text = text.map_err(|error| self.unwritten(&error))?;
+        let taken = match client.put(self.database, &text, written.revision).await {
+            Ok(revision) => format!("the rollout is taken back, at revision {revision}"),
+            Err(error) => format!(
+                "the rollout cannot be taken back ({error:#}): its hosts return by themselves at {}",
+                written.until
+            ),
+        };
+        match why {
+            Some(why) => bail!("halted: {why}; {taken}"),
+            None => {
+                eprintln!("filter-agent: interrupted; {taken}");
+                Ok(ExitCode::from(130))
+            }
+        }
+    }
+}
+
+fn shown(duration: Duration) -> String {
+    SignedDuration::try_from(duration).map_or_else(|_| "ages".into(), |it| format!("{it:#}"))
+}
