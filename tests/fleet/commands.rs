@@ -15,13 +15,13 @@ use crate::{
 };
 
 /// An operator beside etcd, who may read and write all that is the fleet's.
-struct Operator<'a> {
+pub struct Operator<'a> {
     etcd: &'a Etcd,
     place: PathBuf,
 }
 
 impl<'a> Operator<'a> {
-    fn new(etcd: &'a Etcd) -> Self {
+    pub fn new(etcd: &'a Etcd) -> Self {
         etcd.control(&["user", "add", "kim", "--no-password"]);
         etcd.control(&["role", "add", "operators"]);
         etcd.control(&["user", "grant-role", "kim", "operators"]);
@@ -50,19 +50,19 @@ impl<'a> Operator<'a> {
         Self { etcd, place }
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(agent_binary());
         command.arg("fleet").args(arguments);
         command.arg("--fleet").arg(&self.place);
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> Output {
+    pub fn run(&self, arguments: &[&str]) -> Output {
         self.etcd.host.output(&mut self.command(arguments))
     }
 
     #[track_caller]
-    fn says(&self, arguments: &[&str]) -> String {
+    pub fn says(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         let error = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{arguments:?}: {error}");
@@ -71,7 +71,7 @@ impl<'a> Operator<'a> {
 
     /// The one line of a command that fails.
     #[track_caller]
-    fn fails(&self, arguments: &[&str]) -> String {
+    pub fn fails(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {error}");
@@ -79,7 +79,7 @@ impl<'a> Operator<'a> {
         error
     }
 
-    fn file(&self, text: &str) -> String {
+    pub fn file(&self, text: &str) -> String {
         let path = self.etcd.directory().join("document.yaml");
         fs::write(&path, text).unwrap();
         path.to_str().unwrap().to_owned()

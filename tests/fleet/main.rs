@@ -9,5 +9,6 @@ mod members;
 mod mute;
 mod own_keys;
 mod refusals;
+mod rollout;
 
 use filter_tests::{certificates, etcd};

@@ -224,22 +224,24 @@ impl Agent {
         self.effects.extend(report.map(Effect::Report));
     }
 
-    /// Of all databases. An error leaves out what is not known.
-    pub(super) fn counted(&mut self, packets: Result<BTreeMap<String, [u64; 2]>>) {
-        let name = self.this_host.name(&self.file.policy);
-        let rolled_out = self.fleet.rolled_out(&name);
-        let packets = packets.unwrap_or_default().into_iter();
-        let packets = packets.filter(|(name, _)| rolled_out.contains(name));
+    /// `counts`: packets that passed and those that no rule allows; without those of a database that had none. An error
+    /// leaves out what is not known.
+    pub(super) fn counted(&mut self, counts: Result<BTreeMap<String, [u64; 2]>>) {
+        self.this_host.packets.clear();
+        let Ok(counts) = counts else {
+            return;
+        };
+        let host = self.this_host.name(&self.file.policy);
         let at = self.now.wall;
-        let packets = packets.map(|(name, [passed, dropped])| {
+        for name in self.fleet.rolled_out(&host) {
+            let [passed, dropped] = counts.get(name).copied().unwrap_or_default();
             let packets = Packets {
                 at,
                 passed,
                 dropped,
             };
-            (name, packets)
-        });
-        self.this_host.packets = packets.collect();
+            self.this_host.packets.insert(name.clone(), packets);
+        }
     }
 
     /// `None`: it is not written.
