@@ -47,6 +47,7 @@ struct Times {
     allowed: Vec<f64>,
     allowed_after: Vec<f64>,
     revoked: Vec<f64>,
+    revoked_after: Vec<f64>,
     puts: Vec<f64>,
 }
 
@@ -57,6 +58,8 @@ impl Times {
         self.allowed_after
             .push(after(switched.allowed, put.returned));
         self.revoked.push(after(switched.revoked, put.begun));
+        self.revoked_after
+            .push(after(switched.revoked, put.returned));
         self.puts.push(ms(put.returned - put.begun));
     }
 
@@ -68,6 +71,10 @@ impl Times {
                 &self.allowed_after,
             ),
             ("put sent to last packet of a revoked source", &self.revoked),
+            (
+                "put returned to last packet of a revoked source",
+                &self.revoked_after,
+            ),
             ("put by itself", &self.puts),
         ] {
             let name = format!("{of}, {name}");
@@ -126,7 +133,7 @@ pub fn to_all(
     simulated.settle();
     simulated.compiling();
     let traffic: Vec<Datagrams> = real.iter().map(RealHost::traffic).collect();
-    let before = Load::of(etcd)?;
+    let (before, written) = (Load::of(etcd)?, simulated.written());
     let (mut times, mut compiled, mut last) = (Times::default(), Vec::new(), Vec::new());
     for turn in 1..=changes {
         sleep(PAUSE.mul_f64(fastrand::f64()));
@@ -161,5 +168,9 @@ pub fn to_all(
     let processor = 1e3 * (after.processor - before.processor) / changes as f64;
     let name = format!("processor time of etcd, a change to {count} hosts");
     report.record(Measure::new(SECTION, name, "ms", &[processor]));
+    let statuses = (simulated.written() - written) as f64;
+    let bytes = (after.database - before.database) / statuses;
+    let name = "etcd's database on disk, for each status written";
+    report.record(Measure::new(SECTION, name, "bytes", &[bytes]));
     Ok(())
 }

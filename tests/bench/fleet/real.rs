@@ -49,8 +49,7 @@ impl RealHost {
     pub fn new(etcd: &Etcd, place: usize, name: &str, pair: &Pair) -> Self {
         let net = Net::new(&format!("bench-fleet-{place}"));
         etcd.attach_as(&net.db, 11 + place as u8);
-        let [one, other] = TURNS.map(|source| source.to_string());
-        let sources = [FLOOR.to_string().as_str(), &one, &other].map(str::to_owned);
+        let sources = [FLOOR, TURNS[0], TURNS[1]].map(|source| format!("{source}/32"));
         let sources: Vec<&str> = sources.iter().map(String::as_str).collect();
         net.watch(&[Protected::udp(PORT, &sources)]);
         Self {

@@ -14,6 +14,8 @@ pub struct Load {
     pub processor: f64,
     /// Bytes.
     pub resident: f64,
+    /// Bytes of its database on disk.
+    pub database: f64,
     pub transactions: f64,
     pub renewals: f64,
     /// Writes of its log to disk, and the seconds that they took.
@@ -32,6 +34,7 @@ impl Load {
         let load = Self {
             processor: sum("process_cpu_seconds_total"),
             resident: sum("process_resident_memory_bytes"),
+            database: sum("etcd_mvcc_db_total_size_in_bytes"),
             transactions: calls(&text, "grpc_server_handled_total", "Txn"),
             renewals: calls(&text, "grpc_server_msg_received_total", "LeaseKeepAlive"),
             syncs: sum("etcd_disk_wal_fsync_duration_seconds_count"),
