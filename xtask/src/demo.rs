@@ -9,13 +9,15 @@ mod servers;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
+
+use crate::command_line;
 
 /// Followed by the process id, so that two demos do not meet and a dead one's remains are known.
 const PREFIX: &str = "fa-demo-";
@@ -133,15 +135,39 @@ impl Demo {
     ) -> Result<String> {
         self.stop_if_interrupted()?;
         println!("{at}$ {line}");
-        let output = command.output().with_context(|| format!("run {line}"))?;
+        let output = self.finish(command)?;
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text).into_owned();
         print!("{text}");
-        self.stop_if_interrupted()?;
         let found = output.status.code();
         let what = format!("it exits with {expected}, not {found:?}");
         self.expect(found == Some(expected), &what);
         Ok(text)
+    }
+
+    /// Runs a command that prints less than a pipe holds. It is ended with the demo, or where it hangs.
+    fn finish(&self, command: &mut Command) -> Result<Output> {
+        let line = command_line(command);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().with_context(|| format!("start `{line}`"))?;
+        self.wait_for(child)
+            .with_context(|| format!("wait for `{line}`"))
+    }
+
+    fn wait_for(&self, mut child: Child) -> Result<Output> {
+        let begin = Instant::now();
+        while child.try_wait()?.is_none() {
+            if self.stop_if_interrupted().is_err() || begin.elapsed() > 2 * PATIENCE {
+                child.kill()?;
+                child.wait()?;
+                self.stop_if_interrupted()?;
+                bail!("it hangs");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Ctrl-C ends the command as well: what it printed then is not what it would have.
+        self.stop_if_interrupted()?;
+        Ok(child.wait_with_output()?)
     }
 
     /// The end of what each server said.

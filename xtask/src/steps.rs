@@ -95,6 +95,13 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
                 .args(["--", "--ignored"]),
         )?;
     }
+    if full {
+        // As a person runs them: each stops at a signal by itself.
+        let program = std::env::current_exe().context("find this program")?;
+        report.step("demo", Command::new(&program).arg("demo"))?;
+        let mut fleet = Command::new(&program);
+        report.step("demo, fleet", fleet.args(["demo", "--fleet"]))?;
+    }
     // Its figures decide nothing; that it can be run does.
     report.step("benchmark, briefly", bench().arg("--quick"))?;
     let kernels = if full {

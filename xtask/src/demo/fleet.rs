@@ -191,14 +191,16 @@ fn without_etcd(demo: &mut Demo, running: &mut Running) -> Result<()> {
     demo.try_all(office_too)?;
 
     heading("db8 reboots meanwhile: its agent is killed, and the kernel has nothing of it");
-    demo.kill(running.agents[1])?;
-    let bpffs = demo.bpffs(DB8.name);
-    run(Command::new("umount").arg(&bpffs))?;
-    let has_program = || -> Result<bool> {
+    let has_program = |demo: &Demo| -> Result<bool> {
         let mut link = demo.inside(DB8.name, "ip".as_ref());
         Ok(output(link.args(["link", "show", "eth0"]))?.contains("prog/xdp"))
     };
-    demo.wait_until("no program is attached on db8", || Ok(!has_program()?))?;
+    let is_attached = has_program(demo)?;
+    demo.expect(is_attached, "a program is attached on db8");
+    demo.kill(running.agents[1])?;
+    let bpffs = demo.bpffs(DB8.name);
+    run(Command::new("umount").arg(&bpffs))?;
+    demo.wait_until("no program is attached on db8", || Ok(!has_program(demo)?))?;
     println!("No program is attached on db8. Its agent starts, with etcd away:");
     demo.mount_bpffs(DB8.name)?;
     running.agents[1] = demo.start_agent(DB8.name)?;

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context as _, Result};
 
 use super::network::Host;
-use super::servers::{Attempt, agent_log, attempt};
+use super::servers::{Attempt, agent_log};
 use super::{Demo, heading};
 use crate::{output, run};
 
@@ -115,9 +115,7 @@ impl Demo {
             }
         }
         for (client, source, psql) in attempts {
-            let attempt = attempt(psql)?;
-            self.stop_if_interrupted()?;
-            let as_expected = match attempt {
+            let as_expected = match self.attempt(psql)? {
                 Attempt::In(seen) => {
                     println!("  {source:<17} in   the server sees {seen}");
                     self.expect(seen == *source, "the server sees the client's own address");

@@ -142,6 +142,22 @@ impl Demo {
         psql
     }
 
+    /// How psql ended.
+    pub fn attempt(&self, psql: Child) -> Result<Attempt> {
+        let answer = self.wait_for(psql).context("wait for psql")?;
+        if answer.status.success() {
+            let address = String::from_utf8_lossy(&answer.stdout);
+            return Ok(Attempt::In(address.trim().to_owned()));
+        }
+        let said = String::from_utf8_lossy(&answer.stderr);
+        let said = said.trim().trim_start_matches("psql: error: ");
+        let line = said.lines().next().unwrap_or_default().to_owned();
+        Ok(match said.contains(NO_ANSWER) {
+            true => Attempt::Out(line),
+            false => Attempt::Failed(said.to_owned()),
+        })
+    }
+
     pub fn bpffs(&self, host: &str) -> PathBuf {
         self.home(host).join("bpf")
     }
@@ -182,21 +198,6 @@ impl Demo {
 
 pub fn agent_log(host: &str) -> String {
     format!("agent-{host}.log")
-}
-
-pub fn attempt(psql: Child) -> Result<Attempt> {
-    let answer = psql.wait_with_output().context("wait for psql")?;
-    if answer.status.success() {
-        let address = String::from_utf8_lossy(&answer.stdout);
-        return Ok(Attempt::In(address.trim().to_owned()));
-    }
-    let said = String::from_utf8_lossy(&answer.stderr);
-    let said = said.trim().trim_start_matches("psql: error: ");
-    let line = said.lines().next().unwrap_or_default().to_owned();
-    Ok(match said.contains(NO_ANSWER) {
-        true => Attempt::Out(line),
-        false => Attempt::Failed(said.to_owned()),
-    })
 }
 
 fn give_to_postgres(path: &Path) -> Result<()> {

@@ -19,7 +19,7 @@ impl Demo {
     pub fn make_certificates(&self) -> Result<()> {
         let mut authority = self.openssl("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256");
         authority.args("-noenc -days 2 -subj /CN=fleet -keyout ca.key -out ca.pem".split(' '));
-        quietly(&mut authority)?;
+        self.quietly(&mut authority)?;
         let user = "extendedKeyUsage=clientAuth".to_owned();
         for name in [ROOT, KIM.name] {
             self.sign(name, &user)?;
@@ -39,10 +39,10 @@ impl Demo {
         fs::write(&file, extensions).with_context(|| format!("write {}", file.display()))?;
         let mut request = self.openssl("req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc");
         let options = format!("-subj /CN={name} -keyout {name}.key -out {name}.csr");
-        quietly(request.args(options.split(' ')))?;
+        self.quietly(request.args(options.split(' ')))?;
         let mut sign = self.openssl("x509 -req -CA ca.pem -CAkey ca.key -CAcreateserial -days 2");
         let options = format!("-in {name}.csr -extfile {name}.ext -out {name}.pem");
-        quietly(sign.args(options.split(' ')))
+        self.quietly(sign.args(options.split(' ')))
     }
 
     fn openssl(&self, arguments: &str) -> Command {
@@ -112,7 +112,26 @@ impl Demo {
         for command in commands {
             self.stop_if_interrupted()?;
             let mut etcdctl = self.etcdctl(ETCD.name, ROOT);
-            quietly(etcdctl.args(command.split(' ')))?;
+            self.quietly(etcdctl.args(command.split(' ')))?;
+        }
+        Ok(())
+    }
+
+    /// Runs a command that prints only if it fails.
+    fn quietly(&self, command: &mut Command) -> Result<()> {
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = self.finish(command)?;
+        if !status.success() {
+            let said = [stdout, stderr].concat();
+            let said = String::from_utf8_lossy(&said);
+            bail!(
+                "`{}` failed: {status}: {}",
+                command_line(command),
+                said.trim()
+            );
         }
         Ok(())
     }
@@ -154,24 +173,4 @@ pub fn version() -> Result<String> {
         .next()
         .and_then(|line| line.split(' ').next_back());
     Ok(version.context("read the version of etcd")?.to_owned())
-}
-
-/// Runs a command that prints only if it fails.
-fn quietly(command: &mut Command) -> Result<()> {
-    let line = command_line(command);
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = command
-        .output()
-        .with_context(|| format!("start `{line}`"))?;
-    if !status.success() {
-        let said = [stdout, stderr].concat();
-        bail!(
-            "`{line}` failed: {status}: {}",
-            String::from_utf8_lossy(&said).trim()
-        );
-    }
-    Ok(())
 }

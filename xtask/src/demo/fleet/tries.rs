@@ -13,7 +13,7 @@ use nix::sched::{CloneFlags, setns};
 
 use super::{CLIENTS, DATABASES, PORT};
 use crate::demo::network::Host;
-use crate::demo::servers::{Attempt, attempt};
+use crate::demo::servers::Attempt;
 use crate::demo::{Demo, PATIENCE};
 
 /// Time that a try to connect is given while we wait for the first that succeeds.
@@ -40,7 +40,7 @@ impl Demo {
             let mut row = format!("  {:<10}{:<14}", client.name, client.addresses[0]);
             let mut surprises = Vec::new();
             for (host, psql) in DATABASES.iter().zip(attempts.by_ref()) {
-                let attempt = attempt(psql)?;
+                let attempt = self.attempt(psql)?;
                 let expected = may(client.name, host.name);
                 let (shown, is_expected, said) = match attempt {
                     Attempt::In(seen) => ("in", expected && seen == client.addresses[0], seen),
@@ -53,7 +53,6 @@ impl Demo {
                     surprises.push(format!("{} {ends} at {}: {said}", client.name, host.name));
                 }
             }
-            self.stop_if_interrupted()?;
             println!("{}", row.trim_end());
             for surprise in surprises {
                 self.expect(false, &surprise);
@@ -78,14 +77,13 @@ impl Demo {
         );
         let mut psql = self.psql_with_tls(client, host, true);
         psql.env("PGSSLMODE", "disable");
-        let said = match attempt(psql.spawn().context("start psql")?)? {
+        let said = match self.attempt(psql.spawn().context("start psql")?)? {
             Attempt::In(_) => "in".to_owned(),
             Attempt::Out(said) | Attempt::Failed(said) => said,
         };
-        self.stop_if_interrupted()?;
         println!("{said}");
         self.expect(
-            said.contains("TLS"),
+            said.contains("TLS is required"),
             "it is refused because it does not begin with TLS",
         );
         Ok(())
