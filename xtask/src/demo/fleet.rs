@@ -6,12 +6,12 @@ mod tries;
 use std::fs;
 use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::network::Host;
 use super::{Demo, heading};
-use crate::{output, run};
+use crate::run;
 
 const POLICY: &str = include_str!("../../demo/fleet-policy.yaml");
 
@@ -193,7 +193,9 @@ fn without_etcd(demo: &mut Demo, running: &mut Running) -> Result<()> {
     heading("db8 reboots meanwhile: its agent is killed, and the kernel has nothing of it");
     let has_program = |demo: &Demo| -> Result<bool> {
         let mut link = demo.inside(DB8.name, "ip".as_ref());
-        Ok(output(link.args(["link", "show", "eth0"]))?.contains("prog/xdp"))
+        let link = demo.finish(link.args(["link", "show", "eth0"]))?;
+        ensure!(link.status.success(), "db8 has no eth0");
+        Ok(String::from_utf8_lossy(&link.stdout).contains("prog/xdp"))
     };
     let is_attached = has_program(demo)?;
     demo.expect(is_attached, "a program is attached on db8");
