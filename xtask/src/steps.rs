@@ -94,9 +94,7 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
                 .args(["--test", "tls"])
                 .args(["--", "--ignored"]),
         )?;
-    }
-    if full {
-        // As a person runs them: each stops at a signal by itself.
+        // Processes of their own, because a demo catches signals.
         let program = std::env::current_exe().context("find this program")?;
         report.step("demo", Command::new(&program).arg("demo"))?;
         let mut fleet = Command::new(&program);
