@@ -83,7 +83,11 @@ enum Task {
         streams: bool,
     },
     /// Run the agent in front of a PostgreSQL server in throw-away network namespaces
-    Demo,
+    Demo {
+        /// Three servers, whose rules come from etcd
+        #[arg(long)]
+        fleet: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -160,11 +164,11 @@ fn perform(task: Task) -> Result<()> {
                 None => vm::test(&vm::KERNELS, streams)?,
             }
         }
-        Task::Demo => {
+        Task::Demo { fleet } => {
             require_root("demo")?;
             setup::install(Needs::Run)?;
             build(&["--release"])?;
-            demo::show(&target_directory()?.join("release/filter-agent"))?;
+            demo::show(&target_directory()?.join("release/filter-agent"), fleet)?;
         }
     }
     Ok(())

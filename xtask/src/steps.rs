@@ -94,6 +94,11 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
                 .args(["--test", "tls"])
                 .args(["--", "--ignored"]),
         )?;
+        // Processes of their own, because a demo catches signals.
+        let program = std::env::current_exe().context("find this program")?;
+        report.step("demo", Command::new(&program).arg("demo"))?;
+        let mut fleet = Command::new(&program);
+        report.step("demo, fleet", fleet.args(["demo", "--fleet"]))?;
     }
     // Its figures decide nothing; that it can be run does.
     report.step("benchmark, briefly", bench().arg("--quick"))?;
