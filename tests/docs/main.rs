@@ -497,14 +497,14 @@ fn what_the_readme_says_does_not_exist_is_no_command() {
     let mut command = cli::command();
     command.build();
     let fleet = command.find_subcommand("fleet").unwrap();
-    let rollout = fleet.find_subcommand("rollout").unwrap();
+    let put = fleet.find_subcommand("put").unwrap();
     for thing in listed.split(" and ").flat_map(|things| things.split(", ")) {
         let option = match thing {
-            "rollouts that watch their hosts" => "soak",
+            "signed documents" => "sign",
             _ => panic!("the README says that {thing} do not exist yet"),
         };
-        let exists = rollout.get_arguments().any(|it| it.get_id() == option);
-        assert!(!exists, "{thing}: fleet rollout has --{option}");
+        let exists = put.get_arguments().any(|it| it.get_id() == option);
+        assert!(!exists, "{thing}: fleet put has --{option}");
     }
 }
 
