@@ -266,7 +266,6 @@ impl State {
         Some(state)
     }
 
-    /// Documents in force, by database.
     /// Databases with a rollout that is in force on a host.
     pub fn rolled_out(&self, host: &str) -> BTreeSet<&String> {
         let documents = self.documents.iter().filter(|(_, good)| {
@@ -276,6 +275,7 @@ impl State {
         documents.map(|(name, _)| name).collect()
     }
 
+    /// Documents in force, by database.
     pub fn documents(&self) -> &BTreeMap<String, Good> {
         &self.documents
     }

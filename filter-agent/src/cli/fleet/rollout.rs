@@ -39,18 +39,32 @@ pub(super) struct Soaked<'a> {
     pub(super) access: &'a Access,
 }
 
-/// A document of ours in etcd.
+/// A document of ours, and its revision in etcd once it is written.
 struct Written {
     text: String,
     revision: i64,
     until: Timestamp,
 }
 
+impl Written {
+    /// As `Soaked::put`.
+    async fn put(
+        mut self,
+        soaked: &Soaked<'_>,
+        client: &mut Client,
+        expected: i64,
+        limit: Timestamp,
+    ) -> Result<Self> {
+        self.revision = soaked.put(client, &self.text, expected, limit).await?;
+        Ok(self)
+    }
+}
+
 enum End {
     /// Why it was halted.
     Halted(Halt),
     Interrupted,
-    /// The time of the rollout is over, and etcd did not answer.
+    /// The time of the rollout is over before its hosts could be judged: etcd was away.
     Over,
 }
 
@@ -105,9 +119,12 @@ impl Soaked<'_> {
         // The rules that are in force, so that the hosts report what they drop without the change.
         let same = before.unwrap_or(b"rules: []");
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
-        let baseline = self
-            .write(&mut client, before, same, revision, self.soak + MARGIN)
-            .await?;
+        let rolled = self.text.as_bytes();
+        // Refused now, rather than with the baseline's rollout in force.
+        self.rolled_out(before, rolled, self.lasting)?;
+        let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
+        let baseline = baseline.put(self, &mut client, revision, Timestamp::now());
+        let baseline = baseline.await.map_err(|error| self.conflict(error))?;
         say!(
             "what {} drop without it: watched for {lasts}",
             list(self.on.iter())
@@ -119,22 +136,26 @@ impl Soaked<'_> {
         {
             return self.end(end, &mut client, before, &baseline).await;
         }
-        let rolled = self.text.as_bytes();
-        let rolled = self
-            .write(&mut client, before, rolled, baseline.revision, self.lasting)
-            .await?;
+        if let Err(why) = watch.take_baseline() {
+            let end = End::Halted(Halt::Host(why));
+            return self.end(end, &mut client, before, &baseline).await;
+        }
+        let rolled = self.rolled_out(before, rolled, self.lasting)?;
+        let until = rolled.until;
+        let rolled = rolled.put(self, &mut client, baseline.revision, baseline.until);
+        let rolled = rolled.await.map_err(|error| {
+            let error = self.conflict(error);
+            error.context(format!("roll out (if it was, then until {until})"))
+        })?;
         say!(
             "rolled out to {}, at revision {}: watched for {lasts}",
             list(self.on.iter()),
             rolled.revision
         );
-        let watched = match watch.judging(rolled.revision, Instant::now()) {
-            Ok(mut watch) => {
-                self.attend(&mut client, &mut watch, &rolled, &mut interrupts)
-                    .await
-            }
-            Err(why) => Err(End::Halted(Halt::Host(why))),
-        };
+        watch.go_on(rolled.revision, Instant::now());
+        let watched = self
+            .attend(&mut client, &mut watch, &rolled, &mut interrupts)
+            .await;
         if let Err(end) = watched {
             return self.end(end, &mut client, before, &rolled).await;
         }
@@ -148,19 +169,18 @@ impl Soaked<'_> {
         }
         let text = without_rollout(rolled.text.as_bytes(), true);
         let text = text.map_err(|error| self.unwritten(&error))?;
-        let promoted = client.put(self.database, &text, rolled.revision).await;
+        let promoted = self.put(&mut client, &text, rolled.revision, rolled.until);
+        let promoted = promoted.await;
         let promoted = promoted.map_err(|error| self.conflict(error))?;
         say!("none of them is worse off: promoted, at revision {promoted}");
         Ok(ExitCode::SUCCESS)
     }
 
-    /// Writes the document with a rollout of `other`'s rules.
-    async fn write(
+    /// The document with a rollout of `other`'s rules, yet to be written.
+    fn rolled_out(
         &self,
-        client: &mut Client,
         before: Option<&[u8]>,
         other: &[u8],
-        expected: i64,
         lasting: Duration,
     ) -> Result<Written> {
         let until = Timestamp::now().checked_add(lasting);
@@ -168,12 +188,48 @@ impl Soaked<'_> {
         let text = with_rollout(before, self.on, until, other)
             .and_then(|text| check_document(text.as_bytes()).map(|_| text))
             .map_err(|error| self.unwritten(&error))?;
-        let revision = client.put(self.database, &text, expected).await;
         Ok(Written {
-            revision: revision.map_err(|error| self.conflict(error))?,
+            revision: 0,
             text,
             until,
         })
+    }
+
+    /// Writes a document over `expected`, again and again while etcd does not answer, until `limit`. What went without an
+    /// answer may have been written: then its own text is found, and is no change of somebody else.
+    async fn put(
+        &self,
+        client: &mut Client,
+        text: &str,
+        expected: i64,
+        limit: Timestamp,
+    ) -> Result<i64> {
+        let mut is_unanswered = false;
+        loop {
+            let error = match client.put(self.database, text, expected).await {
+                Ok(revision) => return Ok(revision),
+                Err(error) => error,
+            };
+            if error.is::<Changed>() {
+                if is_unanswered
+                    && let Some(found) = client.document(self.database, None).await?
+                    && found.text == text.as_bytes()
+                {
+                    return Ok(found.mod_revision);
+                }
+                return Err(error);
+            }
+            if Timestamp::now() >= limit {
+                return Err(error);
+            }
+            if !std::mem::replace(&mut is_unanswered, true) {
+                eprintln!("filter-agent: {error:#}; it is tried again until {limit}");
+            }
+            tokio::time::sleep(PAUSE).await;
+            if let Ok(other) = super::client(self.access).await {
+                *client = other;
+            }
+        }
     }
 
     fn unwritten(&self, error: &str) -> anyhow::Error {
@@ -211,16 +267,14 @@ impl Soaked<'_> {
                     }
                     watch.look(&overview, Instant::now()).map_err(End::Halted)?;
                     if watch.has_all() {
-                        let end = *end.get_or_insert_with(|| Instant::now() + self.soak);
-                        if Instant::now() >= end {
+                        let now = Instant::now();
+                        let end = *end.get_or_insert(now + self.soak);
+                        if now >= end && watch.is_judged(now) {
                             return Ok(());
                         }
                     }
                 }
                 Err(error) => {
-                    if Timestamp::now() >= written.until {
-                        return Err(End::Over);
-                    }
                     if !is_away {
                         eprintln!(
                             "filter-agent: {error:#}; it is asked again until {}",
@@ -233,6 +287,9 @@ impl Soaked<'_> {
                         *client = other;
                     }
                 }
+            }
+            if Timestamp::now() >= written.until {
+                return Err(End::Over);
             }
             tokio::select! {
                 () = interrupts.next() => return Err(End::Interrupted),
@@ -255,8 +312,9 @@ impl Soaked<'_> {
                 self.database
             ),
             End::Over => bail!(
-                "etcd did not answer until {}, when the rollout ended by itself: whether its hosts were worse off is not known",
-                written.until
+                "the rollout ended by itself at {}, before its hosts had been watched for long enough: whether they were worse off is not known; to take it out: filter-agent fleet abort {}",
+                written.until,
+                self.database
             ),
             End::Halted(Halt::Host(why)) => Some(why),
             End::Interrupted => None,
@@ -266,8 +324,12 @@ impl Soaked<'_> {
             _ => without_rollout(written.text.as_bytes(), false),
         };
         let text = text.map_err(|error| self.unwritten(&error))?;
-        let taken = match client.put(self.database, &text, written.revision).await {
+        let taken = self.put(client, &text, written.revision, written.until);
+        let taken = match taken.await {
             Ok(revision) => format!("the rollout is taken back, at revision {revision}"),
+            Err(error) if error.is::<Changed>() => {
+                "somebody else has changed the document meanwhile: nothing is taken back".into()
+            }
             Err(error) => format!(
                 "the rollout cannot be taken back ({error:#}): its hosts return by themselves at {}",
                 written.until

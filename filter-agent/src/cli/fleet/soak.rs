@@ -36,8 +36,11 @@ struct Host {
     /// The first report and the last one.
     first: Option<Packets>,
     last: Option<Packets>,
-    /// When the last one was seen.
+    /// When the last one was seen; later where nothing could be asked since.
     heard: Instant,
+    /// How many came since it has the document in force, and when the last one of them was seen.
+    reports: usize,
+    reported: Option<Instant>,
     /// Packets a second that no rule allowed before.
     baseline: Option<f64>,
 }
@@ -57,6 +60,8 @@ impl Watch {
                 first: None,
                 last: None,
                 heard: now,
+                reports: 0,
+                reported: None,
                 baseline: None,
             };
             (name.clone(), host)
@@ -69,28 +74,44 @@ impl Watch {
         }
     }
 
-    /// The same for the rollout itself, judged by what was seen so far.
+    /// Takes what was seen so far as what is usual.
     ///
     /// # Errors
     /// A host has not reported twice.
-    pub(super) fn judging(mut self, revision: i64, now: Instant) -> Result<Self, String> {
+    pub(super) fn take_baseline(&mut self) -> Result<(), String> {
         for (name, host) in &mut self.hosts {
             let reports = host.first.zip(host.last);
             let rate = reports.and_then(|(first, last)| rate(first, last));
             let rate = rate.ok_or_else(|| format!("{name} has not reported its packets twice"))?;
             host.baseline = Some(rate);
+        }
+        Ok(())
+    }
+
+    /// Watches the same hosts for another revision from now on.
+    pub(super) fn go_on(&mut self, revision: i64, now: Instant) {
+        for host in self.hosts.values_mut() {
             host.is_active = false;
             host.heard = now;
+            host.reports = 0;
+            host.reported = None;
         }
         self.revision = revision;
         self.begun = now;
-        Ok(self)
     }
 
     /// Whether every host has it in force, and has reported since.
     pub(super) fn has_all(&self) -> bool {
         let mut hosts = self.hosts.values();
-        hosts.all(|host| host.is_active && host.last.is_some())
+        hosts.all(|host| host.is_active && host.reports > 0)
+    }
+
+    /// Whether reports of every host tell of the time until now: two, between which packets are counted, and none missing
+    /// since. Time in which nothing could be asked tells of no host.
+    pub(super) fn is_judged(&self, now: Instant) -> bool {
+        let is_fresh = |at| now.duration_since(at) <= SILENT;
+        let mut hosts = self.hosts.values();
+        hosts.all(|host| host.is_active && host.reports > 1 && host.reported.is_some_and(is_fresh))
     }
 
     /// Nothing could be asked for a while: that is no host's silence.
@@ -149,6 +170,10 @@ impl Host {
         match reported.packets {
             Some(packets) if self.last.is_none_or(|last| last.at != packets.at) => {
                 self.heard = now;
+                if self.is_active {
+                    self.reports += 1;
+                    self.reported = Some(now);
+                }
                 self.first = self.first.or(Some(packets));
                 let last = self.last.replace(packets);
                 let rate = last.and_then(|last| rate(last, packets));
@@ -238,7 +263,8 @@ mod tests {
             fleet.report(9, None, Some((10, 100 + dropped)));
             fleet.look(10).unwrap();
             let now = fleet.begin + Duration::from_secs(10);
-            fleet.watch = fleet.watch.judging(11, now).unwrap();
+            fleet.watch.take_baseline().unwrap();
+            fleet.watch.go_on(11, now);
             fleet.overview.documents = [("orders".into(), 11)].into();
             fleet
         }
@@ -279,8 +305,32 @@ mod tests {
         let mut fleet = Fleet::new();
         fleet.look(0).unwrap();
         assert!(fleet.watch.has_all());
-        let why = fleet.watch.judging(11, fleet.begin).unwrap_err();
+        let why = fleet.watch.take_baseline().unwrap_err();
         assert_eq!(why, "db7 has not reported its packets twice");
+    }
+
+    #[test]
+    fn reports_of_before_and_an_outage_of_etcd_judge_nothing() {
+        let mut fleet = Fleet::judging(0);
+        let at = |seconds| fleet.begin + Duration::from_secs(seconds);
+        let [at_15, at_20, at_90, at_95] = [15, 20, 90, 95].map(at);
+        // It has it in force, and reports the packets of before.
+        fleet.report(11, None, Some((10, 100)));
+        fleet.look(11).unwrap();
+        assert!(!fleet.watch.has_all());
+        fleet.report(11, None, Some((15, 100)));
+        fleet.look(15).unwrap();
+        assert!(fleet.watch.has_all());
+        assert!(!fleet.watch.is_judged(at_15));
+        fleet.report(11, None, Some((20, 100)));
+        fleet.look(20).unwrap();
+        assert!(fleet.watch.is_judged(at_20));
+        fleet.watch.excuse(at_90);
+        fleet.look(90).unwrap();
+        assert!(!fleet.watch.is_judged(at_90));
+        fleet.report(11, None, Some((95, 100)));
+        fleet.look(95).unwrap();
+        assert!(fleet.watch.is_judged(at_95));
     }
 
     #[test]
