@@ -54,8 +54,11 @@ impl Written {
         client: &mut Client,
         expected: i64,
         limit: Timestamp,
+        interrupts: &mut Interrupts,
     ) -> Result<Self> {
-        self.revision = soaked.put(client, &self.text, expected, limit).await?;
+        self.revision = soaked
+            .put(client, &self.text, expected, limit, interrupts)
+            .await?;
         Ok(self)
     }
 }
@@ -123,7 +126,13 @@ impl Soaked<'_> {
         // Refused now, rather than with the baseline's rollout in force.
         self.rolled_out(before, rolled, self.lasting)?;
         let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
-        let baseline = baseline.put(self, &mut client, revision, Timestamp::now());
+        let baseline = baseline.put(
+            self,
+            &mut client,
+            revision,
+            Timestamp::now(),
+            &mut interrupts,
+        );
         let baseline = baseline.await.map_err(|error| self.conflict(error))?;
         say!(
             "what {} drop without it: watched for {lasts}",
@@ -134,18 +143,30 @@ impl Soaked<'_> {
             .attend(&mut client, &mut watch, &baseline, &mut interrupts)
             .await
         {
-            return self.end(end, &mut client, before, &baseline).await;
+            return self
+                .end(end, &mut client, before, &baseline, &mut interrupts)
+                .await;
         }
         if let Err(why) = watch.take_baseline() {
             let end = End::Halted(Halt::Host(why));
-            return self.end(end, &mut client, before, &baseline).await;
+            return self
+                .end(end, &mut client, before, &baseline, &mut interrupts)
+                .await;
         }
         let rolled = self.rolled_out(before, rolled, self.lasting)?;
         let until = rolled.until;
-        let rolled = rolled.put(self, &mut client, baseline.revision, baseline.until);
-        let rolled = rolled.await.map_err(|error| {
-            let error = self.conflict(error);
-            error.context(format!("roll out (if it was, then until {until})"))
+        let rolled = rolled.put(
+            self,
+            &mut client,
+            baseline.revision,
+            baseline.until,
+            &mut interrupts,
+        );
+        let rolled = rolled.await.map_err(|error| match error.is::<Changed>() {
+            true => self.conflict(error),
+            false => error.context(format!(
+                "roll out; if it was written, hosts return at {until}"
+            )),
         })?;
         say!(
             "rolled out to {}, at revision {}: watched for {lasts}",
@@ -157,7 +178,9 @@ impl Soaked<'_> {
             .attend(&mut client, &mut watch, &rolled, &mut interrupts)
             .await;
         if let Err(end) = watched {
-            return self.end(end, &mut client, before, &rolled).await;
+            return self
+                .end(end, &mut client, before, &rolled, &mut interrupts)
+                .await;
         }
         if !self.promotes {
             say!(
@@ -169,7 +192,13 @@ impl Soaked<'_> {
         }
         let text = without_rollout(rolled.text.as_bytes(), true);
         let text = text.map_err(|error| self.unwritten(&error))?;
-        let promoted = self.put(&mut client, &text, rolled.revision, rolled.until);
+        let promoted = self.put(
+            &mut client,
+            &text,
+            rolled.revision,
+            rolled.until,
+            &mut interrupts,
+        );
         let promoted = promoted.await;
         let promoted = promoted.map_err(|error| self.conflict(error))?;
         say!("none of them is worse off: promoted, at revision {promoted}");
@@ -196,13 +225,14 @@ impl Soaked<'_> {
     }
 
     /// Writes a document over `expected`, again and again while etcd does not answer, until `limit`. What went without an
-    /// answer may have been written: then its own text is found, and is no change of somebody else.
+    /// answer may have been written: then its own text is found, and is no change of somebody else. An interrupt ends it.
     async fn put(
         &self,
         client: &mut Client,
         text: &str,
         expected: i64,
         limit: Timestamp,
+        interrupts: &mut Interrupts,
     ) -> Result<i64> {
         let mut is_unanswered = false;
         loop {
@@ -225,7 +255,10 @@ impl Soaked<'_> {
             if !std::mem::replace(&mut is_unanswered, true) {
                 eprintln!("filter-agent: {error:#}; it is tried again until {limit}");
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::select! {
+                () = interrupts.next() => return Err(error),
+                () = tokio::time::sleep(PAUSE) => {}
+            }
             if let Ok(other) = super::client(self.access).await {
                 *client = other;
             }
@@ -305,6 +338,7 @@ impl Soaked<'_> {
         client: &mut Client,
         before: Option<&[u8]>,
         written: &Written,
+        interrupts: &mut Interrupts,
     ) -> Result<ExitCode> {
         let why = match end {
             End::Halted(Halt::Changed) => bail!(
@@ -324,7 +358,7 @@ impl Soaked<'_> {
             _ => without_rollout(written.text.as_bytes(), false),
         };
         let text = text.map_err(|error| self.unwritten(&error))?;
-        let taken = self.put(client, &text, written.revision, written.until);
+        let taken = self.put(client, &text, written.revision, written.until, interrupts);
         let taken = match taken.await {
             Ok(revision) => format!("the rollout is taken back, at revision {revision}"),
             Err(error) if error.is::<Changed>() => {
