@@ -191,6 +191,12 @@ fn rollout_is_begun_promoted_and_aborted() {
         document.contains("rollout:") && document.contains("192.0.2.0/24"),
         "{document}"
     );
+    let listed = kim.run(&["status", "orders"]);
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    assert!(
+        listed.contains("orders: rollout on db7, db8 until "),
+        "{listed}"
+    );
     kim.says(&["abort", "orders"]);
     let document = kim.says(&["get", "orders"]);
     assert!(!document.contains("203.0.113.0/24"), "{document}");

@@ -16,6 +16,7 @@ use crate::{
         own_keys::{ALIVE, HOSTS},
     },
     fleet::{Settings, Value},
+    policy::{Rollout, check_document},
 };
 
 pub struct Client {
@@ -30,6 +31,8 @@ pub struct Client {
 pub struct Overview {
     /// Revisions of the documents, by database.
     pub documents: BTreeMap<String, i64>,
+    /// Rollouts that are in them.
+    pub rollouts: BTreeMap<String, Rollout>,
     /// Reports of hosts, as they wrote them.
     pub hosts: BTreeMap<String, Vec<u8>>,
     /// The present life of each host that is there.
@@ -124,7 +127,12 @@ impl Client {
         };
         let (rules, hosts, alive) = (list()?, list()?, list()?);
         let text = |value: PbKeyValue| String::from_utf8_lossy(&value.value).into_owned();
+        let rollout = |(name, value): &(String, PbKeyValue)| {
+            let document = check_document(&value.value).ok()?;
+            Some((name.clone(), document.rollout?))
+        };
         Ok(Overview {
+            rollouts: rules.iter().filter_map(rollout).collect(),
             documents: rules
                 .into_iter()
                 .map(|(name, value)| (name, value.mod_revision))

@@ -293,6 +293,7 @@ impl Host {
             rules: database.fleet_rules().len(),
             temporary: 0,
             bounds,
+            packets: None,
         };
         let marks = state.marks();
         let own = self.settings.own.as_ref();

@@ -228,6 +228,7 @@ mod tests {
                 begin,
                 overview: Overview {
                     documents: [("orders".into(), 9)].into(),
+                    rollouts: BTreeMap::new(),
                     alive: [("db7".into(), "life".into())].into(),
                     hosts: BTreeMap::new(),
                 },

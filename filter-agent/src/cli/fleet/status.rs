@@ -62,6 +62,14 @@ pub(super) struct Database {
     slowest_ms: Option<f64>,
     /// Why hosts do not enforce it, by their names.
     errors: BTreeMap<String, String>,
+    /// Hosts that enforce other rules of the document for a time.
+    rollout: Option<Rollout>,
+}
+
+#[derive(Debug, Serialize)]
+struct Rollout {
+    on: Vec<String>,
+    until: Timestamp,
 }
 
 #[derive(Debug, Serialize)]
@@ -141,12 +149,22 @@ impl Fleet {
             if !database.silent.is_empty() {
                 say!("{name}: silent: {}", list(database.silent.iter()));
             }
+            if let Some(rollout) = &database.rollout {
+                let on = list(rollout.on.iter());
+                say!(
+                    "{name}: rollout on {on} until {}: promote or abort it",
+                    rollout.until
+                );
+            }
         }
     }
 }
 
 fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatus>) -> Database {
     let revision = overview.documents.get(name).copied();
+    // One whose time is over counts as not written.
+    let rollout = overview.rollouts.get(name);
+    let rollout = rollout.filter(|rollout| rollout.until > Timestamp::now());
     let mut found = Database {
         database: name.into(),
         revision,
@@ -156,6 +174,10 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
         silent: Vec::new(),
         slowest_ms: None,
         errors: BTreeMap::new(),
+        rollout: rollout.map(|rollout| Rollout {
+            on: rollout.on.iter().cloned().collect(),
+            until: rollout.until,
+        }),
     };
     let mut is_pending = false;
     for (host, status) in hosts {
@@ -294,6 +316,7 @@ mod tests {
         let alive = hosts.iter().filter(|(_, _, alive)| *alive);
         Overview {
             documents: [("orders".into(), 9)].into(),
+            rollouts: BTreeMap::new(),
             alive: alive
                 .map(|(name, ..)| ((*name).into(), "life".into()))
                 .collect(),
