@@ -150,7 +150,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Bench { arguments } => {
             require_root("bench")?;
             setup::install(Needs::Bench)?;
-            run(bench().args(arguments))?;
+            run(bench("bench").args(arguments))?;
         }
         Task::Dist => {
             setup::install(Needs::Package)?;
@@ -181,9 +181,11 @@ fn build(profile: &[&str]) -> Result<()> {
 }
 
 /// The benchmark, built with optimisation. Its arguments follow.
-fn bench() -> Command {
+/// The benchmark, compiled with this profile.
+fn bench(profile: &str) -> Command {
     let mut command = cargo();
-    command.args(["bench", "--quiet", "--package", "filter-bench", "--"]);
+    command.args(["bench", "--quiet", "--package", "filter-bench"]);
+    command.args(["--profile", profile, "--"]);
     command
 }
 
