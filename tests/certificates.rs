@@ -22,6 +22,11 @@ impl Authority {
         Self(Ca::named(directory, name))
     }
 
+    /// One whose own certificate has expired.
+    pub fn expired(directory: &Path, name: &str) -> Self {
+        Self(Ca::expired(directory, name))
+    }
+
     pub fn file(&self) -> PathBuf {
         self.0.file()
     }

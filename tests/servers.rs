@@ -350,6 +350,13 @@ impl Ca {
         Self::with(directory.join(name), parameters_of(name, &[]))
     }
 
+    /// One whose own certificate has expired.
+    pub fn expired(directory: &Path, name: &str) -> Self {
+        let mut parameters = parameters_of(name, &[]);
+        expire(&mut parameters);
+        Self::with(directory.join(name), parameters)
+    }
+
     fn with(directory: PathBuf, mut parameters: CertificateParams) -> Self {
         fs::create_dir_all(&directory).unwrap();
         let key = KeyPair::generate().unwrap();
@@ -391,8 +398,7 @@ impl Ca {
     ) -> (PathBuf, PathBuf) {
         let key = KeyPair::generate().unwrap();
         if kind == Certificate::Expired {
-            parameters.not_before = date_time_ymd(2020, 1, 1);
-            parameters.not_after = date_time_ymd(2021, 1, 1);
+            expire(&mut parameters);
         }
         let certificate = match kind {
             Certificate::SelfSigned => parameters.self_signed(&key),
@@ -403,6 +409,11 @@ impl Ca {
         fs::write(path("key"), key.serialize_pem()).unwrap();
         (path("pem"), path("key"))
     }
+}
+
+fn expire(parameters: &mut CertificateParams) {
+    parameters.not_before = date_time_ymd(2020, 1, 1);
+    parameters.not_after = date_time_ymd(2021, 1, 1);
 }
 
 fn parameters_of(user: &str, names: &[&str]) -> CertificateParams {

@@ -3,6 +3,7 @@
 //! One clock: whoever writes, the hosts and the probes run on one machine. A change begins before its request is sent, and
 //! ends with a packet at a real host, at a simulated one with the rules compiled.
 
+mod certificates;
 mod changes;
 mod machine;
 mod outage;
@@ -25,7 +26,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use crate::report::{Measure, Report};
 use real::RealHost;
 use server::Load;
-use simulated::Simulated;
+use simulated::{Named, Simulated};
 
 pub const SECTION: &str = "fleet";
 /// Database that all hosts have.
@@ -87,15 +88,13 @@ pub fn measure(report: &mut Report, plan: &Plan) -> Result<()> {
     session.add_hosts(&real, DATABASE);
     session.add_hosts(&simulated, DATABASE);
     println!("{} users are set up in {:.1?}", plan.hosts, begun.elapsed());
-    let pairs = |names: &[String]| -> Vec<_> {
-        let names = names.iter();
-        names
-            .map(|name| etcd.authority.sign(name, &[], Kind::Good))
-            .collect()
+    let sign = |name: &String| -> Named {
+        let pair = etcd.authority.sign(name, &[], Kind::Good);
+        (name.clone(), pair)
     };
     let mut hosts = Vec::new();
-    for (place, (name, pair)) in real.iter().zip(&pairs(&real)).enumerate() {
-        hosts.push(RealHost::new(&etcd, place, name, pair));
+    for (place, (name, pair)) in real.iter().map(sign).enumerate() {
+        hosts.push(RealHost::new(&etcd, place, &name, &pair));
     }
     changes::put(&mut session, 0)?;
     memory(report, &etcd, &mut hosts[0], plan)?;
@@ -104,20 +103,22 @@ pub fn measure(report: &mut Report, plan: &Plan) -> Result<()> {
     for host in &mut hosts[1..] {
         host.start();
     }
-    let names: Vec<_> = simulated.iter().cloned().zip(pairs(&simulated)).collect();
-    let mut simulated = start(report, &etcd, names, &mut session)?;
-    idle(report, &etcd, &simulated, plan)?;
+    let named = simulated.iter().map(sign).collect();
+    let mut followers = start(report, &etcd, named, &mut session)?;
+    idle(report, &etcd, &followers, plan)?;
     changes::to_all(
         report,
         &etcd,
         &mut session,
         &hosts,
-        &mut simulated,
+        &mut followers,
         plan.changes,
     )?;
     for &away in plan.outages {
-        outage::measure(report, &etcd, &mut session, &hosts, &mut simulated, away)?;
+        outage::measure(report, &etcd, &mut session, &hosts, &mut followers, away)?;
     }
+    let all = [real, simulated].concat();
+    certificates::measure(report, &etcd, &mut session, &hosts, &mut followers, &all)?;
     let load = Load::of(&etcd)?;
     for (name, bytes) in [
         ("resident memory of etcd, at the end", load.resident),
@@ -162,7 +163,7 @@ fn memory(report: &mut Report, etcd: &Etcd, host: &mut RealHost, plan: &Plan) ->
 fn start(
     report: &mut Report,
     etcd: &Etcd,
-    hosts: Vec<simulated::Named>,
+    hosts: Vec<Named>,
     session: &mut Session<'_>,
 ) -> Result<Simulated> {
     let revision = changes::put(session, 0)?.revision;
@@ -241,6 +242,7 @@ fn judge(report: &mut Report, plan: &Plan) {
     let one = tails(report, "one host, put returned", |tail| tail.p99);
     let all = tails(report, &format!("{} hosts, ", plan.hosts), |tail| tail.max);
     let back = tails(report, "etcd killed", |tail| tail.max);
+    let renewed = medians(report, &format!("{} certificates replaced", plan.hosts));
     let idle = format!("processor time of etcd, {} hosts idle", plan.hosts);
     let idle = medians(report, &idle);
     let memory = medians(report, "the difference");
@@ -261,6 +263,12 @@ fn judge(report: &mut Report, plan: &Plan) {
         15e3,
         false,
         &back,
+    );
+    report.judge(
+        "all certificates replaced, each host connected with its own: at most 10 s",
+        10e3,
+        false,
+        &renewed,
     );
     report.judge(
         "etcd, idle hosts: at most 10 % of a core",

@@ -9,7 +9,7 @@ use filter_tests::net::{
 use serde_json::{Value, json};
 
 use crate::{
-    certificates::Kind,
+    certificates::{Authority, Kind},
     etcd::{Etcd, USER},
 };
 
@@ -77,6 +77,14 @@ fn wait_until_held(net: &Net) {
     assert!(wait_until(is_held), "{}", status(net, "orders"));
 }
 
+/// Waits until the agent says that etcd is away for this reason.
+#[track_caller]
+fn wait_until_lost(net: &Net, why: &str) {
+    let lost = || net.agent_json(&["status"])["fleet"]["lost"]["text"].clone();
+    let is_so = || lost().as_str().is_some_and(|text| text.contains(why));
+    assert!(wait_until(is_so), "{}", lost());
+}
+
 /// As after power-on: nothing is in the kernel.
 fn reboot(net: &mut Net) {
     net.kill();
@@ -129,12 +137,7 @@ fn document_is_in_force_and_stays_so_without_etcd_over_a_reboot() {
     net.watch(&[Protected::tcp(PORT, &[A, "203.0.113.9/32"])]);
     assert!(connects(&net, DENIED4.into(), PORT) && connects(&net, FLOOR, PORT));
     assert!(!connects(&net, ALLOWED4.into(), PORT));
-    assert!(wait_until(|| {
-        let fleet = net.agent_json(&["status"])["fleet"].clone();
-        fleet["lost"]["text"]
-            .as_str()
-            .is_some_and(|text| text.contains("refused"))
-    }));
+    wait_until_lost(&net, "refused");
     // Found again by itself, with what changed meanwhile.
     etcd.run(0);
     etcd.wait_until_healthy();
@@ -444,4 +447,39 @@ fn reload_keeps_what_a_region_has_that_only_a_document_names() {
     assert_eq!(difference["removed"]["first"], json!([B]), "{history}");
     assert!(connects(&net, DENIED4.into(), PORT));
     assert!(!connects(&net, ALLOWED4.into(), PORT));
+}
+
+#[test]
+fn authority_of_clients_that_expired_takes_no_rule_away_and_is_told() {
+    let etcd = Etcd::start("fleet-old-authority");
+    etcd.grant(USER, "rules/billing");
+    etcd.put("rules/orders", &document(&[A]));
+    let mut net = host("fleet-old-db", &etcd);
+    let _echo = net.echo(PORT);
+    net.start();
+    wait_for(&net, &etcd, "orders");
+    net.watch(&[Protected::tcp(PORT, &[A, "203.0.113.9/32"])]);
+    // etcd knows it besides the other one, and the host's certificate is of it.
+    let old = Authority::expired(etcd.directory(), "old");
+    let file = etcd.authority.file();
+    let both = [&file, &old.file()].map(|file| fs::read_to_string(file).unwrap());
+    fs::write(&file, both.concat()).unwrap();
+    old.sign(USER, &[], Kind::Good).replace(&etcd.client);
+    etcd.kill(0);
+    etcd.run(0);
+    etcd.wait_until_healthy();
+    wait_until_lost(&net, "refuses the certificate in `cert_file`");
+    etcd.put("rules/orders", &document(&[A, B]));
+    assert!(connects(&net, DENIED4.into(), PORT) && connects(&net, FLOOR, PORT));
+    assert!(!connects(&net, ALLOWED4.into(), PORT));
+    // Also one that starts then.
+    net.kill();
+    net.start();
+    assert!(connects(&net, DENIED4.into(), PORT) && !connects(&net, ALLOWED4.into(), PORT));
+    wait_until_lost(&net, "refuses the certificate in `cert_file`");
+    net.watch(&[Protected::tcp(PORT, &[A, B, "203.0.113.9/32"])]);
+    // It takes the place of the one before.
+    etcd.authority.sign(USER, &[], Kind::Good);
+    wait_for(&net, &etcd, "orders");
+    assert!(connects(&net, ALLOWED4.into(), PORT));
 }
