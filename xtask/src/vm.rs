@@ -1,6 +1,7 @@
 //! The system test: the package in a booted Debian with real systemd and PostgreSQL, whose address and
 //! default route come late, and three clients outside that never stop trying.
 
+mod fleet;
 mod machine;
 mod outside;
 mod streams;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::dist;
+use fleet::Etcd;
 use machine::{FOLDER, Machine, PATIENCE, base, furnish, wait_for};
 use outside::{Denied, GUESTS, Outside, PORT, serves_guest};
 use streams::Streams;
@@ -185,7 +187,9 @@ impl Scenario {
         self.machine.command("filter-agent status --verify")?;
         let exposure = self.unit()?;
         self.status_socket()?;
+        self.rules_from_etcd()?;
         let guests = self.off_for_two_hours()?;
+        self.etcd_comes_back()?;
         self.begin("after the phases", false)?;
         ensure!(
             self.answered.is_empty(),
@@ -263,11 +267,49 @@ impl Scenario {
         bail!("`{command}` prints {printed} instead of {expected}")
     }
 
+    /// The fleet's document lets a guest in, and etcd is killed.
+    fn rules_from_etcd(&mut self) -> Result<()> {
+        self.begin("rules from etcd", true)?;
+        let [.., guest] = GUESTS;
+        let etcd = Etcd::start(Path::new(FOLDER), true)?;
+        let reloaded = self.machine.command(&format!(
+            "sed -i -e '/^databases/i fleet: {{endpoints: [\"{}\"], insecure: true, host: db7}}' \\
+               -e 's/^    rules:/    fleet: true\\n&/' /etc/filter-agent/policy.yaml
+             filter-agent reload 2>&1 && echo reloaded",
+            fleet::endpoint()
+        ))?;
+        ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
+        etcd.put(&format!("rules: [{{cidr: {guest}/32}}]"))?;
+        wait_until_serves(guest)?;
+        self.wait_until_served()
+    }
+
+    /// The host says that etcd is away, and takes the next document once it is back.
+    fn etcd_comes_back(&mut self) -> Result<()> {
+        self.begin("etcd back", true)?;
+        let brief = self.machine.command("filter-agent status --brief")?;
+        ensure!(
+            brief.contains("fleet: etcd ") && brief.contains("what was in force stays so"),
+            "after a boot without etcd the status says: {brief}"
+        );
+        let etcd = Etcd::start(Path::new(FOLDER), false)?;
+        etcd.put("rules: []")?;
+        let [.., guest] = GUESTS;
+        let refused = || match serves_guest(guest) {
+            Ok(true) => None,
+            found => Some(found),
+        };
+        wait_for(refused)
+            .transpose()?
+            .context("refuse the guest whose rule the fleet revoked")?;
+        self.wait_until_served()
+    }
+
     /// Of two temporary rules one ends while the machine is off: its source gets no answer from power-on on, the other's
-    /// does. A policy that is tried then allows it as well, and is not enforced after the reboot. Returns a line about it.
+    /// does, and so does the source of the fleet's rule, with etcd away. A policy that is tried then allows it as well, and is not enforced after the reboot. Returns a line about it.
     fn off_for_two_hours(&mut self) -> Result<String> {
         self.begin("two guests", true)?;
-        let [ending, lasting] = GUESTS;
+        let [ending, lasting, of_fleet] = GUESTS;
         for (guest, hours) in [(ending, 1), (lasting, 3)] {
             let allow =
                 format!("filter-agent allow orders {guest} --for {hours}h 2>&1 && echo allowed");
@@ -287,6 +329,7 @@ impl Scenario {
         let before = self.outside.answers_to_guest()?;
         let ended = Denied::start(ending)?;
         wait_until_serves(lasting)?;
+        wait_until_serves(of_fleet)?;
         self.wait_until_up()?;
         self.begin("after that", true)?;
         thread::sleep(Duration::from_secs(5));
@@ -449,7 +492,7 @@ impl Scenario {
     /// How a connection over the bond ends: 0, or 124 where nothing answers.
     fn connect_over_bond(&mut self, seconds: u32) -> Result<String> {
         self.machine.command(&format!(
-            "ip netns exec outside timeout {seconds} bash -c 'exec 3<>/dev/tcp/10.88.0.1/{PORT}' 2>/dev/null
+            "ip netns exec outside timeout {seconds} bash -c 'exec 3<>/dev/tcp/10.88.0.1/{PORT}' 2>&1
              echo $?"
         ))
     }
@@ -539,6 +582,8 @@ impl Scenario {
             (answers > before).then_some(())
         };
         wait_for(answered).context("let the denied client in after the package's removal")?;
+        // Two hundred connections a second fill the database's queue: another might find no place in two minutes.
+        self.outside.denied.stop();
         let answer = self.connect_over_bond(600)?;
         ensure!(answer == "0", "without the package the bond gives {answer}");
         self.machine

@@ -22,8 +22,12 @@ pub const NAMESPACE: &str = "filter-agent-vm";
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 pub const ALLOWED: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 pub const DENIED: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 3);
-/// Two that temporary rules let in for a time.
-pub const GUESTS: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 77, 0, 4), Ipv4Addr::new(10, 77, 0, 5)];
+/// Two that temporary rules let in for a time, and one that the fleet's document does.
+pub const GUESTS: [Ipv4Addr; 3] = [
+    Ipv4Addr::new(10, 77, 0, 4),
+    Ipv4Addr::new(10, 77, 0, 5),
+    Ipv4Addr::new(10, 77, 0, 6),
+];
 pub const PORT: u16 = 5432;
 /// Of the machine's `eth0`.
 pub const HOST_MAC: &str = "52:54:00:77:00:01";
@@ -65,6 +69,7 @@ impl Outside {
             format!("address add {DENIED}/24 dev tap0"),
             format!("address add {}/24 dev tap0", GUESTS[0]),
             format!("address add {}/24 dev tap0", GUESTS[1]),
+            format!("address add {}/24 dev tap0", GUESTS[2]),
             "link set tap0 up".into(),
             "link set tap1 up".into(),
             "link set lo up".into(),
@@ -280,7 +285,7 @@ impl Clear {
 
 /// Connects without waiting for what comes of it, many times a second.
 pub struct Denied {
-    _client: Client,
+    client: Client,
     tries: Arc<AtomicU64>,
 }
 
@@ -312,14 +317,15 @@ impl Denied {
                 made.fetch_add(1, Ordering::Relaxed);
             }
         })?;
-        Ok(Self {
-            _client: client,
-            tries,
-        })
+        Ok(Self { client, tries })
     }
 
     pub fn tries(&self) -> u64 {
         self.tries.load(Ordering::Relaxed)
+    }
+
+    pub fn stop(&self) {
+        self.client.stop.store(true, Ordering::Relaxed);
     }
 }
 
