@@ -1,7 +1,7 @@
 //! A rollout that is watched.
 
 use std::{
-    process::Command,
+    process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::Duration,
@@ -188,4 +188,68 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
     assert_eq!(wait(&mut child).unwrap().code(), Some(1));
     let text = etcd.text_of("rules/orders").unwrap();
     assert!(!text.contains("rollout"), "{text}");
+}
+
+#[test]
+fn rollout_is_taken_back_that_a_host_refuses_and_one_whose_host_ended_while_etcd_was_away() {
+    let etcd = Etcd::start("fleet-unseen");
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(&etcd);
+    let before = "# ours\nrules: [{cidr: 198.51.100.7/32}]\n";
+    etcd.put("rules/orders", before.as_bytes());
+    let mut net = host("fleet-unseen-db", &etcd);
+    let _echo = net.echo(PORT);
+    net.start();
+    wait_for(&net, &etcd, "orders");
+    net.watch(&[Protected::tcp(PORT, &[A, B, "203.0.113.9/32"])]);
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}, {cidr: 203.0.113.10/32}]");
+    let rollout = ["rollout", "orders", &file, "--on", "db7", "--soak", "10s"];
+    let begin = |more: &[&str]| {
+        let mut command = kim.command(&[&rollout[..], more].concat());
+        let command = command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        run_in(&etcd.host.name, || command.spawn().unwrap())
+    };
+    let document_has = |text: &str| {
+        let has = || etcd.text_of("rules/orders").unwrap().contains(text);
+        assert!(wait_until(has), "{:?}", etcd.text_of("rules/orders"));
+    };
+    let assert_taken_back = |child: Child| {
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        let text = etcd.text_of("rules/orders");
+        assert_eq!(text.as_deref(), Some(before.trim()), "{said}");
+        said
+    };
+    // While the baseline is taken, the host's own bounds become narrower.
+    let child = begin(&[]);
+    document_has("rollout");
+    net.reload(&text(&etcd, "within: [198.51.100.0/24]"));
+    let said = assert_taken_back(child);
+    assert!(
+        said.contains("db7") && said.contains("203.0.113.10/32"),
+        "{said}"
+    );
+    net.reload(&text(&etcd, "within: [198.51.100.0/24, 203.0.113.0/24]"));
+    wait_for(&net, &etcd, "orders");
+
+    let child = begin(&["--promote"]);
+    document_has("203.0.113.10");
+    let is_tried = || connects(&net, ALLOWED4.into(), PORT);
+    assert!(wait_until(is_tried));
+    // The last reports are good, and the host ends before it can write another.
+    etcd.kill(0);
+    net.kill();
+    thread::sleep(Duration::from_secs(20));
+    etcd.run(0);
+    etcd.wait_until_healthy();
+    let said = assert_taken_back(child);
+    assert!(
+        said.contains("db7") && said.contains("is taken back"),
+        "{said}"
+    );
+    net.start();
+    wait_for(&net, &etcd, "orders");
+    assert!(!connects(&net, ALLOWED4.into(), PORT));
+    assert!(connects(&net, DENIED4.into(), PORT));
 }
