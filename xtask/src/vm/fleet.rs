@@ -32,13 +32,19 @@ impl Etcd {
             .spawn()
             .context("start etcd")?;
         let etcd = Self(etcd);
-        wait_for(|| etcdctl(&["endpoint", "health"]).ok()).context("wait for etcd")?;
+        let is_healthy = || {
+            let mut health = etcdctl(&["endpoint", "health"]);
+            // It says even that it is healthy there.
+            output(health.stderr(Stdio::null())).ok()
+        };
+        wait_for(is_healthy).context("wait for etcd")?;
         Ok(etcd)
     }
 
     /// Writes the document of `orders`.
     pub fn put(&self, document: &str) -> Result<()> {
-        let written = etcdctl(&["put", "/filter-agent/v1/rules/orders", document])?;
+        let key = "/filter-agent/v1/rules/orders";
+        let written = output(&mut etcdctl(&["put", key, document]))?;
         ensure!(written.trim() == "OK", "etcdctl says: {written}");
         Ok(())
     }
@@ -55,8 +61,9 @@ pub fn endpoint() -> String {
     format!("http://{ALLOWED}:2379")
 }
 
-fn etcdctl(arguments: &[&str]) -> Result<String> {
-    let mut etcdctl: Command = inside("etcdctl");
+fn etcdctl(arguments: &[&str]) -> Command {
+    let mut etcdctl = inside("etcdctl");
     etcdctl.env("ETCDCTL_API", "3");
-    output(etcdctl.args(["--endpoints", &endpoint()]).args(arguments))
+    etcdctl.args(["--endpoints", &endpoint()]).args(arguments);
+    etcdctl
 }
