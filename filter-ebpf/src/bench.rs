@@ -14,6 +14,8 @@ use aya_ebpf::{
 /// Where in a frame its source address begins, in bytes.
 #[unsafe(no_mangle)]
 static SOURCE_AT: u32 = 0;
+/// Where that of IPv4 begins, just behind the header's checksum.
+const V4_SOURCE_AT: usize = 26;
 /// Which bits of the address's words each frame has at random, as in memory. IPv4 has one word.
 #[unsafe(no_mangle)]
 static RANDOM: [u32; 4] = [0; 4];
@@ -36,6 +38,9 @@ pub fn generate(ctx: XdpContext) -> u32 {
     // SAFETY: a constant, which the loader sets before the program is loaded.
     let at = unsafe { read_volatile(&raw const SOURCE_AT) } as usize & 0x3f;
     let source = ctx.data() + at;
+    if ctx.data() + V4_SOURCE_AT > ctx.data_end() {
+        return XDP_TX;
+    }
     for (word, random) in RANDOM.iter().enumerate() {
         // SAFETY: as above.
         let random = unsafe { read_volatile(random) };
@@ -46,11 +51,27 @@ pub fn generate(ctx: XdpContext) -> u32 {
         // SAFETY: the four bytes at `place` end before the frame does; the helper takes nothing (4.1).
         unsafe {
             let place = place as *mut u32;
-            let fixed = place.read_unaligned() & !random;
-            place.write_unaligned(fixed | bpf_get_prandom_u32() & random);
+            let before = place.read_unaligned();
+            let after = before & !random | bpf_get_prandom_u32() & random;
+            place.write_unaligned(after);
+            if at == V4_SOURCE_AT {
+                let checksum = (source - 2) as *mut u16;
+                checksum.write_unaligned(changed(checksum.read_unaligned(), before, after));
+            }
         }
     }
     XDP_TX
+}
+
+/// The checksum of a header of which a word is another now (RFC 1624, equation 3). All as in memory.
+#[inline(always)]
+const fn changed(checksum: u16, before: u32, after: u32) -> u16 {
+    let before = !before;
+    let sum =
+        !checksum as u32 + (before & 0xffff) + (before >> 16) + (after & 0xffff) + (after >> 16);
+    // Five summands of 16 bits carry at most twice.
+    let sum = (sum & 0xffff) + (sum >> 16);
+    !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
 #[unsafe(link_section = "license")]

@@ -19,8 +19,13 @@ pub struct Measure {
     pub value: Spread,
     /// Where not only the middle counts.
     pub tail: Option<Tail>,
-    /// Of what a program that only drops or passes reached in the same round, or no filter.
+    /// Of what a program that only drops or passes reached in the same round, or no filter. Where some packets pass, of one
+    /// that drops and passes as many of them.
     pub share: Option<Spread>,
+    /// The shape of the list, where it is not the hard one.
+    pub list: Option<&'static str>,
+    /// The part of the packets that pass, where it is a part.
+    pub passed: Option<f64>,
 }
 
 /// The median, and the first and the third quartile.
@@ -84,6 +89,8 @@ impl Measure {
             value: Spread::of(values),
             tail: None,
             share: None,
+            list: None,
+            passed: None,
         }
     }
 
@@ -107,6 +114,14 @@ impl Measure {
     pub fn with_prefixes(self, prefixes: usize) -> Self {
         let prefixes = Some(prefixes);
         Self { prefixes, ..self }
+    }
+
+    pub fn with_list(self, list: Option<&'static str>) -> Self {
+        Self { list, ..self }
+    }
+
+    pub fn with_passed(self, passed: Option<f64>) -> Self {
+        Self { passed, ..self }
     }
 
     pub fn with_shares(self, shares: &[f64]) -> Self {
@@ -139,13 +154,15 @@ impl Report {
         let of = measure
             .prefixes
             .map(|prefixes| format!(", {prefixes} prefixes"));
+        let list = measure.list.map(|list| format!(", {list}"));
         let on = measure.host.map(|host| format!(", {host}"));
         let tail = measure
             .tail
             .map(|tail| format!("; p99 {:.1}, at most {:.1}", tail.p99, tail.max));
         println!(
-            "{section}: {name}{}{}: {} {}{}",
+            "{section}: {name}{}{}{}: {} {}{}",
             of.unwrap_or_default(),
+            list.unwrap_or_default(),
             on.unwrap_or_default(),
             measure.value,
             measure.unit,
@@ -194,10 +211,12 @@ impl Report {
             table.set_header([
                 "",
                 "prefixes",
+                "list",
                 "in front",
                 "median (quartiles)",
                 "",
                 "share",
+                "passed",
                 "p99",
                 "at most",
             ]);
@@ -206,14 +225,17 @@ impl Report {
                     m.tail
                         .map_or(String::new(), |tail| format!("{:.1}", of(tail)))
                 };
+                let passed = m.passed.map(|passed| format!("{:.1} %", 100.0 * passed));
                 let share = m.share.map(|share| format!("{:.2}", share.median));
                 table.add_row([
                     m.name.clone(),
                     m.prefixes.map(|n| n.to_string()).unwrap_or_default(),
+                    m.list.unwrap_or_default().to_owned(),
                     m.host.unwrap_or_default().to_owned(),
                     m.value.to_string(),
                     m.unit.to_owned(),
                     share.unwrap_or_default(),
+                    passed.unwrap_or_default(),
                     tail(|tail| tail.p99),
                     tail(|tail| tail.max),
                 ]);
@@ -264,7 +286,8 @@ impl Report {
             "Every packet from another source",
         ];
         for ((half, case), title) in halves.iter().zip(cases).zip(titles) {
-            let measures: Vec<&Measure> = self.find("live", case).collect();
+            let measures = self.find("live", case).filter(|m| m.list.is_none());
+            let measures: Vec<&Measure> = measures.collect();
             let sizes = measures.iter().filter_map(|m| m.prefixes);
             let (Some(least), Some(most)) = (sizes.clone().min(), sizes.max()) else {
                 continue;

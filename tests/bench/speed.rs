@@ -5,6 +5,7 @@ mod control;
 mod database;
 mod fleet;
 mod hosts;
+mod lists;
 mod report;
 mod tls;
 mod traffic;
@@ -29,8 +30,9 @@ use nix::{
 };
 
 use hosts::{Guard, Host, Programs, attach};
+use lists::Shape;
 use report::{Measure, Report};
-use traffic::{Generator, Traffic};
+use traffic::{Generator, Sent, Traffic};
 
 /// Twice as many are made, each in a /24 of its own.
 fn sizes() -> RangedU64ValueParser<usize> {
@@ -46,6 +48,9 @@ struct Arguments {
     /// Numbers of prefixes, instead of 30 to a million.
     #[arg(long, value_delimiter = ',', value_parser = sizes())]
     sizes: Vec<usize>,
+    /// Lists of these shapes, instead of all.
+    #[arg(long, value_delimiter = ',')]
+    lists: Vec<Shape>,
     /// Only these parts.
     parts: Vec<Part>,
     /// Leave out what else is in use.
@@ -59,6 +64,10 @@ struct Arguments {
 impl Arguments {
     fn wants(&self, part: Part) -> bool {
         self.parts.is_empty() || self.parts.contains(&part)
+    }
+
+    fn wants_list(&self, shape: Shape) -> bool {
+        self.lists.is_empty() || self.lists.contains(&shape)
     }
 }
 
@@ -145,7 +154,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         none,
     )
     .context("mount a BPF file system at /sys/fs/bpf")?;
-    let networks = traffic::networks(2 * most);
+    let networks = Shape::Hard.networks(2 * most);
     if [Part::PerPacket, Part::Live, Part::Pgbench]
         .into_iter()
         .any(wants)
@@ -211,15 +220,18 @@ fn programs(
             .map(|guard| Host::new(guard, &programs))
             .collect();
         for &size in sizes {
-            let networks = of_size(networks, size);
-            programs.allow(&networks, 0)?;
-            for host in &mut hosts {
-                if let Err(error) = host.allow(&networks) {
-                    let name = host.guard.name();
-                    report.miss(format!("{name} with {size} prefixes: {error:#}"));
-                }
+            if arguments.wants_list(Shape::Hard) {
+                let networks = of_size(networks, size);
+                allow(report, &mut programs, &mut hosts, &networks)?;
+                live(report, &hosts, plan, (Shape::Hard, size))?;
             }
-            live(report, &hosts, plan, size)?;
+        }
+        for shape in Shape::PUBLISHED {
+            let sizes = sizes.iter().filter(|&&size| size <= shape.most());
+            for &size in sizes.filter(|_| arguments.wants_list(shape)) {
+                allow(report, &mut programs, &mut hosts, &shape.networks(size))?;
+                live(report, &hosts, plan, (shape, size))?;
+            }
         }
         for host in &mut hosts {
             if matches!(host.guard, Guard::Drop | Guard::Filter) {
@@ -235,6 +247,22 @@ fn programs(
     }
     if arguments.wants(Part::Pgbench) {
         database::measure(report, &programs, plan.pgbench_rounds)?;
+    }
+    Ok(())
+}
+
+fn allow(
+    report: &mut Report,
+    programs: &mut Programs,
+    hosts: &mut [Host],
+    networks: &[IpNet],
+) -> Result<()> {
+    programs.allow(networks, 0)?;
+    for host in hosts {
+        if let Err(error) = host.allow(networks) {
+            let (name, size) = (host.guard.name(), networks.len() / 2);
+            report.miss(format!("{name} with {size} prefixes: {error:#}"));
+        }
     }
     Ok(())
 }
@@ -335,57 +363,86 @@ fn ending(
     programs.allow(networks, 0)
 }
 
-/// Every kind of traffic at every host, in turns.
-fn live(report: &mut Report, hosts: &[Host], plan: &Plan, size: usize) -> Result<()> {
-    for traffic in traffic::traffics() {
+/// Every kind of traffic at every host, in turns; of the published lists only the traffic that depends on them.
+fn live(
+    report: &mut Report,
+    hosts: &[Host],
+    plan: &Plan,
+    (shape, size): (Shape, usize),
+) -> Result<()> {
+    let is_hard = shape == Shape::Hard;
+    let traffics = traffic::traffics().into_iter();
+    for traffic in traffics.filter(|traffic| is_hard || traffic.name == "random sources") {
         let generator = Generator::new(&traffic)?;
-        let floor = if traffic.passes == Some(true) {
-            Guard::Pass
-        } else {
-            Guard::Drop
+        let is_floor = |guard: Guard| match traffic.passes {
+            Some(true) => guard == Guard::Pass,
+            Some(false) => guard == Guard::Drop,
+            None => matches!(guard, Guard::Drop | Guard::Pass),
         };
         let hosts: Vec<&Host> = hosts
             .iter()
             .filter(|host| host.ready)
-            .filter(|host| host.guard == floor || !matches!(host.guard, Guard::Drop | Guard::Pass))
+            .filter(|host| is_floor(host.guard) || !matches!(host.guard, Guard::Drop | Guard::Pass))
             .collect();
-        let mut rates: Vec<Vec<f64>> = vec![Vec::new(); hosts.len()];
+        let mut sent: Vec<Vec<Sent>> = Vec::new();
         for _ in 0..plan.live_rounds {
-            for (host, rates) in hosts.iter().zip(&mut rates) {
+            let mut round = Vec::new();
+            for host in &hosts {
                 let net = &host.net;
                 let sent = generator
                     .measure(&net.db, &net.client, "eth0", &traffic, (0, plan.live))
                     .with_context(|| format!("measure {}", host.guard.name()))?;
                 check(&traffic, host.guard, sent.arrived)?;
-                rates.push(sent.rate / 1e6);
+                round.push(sent);
             }
+            sent.push(round);
         }
-        let floors = hosts.iter().position(|host| host.guard == floor);
-        let floors = rates[floors.context("find the floor")?].clone();
-        for (host, rates) in hosts.iter().zip(&rates) {
-            let shares: Vec<f64> = rates
+        let place = |guard| hosts.iter().position(|host| host.guard == guard);
+        for (index, host) in hosts.iter().enumerate() {
+            let floors = match host.guard {
+                floor @ (Guard::Drop | Guard::Pass) => [place(floor), None],
+                _ => [Guard::Drop, Guard::Pass].map(place),
+            };
+            let shares: Vec<f64> = sent
                 .iter()
-                .zip(&floors)
-                .map(|(rate, floor)| rate / floor)
+                .map(|round| share(&round[index], floors.map(|place| Some(&round[place?]))))
                 .collect();
+            let rates: Vec<f64> = sent.iter().map(|round| round[index].rate / 1e6).collect();
+            let arrived = sent.iter().map(|round| round[index].arrived);
+            let is_part = traffic.passes.is_none() && !is_floor(host.guard);
+            let passed = arrived.sum::<f64>() / sent.len() as f64;
             let name = format!("{}, {}", traffic.name, traffic.family());
-            let measure = Measure::new("live", name, "million packets/s", rates);
-            report.record(
-                measure
-                    .on(host.guard.name())
-                    .with_prefixes(size)
-                    .with_shares(&shares),
-            );
+            let measure = Measure::new("live", name, "million packets/s", &rates)
+                .on(host.guard.name())
+                .with_prefixes(size)
+                .with_list((!is_hard).then(|| shape.name()))
+                .with_passed(is_part.then_some(passed))
+                .with_shares(&shares);
+            report.record(measure);
         }
     }
     Ok(())
 }
 
+/// The share of what programs reach that drop or pass everything: each packet is to cost what it costs there.
+fn share(sent: &Sent, [dropping, passing]: [Option<&Sent>; 2]) -> f64 {
+    match (dropping, passing) {
+        (Some(drop), Some(pass)) => {
+            sent.rate * (sent.arrived / pass.rate + (1.0 - sent.arrived) / drop.rate)
+        }
+        (Some(floor), None) | (None, Some(floor)) => sent.rate / floor.rate,
+        (None, None) => f64::NAN,
+    }
+}
+
 /// A guard that does not do its work is not worth measuring.
 fn check(traffic: &Traffic, guard: Guard, arrived: f64) -> Result<()> {
     let right = match (guard, traffic.passes) {
-        (Guard::Drop, _) | (_, Some(false)) => arrived < 0.001,
-        (_, Some(true)) => arrived > 0.99,
+        (Guard::Drop, _) => arrived < 0.001,
+        // Linux drops sources that nobody can have.
+        (Guard::Pass, None) => arrived > 0.8,
+        (Guard::Pass, _) | (_, Some(true)) => arrived > 0.99,
+        (_, Some(false)) => arrived < 0.001,
         (_, None) => arrived < 0.5,
     };
     let (name, family) = (traffic.name, traffic.family());

@@ -12,10 +12,9 @@ use aya::{
     programs::{TestRunAttrs, Xdp},
 };
 use filter_tests::{
-    frames::{Packet, Protocol, Rng},
+    frames::{Packet, Protocol},
     net::{Namespace, addressing},
 };
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::{
     net::if_::if_nametoindex,
     sched::{CpuSet, sched_setaffinity},
@@ -33,46 +32,12 @@ const OTHER_PORT: u16 = 9999;
 
 /// In each of its /24s, from the lowest on, one prefix is allowed: what is next to them is sent from
 /// this network.
-const DENSE: [u8; 2] = [11, 7];
+pub const DENSE: [u8; 2] = [11, 7];
 const ALLOWED4: Ipv4Addr = Ipv4Addr::new(DENSE[0], DENSE[1], 0, 77);
 const NEXT_TO_ALLOWED4: Ipv4Addr = Ipv4Addr::new(DENSE[0], DENSE[1], 0, 78);
-const DENIED4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
-const ALLOWED6: Ipv6Addr = Ipv6Addr::new(0x2a01, 0xe0a, 0, 0, 0, 0, 0, 0x77);
-const DENIED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0x470, 0, 0, 0, 0, 0, 7);
-
-/// As many IPv4 as IPv6 prefixes, of many lengths, none of which can be merged with another: IPv4 from
-/// /25 to /32 in as many /24s, IPv6 from /48 to /64 in a thousand /24s, as if of a thousand providers.
-pub fn networks(count: usize) -> Vec<IpNet> {
-    let mut rng = Rng::with_seed(6);
-    let mut taken = vec![false; 1 << 24];
-    let mut networks: Vec<IpNet> = (0..count.min(256))
-        .map(|third| {
-            let [first, second] = DENSE;
-            Ipv4Net::from(Ipv4Addr::new(first, second, third as u8, 77)).into()
-        })
-        .collect();
-    while networks.len() < count {
-        // Of the addresses that hosts on the Internet have, most.
-        let place = rng.u32(0x0b_0800..0xa9_0000);
-        let [_, first, second, third] = place.to_be_bytes();
-        let is_special = matches!((first, second), (100 | 127, _) | (169, 254));
-        if is_special || std::mem::replace(&mut taken[place as usize], true) {
-            continue;
-        }
-        let address = Ipv4Addr::new(first, second, third, rng.u8(..));
-        let prefix = Ipv4Net::new(address, rng.u8(25..=32)).expect("a length of IPv4");
-        networks.push(prefix.trunc().into());
-    }
-    networks.push(Ipv6Net::from(ALLOWED6).into());
-    for number in 1..count as u128 {
-        // The number in the bits up to /48 makes each another.
-        let provider = 0x2a02_0000 + ((number % 1000) << 8);
-        let bits = provider << 96 | (number << 80) & ((1 << 104) - 1);
-        let prefix = Ipv6Net::new(bits.into(), rng.u8(48..=64)).expect("a length of IPv6");
-        networks.push(prefix.trunc().into());
-    }
-    networks
-}
+pub const DENIED4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+pub const ALLOWED6: Ipv6Addr = Ipv6Addr::new(0x2a01, 0xe0a, 0, 0, 0, 0, 0, 0x77);
+pub const DENIED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0x470, 0, 0, 0, 0, 0, 7);
 
 /// Frames that are alike but for their sources.
 pub struct Traffic {
