@@ -101,13 +101,13 @@ fn refused_undo_takes_back_what_it_can_and_the_maps_are_read_again() {
     assert!(passes(&filter, "192.0.2.7", "10.0.0.9"));
     assert!(!passes(&filter, "198.51.100.7", "10.0.0.9"));
     // The agent knows what is left, as the next one does.
-    let left = filter.plan(&old).unwrap();
+    let left = filter.plan(&old).unwrap().difference;
     assert_eq!(left.databases["b"].unguarded, ["10.0.0.2 tcp/2"]);
     assert_eq!(left.databases["b"].guarded, ["10.0.0.1 tcp/2"]);
     assert_eq!(left.databases.len(), 1, "{left:?}");
     drop(filter);
     let next = Filter::open(bpffs.path(), None).unwrap();
-    assert_eq!(next.plan(&old).unwrap(), left);
+    assert_eq!(next.plan(&old).unwrap().difference, left);
 }
 
 #[test]
@@ -124,11 +124,11 @@ fn change_refused_at_a_map_that_takes_no_write_is_taken_back_whole() {
         !error.is::<NotTakenBack>() && !error.is::<Unknown>(),
         "{error:#}"
     );
-    assert_eq!(filter.plan(&old).unwrap(), Difference::default());
+    assert_eq!(filter.plan(&old).unwrap().difference, Difference::default());
     assert!(!passes(&filter, "198.51.100.7", "10.0.0.9"));
     drop(filter);
     let next = Filter::open(bpffs.path(), None).unwrap();
-    assert_eq!(next.plan(&old).unwrap(), Difference::default());
+    assert_eq!(next.plan(&old).unwrap().difference, Difference::default());
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn apply_that_the_kernel_refuses_half_way_is_undone() {
         assert!(!passes(filter, "198.51.100.7", "10.0.1.1"));
         assert!(!passes(filter, "203.0.113.7", "10.0.1.128"));
         assert!(passes(filter, "203.0.113.7", "10.0.2.1"));
-        assert_eq!(filter.plan(&old).unwrap(), Difference::default());
+        assert_eq!(filter.plan(&old).unwrap().difference, Difference::default());
     };
     unchanged(&filter);
     drop(filter);
@@ -225,13 +225,13 @@ fn prefixes_that_do_not_fit_half_way_are_taken_back_however_many() {
     assert!(!passes(&filter, "10.2.2.2", "10.0.0.1"));
     drop(filter);
     let mut filter = open();
-    assert_eq!(filter.plan(&old).unwrap(), Difference::default());
+    assert_eq!(filter.plan(&old).unwrap().difference, Difference::default());
     filter.apply(&new).unwrap();
     assert!(!passes(&filter, "10.1.2.2", "10.0.0.1"));
     assert!(passes(&filter, "10.2.2.2", "10.0.0.1"));
     assert!(!passes(&filter, "10.2.2.3", "10.0.0.1"));
     drop(filter);
-    assert_eq!(open().plan(&new).unwrap(), Difference::default());
+    assert_eq!(open().plan(&new).unwrap().difference, Difference::default());
 }
 
 #[test]
@@ -248,11 +248,17 @@ fn what_was_applied_is_what_the_next_agent_finds() {
     for databases in policies {
         let compiled = compiled(databases);
         let mut filter = Filter::open(bpffs.path(), Some(100)).unwrap();
-        assert_ne!(filter.plan(&compiled).unwrap(), Difference::default());
+        assert_ne!(
+            filter.plan(&compiled).unwrap().difference,
+            Difference::default()
+        );
         filter.apply(&compiled).unwrap();
         drop(filter);
         let filter = Filter::open(bpffs.path(), Some(100)).unwrap();
-        assert_eq!(filter.plan(&compiled).unwrap(), Difference::default());
+        assert_eq!(
+            filter.plan(&compiled).unwrap().difference,
+            Difference::default()
+        );
         for probe in probes(&compiled, BootTime::default(), 0) {
             let frame = frame(probe.protocol, probe.source, probe.destination, probe.port);
             let expected = probe.allowed || probe.monitor;

@@ -2,7 +2,7 @@
 //! without touching the kernel, `commit` does it. Start, restart, reload, region changes and ends of rules all
 //! come here.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, mem, net::IpAddr, sync::Arc};
 
 use anyhow::{Result, bail, ensure};
 
@@ -15,8 +15,7 @@ use crate::{
         settings::Settings,
     },
     kernel::{
-        apply::{Applied, NotTakenBack, Unknown},
-        difference::Difference,
+        apply::{Applied, NotTakenBack, Planned, Unknown},
         filter::Filter,
         image::Image,
         links::{Attached, TakenOver, is_gone},
@@ -108,6 +107,7 @@ pub struct Plan {
     /// Databases, ports and interfaces that the change would leave unguarded.
     pub unguarded: Vec<String>,
     desired: Desired,
+    change: Planned,
     is_start: bool,
     /// Listed interfaces that may be filtered, each in its mode.
     attach: Vec<(Interface, Mode)>,
@@ -208,7 +208,7 @@ impl Plan {
     }
 }
 
-/// Prepares a change. `check` returns why an interface cannot be filtered, `difference` how the maps would change:
+/// Prepares a change. `check` returns why an interface cannot be filtered, `change` how the maps would change:
 /// both look at the kernel, and neither changes anything.
 ///
 /// # Errors
@@ -218,7 +218,7 @@ pub fn prepare(
     occasion: &Occasion,
     facts: &Facts<'_>,
     check: impl Fn(&Interface, Mode) -> Result<()>,
-    difference: impl FnOnce(&Compiled) -> Result<Difference>,
+    change: impl FnOnce(&Compiled) -> Result<Planned>,
 ) -> Result<Plan> {
     let Facts {
         before,
@@ -228,12 +228,12 @@ pub fn prepare(
         pinned,
         program_id: ours,
     } = *facts;
-    let difference = difference(&desired.compiled)?;
+    let mut change = change(&desired.compiled)?;
     let filtered = indexes(pinned);
     let mut report = report::Plan {
         file: desired.file.path.clone(),
         hash: desired.file.hash.clone(),
-        difference,
+        difference: mem::take(&mut change.difference),
         settings: before
             .map(|before| differences(before, &desired.file.policy))
             .unwrap_or_default(),
@@ -249,6 +249,7 @@ pub fn prepare(
             report,
             unguarded: Vec::new(),
             desired,
+            change,
             is_start: false,
             attach: Vec::new(),
             remembered: BTreeSet::new(),
@@ -332,6 +333,7 @@ pub fn prepare(
         unguarded,
         is_start: matches!(occasion, Occasion::Start { .. }),
         desired,
+        change,
         attach,
         remembered: only_remembered,
         detach,
@@ -348,6 +350,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         mut report,
         unguarded: _,
         desired,
+        change,
         is_start,
         attach,
         remembered,
@@ -360,7 +363,7 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
         Vec::new()
     };
     // The maps first: no program runs on maps that do not hold the policy yet.
-    let applied = filter.apply(&desired.compiled)?;
+    let applied = filter.make(change)?;
     let mut attached = Vec::new();
     for (interface, mode) in attach {
         match filter.attach(&interface, mode) {
@@ -400,7 +403,6 @@ pub fn commit(filter: &mut Filter, plan: Plan, host: &[Interface]) -> Result<Com
             Err(error) => errors.push(format!("{error:#}")),
         }
     }
-    report.difference = applied.difference;
     let before = applied.before;
     let restarted = applied.restarted;
     let warnings = report.warnings.iter();

@@ -15,10 +15,16 @@ use crate::{
 /// Prefixes that are worth a second thread to write them.
 const MANY: usize = 1_000;
 
+/// A change to be made.
+#[derive(Debug, Default)]
+pub struct Planned {
+    pub difference: Difference,
+    image: Image,
+}
+
 /// A change that is in force, and the values that it replaced.
 #[derive(Debug)]
 pub struct Applied {
-    pub difference: Difference,
     /// Databases whose counters begin at zero with this change: they are new in the kernel.
     pub restarted: BTreeSet<String>,
     /// The image before the change.
@@ -59,15 +65,18 @@ impl fmt::Display for Unknown {
 
 impl Filter {
     /// Returns what `compiled` would change.
-    pub fn plan(&self, compiled: &Compiled) -> Result<Difference> {
-        let image = self.image_of(compiled)?;
-        Ok(self.image.difference(&image))
-    }
-
-    /// Returns the content of the maps for `compiled`.
     ///
     /// # Errors
     /// A policy that does not fit the maps. Found here, nothing has to be taken back.
+    pub fn plan(&self, compiled: &Compiled) -> Result<Planned> {
+        let image = self.image_of(compiled)?;
+        Ok(Planned {
+            difference: self.image.difference(&image),
+            image,
+        })
+    }
+
+    /// Returns the content of the maps for `compiled`.
     fn image_of(&self, compiled: &Compiled) -> Result<Image> {
         let image = Image::of(compiled, &self.image)?;
         for (family, prefixes) in [
@@ -84,14 +93,21 @@ impl Filter {
         Ok(image)
     }
 
-    /// Makes the kernel hold what `compiled` says, by writing only what differs.
+    /// Plans and makes a change.
+    ///
+    /// # Errors
+    /// As `plan` and `make`.
+    pub fn apply(&mut self, compiled: &Compiled) -> Result<Applied> {
+        self.make(self.plan(compiled)?)
+    }
+
+    /// Makes the kernel hold what `plan` returned last, by writing only what differs.
     ///
     /// # Errors
     /// The first write that the kernel refused. Everything written before it has been taken back, unless
     /// the error is a `NotTakenBack` or an `Unknown` as well.
-    pub fn apply(&mut self, compiled: &Compiled) -> Result<Applied> {
-        let image = self.image_of(compiled)?;
-        let difference = self.image.difference(&image);
+    pub fn make(&mut self, planned: Planned) -> Result<Applied> {
+        let image = planned.image;
         let steps = self.image.steps_to(&image);
         let mut replaced = Replaced::default();
         let mut begun = 0;
@@ -112,7 +128,6 @@ impl Filter {
             .filter_map(|(_, name)| Some(name.text()?.to_owned()))
             .collect();
         Ok(Applied {
-            difference,
             restarted,
             before: std::mem::replace(&mut self.image, image),
             replaced,

@@ -58,7 +58,7 @@ fn prepare_with(
             );
             Ok(())
         },
-        |_| Ok(Difference::default()),
+        |_| Ok(Planned::default()),
     )
 }
 
