@@ -1,19 +1,18 @@
 //! Changing what the kernel holds: writing a difference, and taking it back.
 
-use std::{collections::BTreeSet, fmt, thread};
+use std::{collections::BTreeSet, fmt};
 
-use anyhow::{Error, Result, anyhow, ensure};
+use anyhow::{Error, Result, ensure};
 
 use crate::{
     compile::Compiled,
     kernel::{
-        counters::Counter, difference::Difference, filter::Filter, image::Image, maps::Tries,
-        steps::Step,
+        counters::Counter, difference::Difference, filter::Filter, image::Image, read, steps::Step,
     },
 };
 
-/// Prefixes that are worth a second thread to write them.
-const MANY: usize = 1_000;
+/// Writes that are worth batches.
+const FEW: usize = 32;
 
 /// A change to be made.
 #[derive(Debug, Default)]
@@ -178,7 +177,7 @@ impl Filter {
         if refused.is_some() {
             // The step that failed first may not have been written at all, and the kernel refuses
             // to take it back for the same reason: only the maps show what is left.
-            match self.maps.read() {
+            match read::image(&self.pinned_maps) {
                 Ok(image) => self.image = image,
                 Err(unread) => {
                     let error = refused.unwrap_or(unread);
@@ -207,27 +206,15 @@ impl Filter {
         Ok(())
     }
 
-    /// Writes steps that are independent of each other. Two threads share a long run, which only prefixes
-    /// make: each holds a trie's lock for a part of a write only, and reads back without it.
+    /// Writes steps that are independent of each other. What a batch did not write is written one by one: a kernel may have
+    /// no batches, run out of entries in one (6.13), or give up waiting for a lock after 250 ms (6.15).
     fn write(&mut self, group: &[Step]) -> Result<()> {
-        let prefixes = || group.iter().map(Step::prefix).collect::<Option<Vec<_>>>();
-        if group.len() >= MANY
-            && let Some(prefixes) = prefixes()
-        {
-            let (first, second) = prefixes.split_at(group.len() / 2);
-            let mut allowed = Tries::open(&self.pinned_maps)?;
-            let written = thread::scope(|scope| {
-                let second = scope.spawn(move || second.iter().try_for_each(|s| allowed.write(s)));
-                let first = first.iter().try_for_each(|s| self.maps.allowed.write(s));
-                let second = second.join().map_err(|_| anyhow!("a thread panicked"));
-                first.and(second.flatten())
-            });
-            // Concurrent writers can fail where one does not: the per-CPU node cache runs out (6.13), and
-            // waiting for the lock times out after 250 ms (6.15).
-            if written.is_ok() {
-                return written;
-            }
-        }
-        group.iter().try_for_each(|step| self.maps.write(step))
+        let failed = if group.len() < FEW {
+            vec![group]
+        } else {
+            self.maps.write_batches(group)
+        };
+        let mut steps = failed.into_iter().flatten();
+        steps.try_for_each(|step| self.maps.write(step))
     }
 }

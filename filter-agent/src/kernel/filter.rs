@@ -5,14 +5,11 @@ use std::{
     fs::File,
     net::IpAddr,
     path::{Path, PathBuf},
+    thread,
 };
 
-use anyhow::{Context as _, Result};
-use aya::{
-    Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
-    maps::{MapData, MapType},
-    programs::Xdp,
-};
+use anyhow::{Context as _, Result, anyhow};
+use aya::{Ebpf, EbpfLoader, TestRun as _, TestRunOptions, maps::MapType, programs::Xdp};
 use filter_common::{
     ANSWER_LENGTH, COUNTER_ROW, COUNTERS, DEFAULT_MAX_PREFIXES, LAYOUT, Name, Reason, RuleValue,
     hit_index,
@@ -24,10 +21,13 @@ use crate::{
         counters::{Counts, Fates, Hits},
         hook,
         image::Image,
-        layout::{PinnedMaps, SHAPES, Shape, check_pin, check_pins, share_connections},
+        layout::{
+            MapsFound, PinnedMaps, SHAPES, check_pin, check_pins, open_pins, share_connections,
+        },
         maps::Maps,
         pins::{adopt_new_links, base, layouts, lock, own_directory},
         program::{OBJECT, check_kernel, load_error, program},
+        read,
         traced::Traced,
     },
     temporary::InKernel,
@@ -77,6 +77,16 @@ impl Ran {
     }
 }
 
+/// Makes the maps that are not pinned, and has the kernel check the program.
+fn load(loader: &mut EbpfLoader<'_>) -> Result<Ebpf> {
+    let mut ebpf = loader.load(OBJECT).context("create the BPF maps")?;
+    program(&mut ebpf)?
+        .load()
+        .map_err(load_error)
+        .context("load the XDP program")?;
+    Ok(ebpf)
+}
+
 impl Filter {
     /// Loads the program over the maps pinned below `bpffs`, or over new ones.
     ///
@@ -92,7 +102,7 @@ impl Filter {
         for (_, pins) in layouts(&base)? {
             adopt_new_links(&pins)?;
         }
-        let adopted = check_pins(&pins)?;
+        let found = check_pins(&pins)?;
         share_connections(&base, &pins)?;
         let max_prefixes = max_prefixes.unwrap_or(DEFAULT_MAX_PREFIXES);
         // Twice: a reload adds all of the new policy before it removes the old.
@@ -110,11 +120,15 @@ impl Filter {
         for shape in &SHAPES {
             loader.map_pin_path(shape.name, pins.join(shape.name));
         }
-        let mut ebpf = loader.load(OBJECT).context("create the BPF maps")?;
-        program(&mut ebpf)?
-            .load()
-            .map_err(load_error)
-            .context("load the XDP program")?;
+        // The maps are read while the kernel checks the program.
+        let (ebpf, held) = thread::scope(|scope| {
+            let held =
+                (found == MapsFound::All).then(|| scope.spawn(|| read::image(&open_pins(&pins)?)));
+            let ebpf = load(&mut loader);
+            let held = held.map(|held| held.join().map_err(|_| anyhow!("a thread panicked")));
+            anyhow::Ok((ebpf?, held.transpose()?.transpose()?))
+        })?;
+        let mut ebpf = ebpf;
         let mut made_for = u32::MAX;
         for shape in SHAPES.iter().filter(|shape| shape.entries.is_none()) {
             let info = check_pin(&pins, shape)?;
@@ -122,19 +136,14 @@ impl Filter {
                 made_for = made_for.min(info.max_entries());
             }
         }
-        let pinned = |shape: &Shape| {
-            let map = MapData::from_pin(pins.join(shape.name));
-            let map = map.with_context(|| format!("open the map {}", shape.name))?;
-            Ok((shape.name, map))
-        };
-        let pinned_maps = SHAPES.iter().map(pinned).collect::<Result<_>>()?;
+        let pinned_maps = open_pins(&pins)?;
         let mut maps = Maps::take(&mut ebpf)?;
         maps.write_answers()?;
         let is_judged = maps.is_judged()?;
-        let image = if adopted {
-            maps.read()?
-        } else {
-            Image::default()
+        let image = match (held, found) {
+            (Some(image), _) => image,
+            (None, MapsFound::None) => Image::default(),
+            (None, MapsFound::Some | MapsFound::All) => read::image(&pinned_maps)?,
         };
         Ok(Self {
             pins,

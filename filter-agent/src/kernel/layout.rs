@@ -1,6 +1,6 @@
 //! The layout of the pinned maps: type, sizes and flags that a map must have to be reused.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, os::fd::AsFd as _, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{MapData, MapInfo, MapType};
@@ -73,6 +73,16 @@ const fn per_cpu(name: &'static str, entries: u32) -> Shape {
 
 /// The pinned maps by name, with file descriptors of their own.
 pub(super) type PinnedMaps = BTreeMap<&'static str, MapData>;
+
+/// A map with another file descriptor of its own.
+pub(super) fn reopen(maps: &PinnedMaps, name: &str) -> Result<MapData> {
+    let open = || {
+        let map = maps.get(name).context("find it")?;
+        let fd = map.fd().as_fd().try_clone_to_owned()?;
+        anyhow::Ok(MapData::from_fd(fd)?)
+    };
+    open().with_context(|| format!("open the map {name}"))
+}
 
 const fn lru(name: &'static str, key: usize, value: usize, entries: u32) -> Shape {
     Shape {
@@ -154,8 +164,17 @@ pub(super) const SHAPES: [Shape; 27] = [
     array("ANSWERS_BY_ENGINE", size_of::<Answer>(), ANSWERS),
 ];
 
-/// Checks every map that is pinned. Returns whether any is.
-pub(super) fn check_pins(pins: &Path) -> Result<bool> {
+/// The maps of this layout that are pinned.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum MapsFound {
+    None,
+    /// A first start was cut short.
+    Some,
+    All,
+}
+
+/// Checks every map that is pinned.
+pub(super) fn check_pins(pins: &Path) -> Result<MapsFound> {
     let mut missing = None;
     let mut found = false;
     for shape in &SHAPES {
@@ -177,7 +196,21 @@ pub(super) fn check_pins(pins: &Path) -> Result<bool> {
             pins.display()
         );
     }
-    Ok(found)
+    Ok(match (found, missing) {
+        (false, _) => MapsFound::None,
+        (true, Some(_)) => MapsFound::Some,
+        (true, None) => MapsFound::All,
+    })
+}
+
+/// Opens the maps that are pinned: all of this layout.
+pub(super) fn open_pins(pins: &Path) -> Result<PinnedMaps> {
+    let pinned = |shape: &Shape| {
+        let map = MapData::from_pin(pins.join(shape.name));
+        let map = map.with_context(|| format!("open the map {}", shape.name))?;
+        Ok((shape.name, map))
+    };
+    SHAPES.iter().map(pinned).collect()
 }
 
 /// # Errors

@@ -2,32 +2,34 @@
 
 use std::{
     collections::BTreeSet,
-    io,
     net::{IpAddr, Ipv6Addr},
-    os::fd::AsFd as _,
+    thread,
 };
 
-use anyhow::{Context as _, Error, Result, ensure};
+use anyhow::{Context as _, Error, Result};
 use aya::{
     Ebpf,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
 };
 use filter_common::{
-    Address, Answer, BLOOM_LINES, BloomLine, Engine, Existing, Guard, LocalKey, MAX_LOCALS, Name,
-    PORTS, Port, RULE_IDS, RuleValue, SECTION_BITS, SLOTS, Section, Source4, Source6, mapped,
+    Address, Answer, BloomLine, Engine, Existing, Guard, LocalKey, MAX_LOCALS, Name, Port,
+    RuleValue, Section, mapped,
 };
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 
 use crate::{
     clock::BootTime,
     kernel::{
         answer::answer,
+        batch::{BATCH, Batches},
         change::Change,
-        image::{Image, Prefixes},
-        layout::PinnedMaps,
-        steps::{PrefixStep, Step},
+        steps::Step,
+        tries::{Tries, absent_is_none},
     },
 };
+
+/// Writes that are worth a second thread.
+const MANY: usize = 2 * BATCH;
 
 pub(super) struct Maps {
     pub(super) ports: Array<MapData, Port>,
@@ -36,7 +38,8 @@ pub(super) struct Maps {
     pub(super) allowed: Tries,
     pub(super) blocked: Tries,
     ends: Array<MapData, u64>,
-    pub(super) bloom: Array<MapData, BloomLine>,
+    bloom: Array<MapData, BloomLine>,
+    bloom_batches: Batches<u32, BloomLine>,
     pub(super) epoch: Array<MapData, u32>,
     pub(super) counts: PerCpuArray<MapData, u64>,
     pub(super) hits: PerCpuArray<MapData, u64>,
@@ -63,9 +66,13 @@ pub(super) fn typed<T>(ebpf: &mut Ebpf, name: &str) -> Result<T>
 where
     T: TryFrom<Map, Error = MapError>,
 {
-    let map = ebpf.take_map(name).context("find it in the BPF object");
-    map.and_then(|map| Ok(T::try_from(map)?))
-        .with_context(|| format!("open the BPF map {name}"))
+    let map = taken(ebpf, name)?;
+    T::try_from(map).with_context(|| format!("open the BPF map {name}"))
+}
+
+fn taken(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
+    let map = ebpf.take_map(name);
+    map.with_context(|| format!("find the map {name} in the BPF object"))
 }
 
 impl Unpinned {
@@ -93,20 +100,16 @@ impl Unpinned {
 
 impl Maps {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        let bloom = taken(ebpf, "PREFIX_BLOOM")?;
         Ok(Self {
             ports: typed(ebpf, "PORT_GUARDS")?,
             locals: typed(ebpf, "LOCAL_GUARDS")?,
             protocols: typed(ebpf, "PROTOCOLS")?,
-            blocked: Tries {
-                v4: typed(ebpf, "BLOCKED4")?,
-                v6: typed(ebpf, "BLOCKED6")?,
-            },
-            allowed: Tries {
-                v4: typed(ebpf, "ALLOWED4")?,
-                v6: typed(ebpf, "ALLOWED6")?,
-            },
+            blocked: Tries::open("BLOCKED4", "BLOCKED6", |name| taken(ebpf, name))?,
+            allowed: Tries::open("ALLOWED4", "ALLOWED6", |name| taken(ebpf, name))?,
             ends: typed(ebpf, "ENDS")?,
-            bloom: typed(ebpf, "PREFIX_BLOOM")?,
+            bloom_batches: Batches::open(&bloom)?,
+            bloom: bloom.try_into().context("open the BPF map PREFIX_BLOOM")?,
             epoch: typed(ebpf, "EPOCH")?,
             counts: typed(ebpf, "COUNTS")?,
             hits: typed(ebpf, "HITS")?,
@@ -129,53 +132,6 @@ impl Maps {
                 .context("write the answers to refused clients")?;
         }
         Ok(())
-    }
-
-    /// Reads the image. Arrays are read whole: the kernel does not list the elements that are set.
-    pub(super) fn read(&self) -> Result<Image> {
-        self.try_read().context("read the maps")
-    }
-
-    fn try_read(&self) -> Result<Image, MapError> {
-        let mut image = Image {
-            protocols: self.protocols.get(&0, 0)?,
-            ..Image::default()
-        };
-        for slot in 1..SLOTS {
-            let name = self.slot_names.get(&slot, 0)?;
-            if name != Name::FREE {
-                image.slots.push((slot, name));
-            }
-        }
-        for id in 0..RULE_IDS {
-            let name = self.rule_names.get(&id, 0)?;
-            if name != Name::FREE {
-                image.rules.push((id, name));
-            }
-            let end = self.ends.get(&id, 0)?;
-            if end != 0 {
-                image.ends.push((id, BootTime(end)));
-            }
-        }
-        for index in 0..PORTS {
-            let guard = self.ports.get(&index, 0)?.guard();
-            if !guard.is_none() {
-                image.ports.push((index, guard));
-            }
-        }
-        for line in 0..BLOOM_LINES {
-            let bits = self.bloom.get(&line, 0)?;
-            if bits != BloomLine::default() {
-                image.bloom.push((line, bits));
-            }
-        }
-        for entry in self.locals.iter() {
-            image.locals.push(entry?);
-        }
-        (image.allowed4, image.allowed6) = self.allowed.read()?;
-        (image.blocked4, image.blocked6) = self.blocked.read()?;
-        image.locals.sort_unstable_by_key(|&(key, _)| key);
-        Ok(image)
     }
 
     /// Ends the verdicts in the caches: those of another epoch do not match.
@@ -256,6 +212,39 @@ impl Maps {
         self.epoch.get(&0, 0).context("read the epoch")
     }
 
+    /// Writes steps of one kind that are independent of each other, in batches: prefixes, or lines of the Bloom filter. Two
+    /// threads share a long run: each holds a trie's lock for one prefix at a time. Returns the batches that failed,
+    /// of which any step may have been written.
+    pub(super) fn write_batches<'a>(&self, steps: &'a [Step]) -> Vec<&'a [Step]> {
+        let (allowed, bloom) = (&self.allowed, &self.bloom_batches);
+        let write = |steps: &[Step]| {
+            let prefixes: Option<Vec<_>> = steps.iter().map(Step::prefix).collect();
+            if let Some(prefixes) = prefixes {
+                return allowed.write_batch(&prefixes);
+            }
+            let lines: Option<Vec<_>> = steps.iter().map(Step::bloom_line).collect();
+            let lines = lines.context("find prefixes or lines of the Bloom filter")?;
+            let (lines, bits): (Vec<_>, Vec<_>) = lines.into_iter().unzip();
+            Ok(bloom.update(&lines, &bits)?)
+        };
+        let failed = |steps: &'a [Step]| {
+            let batches = steps.chunks(BATCH);
+            let failed: Vec<_> = batches.filter(|batch| write(batch).is_err()).collect();
+            failed
+        };
+        if steps.len() < MANY {
+            return failed(steps);
+        }
+        let (first, second) = steps.split_at(steps.len() / 2);
+        thread::scope(|scope| {
+            let second_failed = scope.spawn(|| failed(second));
+            let mut all = failed(first);
+            // A thread that panicked may have written nothing.
+            all.extend(second_failed.join().unwrap_or_else(|_| vec![second]));
+            all
+        })
+    }
+
     pub(super) fn write(&mut self, step: &Step) -> Result<()> {
         match *step {
             Step::Slot(ref change) => self
@@ -324,117 +313,4 @@ impl Maps {
         let block = in_force(self.blocked.find(section, source)?)?;
         Ok(Some(block.unwrap_or(rule)))
     }
-}
-
-/// Allowed or blocked prefixes of every database, by address family.
-pub(super) struct Tries {
-    v4: LpmTrie<MapData, Source4, RuleValue>,
-    v6: LpmTrie<MapData, Source6, RuleValue>,
-}
-
-impl Tries {
-    /// Opens the tries of allowed prefixes again, for a second writer thread.
-    pub(super) fn open(maps: &PinnedMaps) -> Result<Self> {
-        let open = |name: &str| {
-            let map = maps.get(name).context("find it")?;
-            let fd = map.fd().as_fd().try_clone_to_owned()?;
-            anyhow::Ok(Map::LpmTrie(MapData::from_fd(fd)?))
-        };
-        let open = |name: &str| open(name).with_context(|| format!("open the map {name}"));
-        Ok(Self {
-            v4: open("ALLOWED4")?.try_into()?,
-            v6: open("ALLOWED6")?.try_into()?,
-        })
-    }
-
-    /// Reads both, each sorted by key.
-    fn read(&self) -> Result<(Prefixes<Ipv4Net>, Prefixes<Ipv6Net>), MapError> {
-        let (mut v4, mut v6) = (Vec::new(), Vec::new());
-        // Only this agent writes the maps, and only prefixes.
-        for entry in self.v4.iter() {
-            let (key, value) = entry?;
-            let Source4 { section, address } = key.data();
-            let length = key.prefix_len().saturating_sub(SECTION_BITS) as u8;
-            let prefix = Ipv4Net::new(address.into(), length);
-            v4.extend(prefix.map(|prefix| ((section, prefix), value)));
-        }
-        for entry in self.v6.iter() {
-            let (key, value) = entry?;
-            let Source6 { section, address } = key.data();
-            let length = key.prefix_len().saturating_sub(SECTION_BITS) as u8;
-            let prefix = Ipv6Net::new(address.into(), length);
-            v6.extend(prefix.map(|prefix| ((section, prefix), value)));
-        }
-        v4.sort_unstable_by_key(|&(key, _)| key);
-        v6.sort_unstable_by_key(|&(key, _)| key);
-        Ok((v4, v6))
-    }
-
-    pub(super) fn write(&mut self, step: &PrefixStep) -> Result<()> {
-        match *step {
-            PrefixStep::V4(Change { key, new, .. }) => {
-                let (section, prefix) = key;
-                write_prefix(&mut self.v4, &source4(section, prefix), new)
-                    .with_context(|| format!("write prefix {prefix}"))
-            }
-            PrefixStep::V6(Change { key, new, .. }) => {
-                let (section, prefix) = key;
-                write_prefix(&mut self.v6, &source6(section, prefix), new)
-                    .with_context(|| format!("write prefix {prefix}"))
-            }
-        }
-    }
-
-    /// The value of the longest prefix of a section that holds a source.
-    pub(super) fn find(&self, section: Section, source: IpAddr) -> Result<Option<RuleValue>> {
-        let found = match source {
-            IpAddr::V4(source) => self.v4.get(&source4(section, source.into()), 0),
-            IpAddr::V6(source) => self.v6.get(&source6(section, source.into()), 0),
-        };
-        absent_is_none(found).context("look the source up in the kernel")
-    }
-}
-
-/// Writes one entry and reads it back: inserts into a trie have been seen to fail under memory
-/// pressure, and a batch of them to be lost (kernel 6.18).
-fn write_prefix<K: aya::Pod>(
-    trie: &mut LpmTrie<MapData, K, RuleValue>,
-    key: &Key<K>,
-    new: Option<RuleValue>,
-) -> Result<()> {
-    let Some(value) = new else {
-        absent_is_none(trie.remove(key))?;
-        return Ok(());
-    };
-    trie.insert(key, value, 0)?;
-    // The longest match of a prefix that is in the trie is that prefix.
-    ensure!(
-        trie.get(key, 0)? == value,
-        "the kernel does not hold what was written"
-    );
-    Ok(())
-}
-
-/// aya names a missing key in three ways, by map type and call.
-fn absent_is_none<T>(result: Result<T, MapError>) -> Result<Option<T>, MapError> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(None),
-        Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
-            Ok(None)
-        }
-        Err(error) => Err(error),
-    }
-}
-
-fn source4(section: Section, prefix: Ipv4Net) -> Key<Source4> {
-    let address = prefix.network().octets();
-    let source = Source4 { section, address };
-    Key::new(SECTION_BITS + u32::from(prefix.prefix_len()), source)
-}
-
-fn source6(section: Section, prefix: Ipv6Net) -> Key<Source6> {
-    let address = prefix.network().octets();
-    let source = Source6 { section, address };
-    Key::new(SECTION_BITS + u32::from(prefix.prefix_len()), source)
 }

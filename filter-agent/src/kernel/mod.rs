@@ -2,6 +2,7 @@
 
 mod answer;
 pub mod apply;
+mod batch;
 mod bloom;
 pub mod change;
 pub mod counters;
@@ -16,7 +17,9 @@ mod maps;
 pub mod pins;
 pub mod probe;
 pub mod program;
+mod read;
 mod restore;
 pub mod samples;
 pub mod steps;
 pub mod traced;
+mod tries;

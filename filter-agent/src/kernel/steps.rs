@@ -45,8 +45,20 @@ impl Step {
         }
     }
 
-    /// Whether two neighbours may change places: both add prefixes of a family to sections of one kind, or both remove them.
+    /// The line and its new bits, if this step is a write to the prefix Bloom filter.
+    pub fn bloom_line(&self) -> Option<(u32, BloomLine)> {
+        match self {
+            Self::Bloom(change) => Some((change.key, change.new.unwrap_or_default())),
+            _ => None,
+        }
+    }
+
+    /// Whether two neighbours may change places: both add prefixes of a family to sections of one kind, or both remove
+    /// them, or both are lines of the Bloom filter.
     pub fn is_independent_of(&self, other: &Self) -> bool {
+        if let (Self::Bloom(_), Self::Bloom(_)) = (self, other) {
+            return true;
+        }
         match (self.prefix(), other.prefix()) {
             (Some(PrefixStep::V4(one)), Some(PrefixStep::V4(other))) => {
                 one.removes() == other.removes()

@@ -23,7 +23,7 @@ use ipnet::IpNet;
 use crate::kernel::{
     filter::Filter,
     hook,
-    layout::{PinnedMaps, SHAPES, check_pins},
+    layout::{MapsFound, PinnedMaps, SHAPES, check_pins},
     links::is_detached,
     maps::{Unpinned, typed},
     pins,
@@ -84,7 +84,7 @@ impl Traced {
         let pins = &place.pins;
         // A pin that is missing would be made anew, empty.
         ensure!(
-            check_pins(pins)?,
+            check_pins(pins)? == MapsFound::All,
             "the maps of the filter are not pinned in {}",
             pins.display()
         );

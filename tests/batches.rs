@@ -1,0 +1,237 @@
+//! Batches of entries that the kernel refuses, or writes in part.
+
+use std::{
+    fs::File,
+    mem,
+    net::Ipv4Addr,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd},
+        unix::fs::FileExt as _,
+    },
+    path::PathBuf,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
+
+use aya::maps::{LpmTrie, Map, MapData, MapError, lpm_trie::Key};
+use filter_agent::{
+    clock::Clock,
+    compile::{Compiled, compile},
+    kernel::{difference::Difference, filter::Filter},
+    policy,
+    rules::Regions,
+    temporary::Timed,
+};
+use filter_common::{LAYOUT, SECTION_BITS, Source4};
+use filter_tests::bpffs::Bpffs;
+use ipnet::Ipv4Net;
+use libseccomp::{
+    ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpNotifReq, ScmpNotifResp,
+    ScmpNotifRespFlags, ScmpSyscall,
+};
+use nix::{
+    errno::Errno,
+    libc::{SYS_bpf, syscall},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
+
+const MAP_LOOKUP_BATCH: u64 = 24;
+const MAP_UPDATE_BATCH: u64 = 26;
+const MAP_DELETE_BATCH: u64 = 27;
+
+/// What the kernel says to a map that has no batches; C libraries have no such number.
+const ENOTSUPP: i32 = 524;
+
+/// How the kernel treats every batch.
+#[derive(Clone, Copy, Debug)]
+enum Treatment {
+    Refuse(i32),
+    /// Half of it is done, then memory runs out.
+    Halve,
+}
+
+/// A database that so many hosts of a network may reach.
+fn many(network: u8, count: u16) -> Compiled {
+    let text = format!(
+        "interfaces: [eth0]\ndatabases:\n  - {{name: a, port: 1, model: dedicated, force_tls: false, \
+         rules: [{{cidr: 10.{network}.0.0/16}}]}}\n"
+    );
+    let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let timed = Timed::of(&policy, Clock::start().now());
+    let mut compiled = compile(&policy, &Regions::new(), &timed);
+    let (_, held) = compiled.databases["a"].v4[0];
+    let hosts = (0..count).map(|host| {
+        let [high, low] = (host * 2).to_be_bytes();
+        (Ipv4Net::from(Ipv4Addr::new(10, network, high, low)), held)
+    });
+    compiled.databases.get_mut("a").unwrap().v4 = hosts.collect();
+    compiled
+}
+
+fn trie(bpffs: &Bpffs) -> LpmTrie<MapData, Source4, u32> {
+    let pin: PathBuf = bpffs
+        .path()
+        .join(format!("filter-agent/v{LAYOUT}/ALLOWED4"));
+    let map = Map::LpmTrie(MapData::from_pin(pin).unwrap());
+    map.try_into().unwrap()
+}
+
+/// The addresses in the kernel's trie, listed one by one.
+fn held(bpffs: &Bpffs) -> Vec<Ipv4Addr> {
+    let keys: Result<Vec<Key<Source4>>, MapError> = trie(bpffs).keys().collect();
+    let keys = keys.unwrap().into_iter();
+    let mut held: Vec<Ipv4Addr> = keys.map(|key| key.data().address.into()).collect();
+    held.sort_unstable();
+    held
+}
+
+fn addresses(compiled: &Compiled) -> Vec<Ipv4Addr> {
+    let v4 = compiled.databases["a"].v4.iter();
+    v4.map(|(prefix, _)| prefix.network()).collect()
+}
+
+/// The treatment that is in force, and how many batches met it.
+type Treated = Mutex<(Treatment, usize)>;
+
+/// Has batches of this thread, and of those that it starts, treated from now on. libseccomp has one listener a process.
+fn treat() -> Arc<Treated> {
+    let treated = Arc::new(Treated::new((Treatment::Halve, 0)));
+    let (send, listener) = mpsc::channel();
+    // Started before there is a filter, which it would inherit.
+    let supervised = treated.clone();
+    thread::spawn(move || supervise(listener.recv().unwrap(), &supervised));
+    let mut filter = ScmpFilterContext::new(ScmpAction::Allow).unwrap();
+    let bpf = ScmpSyscall::from_name("bpf").unwrap();
+    for command in [MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH, MAP_DELETE_BATCH] {
+        let is_command = ScmpArgCompare::new(0, ScmpCompareOp::Equal, command);
+        filter
+            .add_rule_conditional(ScmpAction::Notify, bpf, &[is_command])
+            .unwrap();
+    }
+    filter.load().unwrap();
+    send.send(filter.get_notify_fd().unwrap()).unwrap();
+    treated
+}
+
+/// Answers batches until no thread has the filter.
+fn supervise(listener: i32, treated: &Treated) {
+    // SAFETY: libseccomp opened it for this, and nobody closes it before the process ends.
+    let listener = unsafe { BorrowedFd::borrow_raw(listener) };
+    loop {
+        let mut fds = [PollFd::new(listener, PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => continue,
+            polled => polled.unwrap(),
+        };
+        if !fds[0].revents().unwrap().contains(PollFlags::POLLIN) {
+            return;
+        }
+        let Ok(request) = ScmpNotifReq::receive(listener.as_raw_fd()) else {
+            continue;
+        };
+        let (treatment, count) = &mut *treated.lock().unwrap();
+        let error = match *treatment {
+            Treatment::Refuse(error) => error,
+            Treatment::Halve => {
+                halve(request.data.args[0], request.data.args[1]);
+                Errno::ENOMEM as i32
+            }
+        };
+        *count += 1;
+        let response = ScmpNotifResp::new_error(request.id, -error, ScmpNotifRespFlags::empty());
+        response.respond(listener.as_raw_fd()).unwrap();
+    }
+}
+
+/// Makes a call of another thread for half of its entries, and says there how many these were, as the kernel does.
+fn halve(command: u64, attributes: u64) {
+    const LENGTH: usize = 56;
+    const COUNT: usize = 32;
+    let mut options = File::options();
+    let memory = options
+        .read(true)
+        .write(true)
+        .open("/proc/self/mem")
+        .unwrap();
+    let mut bytes = [0_u8; LENGTH];
+    memory.read_exact_at(&mut bytes, attributes).unwrap();
+    let count = &mut bytes[COUNT..COUNT + 4];
+    let half = u32::from_ne_bytes(count.try_into().unwrap()) / 2;
+    count.copy_from_slice(&half.to_ne_bytes());
+    // SAFETY: the other thread waits for an answer, and vouches for twice as many entries.
+    let result = unsafe { syscall(SYS_bpf, command, bytes.as_mut_ptr(), LENGTH) };
+    assert!(
+        result == 0 || Errno::last() == Errno::ENOENT,
+        "{}",
+        Errno::last()
+    );
+    let count = &bytes[COUNT..COUNT + 4];
+    memory
+        .write_all_at(count, attributes + COUNT as u64)
+        .unwrap();
+}
+
+#[test]
+fn batches_that_fail_or_are_not_known_are_finished_one_by_one() {
+    let bpffs = Bpffs::mount();
+    let treated = treat();
+    let open = || Filter::open(bpffs.path(), Some(5_000)).unwrap();
+    let met = || mem::take(&mut treated.lock().unwrap().1);
+    for treatment in [
+        Treatment::Halve,
+        Treatment::Refuse(Errno::EINVAL as i32),
+        Treatment::Refuse(ENOTSUPP),
+    ] {
+        treated.lock().unwrap().0 = treatment;
+        let mut filter = open();
+        for policy in [many(1, 4_000), many(2, 3_000)] {
+            met();
+            filter.apply(&policy).unwrap();
+            assert!(met() > 0, "{treatment:?}: no batch was written");
+            assert_eq!(held(&bpffs), addresses(&policy), "{treatment:?}");
+            drop(filter);
+            filter = open();
+            assert!(met() > 0, "{treatment:?}: no batch was read");
+            let left = filter.plan(&policy).unwrap().difference;
+            assert_eq!(left, Difference::default(), "{treatment:?}");
+        }
+    }
+}
+
+/// The kernel itself stops a removal there.
+#[test]
+fn removal_goes_on_behind_an_entry_that_somebody_removed() {
+    let bpffs = Bpffs::mount();
+    let mut filter = Filter::open(bpffs.path(), Some(5_000)).unwrap();
+    let policy = many(1, 4_000);
+    filter.apply(&policy).unwrap();
+    let mut trie = trie(&bpffs);
+    for place in [700, 2_500] {
+        let (prefix, _) = policy.databases["a"].v4[place];
+        let address = prefix.network().octets();
+        let keys = trie.keys().map(Result::unwrap);
+        let key = keys.into_iter().find(|key| key.data().address == address);
+        let section = key.unwrap().data().section;
+        trie.remove(&Key::new(SECTION_BITS + 32, Source4 { section, address }))
+            .unwrap();
+    }
+    let none = many(1, 0);
+    filter.apply(&none).unwrap();
+    assert_eq!(held(&bpffs), addresses(&none));
+}
+
+#[test]
+fn list_is_read_whole_whatever_its_length() {
+    let bpffs = Bpffs::mount();
+    let open = || Filter::open(bpffs.path(), Some(20_000)).unwrap();
+    for count in [0, 1, 16_383, 16_384, 16_385] {
+        let policy = many(1, count);
+        open().apply(&policy).unwrap();
+        let filter = open();
+        assert_eq!(filter.image().allowed4.len(), usize::from(count));
+        assert_eq!(
+            filter.plan(&policy).unwrap().difference,
+            Difference::default()
+        );
+    }
+}
