@@ -21,6 +21,16 @@ pub fn changes<K: Ord + Copy, V: PartialEq + Copy>(
     new: &[(K, V)],
 ) -> Vec<Change<K, V>> {
     let mut changes = Vec::new();
+    // Most changes leave nearly all of a long list as it is.
+    let same = old.iter().zip(new).take_while(|(old, new)| old == new);
+    let same = same.count();
+    let (old, new) = (&old[same..], &new[same..]);
+    let (backwards, new_backwards) = (old.iter().rev(), new.iter().rev());
+    let same = backwards
+        .zip(new_backwards)
+        .take_while(|(old, new)| old == new);
+    let same = same.count();
+    let (old, new) = (&old[..old.len() - same], &new[..new.len() - same]);
     let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
     loop {
         let (key, old, new) = match (old.peek(), new.peek()) {

@@ -163,18 +163,24 @@ fn changed<N: Ord + Copy + Into<IpNet>>(
     old: &[((Section, N), RuleValue)],
     new: &[((Section, N), RuleValue)],
 ) -> Vec<(u16, IpNet, bool)> {
-    let is_held = |list: &[((Section, N), RuleValue)], slot, prefix| {
-        [Section::rules(slot), Section::cluster(slot)]
-            .iter()
-            .any(|&section| {
-                let place = list.binary_search_by_key(&(section, prefix), |&(key, _)| key);
-                place.is_ok()
-            })
-    };
+    // Changes are sorted by section: most have the section of the one before.
+    let mut others = (None, [&old[..0], &new[..0]]);
     let changes = changes(old, new).into_iter().filter_map(|change| {
         let (section, prefix) = change.key;
         let slot = section.slot();
-        let (is_new, is_old) = (is_held(new, slot, prefix), is_held(old, slot, prefix));
+        let other = match section.is_cluster() {
+            true => Section::rules(slot),
+            false => Section::cluster(slot),
+        };
+        if others.0 != Some(other) {
+            others = (Some(other), [old, new].map(|list| part(list, other)));
+        }
+        let [was_there, is_there] = others.1.map(|list| {
+            let place = list.binary_search_by_key(&prefix, |&((_, prefix), _)| prefix);
+            place.is_ok()
+        });
+        let is_old = change.old.is_some() || was_there;
+        let is_new = change.new.is_some() || is_there;
         (is_new != is_old).then(|| (slot, prefix.into(), is_new))
     });
     let mut changed: Vec<_> = changes.collect();
@@ -182,6 +188,13 @@ fn changed<N: Ord + Copy + Into<IpNet>>(
     changed.sort_unstable();
     changed.dedup();
     changed
+}
+
+/// The prefixes of one section.
+fn part<N>(list: &[((Section, N), RuleValue)], section: Section) -> &[((Section, N), RuleValue)] {
+    let begin = list.partition_point(|((other, _), _)| *other < section);
+    let end = list.partition_point(|((other, _), _)| *other <= section);
+    &list[begin..end]
 }
 
 /// `tcp/5432`.
