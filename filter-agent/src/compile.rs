@@ -138,7 +138,7 @@ fn compile_database(
     for member in &database.cluster {
         let key = RuleKey::Member(member.source.clone());
         match end(&key, member, "cluster".into()) {
-            Ok(None) => permanent.extend(held(member, regions)),
+            Ok(None) => permanent.extend_from_slice(&held(member, regions)),
             Ok(end) => add(&mut entries, key, end, &held(member, regions)),
             Err(()) => {}
         }

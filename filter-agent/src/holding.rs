@@ -100,7 +100,7 @@ pub fn in_force(
         }
     };
     let permanent = database.cluster.iter().filter(|m| m.expires.is_none());
-    let permanent = permanent.flat_map(|member| held(member, regional.prefixes));
+    let permanent = permanent.flat_map(|member| held(member, regional.prefixes).into_owned());
     fixed(RuleKey::Cluster, permanent.collect());
     if let Model::Shared { internet } = &database.model {
         fixed(RuleKey::RegionalNetwork, policy.regional_network.clone());

@@ -1,6 +1,6 @@
 //! Rules as the kernel and the policy have them: their keys, and the prefixes that they hold. Pure.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use ipnet::IpNet;
 
@@ -115,7 +115,7 @@ pub fn rule_id(origin: &str, source: &Source) -> String {
 }
 
 /// The prefixes of a rule of the policy or of a member of a cluster, without its exceptions.
-pub fn held(rule: &Rule, regions: &Regions) -> Vec<IpNet> {
+pub fn held<'a>(rule: &'a Rule, regions: &'a Regions) -> Cow<'a, [IpNet]> {
     let prefixes: &[IpNet] = match &rule.source {
         Source::Cidr(prefix) => std::slice::from_ref(prefix),
         Source::Region(name) => regions.get(name).map_or(&[], |prefixes| prefixes),

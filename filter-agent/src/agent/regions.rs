@@ -1,6 +1,6 @@
 //! The regions in force: look-ups, their results, and requests that wait for them.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use anyhow::Result;
 
@@ -93,7 +93,7 @@ impl Agent {
         self.log(describe(name, change, timing));
         let state = self.regions.get_mut(name);
         if let Some(change) = state.and_then(|state| state.change.as_mut()) {
-            change.timing = Some(timing.clone().into());
+            Arc::make_mut(change).timing = Some(timing.clone().into());
         }
     }
 

@@ -46,11 +46,11 @@ fn hint_of(database: &str, source: &str, reason: Reason) -> (Option<String>, Opt
         wall: date("2026-01-01T00:00:00Z"),
     };
     let mut state = State::new(file.policy.regions["cloud"].clone(), now.steady);
-    state.change = Some(Change {
+    state.change = Some(Arc::new(Change {
         at: Some(date("2025-12-30T00:00:00Z")),
         removed: vec!["9.9.9.0/24".parse().unwrap()],
         ..Change::default()
-    });
+    }));
     let regions = Regions::from([("cloud".into(), state)]);
     let temporary = |kind, source: &str, end| {
         let source = source.parse().unwrap();

@@ -135,7 +135,8 @@ pub struct State {
     pub region: Region,
     /// The last good set. `None`: there is none, and the region allows nobody.
     pub set: Option<Set>,
-    pub change: Option<Change>,
+    /// Shared, as the sets' prefixes are: a state is copied at every change, and this may be a million of them.
+    pub change: Option<Arc<Change>>,
     pub error: Option<Error>,
     /// Whether the last look-up failed, or something is missing in its result.
     pub failing: bool,
@@ -343,10 +344,22 @@ impl State {
     pub fn holds_the_same(&self, other: &Self) -> bool {
         let content = |set: &Set| Set {
             confirmed: Timestamp::UNIX_EPOCH,
+            members: Arc::default(),
+            prefixes: Arc::default(),
             ..set.clone()
         };
+        // What a set was copied from is not compared prefix by prefix.
+        let same = |one: &Arc<[IpNet]>, other| Arc::ptr_eq(one, other) || one == other;
         self.region.source == other.region.source
-            && self.set.as_ref().map(content) == other.set.as_ref().map(content)
+            && match (&self.set, &other.set) {
+                (Some(one), Some(other)) => {
+                    same(&one.members, &other.members)
+                        && same(&one.prefixes, &other.prefixes)
+                        && content(one) == content(other)
+                }
+                (None, None) => true,
+                _ => false,
+            }
     }
 
     /// Takes the result of a look-up. `accept`: what looks wrong in it is meant. Returns how the allowed prefixes changed.
@@ -361,7 +374,7 @@ impl State {
                     self.error = Some(Error { at: now, text });
                 }
                 if !change.is_empty() {
-                    self.change = Some(change.clone());
+                    self.change = Some(Arc::new(change.clone()));
                 }
                 change
             }
@@ -663,7 +676,7 @@ impl State {
             set.merge();
         }
         if !change.is_empty() {
-            self.change = Some(change.clone());
+            self.change = Some(Arc::new(change.clone()));
         }
         change
     }

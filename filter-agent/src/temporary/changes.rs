@@ -389,7 +389,7 @@ impl Timed {
         let members: Vec<IpNet> = database
             .cluster
             .iter()
-            .flat_map(|member| held(member, regions))
+            .flat_map(|member| held(member, regions).into_owned())
             .collect();
         ensure!(
             !without(&[source], &members).is_empty(),
