@@ -41,7 +41,7 @@ use crate::net::Namespace;
 pub enum Kind {
     /// bpf(2), except for lookups in maps.
     Bpf,
-    /// `BPF_MAP_LOOKUP_ELEM`. A kind of its own: a start over pins makes 150,000 of them.
+    /// `BPF_MAP_LOOKUP_ELEM`. A kind of its own: a start over the pins of another layout makes thousands of them.
     BpfLookup,
     /// `BPF_LINK_CREATE` and `BPF_LINK_UPDATE`. A kind of its own: among hundreds of other calls, the one that
     /// switches an interface's program would seldom be the one that fails.

@@ -78,7 +78,8 @@ impl Image {
         let mut slots = current.slots_by_name();
         let moving = current.moving(compiled, &slots);
         slots.retain(|_, slot| !moving.contains(slot));
-        let mut free_slots = current.free_slots();
+        // Only a new database needs one: finding them takes a look at every prefix.
+        let mut free_slots = None;
         let ids: BTreeMap<(u16, &str), u32> = current
             .rules
             .iter()
@@ -89,7 +90,10 @@ impl Image {
         for (database, entries) in &compiled.databases {
             let slot = match slots.get(database.as_str()) {
                 Some(&slot) => slot,
-                None => match free_slots.next() {
+                None => match free_slots
+                    .get_or_insert_with(|| current.free_slots())
+                    .next()
+                {
                     Some(slot) => slot,
                     None => bail!("no slot left for database {database}: reload in two steps"),
                 },
@@ -420,7 +424,7 @@ impl Image {
         let slots = slots.chain(self.blocked6.iter().map(|((section, _), _)| section.slot()));
         let slots = slots.chain(self.ports.iter().map(|(_, guard)| guard.slot()));
         let slots = slots.chain(self.locals.iter().map(|(_, guard)| guard.slot()));
-        // A table, not a set: there may be a million prefixes, and this runs at every reload.
+        // A table, not a set: there may be a million prefixes.
         let mut used = [false; u16::MAX as usize + 1];
         slots.for_each(|slot| used[usize::from(slot)] = true);
         (1..SLOTS as u16).filter(move |&slot| !used[usize::from(slot)])
