@@ -1,7 +1,7 @@
 //! Batches of entries that the kernel refuses, or writes in part.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     mem,
     net::Ipv4Addr,
     os::{
@@ -35,6 +35,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
 
+const MAP_UPDATE_ELEM: u64 = 2;
 const MAP_LOOKUP_BATCH: u64 = 24;
 const MAP_UPDATE_BATCH: u64 = 26;
 const MAP_DELETE_BATCH: u64 = 27;
@@ -42,12 +43,14 @@ const MAP_DELETE_BATCH: u64 = 27;
 /// What the kernel says to a map that has no batches; C libraries have no such number.
 const ENOTSUPP: i32 = 524;
 
-/// How the kernel treats every batch.
+/// How the kernel treats batches.
 #[derive(Clone, Copy, Debug)]
 enum Treatment {
     Refuse(i32),
     /// Half of it is done, then memory runs out.
     Halve,
+    /// The same, and of single writes to a trie every second one finds no memory.
+    Starve,
 }
 
 /// A database that so many hosts of a network may reach.
@@ -90,10 +93,10 @@ fn addresses(compiled: &Compiled) -> Vec<Ipv4Addr> {
     v4.map(|(prefix, _)| prefix.network()).collect()
 }
 
-/// The treatment that is in force, and how many batches met it.
+/// The treatment that is in force, and how many calls met it.
 type Treated = Mutex<(Treatment, usize)>;
 
-/// Has batches of this thread, and of those that it starts, treated from now on. libseccomp has one listener a process.
+/// Has writes of this thread, and of those that it starts, treated from now on. libseccomp has one listener a process.
 fn treat() -> Arc<Treated> {
     let treated = Arc::new(Treated::new((Treatment::Halve, 0)));
     let (send, listener) = mpsc::channel();
@@ -102,7 +105,12 @@ fn treat() -> Arc<Treated> {
     thread::spawn(move || supervise(listener.recv().unwrap(), &supervised));
     let mut filter = ScmpFilterContext::new(ScmpAction::Allow).unwrap();
     let bpf = ScmpSyscall::from_name("bpf").unwrap();
-    for command in [MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH, MAP_DELETE_BATCH] {
+    for command in [
+        MAP_UPDATE_ELEM,
+        MAP_LOOKUP_BATCH,
+        MAP_UPDATE_BATCH,
+        MAP_DELETE_BATCH,
+    ] {
         let is_command = ScmpArgCompare::new(0, ScmpCompareOp::Equal, command);
         filter
             .add_rule_conditional(ScmpAction::Notify, bpf, &[is_command])
@@ -113,10 +121,11 @@ fn treat() -> Arc<Treated> {
     treated
 }
 
-/// Answers batches until no thread has the filter.
+/// Answers calls until no thread has the filter.
 fn supervise(listener: i32, treated: &Treated) {
     // SAFETY: libseccomp opened it for this, and nobody closes it before the process ends.
     let listener = unsafe { BorrowedFd::borrow_raw(listener) };
+    let mut is_starved = false;
     loop {
         let mut fds = [PollFd::new(listener, PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
@@ -129,18 +138,39 @@ fn supervise(listener: i32, treated: &Treated) {
         let Ok(request) = ScmpNotifReq::receive(listener.as_raw_fd()) else {
             continue;
         };
-        let (treatment, count) = &mut *treated.lock().unwrap();
-        let error = match *treatment {
-            Treatment::Refuse(error) => error,
-            Treatment::Halve => {
-                halve(request.data.args[0], request.data.args[1]);
-                Errno::ENOMEM as i32
+        let [command, attributes, ..] = request.data.args;
+        let (treatment, met) = &mut *treated.lock().unwrap();
+        let error = match (command, *treatment) {
+            (MAP_UPDATE_ELEM, Treatment::Starve) if writes_a_trie(attributes) => {
+                is_starved = !is_starved;
+                is_starved.then_some(Errno::ENOMEM as i32)
+            }
+            (MAP_UPDATE_ELEM, _) => None,
+            (_, Treatment::Refuse(error)) => Some(error),
+            (_, Treatment::Halve | Treatment::Starve) => {
+                halve(command, attributes);
+                Some(Errno::ENOMEM as i32)
             }
         };
-        *count += 1;
-        let response = ScmpNotifResp::new_error(request.id, -error, ScmpNotifRespFlags::empty());
+        let none = ScmpNotifRespFlags::empty();
+        let response = match error {
+            Some(error) => ScmpNotifResp::new_error(request.id, -error, none),
+            None => ScmpNotifResp::new_continue(request.id, none),
+        };
+        *met += usize::from(error.is_some());
         response.respond(listener.as_raw_fd()).unwrap();
     }
+}
+
+/// Whether a single write goes to a trie.
+fn writes_a_trie(attributes: u64) -> bool {
+    let mut map = [0; 4];
+    let memory = File::open("/proc/self/mem").unwrap();
+    memory.read_exact_at(&mut map, attributes).unwrap();
+    let map = u32::from_ne_bytes(map);
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{map}")).unwrap();
+    // BPF_MAP_TYPE_LPM_TRIE
+    info.lines().any(|line| line == "map_type:\t11")
 }
 
 /// Makes a call of another thread for half of its entries, and says there how many these were, as the kernel does.
@@ -179,6 +209,7 @@ fn batches_that_fail_or_are_not_known_are_finished_one_by_one() {
     let met = || mem::take(&mut treated.lock().unwrap().1);
     for treatment in [
         Treatment::Halve,
+        Treatment::Starve,
         Treatment::Refuse(Errno::EINVAL as i32),
         Treatment::Refuse(ENOTSUPP),
     ] {
