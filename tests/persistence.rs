@@ -142,6 +142,7 @@ fn restart_enforces_the_file_as_it_is_then() {
 fn bad_file_at_a_start_means_the_confirmed_policy() {
     let mut net = start("bad-file");
     let _listener = net.listen(PORT);
+    net.wait_until_confirmed();
     let bad = [
         // Cut off in the middle, after the interfaces, and before the first rule.
         "interfaces: [eth0]\ndatabases: [{name: ord",

@@ -121,14 +121,13 @@ impl Filter {
             loader.map_pin_path(shape.name, pins.join(shape.name));
         }
         // The maps are read while the kernel checks the program.
-        let (ebpf, held) = thread::scope(|scope| {
+        let (mut ebpf, held) = thread::scope(|scope| {
             let held =
                 (found == MapsFound::All).then(|| scope.spawn(|| read::image(&open_pins(&pins)?)));
             let ebpf = load(&mut loader);
             let held = held.map(|held| held.join().map_err(|_| anyhow!("a thread panicked")));
             anyhow::Ok((ebpf?, held.transpose()?.transpose()?))
         })?;
-        let mut ebpf = ebpf;
         let mut made_for = u32::MAX;
         for shape in SHAPES.iter().filter(|shape| shape.entries.is_none()) {
             let info = check_pin(&pins, shape)?;
