@@ -84,6 +84,7 @@ impl Late {
             Answer::Detached(..) => &[
                 Record::Window,
                 Record::Temporary,
+                Record::LastHits,
                 Record::ChangeId,
                 Record::Changes,
                 Record::Texts,
@@ -155,10 +156,15 @@ impl Late {
                     let error = others.iter().find_map(|record| saves.error(record));
                     error.map(String::as_str)
                 });
-                let error = match error {
+                let error = match (error, saves.error(&Record::LastHits)) {
                     _ if is_slow => "remove the confirmed policy: the disk takes too long",
-                    None => return reply.send(Ok(names)),
-                    Some(error) => error,
+                    (Some(error), _) => error,
+                    (None, Some(error)) => {
+                        let error = anyhow!("{error}");
+                        let what = "detached: nothing is filtered, but a file is left, which another `filter-agent detach` removes";
+                        return reply.send(Err(error.context(what)));
+                    }
+                    (None, None) => return reply.send(Ok(names)),
                 };
                 reply.send(Err(anyhow!("{error}")).context(
                     "detached: nothing is filtered, but the next start may enforce the policy again",

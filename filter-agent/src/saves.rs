@@ -265,8 +265,12 @@ impl Saves {
         self.temporary = Kept::default();
         self.window = Some(window::Kept::default());
         self.last_hits = None;
-        self.under_way
-            .extend([Record::Confirmed, Record::Temporary, Record::Window]);
+        self.under_way.extend([
+            Record::Confirmed,
+            Record::Temporary,
+            Record::Window,
+            Record::LastHits,
+        ]);
         [
             Write::Window(Box::default()),
             Write::Confirmed(None),
@@ -356,7 +360,9 @@ impl Saves {
             Write::Text { .. } | Write::Texts(_) => true,
             Write::Fleet(written) => Some(&**written) == self.fleet.as_ref(),
             Write::Window(written) => Some(&**written) == self.window.as_ref(),
-            Write::Region { .. } | Write::Regions(_) | Write::LastHits(_) => false,
+            // Nobody waits for others than those of `forget`.
+            Write::LastHits(written) => written.is_empty(),
+            Write::Region { .. } | Write::Regions(_) => false,
         };
         if is_latest {
             self.under_way.remove(record);

@@ -48,6 +48,22 @@ impl World {
     }
 }
 
+/// The agent ends with a detach: what it could not remove then stayed for good, and nobody was told.
+#[test]
+fn detach_that_cannot_remove_a_file_says_so() {
+    let mut world = settled();
+    let mut detached = detach(&mut world);
+    while !world.has_stopped() {
+        let fails = matches!(&world.effects[0], Effect::Save(Write::LastHits(_)));
+        world.perform(0, OFFICE, fails, false);
+    }
+    let said = error(&mut detached);
+    assert!(
+        said.starts_with("detached: nothing is filtered, but a file is left"),
+        "{said}"
+    );
+}
+
 /// A write that was overtaken let a reload, and a detach, be called done that were not on disk.
 #[test]
 fn reply_waits_for_the_write_that_it_is_about_and_not_for_an_earlier_one() {
