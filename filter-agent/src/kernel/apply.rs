@@ -15,7 +15,8 @@ use crate::{
 const FEW: usize = 32;
 
 /// A change to be made.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[cfg_attr(test, derive(Default))]
 pub struct Planned {
     pub difference: Difference,
     image: Image,

@@ -71,7 +71,7 @@ impl<K: Pod, V: Pod> Batches<K, V> {
     /// Writes entries.
     ///
     /// # Errors
-    /// None, some, or all but one are written: which, the kernel does not say in every case, and a kernel without
+    /// Any of them may be written: which, the kernel does not say in every case, and a kernel without
     /// such calls fails them as well. Where the entries are written again one by one, their errors are the ones that count.
     pub(super) fn update(&self, keys: &[K], values: &[V]) -> io::Result<()> {
         assert_eq!(keys.len(), values.len(), "each key has a value");
@@ -128,9 +128,10 @@ impl<K: Pod, V: Pod> Batches<K, V> {
                 result => result.is_err(),
             };
             let count = attributes.count as usize;
-            if count > READ || keys.len() + count > self.most {
+            // The kernel ends with fewer than were asked for, and says so. Who answers in its place has written nothing.
+            if count > READ || is_end != (count < READ) || keys.len() + count > self.most {
                 return Err(io::Error::other(
-                    "the kernel lists more entries than there can be",
+                    "the kernel lists other entries than there can be",
                 ));
             }
             // SAFETY: the kernel has written `count` keys and values behind those that were there, and any bytes are a

@@ -27,6 +27,9 @@ pub(super) struct Tries {
 
 struct Trie<A> {
     map: LpmTrie<MapData, A, RuleValue>,
+    /// Whether the last write found no memory, however often it was tried: others are not waited for then, of which there may
+    /// be a million.
+    is_starved: bool,
     batches: Batches<Key<A>, RuleValue>,
 }
 
@@ -108,6 +111,7 @@ impl<A: Pod> Trie<A> {
     fn of(map: Map) -> Result<Self> {
         Ok(Self {
             batches: Batches::open(&map)?,
+            is_starved: false,
             map: map.try_into()?,
         })
     }
@@ -132,12 +136,18 @@ impl<A: Pod> Trie<A> {
             absent_is_none(self.map.remove(key))?;
             return Ok(());
         };
+        let refills = match self.is_starved {
+            true => REFILLS.with_max_times(0),
+            false => REFILLS,
+        };
         let insert = || self.map.insert(key, value, 0);
-        insert
-            .retry(REFILLS)
+        let inserted = insert
+            .retry(refills)
             .sleep(thread::sleep)
             .when(is_out_of_memory)
-            .call()?;
+            .call();
+        self.is_starved = inserted.as_ref().is_err_and(is_out_of_memory);
+        inserted?;
         self.ensure_holds(key, value)
     }
 
