@@ -40,7 +40,7 @@ const MAP_LOOKUP_BATCH: u64 = 24;
 const MAP_UPDATE_BATCH: u64 = 26;
 const MAP_DELETE_BATCH: u64 = 27;
 
-/// What the kernel says to a map that has no batches; C libraries have no such number.
+/// The kernel's error for a map without batches. C libraries do not know the number.
 const ENOTSUPP: i32 = 524;
 
 /// How the kernel treats batches.

@@ -18,15 +18,13 @@ pub enum Shape {
     Hard,
     /// A provider's ranges: most from /16 to /24, close together in a few dozen /12s.
     Cloud,
-    /// What registries gave to a country: most from /19 to /24, anywhere.
+    /// The networks of a country: most from /19 to /24, anywhere.
     Country,
     /// Single addresses nine times of ten, many of them neighbours, and networks from /16 to /24.
     Blocklist,
 }
 
 impl Shape {
-    pub const PUBLISHED: [Shape; 3] = [Shape::Cloud, Shape::Country, Shape::Blocklist];
-
     pub const fn name(self) -> &'static str {
         match self {
             Shape::Hard => "hard",
@@ -39,7 +37,8 @@ impl Shape {
     /// Most prefixes of a family that are worth measuring: a million of a country's would not fit into the address space.
     pub const fn most(self) -> usize {
         match self {
-            Shape::Hard | Shape::Blocklist => 1_000_000,
+            Shape::Hard => usize::MAX,
+            Shape::Blocklist => 1_000_000,
             Shape::Country => 100_000,
             Shape::Cloud => 10_000,
         }
@@ -47,13 +46,12 @@ impl Shape {
 
     /// As many prefixes of each family, none inside another.
     pub fn networks(self, count: usize) -> Vec<IpNet> {
-        if self == Shape::Hard {
+        let Some((v4, v6)) = self.weights() else {
             return hard(count);
-        }
+        };
         let mut rng = Rng::with_seed(7);
-        let (v4, v6) = self.weights();
         let mut taken = Taken::default();
-        // Neither is in a list: they stand for who is denied.
+        // No list may have the denied sources.
         taken.take(u32::from(DENIED4).into(), 1);
         let blocks: Vec<u32> = (0..24 + count / 50)
             .map(|_| address4(&mut rng) & 0xfff0_0000)
@@ -83,13 +81,12 @@ impl Shape {
         taken.take(u128::from(DENIED6), 1);
         while networks.len() < 2 * count {
             let length = draw(&mut rng, v6);
-            // A thousand providers' /32s.
-            let provider = 0x2a02_0000 + (rng.u128(..1000) << 8);
             let provider = match self {
-                Shape::Country => 0x2a02_0000 + rng.u128(..1 << 22),
-                _ => provider,
+                Shape::Country => rng.u128(..1 << 22),
+                // A thousand of them, each with /24s of its own.
+                _ => rng.u128(..1000) << 8,
             };
-            let address = provider << 96 | rng.u128(..1 << 96);
+            let address = (0x2a02_0000 + provider) << 96 | rng.u128(..1 << 96);
             let network = Ipv6Net::new(address.into(), length).expect("a length of IPv6");
             let first = u128::from(network.network());
             if taken.take(first, 1 << (128 - length)) {
@@ -99,10 +96,10 @@ impl Shape {
         networks
     }
 
-    /// Of IPv4 and of IPv6.
-    fn weights(self) -> (Weights, Weights) {
-        match self {
-            Shape::Hard => unreachable!("its lengths are drawn evenly"),
+    /// Of IPv4 and of IPv6. `None`: all lengths are as likely.
+    fn weights(self) -> Option<(Weights, Weights)> {
+        Some(match self {
+            Shape::Hard => return None,
             Shape::Cloud => (
                 &[
                     (14, 1),
@@ -160,7 +157,7 @@ impl Shape {
                 ],
                 &[(32, 5), (48, 100), (64, 600), (128, 295)],
             ),
-        }
+        })
     }
 }
 

@@ -219,17 +219,20 @@ fn programs(
             .into_iter()
             .map(|guard| Host::new(guard, &programs))
             .collect();
-        for &size in sizes {
-            if arguments.wants_list(Shape::Hard) {
-                let networks = of_size(networks, size);
-                allow(report, &mut programs, &mut hosts, &networks)?;
-                live(report, &hosts, plan, (Shape::Hard, size))?;
-            }
-        }
-        for shape in Shape::PUBLISHED {
-            let sizes = sizes.iter().filter(|&&size| size <= shape.most());
-            for &size in sizes.filter(|_| arguments.wants_list(shape)) {
-                allow(report, &mut programs, &mut hosts, &shape.networks(size))?;
+        let shapes = Shape::value_variants().iter();
+        for &shape in shapes.filter(|&&shape| arguments.wants_list(shape)) {
+            for &size in sizes.iter().filter(|&&size| size <= shape.most()) {
+                let networks = match shape {
+                    Shape::Hard => of_size(networks, size),
+                    _ => shape.networks(size),
+                };
+                programs.allow(&networks, 0)?;
+                for host in &mut hosts {
+                    if let Err(error) = host.allow(&networks) {
+                        let name = host.guard.name();
+                        report.miss(format!("{name} with {size} prefixes: {error:#}"));
+                    }
+                }
                 live(report, &hosts, plan, (shape, size))?;
             }
         }
@@ -247,22 +250,6 @@ fn programs(
     }
     if arguments.wants(Part::Pgbench) {
         database::measure(report, &programs, plan.pgbench_rounds)?;
-    }
-    Ok(())
-}
-
-fn allow(
-    report: &mut Report,
-    programs: &mut Programs,
-    hosts: &mut [Host],
-    networks: &[IpNet],
-) -> Result<()> {
-    programs.allow(networks, 0)?;
-    for host in hosts {
-        if let Err(error) = host.allow(networks) {
-            let (name, size) = (host.guard.name(), networks.len() / 2);
-            report.miss(format!("{name} with {size} prefixes: {error:#}"));
-        }
     }
     Ok(())
 }
@@ -374,15 +361,14 @@ fn live(
     let traffics = traffic::traffics().into_iter();
     for traffic in traffics.filter(|traffic| is_hard || traffic.name == "random sources") {
         let generator = Generator::new(&traffic)?;
-        let is_floor = |guard: Guard| match traffic.passes {
-            Some(true) => guard == Guard::Pass,
-            Some(false) => guard == Guard::Drop,
-            None => matches!(guard, Guard::Drop | Guard::Pass),
+        let is_needed = |guard: Guard| match guard {
+            Guard::Drop => traffic.passes != Some(true),
+            Guard::Pass => traffic.passes != Some(false),
+            _ => true,
         };
         let hosts: Vec<&Host> = hosts
             .iter()
-            .filter(|host| host.ready)
-            .filter(|host| is_floor(host.guard) || !matches!(host.guard, Guard::Drop | Guard::Pass))
+            .filter(|host| host.ready && is_needed(host.guard))
             .collect();
         let mut sent: Vec<Vec<Sent>> = Vec::new();
         for _ in 0..plan.live_rounds {
@@ -397,20 +383,32 @@ fn live(
             }
             sent.push(round);
         }
-        let place = |guard| hosts.iter().position(|host| host.guard == guard);
         for (index, host) in hosts.iter().enumerate() {
-            let floors = match host.guard {
-                floor @ (Guard::Drop | Guard::Pass) => [place(floor), None],
-                _ => [Guard::Drop, Guard::Pass].map(place),
-            };
-            let shares: Vec<f64> = sent
-                .iter()
-                .map(|round| share(&round[index], floors.map(|place| Some(&round[place?]))))
-                .collect();
-            let rates: Vec<f64> = sent.iter().map(|round| round[index].rate / 1e6).collect();
-            let arrived = sent.iter().map(|round| round[index].arrived);
-            let is_part = traffic.passes.is_none() && !is_floor(host.guard);
-            let passed = arrived.sum::<f64>() / sent.len() as f64;
+            let (mut rates, mut shares, mut arrived) = (Vec::new(), Vec::new(), Vec::new());
+            for round in &sent {
+                let Sent {
+                    rate,
+                    arrived: part,
+                } = round[index];
+                let rate_of = |guard| -> Result<f64> {
+                    let place = hosts.iter().position(|host| host.guard == guard);
+                    Ok(round[place.context("find the floor")?].rate)
+                };
+                let floor = match (host.guard, traffic.passes) {
+                    (Guard::Pass, _) | (_, Some(true)) => rate_of(Guard::Pass)?,
+                    (Guard::Drop, _) | (_, Some(false)) => rate_of(Guard::Drop)?,
+                    // Each packet costs what it costs there.
+                    (_, None) => {
+                        1.0 / (part / rate_of(Guard::Pass)? + (1.0 - part) / rate_of(Guard::Drop)?)
+                    }
+                };
+                rates.push(rate / 1e6);
+                shares.push(rate / floor);
+                arrived.push(part);
+            }
+            let is_part =
+                traffic.passes.is_none() && !matches!(host.guard, Guard::Drop | Guard::Pass);
+            let passed = arrived.iter().sum::<f64>() / arrived.len() as f64;
             let name = format!("{}, {}", traffic.name, traffic.family());
             let measure = Measure::new("live", name, "million packets/s", &rates)
                 .on(host.guard.name())
@@ -424,25 +422,13 @@ fn live(
     Ok(())
 }
 
-/// The share of what programs reach that drop or pass everything: each packet is to cost what it costs there.
-fn share(sent: &Sent, [dropping, passing]: [Option<&Sent>; 2]) -> f64 {
-    match (dropping, passing) {
-        (Some(drop), Some(pass)) => {
-            sent.rate * (sent.arrived / pass.rate + (1.0 - sent.arrived) / drop.rate)
-        }
-        (Some(floor), None) | (None, Some(floor)) => sent.rate / floor.rate,
-        (None, None) => f64::NAN,
-    }
-}
-
 /// A guard that does not do its work is not worth measuring.
 fn check(traffic: &Traffic, guard: Guard, arrived: f64) -> Result<()> {
     let right = match (guard, traffic.passes) {
-        (Guard::Drop, _) => arrived < 0.001,
+        (Guard::Drop, _) | (_, Some(false)) => arrived < 0.001,
+        (_, Some(true)) => arrived > 0.99,
         // Linux drops sources that nobody can have.
         (Guard::Pass, None) => arrived > 0.8,
-        (Guard::Pass, _) | (_, Some(true)) => arrived > 0.99,
-        (_, Some(false)) => arrived < 0.001,
         (_, None) => arrived < 0.5,
     };
     let (name, family) = (traffic.name, traffic.family());

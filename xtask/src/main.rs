@@ -180,8 +180,7 @@ fn build(profile: &[&str]) -> Result<()> {
         .args(profile))
 }
 
-/// The benchmark, built with optimisation. Its arguments follow.
-/// The benchmark, compiled with this profile.
+/// The benchmark, compiled with this profile. Its arguments follow.
 fn bench(profile: &str) -> Command {
     let mut command = cargo();
     command.args(["bench", "--quiet", "--package", "filter-bench"]);

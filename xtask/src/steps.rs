@@ -100,7 +100,7 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
         let mut fleet = Command::new(&program);
         report.step("demo, fleet", fleet.args(["demo", "--fleet"]))?;
     }
-    // Its figures decide nothing; that it can be run does, as it is compiled for the tests already.
+    // Its figures decide nothing; that it can be run does. Most of it is compiled already, for the tests.
     report.step("benchmark, briefly", bench("dev").arg("--quick"))?;
     let kernels = if full {
         &vm::KERNELS

@@ -306,7 +306,8 @@ impl Scenario {
     }
 
     /// Of two temporary rules one ends while the machine is off: its source gets no answer from power-on on, the other's
-    /// does, and so does the source of the fleet's rule, with etcd away. A policy that is tried then allows it as well, and is not enforced after the reboot. Returns a line about it.
+    /// does, and so does the source of the fleet's rule, with etcd away. A policy that is tried then allows the first as well,
+    /// and is not enforced after the reboot. Returns a line about it.
     fn off_for_two_hours(&mut self) -> Result<String> {
         self.begin("two guests", true)?;
         let [ending, lasting, of_fleet] = GUESTS;
@@ -489,7 +490,7 @@ impl Scenario {
         Ok(enforced_after)
     }
 
-    /// How a connection over the bond ends: 0, or 124 where nothing answers.
+    /// How a connection over the bond ends: 0, or 124 where nothing answers. In front of another number the shell says why.
     fn connect_over_bond(&mut self, seconds: u32) -> Result<String> {
         self.machine.command(&format!(
             "ip netns exec outside timeout {seconds} bash -c 'exec 3<>/dev/tcp/10.88.0.1/{PORT}' 2>&1

@@ -50,7 +50,7 @@ impl<K: Pod, V: Pod> Batches<K, V> {
     /// # Errors
     /// A map of another kind, or whose entries have other sizes.
     pub(super) fn open(map: &Map) -> Result<Self> {
-        // In a hash, a place to go on from is no key, and values by processor have another size.
+        // A hash goes on from a place that is no key, and a per-CPU map has values of another size.
         let (Map::Array(map) | Map::LpmTrie(map)) = map else {
             bail!("a map is neither an array nor a trie");
         };
@@ -160,7 +160,7 @@ fn address<T>(pointer: *const T) -> u64 {
 }
 
 /// # Safety
-/// What the attributes point to must be as the command needs it, until it returns.
+/// The attributes must point to memory that the command may use until it returns.
 unsafe fn call(command: c_long, attributes: &mut Attributes) -> io::Result<()> {
     let size = size_of::<Attributes>();
     // SAFETY: the kernel reads and writes `size` bytes at most of the attributes, and the caller vouches for what they

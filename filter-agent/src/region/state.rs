@@ -348,7 +348,7 @@ impl State {
             prefixes: Arc::default(),
             ..set.clone()
         };
-        // What a set was copied from is not compared prefix by prefix.
+        // Most sets are copies that share their prefixes: these need not be compared one by one.
         let same = |one: &Arc<[IpNet]>, other| Arc::ptr_eq(one, other) || one == other;
         self.region.source == other.region.source
             && match (&self.set, &other.set) {

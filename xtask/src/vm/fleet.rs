@@ -34,7 +34,7 @@ impl Etcd {
         let etcd = Self(etcd);
         let is_healthy = || {
             let mut health = etcdctl(&["endpoint", "health"]);
-            // It says even that it is healthy there.
+            // It prints there also that etcd is healthy.
             output(health.stderr(Stdio::null())).ok()
         };
         wait_for(is_healthy).context("wait for etcd")?;
