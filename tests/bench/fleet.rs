@@ -19,6 +19,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use filter_tests::{
     certificates::Kind,
+    datagrams::Datagrams,
     etcd::{Etcd, Session},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -69,6 +70,29 @@ pub const QUICK: Plan = Plan {
     starts: 1,
 };
 
+/// All hosts, and the etcd that they follow. Hosts are dropped before it.
+struct Fleet<'a> {
+    simulated: Simulated,
+    real: Vec<RealHost>,
+    session: Session<'a>,
+    etcd: &'a Etcd,
+}
+
+impl Fleet<'_> {
+    /// Writes a document, and waits until every host has it.
+    fn put_everywhere(&mut self, turn: usize) -> Result<()> {
+        let put = changes::put(&mut self.session, turn)?;
+        self.simulated.wait_for(put.revision)?;
+        let mut real = self.real.iter();
+        real.try_for_each(|host| host.wait_for(self.etcd))
+    }
+
+    /// Packets to the real hosts, from now on.
+    fn traffic(&self) -> Vec<Datagrams> {
+        self.real.iter().map(RealHost::traffic).collect()
+    }
+}
+
 pub fn measure(report: &mut Report, plan: &Plan) -> Result<()> {
     raise_file_limit()?;
     let taken = 100.0 * machine::taken_by_others(Duration::from_secs(1))?;
@@ -104,21 +128,18 @@ pub fn measure(report: &mut Report, plan: &Plan) -> Result<()> {
         host.start();
     }
     let named = simulated.iter().map(sign).collect();
-    let mut followers = start(report, &etcd, named, &mut session)?;
-    idle(report, &etcd, &followers, plan)?;
-    changes::to_all(
-        report,
-        &etcd,
-        &mut session,
-        &hosts,
-        &mut followers,
-        plan.changes,
-    )?;
+    let mut fleet = Fleet {
+        simulated: start(report, &etcd, named, &mut session)?,
+        real: hosts,
+        session,
+        etcd: &etcd,
+    };
+    idle(report, &etcd, &fleet.simulated, plan)?;
+    changes::to_all(report, &mut fleet, plan.changes)?;
     for &away in plan.outages {
-        outage::measure(report, &etcd, &mut session, &hosts, &mut followers, away)?;
+        outage::measure(report, &mut fleet, away)?;
     }
-    let all = [real, simulated].concat();
-    certificates::measure(report, &etcd, &mut session, &hosts, &mut followers, &all)?;
+    certificates::measure(report, &mut fleet, &[real, simulated].concat())?;
     let load = Load::of(&etcd)?;
     for (name, bytes) in [
         ("resident memory of etcd, at the end", load.resident),

@@ -83,7 +83,7 @@ impl Shape {
             let length = draw(&mut rng, v6);
             let provider = match self {
                 Shape::Country => rng.u128(..1 << 22),
-                // A thousand of them, each with /24s of its own.
+                // A thousand of them, each with a /24 of its own.
                 _ => rng.u128(..1000) << 8,
             };
             let address = (0x2a02_0000 + provider) << 96 | rng.u128(..1 << 96);

@@ -50,6 +50,19 @@ fn other_host(etcd: &Etcd) -> Net {
     net
 }
 
+const BEFORE: &str = "# ours\nrules: [{cidr: 198.51.100.7/32}]\n";
+
+/// An operator, and a host that has this document in force.
+fn with_document<'a>(etcd: &'a Etcd, name: &str, document: &str) -> (Operator<'a>, Net) {
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(etcd);
+    etcd.put("rules/orders", document.as_bytes());
+    let mut net = host(name, etcd);
+    net.start();
+    wait_for(&net, etcd, "orders");
+    (kim, net)
+}
+
 /// Connects from `DENIED4` again and again, whether it is let in or not, until it is told to end.
 fn knock(client: &Namespace, ended: &AtomicBool) {
     run_in(&client.name, || {
@@ -108,20 +121,14 @@ fn rollout_that_drops_who_came_before_is_halted_and_changes_no_other_host() {
 #[test]
 fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken_back() {
     let etcd = Etcd::start("fleet-soaked");
-    etcd.grant(USER, "rules/billing");
-    let kim = Operator::new(&etcd);
-    let before = "# ours\nrules: [{cidr: 198.51.100.7/32}]\n";
-    etcd.put("rules/orders", before.as_bytes());
-    let mut net = host("fleet-soaked-db", &etcd);
+    let (kim, mut net) = with_document(&etcd, "fleet-soaked-db", BEFORE);
     let _echo = net.echo(PORT);
-    net.start();
-    wait_for(&net, &etcd, "orders");
     let file = kim.file("rules: [{cidr: 198.51.100.7/32}, {cidr: 203.0.113.10/32}]");
     let rollout = ["rollout", "orders", &file, "--on"];
     let with = |more: &[&'static str]| [&rollout[..], more].concat();
     let is_as_before = || {
         let text = etcd.text_of("rules/orders");
-        assert_eq!(text.as_deref(), Some(before.trim()));
+        assert_eq!(text.as_deref(), Some(BEFORE.trim()));
     };
     for wrong in [&["db7", "--soak", "5s"][..], &["db7", "--promote"]] {
         assert_eq!(kim.run(&with(wrong)).status.code(), Some(2), "{wrong:?}");
@@ -163,7 +170,7 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
     let text = String::from_utf8(document(&[B])).unwrap();
     assert_eq!(etcd.text_of("rules/orders").as_deref(), Some(text.trim()));
 
-    etcd.put("rules/orders", before.as_bytes());
+    etcd.put("rules/orders", BEFORE.as_bytes());
     wait_for(&net, &etcd, "orders");
     let said = kim.says(&with(&["db7", "--soak", "10s", "--promote"]));
     assert!(
@@ -193,14 +200,8 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
 #[test]
 fn rollout_is_taken_back_that_a_host_refuses_and_one_whose_host_ended_while_etcd_was_away() {
     let etcd = Etcd::start("fleet-unseen");
-    etcd.grant(USER, "rules/billing");
-    let kim = Operator::new(&etcd);
-    let before = "# ours\nrules: [{cidr: 198.51.100.7/32}]\n";
-    etcd.put("rules/orders", before.as_bytes());
-    let mut net = host("fleet-unseen-db", &etcd);
+    let (kim, mut net) = with_document(&etcd, "fleet-unseen-db", BEFORE);
     let _echo = net.echo(PORT);
-    net.start();
-    wait_for(&net, &etcd, "orders");
     net.watch(&[Protected::tcp(PORT, &[A, B, "203.0.113.9/32"])]);
     let file = kim.file("rules: [{cidr: 198.51.100.7/32}, {cidr: 203.0.113.10/32}]");
     let rollout = ["rollout", "orders", &file, "--on", "db7", "--soak", "10s"];
@@ -218,7 +219,7 @@ fn rollout_is_taken_back_that_a_host_refuses_and_one_whose_host_ended_while_etcd
         let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
         assert_eq!(output.status.code(), Some(1), "{said}");
         let text = etcd.text_of("rules/orders");
-        assert_eq!(text.as_deref(), Some(before.trim()), "{said}");
+        assert_eq!(text.as_deref(), Some(BEFORE.trim()), "{said}");
         said
     };
     // While the baseline is taken, the host's own bounds become narrower.

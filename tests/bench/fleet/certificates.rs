@@ -1,69 +1,47 @@
 //! The certificates of all hosts are replaced.
 
-use std::{
-    thread::sleep,
-    time::{Duration, Instant},
-};
+use std::{thread::sleep, time::Instant};
 
 use anyhow::{Result, ensure};
-use filter_tests::{
-    certificates::Kind,
-    datagrams::Datagrams,
-    etcd::{Etcd, Session},
-    net::run_in,
-};
+use filter_tests::{certificates::Kind, net::run_in};
 
 use super::{
-    PATIENCE, SECTION, changes, ms, outage,
-    real::{RealHost, check},
-    simulated::Simulated,
+    Fleet, PATIENCE, SECTION, ms,
+    outage::{LOOK_INTERVAL, accepted},
+    real::check,
 };
 use crate::report::{Measure, Report};
 
-/// Interval of looks at the number of connections.
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-
 /// Until every host has a new connection. `hosts`: the names of all.
-pub fn measure(
-    report: &mut Report,
-    etcd: &Etcd,
-    session: &mut Session<'_>,
-    real: &[RealHost],
-    simulated: &mut Simulated,
-    hosts: &[String],
-) -> Result<()> {
-    let traffic: Vec<Datagrams> = real.iter().map(RealHost::traffic).collect();
-    let accepted = || run_in(&etcd.namespace.name, outage::accepted);
-    let (before, lost) = (accepted()?, simulated.lost());
+pub fn measure(report: &mut Report, fleet: &mut Fleet<'_>, hosts: &[String]) -> Result<()> {
+    let traffic = fleet.traffic();
+    let accepted = || run_in(&fleet.etcd.namespace.name, accepted);
+    let (before, lost) = (accepted()?, fleet.simulated.lost());
     for host in hosts {
         // It takes the place of the one before.
-        etcd.authority.sign(host, &[], Kind::Good);
+        fleet.etcd.authority.sign(host, &[], Kind::Good);
     }
     let replaced = Instant::now();
-    while accepted()? - before < hosts.len() as u64 {
+    let count = hosts.len();
+    loop {
+        let connected = accepted()? - before;
+        if connected >= count as u64 {
+            break;
+        }
         ensure!(
             replaced.elapsed() < PATIENCE,
-            "{} of {} hosts connect with their new certificates",
-            accepted()? - before,
-            hosts.len()
+            "{connected} of {count} hosts connect with their new certificates"
         );
         sleep(LOOK_INTERVAL);
     }
-    let name = format!(
-        "{} certificates replaced, to the last new connection",
-        hosts.len()
-    );
+    let name = format!("{count} certificates replaced, to the last new connection");
     let took = [ms(replaced.elapsed())];
     report.record(Measure::new(SECTION, name, "ms", &took));
     ensure!(
-        simulated.lost() == lost,
+        fleet.simulated.lost() == lost,
         "hosts lost etcd by new certificates: {:?}",
-        simulated.complaint()
+        fleet.simulated.complaint()
     );
-    let put = changes::put(session, 0)?;
-    simulated.wait_for(put.revision)?;
-    for host in real {
-        host.wait_for(etcd)?;
-    }
+    fleet.put_everywhere(0)?;
     traffic.iter().try_for_each(check)
 }

@@ -12,10 +12,9 @@ use filter_tests::{
 };
 
 use super::{
-    DATABASE, SECTION, ms,
+    DATABASE, Fleet, SECTION, ms,
     real::{RealHost, Switched, TURNS, check, document, switched},
     server::Load,
-    simulated::Simulated,
 };
 use crate::report::{Measure, Report};
 
@@ -116,23 +115,18 @@ fn turned(traffic: &Datagrams, turn: usize, begun: Instant) -> Result<Switched> 
 }
 
 /// All hosts.
-pub fn to_all(
-    report: &mut Report,
-    etcd: &Etcd,
-    session: &mut Session<'_>,
-    real: &[RealHost],
-    simulated: &mut Simulated,
-    changes: usize,
-) -> Result<()> {
+pub fn to_all(report: &mut Report, fleet: &mut Fleet<'_>, changes: usize) -> Result<()> {
     // Whatever was before: the first turn changes something.
-    let first = put(session, 0)?;
-    simulated.wait_for(first.revision)?;
-    for host in real {
-        host.wait_for(etcd)?;
-    }
+    fleet.put_everywhere(0)?;
+    let traffic = fleet.traffic();
+    let Fleet {
+        simulated,
+        session,
+        etcd,
+        real,
+    } = fleet;
     simulated.settle();
     simulated.compiling();
-    let traffic: Vec<Datagrams> = real.iter().map(RealHost::traffic).collect();
     let (before, written) = (Load::of(etcd)?, simulated.written());
     let (mut times, mut compiled, mut last) = (Times::default(), Vec::new(), Vec::new());
     for turn in 1..=changes {

@@ -8,40 +8,30 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use filter_tests::{
-    datagrams::Datagrams,
-    etcd::{Etcd, Session},
-    net::run_in,
-};
+use filter_tests::{datagrams::Datagrams, etcd::Session, net::run_in};
 
 use super::{
-    PATIENCE, SECTION, changes, ms,
-    real::{RealHost, TURNS, check, switched},
-    simulated::Simulated,
+    Fleet, PATIENCE, SECTION, changes, ms,
+    real::{TURNS, check, switched},
 };
 use crate::report::{Measure, Report};
 
 /// Interval of looks at the number of connections, and the time over which they are counted.
-const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+pub const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 const WINDOW: Duration = Duration::from_millis(100);
 
 /// Until all hosts have a document that is written as soon as etcd takes it. `away`: from the kill to the start.
-pub fn measure(
-    report: &mut Report,
-    etcd: &Etcd,
-    session: &mut Session<'_>,
-    real: &[RealHost],
-    simulated: &mut Simulated,
-    away: Duration,
-) -> Result<()> {
+pub fn measure(report: &mut Report, fleet: &mut Fleet<'_>, away: Duration) -> Result<()> {
     // The turn to come allows another source than this one.
-    let before = changes::put(session, 0)?;
-    simulated.wait_for(before.revision)?;
-    for host in real {
-        host.wait_for(etcd)?;
-    }
+    fleet.put_everywhere(0)?;
+    let traffic = fleet.traffic();
+    let Fleet {
+        simulated,
+        session,
+        etcd,
+        ..
+    } = fleet;
     simulated.settle();
-    let traffic: Vec<Datagrams> = real.iter().map(RealHost::traffic).collect();
     let stop = AtomicBool::new(false);
     let namespace = etcd.namespace.name.as_str();
     let (begun, put, current, busiest) = thread::scope(|scope| -> Result<_> {
@@ -100,6 +90,7 @@ fn look(stop: &AtomicBool) -> Result<Vec<(Instant, u64)>> {
     Ok(looks)
 }
 
+/// Connections that the namespace of this thread has accepted.
 pub fn accepted() -> Result<u64> {
     let text = fs::read_to_string("/proc/thread-self/net/snmp")?;
     let mut lines = text.lines().filter(|line| line.starts_with("Tcp:"));
