@@ -14,7 +14,7 @@ pub use value::{BAD_SOURCE, NO_RULE, RuleValue};
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 7 } else { 6 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 8 } else { 7 };
 
 /// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes and rows of
 /// counters of another length.
@@ -324,19 +324,39 @@ pub struct Source6 {
     pub address: [u8; 16],
 }
 
+/// Leading bits that key the prefix bitmap of IPv4: the prefix Bloom filter is asked only if some allowed prefix contains
+/// an address with the same bits. A prefix of so many or fewer lets no other address pass the bitmap.
+pub const BITMAP_PREFIX_BITS: u32 = 22;
+
 /// Leading bits that key the prefix Bloom filter: a trie is searched only if some allowed prefix contains an
 /// address with the same bits.
 pub const BLOOM_PREFIX_BITS: u32 = 25;
 
-/// Shorter prefixes are not in the prefix Bloom filter: most of the Internet would match.
+/// Shorter prefixes are in neither: most of the Internet would match.
 pub const BLOOM_SHORTEST: u8 = 8;
 
-/// One line of the filter, as large as a CPU's cache line: one is fetched for a packet.
+/// One line of them, as large as a CPU's cache line: of each that is asked, a packet fetches one.
 pub type BloomLine = [u64; 8];
 
-/// Lines of the filter, 512 KiB for both families, which stays in a CPU's second-level cache. With 100,000
+/// Lines of the Bloom filter, 512 KiB for both families, which stays in a CPU's second-level cache. With 100,000
 /// prefixes one of 3,000 other addresses matches by mistake, with a million one of eight.
 pub const BLOOM_LINES: u32 = 1 << 13;
+
+/// Lines of both: those of the bitmap follow, 512 KiB as well.
+pub const PREFIX_LINES: u32 =
+    BLOOM_LINES + (1 << BITMAP_PREFIX_BITS) / (8 * size_of::<BloomLine>() as u32);
+
+/// The line, the word in it and the bit in that word for an IPv4 address as in memory. An address may match where it is
+/// set.
+#[inline(always)]
+pub const fn bitmap_place(address: u32) -> (u32, usize, u64) {
+    let place = u32::from_be(address) >> (32 - BITMAP_PREFIX_BITS);
+    (
+        BLOOM_LINES + (place >> 9),
+        (place >> 6 & 7) as usize,
+        1 << (place & 63),
+    )
+}
 
 /// The line, the word in it and the bits in that word for an address, by its first four bytes as in
 /// memory. An address may match where all of the bits are set.
@@ -505,7 +525,7 @@ impl CounterRow {
         let (length, first_fate) = match layout {
             0..=3 => (16, 12),
             4 => (32, 27),
-            5 | 6 => (32, 24),
+            5..=7 => (32, 24),
             // Of the build that tests upgrade to.
             _ => (64, 50),
         };

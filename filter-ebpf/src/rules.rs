@@ -13,11 +13,12 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, Address, BAD_SOURCE, BLOCKED_PREFIXES, BLOOM_LINES, BloomLine, CACHED_SOURCES,
-    COUNTERS, CacheEntry, DEFAULT_MAX_PREFIXES, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS,
-    MONITORED_SHIFT, NO_RULE, Name, PORTS, Port, Protocol, RULE_IDS, Reason, RuleValue,
-    SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SECTION_BITS, SLOTS, Sample, Section,
-    Source4, Source6, Stage, bloom_place, is_bad_source4, is_bad_source6, mapped, port_index,
+    ANY_SLOT, Address, BAD_SOURCE, BLOCKED_PREFIXES, BloomLine, CACHED_SOURCES, COUNTERS,
+    CacheEntry, DEFAULT_MAX_PREFIXES, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS,
+    MONITORED_SHIFT, NO_RULE, Name, PORTS, PREFIX_LINES, Port, Protocol, RULE_IDS, Reason,
+    RuleValue, SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SECTION_BITS, SLOTS, Sample,
+    Section, Source4, Source6, Stage, bitmap_place, bloom_place, is_bad_source4, is_bad_source6,
+    mapped, port_index,
     steps::{LookedUp, Parsed},
 };
 
@@ -57,10 +58,10 @@ static BLOCKED6: LpmTrie<Source6, RuleValue, { BLOCKED_PREFIXES as usize }> = Lp
 /// When a rule or a block ends, by its id, in nanoseconds since boot. The agent need not run at that time.
 #[btf_map]
 static ENDS: Array<u64, { RULE_IDS as usize }> = Array::new();
-/// The prefix Bloom filter of every database's allowed prefixes: most of a flood from forged sources does not
-/// match, and needs no look-up in a trie, whose cost grows with its size.
+/// The prefix Bloom filter of every database's allowed prefixes, and the bitmap of /22s in front of it: most of a flood from
+/// forged sources does not match, and needs no look-up in a trie, whose cost grows with its size.
 #[btf_map]
-static PREFIX_BLOOM: Array<BloomLine, { BLOOM_LINES as usize }> = Array::new();
+static PREFIX_BLOOM: Array<BloomLine, { PREFIX_LINES as usize }> = Array::new();
 /// The verdict cache: what the tries returned for sources, on this CPU. An entry holds for one epoch.
 #[btf_map]
 static VERDICT_CACHE: PerCpuArray<CacheEntry, { CACHED_SOURCES as usize }> = PerCpuArray::new();
@@ -377,15 +378,17 @@ fn value_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
         steps::looked_up(LookedUp::Nowhere);
         return BAD_SOURCE;
     }
-    let (line, word, bits) = bloom_place(first, is_v4);
     // Zero, but computed of the tag: no CPU has the index of the line before it has read the epoch.
     let mut zero = tag;
     // SAFETY: one instruction, of a register that it names.
     unsafe {
         asm!("{0} ^= {0}", inout(reg) zero, options(pure, nomem, nostack));
     }
-    let line = PREFIX_BLOOM.get(line | zero as u32);
-    let may_match = line.is_some_and(|line| line[word] & bits == bits);
+    let matches = |(line, word, bits): (u32, usize, u64)| {
+        let line = PREFIX_BLOOM.get(line | zero as u32);
+        line.is_some_and(|line| line[word] & bits == bits)
+    };
+    let may_match = (!is_v4 || matches(bitmap_place(first))) && matches(bloom_place(first, is_v4));
     let guard = Port(tag).guard();
     // Only databases with prefixes too short for the Bloom filter may allow the source then.
     if !may_match && !guard.is_wide() {

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Result, bail};
 use filter_common::{
-    BLOOM_LINES, BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, Protocol, RULE_IDS, RuleValue,
+    BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, PREFIX_LINES, Protocol, RULE_IDS, RuleValue,
     SLOTS, Section, mapped, port_index,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -214,7 +214,7 @@ impl Image {
         let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
         let v4 = v4.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
         let v4 = v4.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
-        let mut lines = vec![BloomLine::default(); BLOOM_LINES as usize];
+        let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
         add_ranges(&mut lines, v4, true);
         let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
         let v6 = v6.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);

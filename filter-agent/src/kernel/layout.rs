@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, fs, os::fd::AsFd as _, path::Path};
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::maps::{MapData, MapInfo, MapType};
 use filter_common::{
-    ANSWERS, Address, Answer, BLOCKED_PREFIXES, BLOOM_LINES, BloomLine, COUNTERS, Client,
-    Connection, Guard, HANDSHAKES, HITS, Judgement, LAYOUT, LOCAL_NETWORKS, LocalKey, MAX_LOCALS,
-    Name, OUTSIDERS, PORTS, PUBLISHED, Port, Published, REFUSALS, RULE_IDS, Refusal, SLOTS, SYNS,
+    ANSWERS, Address, Answer, BLOCKED_PREFIXES, BloomLine, COUNTERS, Client, Connection, Guard,
+    HANDSHAKES, HITS, Judgement, LAYOUT, LOCAL_NETWORKS, LocalKey, MAX_LOCALS, Name, OUTSIDERS,
+    PORTS, PREFIX_LINES, PUBLISHED, Port, Published, REFUSALS, RULE_IDS, Refusal, SLOTS, SYNS,
     Source4, Source6, Syn,
 };
 
@@ -111,7 +111,7 @@ pub(super) const SHAPES: [Shape; 27] = [
     blocks("BLOCKED4", size_of::<Source4>()),
     blocks("BLOCKED6", size_of::<Source6>()),
     array("ENDS", 8, RULE_IDS),
-    array("PREFIX_BLOOM", size_of::<BloomLine>(), BLOOM_LINES),
+    array("PREFIX_BLOOM", size_of::<BloomLine>(), PREFIX_LINES),
     array("EPOCH", 4, 1),
     per_cpu("COUNTS", COUNTERS),
     per_cpu("HITS", HITS),

@@ -1,11 +1,10 @@
 use std::net::Ipv4Addr;
 
-use filter_common::bloom_place;
-
 use super::*;
 use crate::{
     compile::{Entries, Held, arrange},
     kernel::{
+        bloom::may_match4,
         change::Change,
         difference::{DatabaseDifference, Difference},
         steps::{PrefixStep, Step},
@@ -113,9 +112,7 @@ impl Kernel {
         let is_member = guard.has_cluster() && found(Section::cluster(guard.slot()));
         let by_rules = || found(Section::rules(guard.slot()));
         let allowed = is_member || by_rules() && !(guard.has_blocks() && blocked());
-        let (line, word, bits) = bloom_place(source.to_bits().to_be(), true);
-        let line = self.bloom.get(&line);
-        let may_match = line.is_some_and(|line| line[word] & bits == bits);
+        let may_match = may_match4(|line| self.bloom.get(&line).copied(), source);
         (may_match || guard.is_wide()) && allowed || guard.is_monitor()
     }
 }
