@@ -6,8 +6,9 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::{
     bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    btf_maps::Array,
     helpers::generated::bpf_get_prandom_u32,
-    macros::xdp,
+    macros::{btf_map, xdp},
     programs::XdpContext,
 };
 
@@ -30,6 +31,31 @@ pub fn floor(_: XdpContext) -> u32 {
 #[xdp(frags)]
 pub fn pass(_: XdpContext) -> u32 {
     XDP_PASS
+}
+
+/// How many of 2^32 sources `chance` passes.
+#[btf_map]
+static PASSED: Array<u32, 1> = Array::new();
+/// Where a word of the source is random, in frames of IPv4 and of IPv6. The other word is the same in all frames, or random as well.
+const RANDOM_WORDS: [usize; 2] = [V4_SOURCE_AT, 34];
+
+/// The cost of any that passes a part of what has random sources, and drops the others. No helper: to return from one takes
+/// longer than all of this.
+#[xdp(frags)]
+pub fn chance(ctx: XdpContext) -> u32 {
+    let [first, second] = RANDOM_WORDS.map(|at| ctx.data() + at);
+    if second + 4 > ctx.data_end() {
+        return XDP_DROP;
+    }
+    // SAFETY: both words end before the frame does, by the check above (4.1).
+    let words =
+        unsafe { (first as *const u32).read_unaligned() ^ (second as *const u32).read_unaligned() };
+    // Fibonacci hashing: sources that differ in few bits are spread over all values (Knuth, TAOCP 3, 6.4).
+    let is_passed = |&passed: &u32| words.wrapping_mul(0x9e37_79b1) < passed;
+    match PASSED.get(0).is_some_and(is_passed) {
+        true => XDP_PASS,
+        false => XDP_DROP,
+    }
 }
 
 /// Sends each frame that it is run on.

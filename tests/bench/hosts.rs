@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::{Ebpf, programs::Xdp};
+use aya::{Ebpf, maps::Array, programs::Xdp};
 use aya_obj::programs::XdpAttachType;
 use filter_agent::{
     clock::Clock,
@@ -33,6 +33,8 @@ pub enum Guard {
     /// A program that drops everything, and one that passes everything: what XDP costs.
     Drop,
     Pass,
+    /// One that passes as many sources as the filter does, by chance.
+    Chance,
     Filter,
     NftIngress,
     NftInput,
@@ -52,6 +54,7 @@ impl Guard {
         match self {
             Guard::Drop => "XDP_DROP alone",
             Guard::Pass => "XDP_PASS alone",
+            Guard::Chance => "XDP_DROP, XDP_PASS for as many",
             Guard::Filter => "filter-agent",
             Guard::NftIngress => "nftables, netdev ingress",
             Guard::NftInput => "nftables, inet input",
@@ -64,6 +67,7 @@ impl Guard {
         match self {
             Guard::Drop => "drop",
             Guard::Pass => "pass",
+            Guard::Chance => "chance",
             Guard::Filter => "filter",
             Guard::NftIngress => "ingress",
             Guard::NftInput => "input",
@@ -103,7 +107,7 @@ impl Host {
     pub fn allow(&mut self, networks: &[IpNet]) -> Result<()> {
         self.ready = false;
         match self.guard {
-            Guard::Drop | Guard::Pass | Guard::Filter => {}
+            Guard::Drop | Guard::Pass | Guard::Chance | Guard::Filter => {}
             Guard::NftIngress => self.nftables("netdev", "ingress device eth0", networks)?,
             Guard::NftInput => self.nftables("inet", "input", networks)?,
             Guard::Ipset => self.ipset(networks)?,
@@ -220,8 +224,10 @@ pub struct Programs {
     pub filter: Filter,
     pub filtering: Xdp,
     pub dropping: Xdp,
+    /// Whether there is a database that TLS is forced for: each SYN is noted then, which is not free.
+    pub forces_tls: bool,
     directory: PathBuf,
-    _floors: Ebpf,
+    floors: Ebpf,
 }
 
 impl Programs {
@@ -239,7 +245,7 @@ impl Programs {
                 .arg(&pin),
         );
         let mut floors = traffic::programs(None)?;
-        for name in ["floor", "pass"] {
+        for name in ["floor", "pass", "chance"] {
             traffic::program(&mut floors, name)?.pin(directory.join(name))?;
         }
         let open = |name| Xdp::from_pin(directory.join(name), XdpAttachType::Interface);
@@ -247,7 +253,8 @@ impl Programs {
             filter,
             filtering: open("filter")?,
             dropping: open("floor")?,
-            _floors: floors,
+            forces_tls: false,
+            floors: floors,
             directory,
         })
     }
@@ -257,10 +264,19 @@ impl Programs {
         let name = match guard {
             Guard::Drop => "floor",
             Guard::Pass => "pass",
+            Guard::Chance => "chance",
             Guard::Filter => "filter",
             _ => return None,
         };
         Some(self.directory.join(name))
+    }
+
+    /// Has `Guard::Chance` pass this share of sources.
+    pub fn pass(&mut self, share: f64) -> Result<()> {
+        let map = self.floors.map_mut("PASSED").context("find PASSED")?;
+        let mut passed: Array<_, u32> = map.try_into()?;
+        let of = f64::from(u32::MAX);
+        passed.set(0, (share * of) as u32, 0).context("set PASSED")
     }
 
     /// Has the filter allow these networks and no others. `databases`: how many there are beside.
@@ -280,9 +296,14 @@ impl Programs {
             "interfaces: [eth0]
 regions: {{r: {{prefixes: [192.0.2.0/24]}}}}
 databases:
-  - {{name: d, port: {PORT}, force_tls: false, {rules}}}
-  - {{name: t, port: {TLS_PORT}, engine: postgresql, force_tls: true, {rules}}}\n"
+  - {{name: d, port: {PORT}, force_tls: false, {rules}}}\n"
         );
+        if self.forces_tls {
+            writeln!(
+                text,
+                "  - {{name: t, port: {TLS_PORT}, engine: postgresql, force_tls: true, {rules}}}"
+            )?;
+        }
         for number in 0..databases {
             let port = 10_000 + number;
             writeln!(

@@ -303,13 +303,13 @@ impl Report {
             chart
                 .configure_mesh()
                 .x_desc("allowed prefixes")
-                .y_desc("dropped per second, share of XDP_DROP alone")
+                .y_desc("dropped per second, share of what a program without a filter does")
                 .x_label_formatter(&|x| format!("{x:.0}"))
                 .light_line_style(WHITE)
                 .draw()?;
             let mut hosts: Vec<&str> = Vec::new();
             for host in measures.iter().filter_map(|m| m.host) {
-                if host != "XDP_DROP alone" && !hosts.contains(&host) {
+                if !host.starts_with("XDP_DROP") && !hosts.contains(&host) {
                     hosts.push(host);
                 }
             }

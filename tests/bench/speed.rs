@@ -205,8 +205,11 @@ fn programs(
         let few = most.min(30);
         programs.allow(&of_size(networks, few), 120)?;
         per_packet(report, &programs, plan, few, ", 122 databases")?;
-        judged(report, &programs, plan)?;
         ending(report, &mut programs, plan, &of_size(networks, few))?;
+        programs.forces_tls = true;
+        programs.allow(&of_size(networks, few), 0)?;
+        judged(report, &programs, plan)?;
+        programs.forces_tls = false;
     }
     if arguments.wants(Part::Live) {
         let rivals: &[Guard] = if arguments.no_rivals {
@@ -214,7 +217,11 @@ fn programs(
         } else {
             &Guard::RIVALS
         };
-        let guards = [&[Guard::Drop, Guard::Pass, Guard::Filter], rivals].concat();
+        let guards = [
+            &[Guard::Drop, Guard::Pass, Guard::Chance, Guard::Filter],
+            rivals,
+        ]
+        .concat();
         let mut hosts: Vec<Host> = guards
             .into_iter()
             .map(|guard| Host::new(guard, &programs))
@@ -233,7 +240,7 @@ fn programs(
                         report.miss(format!("{name} with {size} prefixes: {error:#}"));
                     }
                 }
-                live(report, &hosts, plan, (shape, size))?;
+                live(report, &hosts, &mut programs, plan, (shape, size))?;
             }
         }
         for host in &mut hosts {
@@ -330,7 +337,6 @@ fn ending(
             .map(|(.., frame)| frame.clone())
             .context("find a frame")
     };
-    // Its SYN is noted for no other port, which would cost more.
     let (allowed, denied) = (frame("allowed")?, frame("denied, next to allowed")?);
     let one =
         |frame: &[u8]| IpNet::from(IpAddr::from([frame[26], frame[27], frame[28], frame[29]]));
@@ -354,6 +360,7 @@ fn ending(
 fn live(
     report: &mut Report,
     hosts: &[Host],
+    programs: &mut Programs,
     plan: &Plan,
     (shape, size): (Shape, usize),
 ) -> Result<()> {
@@ -362,22 +369,30 @@ fn live(
     for traffic in traffics.filter(|traffic| is_hard || traffic.name == "random sources") {
         let generator = Generator::new(&traffic)?;
         let is_needed = |guard: Guard| match guard {
-            Guard::Drop => traffic.passes != Some(true),
-            Guard::Pass => traffic.passes != Some(false),
+            Guard::Drop => traffic.passes == Some(false),
+            Guard::Pass => traffic.passes == Some(true),
+            Guard::Chance => traffic.passes.is_none(),
             _ => true,
         };
         let hosts: Vec<&Host> = hosts
             .iter()
             .filter(|host| host.ready && is_needed(host.guard))
             .collect();
+        let send = |host: &Host| {
+            let net = &host.net;
+            generator
+                .measure(&net.db, &net.client, "eth0", &traffic, (0, plan.live))
+                .with_context(|| format!("measure {}", host.guard.name()))
+        };
+        if traffic.passes.is_none() {
+            let filter = hosts.iter().find(|host| host.guard == Guard::Filter);
+            programs.pass(send(filter.context("find the filter")?)?.arrived)?;
+        }
         let mut sent: Vec<Vec<Sent>> = Vec::new();
         for _ in 0..plan.live_rounds {
             let mut round = Vec::new();
             for host in &hosts {
-                let net = &host.net;
-                let sent = generator
-                    .measure(&net.db, &net.client, "eth0", &traffic, (0, plan.live))
-                    .with_context(|| format!("measure {}", host.guard.name()))?;
+                let sent = send(host)?;
                 check(&traffic, host.guard, sent.arrived)?;
                 round.push(sent);
             }
@@ -386,28 +401,18 @@ fn live(
         for (index, host) in hosts.iter().enumerate() {
             let (mut rates, mut shares, mut arrived) = (Vec::new(), Vec::new(), Vec::new());
             for round in &sent {
-                let Sent {
-                    rate,
-                    arrived: part,
-                } = round[index];
-                let rate_of = |guard| -> Result<f64> {
-                    let place = hosts.iter().position(|host| host.guard == guard);
-                    Ok(round[place.context("find the floor")?].rate)
+                let floor = match traffic.passes {
+                    Some(true) => Guard::Pass,
+                    Some(false) => Guard::Drop,
+                    None => Guard::Chance,
                 };
-                let floor = match (host.guard, traffic.passes) {
-                    (Guard::Pass, _) | (_, Some(true)) => rate_of(Guard::Pass)?,
-                    (Guard::Drop, _) | (_, Some(false)) => rate_of(Guard::Drop)?,
-                    // Each packet costs what it costs there.
-                    (_, None) => {
-                        1.0 / (part / rate_of(Guard::Pass)? + (1.0 - part) / rate_of(Guard::Drop)?)
-                    }
-                };
-                rates.push(rate / 1e6);
-                shares.push(rate / floor);
-                arrived.push(part);
+                let floor = hosts.iter().position(|host| host.guard == floor);
+                let floor = &round[floor.context("find the floor")?];
+                rates.push(round[index].rate / 1e6);
+                shares.push(round[index].rate / floor.rate);
+                arrived.push(round[index].arrived);
             }
-            let is_part =
-                traffic.passes.is_none() && !matches!(host.guard, Guard::Drop | Guard::Pass);
+            let is_part = traffic.passes.is_none();
             let passed = arrived.iter().sum::<f64>() / arrived.len() as f64;
             let name = format!("{}, {}", traffic.name, traffic.family());
             let measure = Measure::new("live", name, "million packets/s", &rates)
@@ -424,12 +429,10 @@ fn live(
 
 /// A guard that does not do its work is not worth measuring.
 fn check(traffic: &Traffic, guard: Guard, arrived: f64) -> Result<()> {
-    let right = match (guard, traffic.passes) {
-        (Guard::Drop, _) | (_, Some(false)) => arrived < 0.001,
-        (_, Some(true)) => arrived > 0.99,
-        // Linux drops sources that nobody can have.
-        (Guard::Pass, None) => arrived > 0.8,
-        (_, None) => arrived < 0.5,
+    let right = match traffic.passes {
+        Some(false) => arrived < 0.001,
+        Some(true) => arrived > 0.99,
+        None => arrived < 0.5,
     };
     let (name, family) = (traffic.name, traffic.family());
     ensure!(

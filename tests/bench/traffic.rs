@@ -159,7 +159,7 @@ pub fn programs(traffic: Option<&Traffic>) -> Result<Ebpf> {
     loader.override_global("SOURCE_AT", &at, true);
     loader.override_global("RANDOM", &random, true);
     let mut ebpf = loader.load(OBJECT).context("load the benchmark's object")?;
-    for name in ["floor", "pass", "generate"] {
+    for name in ["floor", "pass", "chance", "generate"] {
         let program: &mut Xdp = program(&mut ebpf, name)?;
         program
             .load()
