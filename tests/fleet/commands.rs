@@ -182,10 +182,16 @@ fn rollout_is_begun_promoted_and_aborted() {
     let kim = Operator::new(&etcd);
     etcd.put("rules/orders", b"rules: [{cidr: 192.0.2.0/24}]");
     let file = kim.file("rules: [{cidr: 203.0.113.0/24}]");
-    let said = kim.says(&[
+    let rollout = [
         "rollout", "orders", &file, "--on", "db7,db8", "--for", "10m",
-    ]);
-    assert!(said.contains("in force on db7, db8 until "), "{said}");
+    ];
+    let nobody = kim.fails(&rollout);
+    assert!(
+        nobody.contains("no host db7, db8 has reported the database orders"),
+        "{nobody}"
+    );
+    let said = kim.says(&[&rollout[..], &["--yes"]].concat());
+    assert!(said.contains("rolled out to db7, db8 until "), "{said}");
     let document = kim.says(&["get", "orders"]);
     assert!(
         document.contains("rollout:") && document.contains("192.0.2.0/24"),
@@ -204,10 +210,12 @@ fn rollout_is_begun_promoted_and_aborted() {
         kim.fails(&["promote", "orders"])
             .contains("it has no rollout")
     );
-    kim.says(&["rollout", "orders", &file, "--on", "db7"]);
+    kim.says(&["rollout", "orders", &file, "--on", "db7", "--yes"]);
     let said = kim.says(&["promote", "orders"]);
     assert!(
-        said.starts_with("- 192.0.2.0/24\n+ 203.0.113.0/24\n"),
+        said.starts_with(
+            "- 192.0.2.0/24\n+ 203.0.113.0/24\non db7, whose rollout ends:\nthe document"
+        ),
         "{said}"
     );
     let no_host = kim.fails(&["rollout", "orders", &file, "--on", "a/b"]);
@@ -277,6 +285,121 @@ fn what_is_written_is_waited_for_and_who_is_silent_is_told() {
         "{said}"
     );
     assert!(kim.fails(&["forget", "db7"]).contains("knows no host db7"));
+}
+
+#[test]
+fn what_speaks_against_a_change_is_told_before_it_is_written() {
+    let etcd = Etcd::start("fleet-doubts");
+    etcd.grant(USER, "rules/billing");
+    let kim = Operator::new(&etcd);
+    let mut net = host("fleet-doubts-db", &etcd);
+    net.start();
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    let revision = etcd.revision_of("rules/orders");
+    let named = |name: &str, text: &str| {
+        let path = etcd.directory().join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let wide = named(
+        "wide",
+        "rules: [{cidr: 198.51.100.7/32}, {cidr: 0.0.0.0/0}]",
+    );
+    let none = named("none", "rules: []");
+    let more = named(
+        "more",
+        "rules: [{cidr: 198.51.100.7/32}, {cidr: 198.51.100.8/32}]",
+    );
+    let past = ["--expires", "2020-01-01T00:00:00Z"];
+    for (arguments, expected) in [
+        (&["allow", "orders", "0.0.0.0/0"][..], "db7 would refuse it"),
+        (
+            &["allow", "ordres", "198.51.100.8"],
+            "no host has a database ordres (they have ",
+        ),
+        (
+            &[&["allow", "orders", "198.51.100.8"], &past[..]].concat(),
+            "2020-01-01T00:00:00Z is over",
+        ),
+        (&["put", "ordres", &file], "no host has a database ordres"),
+        (
+            &["rollout", "orders", &wide, "--on", "db7"],
+            "db7 would refuse it",
+        ),
+        (
+            &["rollout", "orders", &wide, "--on", "db7", "--soak", "10s"],
+            "db7 would refuse it",
+        ),
+        (
+            &["rollout", "orders", &none, "--on", "db7"],
+            "1 rule of 1 would go",
+        ),
+        (
+            &["rollout", "orders", &none, "--on", "db7", "--soak", "10s"],
+            "1 rule of 1 would go",
+        ),
+        (
+            &["rollout", "orders", &more, "--on", "db7,db9"],
+            "no host db9 has reported",
+        ),
+    ] {
+        let refused = kim.fails(arguments);
+        assert!(refused.contains(expected), "{arguments:?}: {refused}");
+        assert!(refused.contains("nothing is written"), "{refused}");
+    }
+    assert_eq!(etcd.revision_of("rules/orders"), revision);
+    let nobody = kim.fails(&["status", "ordres"]);
+    assert!(
+        nobody.contains("etcd has no document of ordres"),
+        "{nobody}"
+    );
+    let at_once = ["rollout", "orders", &more, "--on", "db7", "--for", "0s"];
+    assert_eq!(kim.run(&at_once).status.code(), Some(2));
+    // A rollout is seen, and ends by nobody's oversight.
+    let said = kim.says(&["rollout", "orders", &more, "--on", "db7"]);
+    assert!(
+        said.starts_with("on db7 until ") && said.contains(":\n  + 198.51.100.8/32\n"),
+        "{said}"
+    );
+    let other = named(
+        "other",
+        "rules: [{cidr: 198.51.100.7/32}, {cidr: 198.51.100.9/32}]",
+    );
+    for arguments in [
+        &["put", "orders", &file][..],
+        &["rollout", "orders", &other, "--on", "db7"],
+    ] {
+        let refused = kim.fails(arguments);
+        assert!(refused.contains("the rollout on db7 until "), "{refused}");
+    }
+    let differs = kim.run(&["diff", "orders", &file]);
+    assert_eq!(differs.status.code(), Some(1));
+    let differs = String::from_utf8(differs.stdout).unwrap();
+    assert!(
+        differs.starts_with("on db7, whose rollout ends:\n  - 198.51.100.8/32\nthe rollout on db7"),
+        "{differs}"
+    );
+    kim.says(&["abort", "orders"]);
+    // One that is over is in nobody's way, and is not promoted.
+    kim.says(&["rollout", "orders", &more, "--on", "db7", "--for", "1s"]);
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    let over = kim.fails(&["promote", "orders"]);
+    assert!(over.contains("its rollout ended at "), "{over}");
+    kim.says(&["rollout", "orders", &more, "--on", "db7"]);
+    kim.says(&["promote", "orders"]);
+    // Less is allowed by what hosts refuse, too: written, and told.
+    etcd.put(
+        "rules/orders",
+        b"rules: [{cidr: 0.0.0.0/0}, {cidr: 198.51.100.7/32}]",
+    );
+    let told = kim.fails(&["revoke", "orders", "198.51.100.7"]);
+    assert!(
+        told.contains("it is written, but db7 would refuse it")
+            && told.contains("goes on as before"),
+        "{told}"
+    );
+    assert!(!kim.says(&["get", "orders"]).contains("198.51.100.7"));
 }
 
 /// A document that is written while a host does not believe etcd would not be in force there.

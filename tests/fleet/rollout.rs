@@ -96,7 +96,9 @@ fn rollout_that_drops_who_came_before_is_halted_and_changes_no_other_host() {
     let ended = AtomicBool::new(false);
     let halted = thread::scope(|scope| {
         scope.spawn(|| knock(&net.client, &ended));
-        let rollout = ["rollout", "orders", &file, "--on", "db7", "--soak", "20s"];
+        let rollout = [
+            "rollout", "orders", &file, "--on", "db7", "--soak", "20s", "--yes",
+        ];
         let halted = kim.fails(&rollout);
         ended.store(true, Ordering::Relaxed);
         halted
@@ -142,7 +144,7 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
     assert!(refused.contains("db7 would refuse it"), "{refused}");
     kim.file("rules: [{cidr: 198.51.100.7/32}, {cidr: 203.0.113.10/32}]");
     is_as_before();
-    let stranger = kim.fails(&with(&["db7,db9", "--soak", "10s"]));
+    let stranger = kim.fails(&with(&["db7,db9", "--soak", "10s", "--yes"]));
     assert!(
         stranger.contains("halted: db9 reports nothing"),
         "{stranger}"

@@ -75,7 +75,8 @@ pub(in crate::cli) enum Fleet {
         /// Only if the document is still the one of this revision; 0: only if there is none.
         #[arg(long, value_name = "REVISION", value_parser = clap::value_parser!(i64).range(0..))]
         if_revision: Option<i64>,
-        /// Even if it takes away more than half of the rules, a host would refuse it, or a host does not believe etcd.
+        /// Even if it takes away more than half of the rules or ends a rollout, a host would refuse it, no host has the database,
+        /// or a host does not believe etcd.
         #[arg(long)]
         yes: bool,
         #[command(flatten)]
@@ -90,7 +91,7 @@ pub(in crate::cli) enum Fleet {
         /// Prefix, such as 203.0.113.0/24; an address alone is that one host.
         source: String,
         /// How long, such as 2h or 3d.
-        #[arg(long = "for", value_name = "DURATION", value_parser = lasting, conflicts_with = "expires")]
+        #[arg(long = "for", value_name = "DURATION", value_parser = some_time, conflicts_with = "expires")]
         lasting: Option<Duration>,
         /// Until when, such as 2026-12-31T18:00:00Z.
         #[arg(long, value_name = "TIME")]
@@ -98,6 +99,9 @@ pub(in crate::cli) enum Fleet {
         /// Why, for those who read the rules later.
         #[arg(long)]
         label: Option<String>,
+        /// Even if a host would refuse it, or no host has the database.
+        #[arg(long)]
+        yes: bool,
         #[command(flatten)]
         waiting: Waiting,
         #[command(flatten)]
@@ -124,7 +128,7 @@ pub(in crate::cli) enum Fleet {
         #[arg(long, value_name = "HOST", required = true, value_delimiter = ',')]
         on: Vec<String>,
         /// How long, such as 30m, unless it is promoted by then.
-        #[arg(long = "for", value_name = "DURATION", default_value = "30m", value_parser = lasting)]
+        #[arg(long = "for", value_name = "DURATION", default_value = "30m", value_parser = some_time)]
         lasting: Duration,
         /// Watch the hosts for so long, such as 2m, after as long without the change. It is taken back where one of them
         /// falls silent, reports an error, or drops much more than before.
@@ -133,6 +137,9 @@ pub(in crate::cli) enum Fleet {
         /// Promote it if none of them is worse off.
         #[arg(long, requires = "soak")]
         promote: bool,
+        /// Even if it takes away more than half of the rules or another rollout, a host would refuse it, or is not known.
+        #[arg(long)]
+        yes: bool,
         #[command(flatten)]
         waiting: Waiting,
         #[command(flatten)]
@@ -142,6 +149,9 @@ pub(in crate::cli) enum Fleet {
     Promote {
         /// Database.
         database: String,
+        /// Even if a host would refuse it.
+        #[arg(long)]
+        yes: bool,
         #[command(flatten)]
         waiting: Waiting,
         #[command(flatten)]
@@ -180,6 +190,15 @@ impl Fleet {
             Self::Status { database, .. } => database.as_ref(),
             Self::Recover { .. } | Self::Forget { .. } => None,
         }
+    }
+}
+
+/// As `lasting`, and not over at once.
+fn some_time(text: &str) -> Result<Duration, String> {
+    let duration = lasting(text)?;
+    match duration < Duration::from_secs(1) {
+        true => Err("at least 1s".into()),
+        false => Ok(duration),
     }
 }
 

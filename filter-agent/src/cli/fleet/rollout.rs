@@ -11,9 +11,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
     args::Access,
-    check_believed, in_seconds,
+    difference::under_way,
+    in_seconds,
     soak::{Halt, Watch},
-    status,
+    write::{Care, Proposal, check_believed},
 };
 use crate::{
     etcd::client::{Changed, Client},
@@ -36,6 +37,7 @@ pub(super) struct Soaked<'a> {
     pub(super) lasting: Duration,
     pub(super) soak: Duration,
     pub(super) promotes: bool,
+    pub(super) yes: bool,
     pub(super) access: &'a Access,
 }
 
@@ -104,18 +106,12 @@ impl Soaked<'_> {
         let mut client = super::client(self.access).await?;
         let overview = client.overview().await?;
         check_believed(&overview)?;
-        let refusals = status::refusals(&overview, self.database, self.text);
-        ensure!(
-            refusals.is_empty(),
-            "{}; nothing is written",
-            refusals.join("; ")
-        );
         let found = client.document(self.database, None).await?;
         let before = found.as_ref().map(|value| value.text.as_slice());
         let rules = before.map_or(Ok(Default::default()), check_document);
         let rules = rules.map_err(|error| self.unwritten(&error))?;
         ensure!(
-            rules.rollout.is_none(),
+            under_way(&rules, Timestamp::now()).is_none(),
             "a rollout of {} is under way: promote or abort it; nothing is written",
             self.database
         );
@@ -124,7 +120,9 @@ impl Soaked<'_> {
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
         let rolled = self.text.as_bytes();
         // Refused now, rather than with the baseline's rollout in force.
-        self.rolled_out(before, rolled, self.lasting)?;
+        let proposed = self.rolled_out(before, rolled, self.lasting)?.text;
+        let care = Care::Whole { yes: self.yes };
+        Proposal::new(&overview, self.database, before, &proposed)?.check(care)?;
         let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
         let baseline = baseline.put(
             self,
@@ -135,7 +133,7 @@ impl Soaked<'_> {
         );
         let baseline = baseline.await.map_err(|error| self.conflict(error))?;
         say!(
-            "what {} drop without it: watched for {lasts}",
+            "first without it, on {}: watched for {lasts}",
             list(self.on.iter())
         );
         let mut watch = Watch::new(self.database, baseline.revision, self.on, Instant::now());

@@ -1,12 +1,12 @@
 //! `fleet status`: whether every host enforces what was written, and waiting for it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -32,6 +32,8 @@ pub(super) enum Goal {
     /// There is no document: hosts enforce the rules of their policies alone.
     None,
     Active,
+    /// No host that has the database is there.
+    Silent,
     Pending,
     Failed,
 }
@@ -41,6 +43,7 @@ impl Goal {
         match self {
             Self::None => "NONE",
             Self::Active => "ACTIVE",
+            Self::Silent => "SILENT",
             Self::Pending => "PENDING",
             Self::Failed => "FAILED",
         }
@@ -56,6 +59,8 @@ pub(super) struct Database {
     hosts: usize,
     /// Hosts that enforce that revision.
     active: usize,
+    /// Hosts that do not enforce it yet.
+    pending: Vec<String>,
     /// Hosts that are not there: what they enforce is not known.
     silent: Vec<String>,
     /// The longest that a host took, from etcd's announcement on, in milliseconds.
@@ -146,6 +151,12 @@ impl Fleet {
             for (host, error) in &database.errors {
                 say!("{name} on {host}: {error}");
             }
+            if !database.pending.is_empty() {
+                say!("{name}: not yet on {}", list(database.pending.iter()));
+            }
+            if database.state == Goal::Pending && database.hosts == 0 {
+                say!("{name}: no host has reported it");
+            }
             if !database.silent.is_empty() {
                 say!("{name}: silent: {}", list(database.silent.iter()));
             }
@@ -171,6 +182,7 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
         state: Goal::None,
         hosts: 0,
         active: 0,
+        pending: Vec::new(),
         silent: Vec::new(),
         slowest_ms: None,
         errors: BTreeMap::new(),
@@ -179,7 +191,6 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
             until: rollout.until,
         }),
     };
-    let mut is_pending = false;
     for (host, status) in hosts {
         let Some(reported) = status.databases.get(name) else {
             continue;
@@ -200,7 +211,7 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
         // Its error is about an earlier document, unless it reads none.
         let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
         if reads && reported.seen < revision {
-            is_pending = true;
+            found.pending.push((*host).clone());
         } else if let Some(error) = &reported.error {
             found.errors.insert((*host).clone(), error.clone());
         } else if revision.is_some() && reported.enforced == revision {
@@ -211,16 +222,20 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
                 .map(|ms| ms.max(slowest))
                 .or(found.slowest_ms);
         } else {
-            is_pending = true;
+            found.pending.push((*host).clone());
         }
     }
+    found.state = if !found.errors.is_empty() {
+        Goal::Failed
+    } else if revision.is_none() {
+        Goal::None
     // Of no host it is not known that it enforces anything.
-    is_pending |= found.hosts == 0;
-    found.state = match (revision, is_pending) {
-        _ if !found.errors.is_empty() => Goal::Failed,
-        (None, _) => Goal::None,
-        (Some(_), true) => Goal::Pending,
-        (Some(_), false) => Goal::Active,
+    } else if !found.pending.is_empty() || found.hosts == 0 {
+        Goal::Pending
+    } else if found.active == 0 {
+        Goal::Silent
+    } else {
+        Goal::Active
     };
     found
 }
@@ -235,6 +250,11 @@ pub(super) async fn status(
     let deadline = Instant::now() + wait.unwrap_or_default();
     let fleet = loop {
         let fleet = Fleet::of(&client.overview().await?, only);
+        if let Some(only) = only.filter(|_| fleet.databases.is_empty()) {
+            bail!(
+                "etcd has no document of {only}, and no host has reported a database of that name"
+            );
+        }
         let is_pending = fleet.databases.iter().any(|it| it.state == Goal::Pending);
         if !is_pending || Instant::now() >= deadline {
             break fleet;
@@ -286,6 +306,35 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
         Some(format!("{host} would refuse it: {error}"))
     };
     hosts.iter().filter_map(refusal).collect()
+}
+
+/// What is meant to be written, and no host has reported: the database, and hosts of a rollout.
+pub(super) fn unknown(
+    overview: &Overview,
+    database: &str,
+    on: Option<&BTreeSet<String>>,
+) -> Vec<String> {
+    let hosts = parsed(overview);
+    let has_it = |host: &HostStatus| host.databases.contains_key(database);
+    let mut unknown = Vec::new();
+    // Where there is no host yet, documents may come first.
+    if !hosts.is_empty() && !hosts.values().any(has_it) {
+        let names = hosts.values().flat_map(|host| host.databases.keys());
+        let names: BTreeSet<_> = names.collect();
+        let names = list(names.into_iter());
+        unknown.push(format!(
+            "no host has a database {database} (they have {names})"
+        ));
+    }
+    let is_strange = |host: &&String| !hosts.get(*host).is_some_and(has_it);
+    let strange: Vec<_> = on.into_iter().flatten().filter(is_strange).collect();
+    if !strange.is_empty() {
+        let names = list(strange.into_iter());
+        unknown.push(format!(
+            "no host {names} has reported the database {database}"
+        ));
+    }
+    unknown
 }
 
 /// When a host was there last, for `forget`.
@@ -346,6 +395,7 @@ mod tests {
         assert_eq!(exit(&[("db7", behind, true)]), (Goal::Pending, 4));
         let silent = [("db7", done.clone(), true), ("db8", done.clone(), false)];
         assert_eq!(exit(&silent), (Goal::Active, 3));
+        assert_eq!(exit(&silent[1..]), (Goal::Silent, 3));
         let failed = [("db7", host(8, Some("line 3")), true), ("db8", late, true)];
         assert_eq!(exit(&failed), (Goal::Failed, 1));
         // There is no document, and there was none.

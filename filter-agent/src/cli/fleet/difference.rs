@@ -1,0 +1,232 @@
+//! The difference between two documents, for every host that it concerns. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+
+use crate::{
+    policy::{Document, Rollout, Rule, Source},
+    text::{counted, list},
+};
+
+/// The difference for hosts that have the same rules before and after.
+struct Part {
+    /// Which hosts, if not all of them.
+    hosts: Option<String>,
+    /// Rules before, and how many of them are gone.
+    before: usize,
+    removed: usize,
+    lines: Vec<String>,
+}
+
+pub(super) struct Difference {
+    parts: Vec<Part>,
+    /// The rollout that is under way, if it ends for a host or another takes its place.
+    ended: Option<String>,
+}
+
+impl Difference {
+    /// A rollout whose time is over counts as not written. `before`: `None` also where it cannot be read: nobody relies on it.
+    pub(super) fn between(before: Option<&Document>, after: &Document, now: Timestamp) -> Self {
+        let old = before.and_then(|document| under_way(document, now));
+        let new = under_way(after, now);
+        let rules = before.map_or(&[][..], |document| &document.rules);
+        let mut parts = vec![Part::of(None, rules, &after.rules)];
+        let nobody = BTreeSet::new();
+        let on = |rollout: Option<&'_ Rollout>| rollout.map_or(&nobody, |it| &it.on).clone();
+        let (old_on, new_on) = (on(old), on(new));
+        if let Some(new) = new {
+            let heading = |hosts: BTreeSet<&String>| {
+                Some(format!(
+                    "on {} until {}",
+                    list(hosts.into_iter()),
+                    new.until
+                ))
+            };
+            if let Some(old) = old.filter(|old| *old != new) {
+                let both: BTreeSet<_> = old_on.intersection(&new_on).collect();
+                if !both.is_empty() {
+                    parts.push(Part::of(heading(both), &old.rules, &new.rules));
+                }
+            }
+            let begun: BTreeSet<_> = new_on.difference(&old_on).collect();
+            if !begun.is_empty() {
+                parts.push(Part::of(heading(begun), rules, &new.rules));
+            }
+        }
+        if let Some(old) = old {
+            let ended: BTreeSet<_> = old_on.difference(&new_on).collect();
+            if !ended.is_empty() {
+                let hosts = format!("on {}, whose rollout ends", list(ended.into_iter()));
+                parts.push(Part::of(Some(hosts), &old.rules, &after.rules));
+            }
+        }
+        let goes_on = |old: &Rollout| {
+            new.is_some_and(|new| new.rules == old.rules && new.on.is_superset(&old.on))
+        };
+        let ended = old.filter(|old| !goes_on(old)).map(|old| {
+            let on = list(old.on.iter());
+            format!("the rollout on {on} until {} would end", old.until)
+        });
+        Self { parts, ended }
+    }
+
+    pub(super) fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for part in &self.parts {
+            let indent = if part.hosts.is_some() { "  " } else { "" };
+            lines.extend(part.hosts.iter().map(|hosts| format!("{hosts}:")));
+            lines.extend(part.lines.iter().map(|line| format!("{indent}{line}")));
+        }
+        lines
+    }
+
+    /// What nobody should write unseen: that most rules go, or that a rollout does.
+    pub(super) fn doubts(&self) -> impl Iterator<Item = String> {
+        let is_much = |part: &&Part| part.removed * 2 > part.before;
+        let removed = self.parts.iter().filter(is_much).map(|part| {
+            let hosts = part.hosts.as_ref().map(|hosts| format!("{hosts}, "));
+            let removed = counted(part.removed, "rule", "rules");
+            format!(
+                "{}{removed} of {} would go",
+                hosts.unwrap_or_default(),
+                part.before
+            )
+        });
+        removed.chain(self.ended.clone())
+    }
+}
+
+impl Part {
+    fn of(hosts: Option<String>, before: &[Rule], after: &[Rule]) -> Self {
+        let (before, after) = (by_source(before), by_source(after));
+        let is_gone = |source: &&&Source| !after.contains_key(**source);
+        let gone: Vec<&&Source> = before.keys().filter(is_gone).collect();
+        let mut lines: Vec<_> = gone.iter().map(|source| format!("- {source}")).collect();
+        for (source, rule) in &after {
+            match before.get(source) {
+                None => lines.push(format!("+ {source}{}", said(rule))),
+                Some(was) if was != rule => {
+                    lines.push(format!("~ {source}{} -> {}", said(was), said(rule).trim()));
+                }
+                Some(_) => {}
+            }
+        }
+        Self {
+            hosts,
+            before: before.len(),
+            removed: gone.len(),
+            lines,
+        }
+    }
+}
+
+/// The rollout of a document, unless its time is over.
+pub(super) fn under_way(document: &Document, now: Timestamp) -> Option<&Rollout> {
+    let rollout = document.rollout.as_ref();
+    rollout.filter(|rollout| rollout.until > now)
+}
+
+fn by_source(rules: &[Rule]) -> BTreeMap<&Source, &Rule> {
+    rules.iter().map(|rule| (&rule.source, rule)).collect()
+}
+
+/// ` "office", except 203.0.113.7/32, until 2026-12-31T18:00:00Z`.
+fn said(rule: &Rule) -> String {
+    let label = rule.label.as_ref().map(|label| format!("{label:?}"));
+    let except = rule.except.iter().map(|hole| format!("except {hole}"));
+    let expires = rule.expires.map(|at| format!("until {at}"));
+    let parts: Vec<String> = label.into_iter().chain(except).chain(expires).collect();
+    match parts.is_empty() {
+        true => String::new(),
+        false => format!(" {}", parts.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::check_document;
+
+    const NOW: &str = "2027-01-01T00:00:00Z";
+
+    fn difference(before: Option<&str>, after: &str) -> (Vec<String>, Vec<String>) {
+        let document = |text: &str| check_document(text.as_bytes()).unwrap();
+        let before = before.map(document);
+        let difference =
+            Difference::between(before.as_ref(), &document(after), NOW.parse().unwrap());
+        (difference.lines(), difference.doubts().collect())
+    }
+
+    fn rollout(on: &str, until: u8, rules: &str) -> String {
+        format!(
+            "rules: [{{cidr: 192.0.2.0/24}}]\n\
+             rollout: {{on: [{on}], until: 2027-01-0{until}T00:00:00Z, rules: [{rules}]}}"
+        )
+    }
+
+    #[test]
+    fn rules_and_doubts_are_told_for_each_group_of_hosts() {
+        let base = "rules: [{cidr: 192.0.2.0/24}]";
+        let office = "{cidr: 198.51.100.0/24}";
+        let on_db7 = rollout("db7", 2, office);
+        let (lines, doubts) = difference(Some(base), &on_db7);
+        assert_eq!(
+            lines,
+            [
+                "on db7 until 2027-01-02T00:00:00Z:",
+                "  - 192.0.2.0/24",
+                "  + 198.51.100.0/24"
+            ]
+        );
+        assert_eq!(
+            doubts,
+            ["on db7 until 2027-01-02T00:00:00Z, 1 rule of 1 would go"]
+        );
+        // It ends, by a document that says nothing of it.
+        let (lines, doubts) = difference(Some(&on_db7), base);
+        assert_eq!(
+            lines,
+            [
+                "on db7, whose rollout ends:",
+                "  - 198.51.100.0/24",
+                "  + 192.0.2.0/24"
+            ]
+        );
+        assert!(
+            doubts.contains(&"the rollout on db7 until 2027-01-02T00:00:00Z would end".into()),
+            "{doubts:?}"
+        );
+        // Another takes its place: on a host that has it, on one that has not.
+        let both = format!("{{cidr: 192.0.2.0/24}}, {office}");
+        let (lines, doubts) = difference(Some(&on_db7), &rollout("db7, db8", 3, &both));
+        assert_eq!(
+            lines,
+            [
+                "on db7 until 2027-01-03T00:00:00Z:",
+                "  + 192.0.2.0/24",
+                "on db8 until 2027-01-03T00:00:00Z:",
+                "  + 198.51.100.0/24"
+            ]
+        );
+        assert_eq!(
+            doubts,
+            ["the rollout on db7 until 2027-01-02T00:00:00Z would end"]
+        );
+        assert_eq!(difference(Some(&on_db7), &on_db7), (vec![], vec![]));
+        // More hosts, and more time.
+        let (_, doubts) = difference(Some(&on_db7), &rollout("db7, db8", 3, office));
+        assert_eq!(
+            doubts,
+            ["on db8 until 2027-01-03T00:00:00Z, 1 rule of 1 would go"]
+        );
+        // One that was over takes nothing away, and one that is gives nothing.
+        let late = on_db7.replace("2027", "2026");
+        assert_eq!(difference(Some(&late), base), (vec![], vec![]));
+        assert_eq!(difference(Some(base), &late), (vec![], vec![]));
+        assert_eq!(
+            difference(None, base),
+            (vec!["+ 192.0.2.0/24".into()], vec![])
+        );
+    }
+}

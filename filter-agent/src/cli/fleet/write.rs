@@ -1,0 +1,195 @@
+//! Writing a document, once what speaks against it was seen.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::{Result, anyhow, bail, ensure};
+use jiff::Timestamp;
+
+use super::{
+    args::{Access, Waiting},
+    client,
+    difference::{Difference, under_way},
+    read_document, status,
+};
+use crate::{
+    etcd::client::{Changed, Client, Overview},
+    policy::check_document,
+    text::list,
+};
+
+/// How often a rule is added anew to what somebody else has written meanwhile.
+const MAX_TRIES: usize = 100;
+
+/// How much of what speaks against a change is looked at.
+#[derive(Clone, Copy)]
+pub(super) enum Care {
+    /// All of it.
+    Whole { yes: bool },
+    /// What is promoted was looked at when it was rolled out, but for hosts that would refuse it.
+    Refusals { yes: bool },
+    /// Less is allowed, or what was before: written first, told then.
+    Told,
+}
+
+/// A document to be written, and what is known of it.
+pub(super) struct Proposal {
+    pub(super) difference: Difference,
+    /// Hosts that would refuse it, and why.
+    pub(super) refusals: Vec<String>,
+    /// Names of databases and hosts that no host has reported.
+    pub(super) unknown: Vec<String>,
+}
+
+impl Proposal {
+    pub(super) fn new(
+        overview: &Overview,
+        database: &str,
+        before: Option<&[u8]>,
+        text: &str,
+    ) -> Result<Self> {
+        let now = Timestamp::now();
+        let before = before.and_then(|text| check_document(text).ok());
+        let after = check_document(text.as_bytes()).map_err(anyhow::Error::msg)?;
+        let on = under_way(&after, now).map(|rollout| &rollout.on);
+        Ok(Self {
+            difference: Difference::between(before.as_ref(), &after, now),
+            refusals: status::refusals(overview, database, text),
+            unknown: status::unknown(overview, database, on),
+        })
+    }
+
+    pub(super) fn doubts(&self) -> Vec<String> {
+        let all = [&self.unknown, &self.refusals];
+        let seen = all.into_iter().flatten().cloned();
+        seen.chain(self.difference.doubts()).collect()
+    }
+
+    /// # Errors
+    /// Something speaks against it.
+    pub(super) fn check(&self, care: Care) -> Result<()> {
+        let (doubts, yes) = match care {
+            Care::Whole { yes } => (self.doubts(), yes),
+            Care::Refusals { yes } => (self.refusals.clone(), yes),
+            Care::Told => return Ok(()),
+        };
+        ensure!(
+            yes || doubts.is_empty(),
+            "{}: with --yes it is written all the same; nothing is written",
+            doubts.join("; ")
+        );
+        Ok(())
+    }
+
+    fn report(&self, database: &str, revision: i64) {
+        for line in self.difference.lines() {
+            say!("{line}");
+        }
+        say!("the document of {database} is written, at revision {revision}");
+    }
+}
+
+pub(super) async fn put(
+    client: &mut Client,
+    database: &str,
+    file: &Path,
+    if_revision: Option<i64>,
+    yes: bool,
+) -> Result<()> {
+    let text = read_document(file)?;
+    let found = client.document(database, None).await?;
+    let revision = found.as_ref().map_or(0, |value| value.mod_revision);
+    if let Some(wanted) = if_revision.filter(|&wanted| wanted != revision) {
+        bail!(
+            "the document of {database} {}, not the one of revision {wanted}: nothing is written",
+            match revision {
+                0 => "is not there".into(),
+                revision => format!("is that of revision {revision}"),
+            }
+        );
+    }
+    let before = found.as_ref().map(|value| value.text.as_slice());
+    if before == Some(text.as_bytes()) {
+        say!("no difference: the document of revision {revision} is the same");
+        return Ok(());
+    }
+    let overview = client.overview().await?;
+    if !yes {
+        check_believed(&overview)?;
+    }
+    let proposal = Proposal::new(&overview, database, before, &text)?;
+    proposal.check(Care::Whole { yes })?;
+    let written = client.put(database, &text, revision).await;
+    let written = written.map_err(|error| match error.downcast_ref::<Changed>() {
+        Some(changed) => anyhow!(
+            "somebody else writes the document of {database}: {changed}; nothing is written: look at it and try again"
+        ),
+        None => error,
+    })?;
+    proposal.report(database, written);
+    Ok(())
+}
+
+/// Changes a document, and again where somebody else has changed it meanwhile.
+pub(super) async fn edit(
+    database: &str,
+    change: impl Fn(Option<&[u8]>) -> Result<String, String>,
+    care: Care,
+    waiting: Waiting,
+    access: &Access,
+) -> Result<ExitCode> {
+    let mut client = client(access).await?;
+    let overview = client.overview().await?;
+    check_believed(&overview)?;
+    for _ in 0..MAX_TRIES {
+        let found = client.document(database, None).await?;
+        let revision = found.as_ref().map_or(0, |value| value.mod_revision);
+        let before = found.as_ref().map(|value| value.text.as_slice());
+        let text = change(before);
+        let text = text.and_then(|text| check_document(text.as_bytes()).map(|_| text));
+        let text = text
+            .map_err(|error| anyhow!("the document of {database}: {error}; nothing is written"))?;
+        let proposal = Proposal::new(&overview, database, before, &text)?;
+        proposal.check(care)?;
+        match client.put(database, &text, revision).await {
+            Ok(written) => {
+                proposal.report(database, written);
+                let exit = follow(&mut client, database, waiting).await?;
+                ensure!(
+                    proposal.refusals.is_empty() || !matches!(care, Care::Told),
+                    "it is written, but {}, and goes on as before",
+                    proposal.refusals.join("; ")
+                );
+                return Ok(exit);
+            }
+            Err(error) if error.is::<Changed>() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    bail!("the document of {database} was changed by others {MAX_TRIES} times: nothing is written");
+}
+
+/// # Errors
+/// A host does not believe etcd: what is written now would not be enforced there.
+pub(super) fn check_believed(overview: &Overview) -> Result<()> {
+    let holding = status::Fleet::of(overview, None).holding;
+    ensure!(
+        holding.is_empty(),
+        "{} {} not believe etcd, which went back or is another: `filter-agent fleet status` says why, and `fleet recover` has \
+         it believed again; nothing is written",
+        list(holding.iter()),
+        if holding.len() == 1 { "does" } else { "do" }
+    );
+    Ok(())
+}
+
+/// Waits until the hosts have what was written, if that is asked for.
+pub(super) async fn follow(
+    client: &mut Client,
+    database: &str,
+    waiting: Waiting,
+) -> Result<ExitCode> {
+    match waiting.wait {
+        Some(_) => status::status(client, Some(database), waiting.wait, false).await,
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
