@@ -35,6 +35,7 @@ use crate::{
     host,
     log::Entry,
     look_ups::LookUp,
+    memory,
     metrics::{self, scrape::Scraper, timings::Timings},
     notify::Notifier,
     policy_file::{PolicyFile, hash, read_text},
@@ -142,6 +143,7 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
         timings: timings.clone(),
     };
     performer.perform(effects);
+    performer.give_memory_back();
     let mut deadline = None;
     while !performer.is_stopping {
         let mut thorough = false;
@@ -196,11 +198,15 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
             deadline = deadline.or(Some(Instant::now() + CHANGE_TIMEOUT));
         }
         let is_quiet = matches!(event, Event::Tick);
+        let is_change = matches!(event, Event::Committed(_));
         let effects = agent.handle(event, clock.now());
         if !is_quiet || !effects.is_empty() {
             publish.send_replace(agent.snapshot());
         }
         performer.perform(effects);
+        if is_change {
+            performer.give_memory_back();
+        }
     }
     performer.notifier.stopping();
     // The next start would replace its programs all the same.
@@ -251,6 +257,11 @@ impl Performer {
         self.enforcer.check(thorough, move |enforcer, thorough| {
             let _ = events.send(Event::Checked(enforcer.check(thorough, &enforced)));
         });
+    }
+
+    /// On the enforcer's thread, because it takes milliseconds where there is much.
+    fn give_memory_back(&self) {
+        self.enforcer.send(|_| memory::give_back());
     }
 
     fn perform(&mut self, effects: Vec<Effect>) {

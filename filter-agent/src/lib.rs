@@ -24,6 +24,7 @@ mod late;
 mod lock_out;
 mod log;
 mod look_ups;
+mod memory;
 pub mod metrics;
 mod notify;
 mod passed;
