@@ -59,8 +59,12 @@ fn tarball(pages: &Path) -> Result<()> {
     let root = Path::new(FOLDER).join(&name);
     fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
     let binary = target_directory()?.join("release/filter-agent");
+    // As `cargo deb` does with its own copy.
+    run(Command::new("strip")
+        .arg("-o")
+        .arg(root.join("filter-agent"))
+        .arg(&binary))?;
     let files = [
-        binary.as_path(),
         Path::new("dist/filter-agent.service"),
         Path::new("dist/filter-agent-status.socket"),
         Path::new("dist/filter-agent.sysusers"),
