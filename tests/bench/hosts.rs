@@ -25,7 +25,10 @@ use filter_agent::{
 use filter_tests::net::{Net, succeed};
 use ipnet::IpNet;
 
-use crate::traffic::{self, PORT, TLS_PORT};
+use crate::{
+    instructions::Translated,
+    traffic::{self, PORT, TLS_PORT},
+};
 
 /// What stands between a host's interface and TCP.
 #[derive(Clone, Copy, PartialEq)]
@@ -223,6 +226,7 @@ pub fn attach(net: &Net, interface: &str, pin: &Path) {
 pub struct Programs {
     pub filter: Filter,
     pub filtering: Xdp,
+    pub translated: Translated,
     pub dropping: Xdp,
     /// Whether there is a database that TLS is forced for: each SYN is noted then, which is not free.
     pub forces_tls: bool,
@@ -252,6 +256,7 @@ impl Programs {
         Ok(Self {
             filter,
             filtering: open("filter")?,
+            translated: Translated::read(&pin)?,
             dropping: open("floor")?,
             forces_tls: false,
             floors: floors,

@@ -26,6 +26,8 @@ pub struct Measure {
     pub list: Option<&'static str>,
     /// The part of the packets that pass, where it is a part.
     pub passed: Option<f64>,
+    /// Of the program, executed for one such packet, without what helpers of the kernel execute.
+    pub instructions: Option<u64>,
 }
 
 /// The median, and the first and the third quartile.
@@ -91,6 +93,7 @@ impl Measure {
             share: None,
             list: None,
             passed: None,
+            instructions: None,
         }
     }
 
@@ -122,6 +125,14 @@ impl Measure {
 
     pub fn with_passed(self, passed: Option<f64>) -> Self {
         Self { passed, ..self }
+    }
+
+    pub fn with_instructions(self, instructions: u64) -> Self {
+        let instructions = Some(instructions);
+        Self {
+            instructions,
+            ..self
+        }
     }
 
     pub fn with_shares(self, shares: &[f64]) -> Self {
@@ -159,14 +170,18 @@ impl Report {
         let tail = measure
             .tail
             .map(|tail| format!("; p99 {:.1}, at most {:.1}", tail.p99, tail.max));
+        let instructions = measure
+            .instructions
+            .map(|instructions| format!("; {instructions} instructions without helpers"));
         println!(
-            "{section}: {name}{}{}{}: {} {}{}",
+            "{section}: {name}{}{}{}: {} {}{}{}",
             of.unwrap_or_default(),
             list.unwrap_or_default(),
             on.unwrap_or_default(),
             measure.value,
             measure.unit,
-            tail.unwrap_or_default()
+            tail.unwrap_or_default(),
+            instructions.unwrap_or_default()
         );
         self.measures.push(measure);
     }
@@ -219,6 +234,7 @@ impl Report {
                 "passed",
                 "p99",
                 "at most",
+                "instructions without helpers",
             ]);
             for m in self.measures.iter().filter(|m| m.section == section) {
                 let tail = |of: fn(Tail) -> f64| {
@@ -238,6 +254,7 @@ impl Report {
                     passed.unwrap_or_default(),
                     tail(|tail| tail.p99),
                     tail(|tail| tail.max),
+                    m.instructions.map(|n| n.to_string()).unwrap_or_default(),
                 ]);
             }
             println!("{}", table.trim_fmt());

@@ -5,6 +5,7 @@ mod control;
 mod database;
 mod fleet;
 mod hosts;
+mod instructions;
 mod lists;
 mod report;
 mod tls;
@@ -30,9 +31,13 @@ use nix::{
 };
 
 use hosts::{Guard, Host, Programs, attach};
+use instructions::Source;
 use lists::Shape;
 use report::{Measure, Report};
 use traffic::{Generator, Sent, Traffic};
+
+/// Of `enum xdp_action`.
+const XDP_DROP: u32 = 1;
 
 /// Twice as many are made, each in a /24 of its own.
 fn sizes() -> RangedU64ValueParser<usize> {
@@ -87,6 +92,8 @@ struct Plan {
     packet_rounds: usize,
     /// Packets of a test run.
     repeat: u32,
+    /// Sources of which instructions are counted for the first packet.
+    new_sources: usize,
     live_rounds: usize,
     live: Duration,
     agent_rounds: usize,
@@ -100,6 +107,7 @@ const FULL: Plan = Plan {
     sizes: &[30, 1_000, 10_000, 100_000, 1_000_000],
     packet_rounds: 25,
     repeat: 400_000,
+    new_sources: 101,
     live_rounds: 7,
     live: Duration::from_millis(100),
     agent_rounds: 3,
@@ -112,6 +120,7 @@ const QUICK: Plan = Plan {
     sizes: &[30, 1_000],
     packet_rounds: 3,
     repeat: 100_000,
+    new_sources: 11,
     live_rounds: 3,
     live: Duration::from_millis(30),
     agent_rounds: 1,
@@ -198,9 +207,12 @@ fn programs(
     let most = sizes.iter().copied().max().context("find a size")?;
     let mut programs = Programs::load(bpffs.path(), 2 * most + 4096)?;
     if arguments.wants(Part::PerPacket) {
+        // While a program is on no interface, each test run has the kernel write calls of it and take them out again.
+        let _attached = [Guard::Drop, Guard::Filter].map(|guard| Host::new(guard, &programs));
         for &size in sizes {
             programs.allow(&of_size(networks, size), 0)?;
             per_packet(report, &programs, plan, size, "")?;
+            new_sources(report, &programs, plan, size)?;
         }
         let few = most.min(30);
         programs.allow(&of_size(networks, few), 120)?;
@@ -287,9 +299,51 @@ fn per_packet(
     more: &str,
 ) -> Result<()> {
     for (name, family, frame) in traffic::frames() {
-        let over = over_the_floor(programs, plan, &frame)?;
-        let measure = Measure::new("per packet", format!("{name}, {family}{more}"), "ns", &over);
+        let measure = of_frame(programs, plan, &frame, format!("{name}, {family}{more}"))?;
         report.record(measure.with_prefixes(prefixes));
+    }
+    Ok(())
+}
+
+/// A frame by itself, of a source that the program has seen.
+fn of_frame(programs: &Programs, plan: &Plan, frame: &[u8], name: String) -> Result<Measure> {
+    let over = over_the_floor(programs, plan, frame)?;
+    let ran = programs
+        .translated
+        .count(&programs.filtering, frame, Source::Known)
+        .with_context(|| format!("count instructions for `{name}`"))?;
+    Ok(Measure::new("per packet", name, "ns", &over).with_instructions(ran.executed))
+}
+
+/// Dropped frames of sources that the program has not seen: instructions only, since the second run has seen its source.
+fn new_sources(
+    report: &mut Report,
+    programs: &Programs,
+    plan: &Plan,
+    prefixes: usize,
+) -> Result<()> {
+    let mut random = fastrand::Rng::with_seed(prefixes as u64);
+    let traffics = traffic::traffics().into_iter();
+    for traffic in traffics.filter(|traffic| traffic.passes.is_none()) {
+        let name = format!(
+            "{}, first packet, dropped, {}",
+            traffic.name,
+            traffic.family()
+        );
+        let mut counts = Vec::new();
+        for _ in 0..plan.new_sources {
+            let frame = traffic.frame_at_random(&mut random);
+            let ran = programs
+                .translated
+                .count(&programs.filtering, &frame, Source::New)
+                .with_context(|| format!("count instructions for `{name}`"))?;
+            if ran.returned == XDP_DROP {
+                counts.push(ran.executed as f64);
+            }
+        }
+        ensure!(!counts.is_empty(), "of `{name}`, no frame is dropped");
+        let unit = "instructions without helpers";
+        report.record(Measure::new("per packet", name, unit, &counts).with_prefixes(prefixes));
     }
     Ok(())
 }
@@ -310,13 +364,8 @@ fn judged(report: &mut Report, programs: &Programs, plan: &Plan) -> Result<()> {
     for frame in &opening {
         traffic::time(&programs.filtering, frame, 1)?;
     }
-    let over = over_the_floor(programs, plan, &data)?;
-    report.record(Measure::new(
-        "per packet",
-        "allowed, TLS forced and judged, IPv4",
-        "ns",
-        &over,
-    ));
+    let name = "allowed, TLS forced and judged, IPv4".to_owned();
+    report.record(of_frame(programs, plan, &data, name)?);
     Ok(())
 }
 
@@ -349,9 +398,7 @@ fn ending(
         ("with a block of another: denied", block, &denied),
     ] {
         programs.allow_with(networks, 0, &[temporary])?;
-        let over = over_the_floor(programs, plan, frame)?;
-        let name = format!("{name}, IPv4");
-        report.record(Measure::new("per packet", name, "ns", &over));
+        report.record(of_frame(programs, plan, frame, format!("{name}, IPv4"))?);
     }
     programs.allow(networks, 0)
 }

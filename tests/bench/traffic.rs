@@ -54,6 +54,19 @@ impl Traffic {
     pub const fn family(&self) -> &'static str {
         if self.is_v4 { "IPv4" } else { "IPv6" }
     }
+
+    /// A frame as the generator sends them.
+    pub fn frame_at_random(&self, random: &mut fastrand::Rng) -> Vec<u8> {
+        let mut frame = self.frame.clone();
+        let source = frame[14 + if self.is_v4 { 12 } else { 8 }..]
+            .as_chunks_mut()
+            .0;
+        for (word, mask) in source.iter_mut().zip(self.random) {
+            let before = u32::from_ne_bytes(*word);
+            *word = (before & !mask | random.u32(..) & mask).to_ne_bytes();
+        }
+        frame
+    }
 }
 
 /// Segments whose checksum is wrong: where no filter is, every one gets as far as TCP, which drops it
