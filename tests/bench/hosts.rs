@@ -259,7 +259,7 @@ impl Programs {
             translated: Translated::read(&pin)?,
             dropping: open("floor")?,
             forces_tls: false,
-            floors: floors,
+            floors,
             directory,
         })
     }
