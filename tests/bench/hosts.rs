@@ -238,9 +238,7 @@ impl Programs {
     /// `bpffs`: where they are pinned.
     pub fn load(bpffs: &Path, max_prefixes: usize) -> Result<Self> {
         let most = u32::try_from(max_prefixes)?;
-        let mut filter = Filter::open(bpffs, Some(most))?;
-        // Frames are run through the program at interfaces only.
-        filter.set_judged(true)?;
+        let filter = Filter::open(bpffs, Some(most))?;
         let directory = bpffs.to_owned();
         let pin = directory.join("filter");
         succeed(
@@ -328,7 +326,10 @@ databases:
             temporary: temporary.collect(),
             ..Timed::of(&policy, now)
         };
-        self.filter.apply(&compile(&policy, &regions, &timed))?;
+        let compiled = compile(&policy, &regions, &timed);
+        self.filter.apply(&compiled)?;
+        // As the agent does. Frames are run through the program at interfaces only, without sockets.
+        self.filter.set_judged(compiled.forces_tls())?;
         Ok(())
     }
 }
