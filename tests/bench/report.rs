@@ -1,11 +1,13 @@
 //! What was measured: as a table, as JSON, as a picture, and against the goals.
 
-use std::{fmt, fs, path::Path};
+use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{Table, presets};
 use plotters::prelude::*;
 use serde::Serialize;
+
+use crate::spread::{Spread, quantile};
 
 /// Something measured several times.
 #[derive(Clone, Serialize)]
@@ -30,49 +32,11 @@ pub struct Measure {
     pub instructions: Option<u64>,
 }
 
-/// The median, and the first and the third quartile.
-#[derive(Clone, Copy, Serialize)]
-pub struct Spread {
-    pub median: f64,
-    pub low: f64,
-    pub high: f64,
-}
-
 /// The 99th percentile, and the highest value.
 #[derive(Clone, Copy, Serialize)]
 pub struct Tail {
     pub p99: f64,
     pub max: f64,
-}
-
-impl Spread {
-    /// `values`: at least one.
-    pub fn of(values: &[f64]) -> Self {
-        Self {
-            median: quantile(values, 0.5),
-            low: quantile(values, 0.25),
-            high: quantile(values, 0.75),
-        }
-    }
-}
-
-/// `values`: at least one.
-fn quantile(values: &[f64], part: f64) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[(part * (sorted.len() - 1) as f64).round() as usize]
-}
-
-impl fmt::Display for Spread {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { median, low, high } = self;
-        let digits = match median.abs() {
-            ..100.0 => 2,
-            100.0..1000.0 => 1,
-            _ => 0,
-        };
-        write!(f, "{median:.digits$} ({low:.digits$} to {high:.digits$})")
-    }
 }
 
 impl Measure {

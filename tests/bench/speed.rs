@@ -8,6 +8,7 @@ mod hosts;
 mod instructions;
 mod lists;
 mod report;
+mod spread;
 mod tls;
 mod traffic;
 
