@@ -1,5 +1,6 @@
 //! The steps of `check` and `test`, timed.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -117,18 +118,23 @@ const PREVIOUS: &str = "af95a27";
 fn build_previous() -> Result<()> {
     let target = target_directory()?.join("previous");
     let source = target.join("source");
-    std::fs::create_dir_all(&source).with_context(|| format!("create {}", source.display()))?;
-    let archive = target.join("source.tar");
-    let mut export = Command::new("git");
-    export.args(["archive", "--output"]).arg(&archive);
-    run(export.arg(PREVIOUS)).context("export the commit before, which needs the whole history")?;
-    let mut unpack = Command::new("tar");
-    unpack.arg("--extract").arg("--file").arg(&archive);
-    run(unpack.arg("--directory").arg(&source))?;
+    export(PREVIOUS, &source)?;
     run(cargo()
         .args(["build", "--package", "filter-agent", "--target-dir"])
         .arg(&target)
         .current_dir(&source))
+}
+
+/// Unpacks the sources of a commit. `source`: their folder, beside which the archive lies.
+pub fn export(commit: &str, source: &Path) -> Result<()> {
+    std::fs::create_dir_all(source).with_context(|| format!("create {}", source.display()))?;
+    let archive = source.with_extension("tar");
+    let mut export = Command::new("git");
+    export.args(["archive", "--output"]).arg(&archive);
+    run(export.arg(commit)).context("export an earlier commit, which needs the whole history")?;
+    let mut unpack = Command::new("tar");
+    unpack.arg("--extract").arg("--file").arg(&archive);
+    run(unpack.arg("--directory").arg(source))
 }
 
 /// Clippy for the BPF target, with the flags that aya-build compiles it with.
