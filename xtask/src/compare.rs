@@ -26,7 +26,7 @@ pub fn judge(base: &str, rounds: usize, arguments: &[String]) -> Result<()> {
     let reason = String::from_utf8_lossy(&found.stderr);
     ensure!(
         found.status.success(),
-        "`{base}` names no commit of this repository: give a commit, a branch or a tag {}",
+        "`{base}` names no commit of this repository: give a commit, a branch or a tag{}",
         reason.trim()
     );
     let commit = String::from_utf8_lossy(&found.stdout);

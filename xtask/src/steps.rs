@@ -125,7 +125,7 @@ fn build_previous() -> Result<()> {
         .current_dir(&source))
 }
 
-/// Unpacks the sources of a commit. `source`: their folder, beside which the archive lies.
+/// Unpacks the sources of a commit into this folder.
 pub fn export(commit: &str, source: &Path) -> Result<()> {
     std::fs::create_dir_all(source).with_context(|| format!("create {}", source.display()))?;
     let archive = source.with_extension("tar");
@@ -134,7 +134,8 @@ pub fn export(commit: &str, source: &Path) -> Result<()> {
     run(export.arg(commit)).context("export an earlier commit, which needs the whole history")?;
     let mut unpack = Command::new("tar");
     unpack.arg("--extract").arg("--file").arg(&archive);
-    run(unpack.arg("--directory").arg(source))
+    run(unpack.arg("--directory").arg(source))?;
+    std::fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))
 }
 
 /// Clippy for the BPF target, with the flags that aya-build compiles it with.
