@@ -38,15 +38,15 @@ pub fn judge(base: &str, rounds: usize, arguments: &[String]) -> Result<()> {
     println!("base: {}\nthis: {}", base.name, this.name);
     let mut comparison = Comparison::new(rounds);
     for round in 0..rounds {
-        let mut programs = [(Side::Base, &base), (Side::This, &this)];
+        let mut programs = [("base", Side::Base, &base), ("this", Side::This, &this)];
         if round % 2 == 1 {
             programs.reverse();
         }
-        for (side, program) in programs {
+        for (name, side, program) in programs {
             let begin = Instant::now();
             comparison.add(side, program.measure(arguments)?);
             let seconds = begin.elapsed().as_secs_f64();
-            println!("round {} of {rounds}, {side:?}: {seconds:.1} s", round + 1);
+            println!("round {} of {rounds}, {name}: {seconds:.1} s", round + 1);
         }
     }
     println!("\n{}", comparison.table().trim_fmt());
@@ -74,7 +74,7 @@ impl Program {
     /// what was made in it is kept.
     fn of(commit: &str, folder: &Path) -> Result<Self> {
         let mut subject = Command::new("git");
-        let subject = output(subject.args(["show", "--no-patch", "--format=%h %s", commit]))?;
+        let subject = output(subject.args(["show", "--no-patch", "--format=%h (%s)", commit]))?;
         let name = subject.trim().to_owned();
         let folder = folder.join(commit);
         let program = Self { name, folder };

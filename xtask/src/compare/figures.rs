@@ -31,7 +31,7 @@ struct Median {
     median: f64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub enum Side {
     Base,
     This,
