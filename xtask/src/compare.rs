@@ -191,9 +191,8 @@ fn executable(messages: &str, name: &str) -> Option<PathBuf> {
         .lines()
         .filter_map(|line| serde_json::from_str(line).ok());
     let of_name = messages.filter(|message: &Value| message["target"]["name"] == name);
-    of_name
-        .filter_map(|message| Some(message["executable"].as_str()?.into()))
-        .last()
+    let mut programs = of_name.filter_map(|message| Some(message["executable"].as_str()?.into()));
+    programs.next_back()
 }
 
 /// Removes a file or a folder, if there is one.
