@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, env, fmt::Write as _, path::Path, time::Duratio
 use filter_tests::{
     injector::{Action, Fault, Kind, Supervised},
     laboratory::{InForce, Laboratory, Started, Version, claims_refusal, within_limit},
-    net::{agent_binary, next_layout_binary},
+    net::{agent_binary, next_layout_binary, wait_until},
 };
 use jiff::Timestamp;
 use nix::errno::Errno;
@@ -238,9 +238,14 @@ impl Sweep {
                 let what = format!("the next reload leaves in force {}", relative(in_force, to));
                 laboratory.find(&what, &format!("{}\nthen:\n{}", answer.text, again.text));
             }
-            let status = laboratory.command(&["status"]);
-            if !status.succeeded() {
-                laboratory.find("after the next reload `status` fails", &status.text);
+            // Samples and pins are seen to every few seconds, and not by a reload.
+            let mut status = laboratory.command(&["status"]);
+            let is_mended = wait_until(|| {
+                status = laboratory.command(&["status"]);
+                status.succeeded()
+            });
+            if !is_mended {
+                laboratory.find("long after the next reload `status` fails", &status.text);
             }
         }
         self.version = to;

@@ -185,9 +185,11 @@ impl Net {
     /// Standard output of a command that must succeed.
     pub fn agent_text(&self, arguments: &[&str]) -> String {
         let output = self.agent(arguments);
+        let stdout = String::from_utf8(output.stdout).unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{arguments:?}: {stderr}");
-        String::from_utf8(output.stdout).unwrap()
+        // What was done, but for something, is told on standard output.
+        assert!(output.status.success(), "{arguments:?}: {stdout}{stderr}");
+        stdout
     }
 
     /// What a command prints as JSON, whether or not it succeeds.
