@@ -29,7 +29,7 @@ pub enum Source {
 /// A program as the kernel has translated it.
 pub struct Translated {
     instructions: Vec<Instruction>,
-    /// What its calls of helpers call.
+    /// Names of the helpers, by the numbers in its calls of them.
     helpers: HashMap<i32, String>,
 }
 

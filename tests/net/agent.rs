@@ -187,7 +187,7 @@ impl Net {
         let output = self.agent(arguments);
         let stdout = String::from_utf8(output.stdout).unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr);
-        // What was done, but for something, is told on standard output.
+        // A command whose change is in force, with an error beside, tells of it on standard output.
         assert!(output.status.success(), "{arguments:?}: {stdout}{stderr}");
         stdout
     }

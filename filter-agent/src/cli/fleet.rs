@@ -255,7 +255,8 @@ async fn diff(database: &str, file: &Path, access: &Access) -> Result<ExitCode> 
     let mut client = client(access).await?;
     let found = client.document(database, None).await?;
     let before = found.as_ref().map(|value| value.text.as_slice());
-    let proposal = Proposal::new(&client.overview().await?, database, before, &text)?;
+    let proposal = Proposal::new(&client.overview().await?, database, before, &text);
+    let proposal = proposal.map_err(anyhow::Error::msg)?;
     let (lines, doubts) = (proposal.difference.lines(), proposal.doubts());
     end_with_the_reader()?;
     if lines.is_empty() {

@@ -66,6 +66,15 @@ mod tests {
 
     use super::*;
 
+    fn lines_of<'a>(prefixes: impl IntoIterator<Item = &'a Ipv4Net>) -> Vec<BloomLine> {
+        let prefixes = prefixes.into_iter();
+        let ranges =
+            prefixes.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
+        let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
+        add_ranges(&mut lines, ranges, true);
+        lines
+    }
+
     #[test]
     fn bloom_filter_matches_every_address_of_its_prefixes_and_few_others() {
         let mut random = fastrand::Rng::with_seed(7);
@@ -79,11 +88,7 @@ mod tests {
                 })
                 .collect();
             random.shuffle(&mut prefixes);
-            let ranges = prefixes
-                .iter()
-                .map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
-            let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
-            add_ranges(&mut lines, ranges, true);
+            let lines = lines_of(&prefixes);
             for _ in 0..200 {
                 let inside = random.choice(&prefixes).filter(|_| random.bool());
                 let address = inside.map_or(random.u32(..), |prefix| {
@@ -103,6 +108,7 @@ mod tests {
         }
         assert!(far > 10_000 && mistaken < far / 100, "{mistaken} of {far}");
     }
+
     #[test]
     fn prefixes_of_22_bits_or_fewer_have_no_other_address_match() {
         let mut random = fastrand::Rng::with_seed(8);
@@ -112,11 +118,7 @@ mod tests {
             let prefix = Ipv4Net::new_assert(random.u32(..1 << 31).into(), random.u8(14..=22));
             prefixes.insert(prefix.trunc());
         }
-        let ranges = prefixes
-            .iter()
-            .map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
-        let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
-        add_ranges(&mut lines, ranges, true);
+        let lines = lines_of(&prefixes);
         let line = |number: u32| lines.get(number as usize).copied();
         let mut outside = 0;
         for _ in 0..10_000 {

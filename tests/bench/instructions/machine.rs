@@ -24,7 +24,7 @@ const CONTEXT: u64 = 0xa5e5 << 48;
 
 const PACKET: u64 = AREA;
 const STACK: u64 = AREA | 1 << 32;
-/// Of a function's stack, in bytes; calls are no deeper than this.
+/// Size of a function's stack, in bytes, and the deepest nesting of calls.
 const FRAME: u64 = 512;
 const DEPTH: u64 = 8;
 /// A verified program ends before.
@@ -267,7 +267,7 @@ impl<'a> Machine<'a> {
         self.element(number(map), &key)
     }
 
-    /// What a helper of the kernel answers. Those that change a map do not change it here.
+    /// The result of a helper of the kernel. A helper that would change a map leaves it as it is here.
     fn help(&mut self, function: i32) -> Result<()> {
         const NOT_FOUND: u64 = -2_i64 as u64;
         const EXISTS: u64 = -17_i64 as u64;

@@ -7,7 +7,7 @@ use spread::Spread;
 #[path = "../../../tests/bench/spread.rs"]
 mod spread;
 
-/// What a run of the benchmark writes, as far as it is compared.
+/// The figures that a run of the benchmark writes. Those that are not compared are left out.
 #[derive(Deserialize)]
 pub struct Written {
     measures: Vec<Measure>,

@@ -1,6 +1,6 @@
 //! The difference between two documents, for every host that it concerns. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
@@ -32,33 +32,31 @@ impl Difference {
         let new = under_way(after, now);
         let rules = before.map_or(&[][..], |document| &document.rules);
         let mut parts = vec![Part::of(None, rules, &after.rules)];
-        let nobody = BTreeSet::new();
-        let on = |rollout: Option<&'_ Rollout>| rollout.map_or(&nobody, |it| &it.on).clone();
-        let (old_on, new_on) = (on(old), on(new));
-        if let Some(new) = new {
-            let heading = |hosts: BTreeSet<&String>| {
-                Some(format!(
-                    "on {} until {}",
-                    list(hosts.into_iter()),
-                    new.until
-                ))
-            };
-            if let Some(old) = old.filter(|old| *old != new) {
-                let both: BTreeSet<_> = old_on.intersection(&new_on).collect();
-                if !both.is_empty() {
-                    parts.push(Part::of(heading(both), &old.rules, &new.rules));
-                }
-            }
-            let begun: BTreeSet<_> = new_on.difference(&old_on).collect();
-            if !begun.is_empty() {
-                parts.push(Part::of(heading(begun), rules, &new.rules));
-            }
-        }
-        if let Some(old) = old {
-            let ended: BTreeSet<_> = old_on.difference(&new_on).collect();
-            if !ended.is_empty() {
-                let hosts = format!("on {}, whose rollout ends", list(ended.into_iter()));
-                parts.push(Part::of(Some(hosts), &old.rules, &after.rules));
+        let of = |rollout: Option<&Rollout>| match rollout {
+            Some(rollout) => (rollout.on.clone(), rollout.rules.clone()),
+            None => Default::default(),
+        };
+        let ((old_on, old_rules), (new_on, new_rules)) = (of(old), of(new));
+        let until = new.map(|new| format!(" until {}", new.until));
+        let until = until.unwrap_or_default();
+        for (hosts, before, after, how) in [
+            (
+                &old_on & &new_on,
+                &old_rules[..],
+                &new_rules,
+                until.as_str(),
+            ),
+            (&new_on - &old_on, rules, &new_rules, &until),
+            (
+                &old_on - &new_on,
+                &old_rules,
+                &after.rules,
+                ", whose rollout ends",
+            ),
+        ] {
+            if old != new && !hosts.is_empty() {
+                let hosts = format!("on {}{how}", list(hosts.iter()));
+                parts.push(Part::of(Some(hosts), before, after));
             }
         }
         let goes_on = |old: &Rollout| {
@@ -81,7 +79,7 @@ impl Difference {
         lines
     }
 
-    /// What nobody should write unseen: that most rules go, or that a rollout does.
+    /// Reasons to look before it is written: most rules would go, or a rollout would end.
     pub(super) fn doubts(&self) -> impl Iterator<Item = String> {
         let is_much = |part: &&Part| part.removed * 2 > part.before;
         let removed = self.parts.iter().filter(is_much).map(|part| {

@@ -122,7 +122,9 @@ impl Soaked<'_> {
         // Refused now, rather than with the baseline's rollout in force.
         let proposed = self.rolled_out(before, rolled, self.lasting)?.text;
         let care = Care::Whole { yes: self.yes };
-        Proposal::new(&overview, self.database, before, &proposed)?.check(care)?;
+        let proposal = Proposal::new(&overview, self.database, before, &proposed);
+        let proposal = proposal.map_err(|error| self.unwritten(&error))?;
+        proposal.check(care)?;
         let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
         let baseline = baseline.put(
             self,

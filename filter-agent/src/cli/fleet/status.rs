@@ -308,7 +308,7 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
     hosts.iter().filter_map(refusal).collect()
 }
 
-/// What is meant to be written, and no host has reported: the database, and hosts of a rollout.
+/// Says that no host has reported the database, or which hosts of a rollout have not.
 pub(super) fn unknown(
     overview: &Overview,
     database: &str,
@@ -317,7 +317,7 @@ pub(super) fn unknown(
     let hosts = parsed(overview);
     let has_it = |host: &HostStatus| host.databases.contains_key(database);
     let mut unknown = Vec::new();
-    // Where there is no host yet, documents may come first.
+    // A new fleet may have documents before it has hosts.
     if !hosts.is_empty() && !hosts.values().any(has_it) {
         let names = hosts.values().flat_map(|host| host.databases.keys());
         let names: BTreeSet<_> = names.collect();

@@ -25,7 +25,7 @@ const MAX_TRIES: usize = 100;
 pub(super) enum Care {
     /// All of it.
     Whole { yes: bool },
-    /// What is promoted was looked at when it was rolled out, but for hosts that would refuse it.
+    /// Only whether hosts would refuse it: the rest was looked at when it was rolled out.
     Refusals { yes: bool },
     /// Less is allowed, or what was before: written first, told then.
     Told,
@@ -35,21 +35,23 @@ pub(super) enum Care {
 pub(super) struct Proposal {
     pub(super) difference: Difference,
     /// Hosts that would refuse it, and why.
-    pub(super) refusals: Vec<String>,
+    refusals: Vec<String>,
     /// Names of databases and hosts that no host has reported.
-    pub(super) unknown: Vec<String>,
+    unknown: Vec<String>,
 }
 
 impl Proposal {
+    /// # Errors
+    /// The text is no document.
     pub(super) fn new(
         overview: &Overview,
         database: &str,
         before: Option<&[u8]>,
         text: &str,
-    ) -> Result<Self> {
+    ) -> Result<Self, String> {
         let now = Timestamp::now();
         let before = before.and_then(|text| check_document(text).ok());
-        let after = check_document(text.as_bytes()).map_err(anyhow::Error::msg)?;
+        let after = check_document(text.as_bytes())?;
         let on = under_way(&after, now).map(|rollout| &rollout.on);
         Ok(Self {
             difference: Difference::between(before.as_ref(), &after, now),
@@ -116,7 +118,8 @@ pub(super) async fn put(
     if !yes {
         check_believed(&overview)?;
     }
-    let proposal = Proposal::new(&overview, database, before, &text)?;
+    let proposal = Proposal::new(&overview, database, before, &text);
+    let proposal = proposal.map_err(anyhow::Error::msg)?;
     proposal.check(Care::Whole { yes })?;
     let written = client.put(database, &text, revision).await;
     let written = written.map_err(|error| match error.downcast_ref::<Changed>() {
@@ -144,11 +147,12 @@ pub(super) async fn edit(
         let found = client.document(database, None).await?;
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
         let before = found.as_ref().map(|value| value.text.as_slice());
-        let text = change(before);
-        let text = text.and_then(|text| check_document(text.as_bytes()).map(|_| text));
-        let text = text
+        let changed = change(before).and_then(|text| {
+            let proposal = Proposal::new(&overview, database, before, &text)?;
+            Ok((text, proposal))
+        });
+        let (text, proposal) = changed
             .map_err(|error| anyhow!("the document of {database}: {error}; nothing is written"))?;
-        let proposal = Proposal::new(&overview, database, before, &text)?;
         proposal.check(care)?;
         match client.put(database, &text, revision).await {
             Ok(written) => {
