@@ -138,12 +138,15 @@ pub fn follow(ctx: &XdpContext, segment: &Segment, guard: Guard) -> Course {
 /// Returns whether it passes, which one in fragments does not.
 #[inline(always)]
 pub fn note_other(ctx: &XdpContext, segment: &Segment) -> bool {
-    let flags = parse::flags(ctx, segment);
-    if segment.protocol != Protocol::Tcp || flags.is_some_and(|flags| flags & (SYN | ACK) != SYN) {
+    // First: where TLS is forced nowhere, nothing else is looked at.
+    let is_judged = JUDGED.get(0).is_some_and(|&judged| judged != 0);
+    if !is_judged || segment.protocol != Protocol::Tcp {
         return true;
     }
-    let is_judged = JUDGED.get(0).is_some_and(|&judged| judged != 0);
-    let Some(scratch) = scratch(ctx).filter(|_| is_judged) else {
+    if parse::flags(ctx, segment).is_some_and(|flags| flags & (SYN | ACK) != SYN) {
+        return true;
+    }
+    let Some(scratch) = scratch(ctx) else {
         return true;
     };
     // No guard: nothing was refused.
