@@ -3,13 +3,22 @@
 use std::{
     collections::BTreeSet,
     fmt::Write as _,
+    iter,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::atomic::{AtomicUsize, Ordering::SeqCst},
+    thread,
     time::Duration,
 };
 
+use aya::{
+    TestRun as _, TestRunOptions,
+    programs::{Xdp, loaded_programs},
+};
+use aya_obj::programs::XdpAttachType;
 use filter_agent::{
     clock::{BootTime, Now},
-    kernel::{counters::Counts, traced::Traced},
+    compile::{Compiled, compile},
+    kernel::{counters::Counts, filter::Ran, traced::Traced},
     policy::{self, Model, Policy, parse_cidr},
     temporary::{Kind, Temporary},
 };
@@ -19,6 +28,10 @@ use filter_tests::{
     loaded::Loaded,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 
 const PORTS: [u16; 4] = [5432, 5433, 3306, 53];
 
@@ -497,6 +510,146 @@ fn source_that_comes_again_is_judged_by_the_policy_of_that_moment() {
             compare(&mut loaded, text, &again, seed);
             compare(&mut loaded, text, &again, seed);
         }
+    }
+}
+
+/// The program that is loaded, for a thread of its own, on the CPU of this number among those that there are.
+struct Judge {
+    program: Xdp,
+    cpu: usize,
+    /// Frames judged under one policy, and while it was changed.
+    settled: AtomicUsize,
+    changing: AtomicUsize,
+}
+
+impl Judge {
+    fn new(loaded: &Loaded, cpu: usize) -> Self {
+        let id = loaded.filter.program_id().unwrap();
+        let mut programs = loaded_programs().map(Result::unwrap);
+        let info = programs.find(|program| program.id() == id).unwrap();
+        Self {
+            program: Xdp::from_program_info(info, "filter".into(), XdpAttachType::Interface)
+                .unwrap(),
+            cpu,
+            settled: AtomicUsize::new(0),
+            changing: AtomicUsize::new(0),
+        }
+    }
+
+    fn stay(&self) {
+        let may = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let may: Vec<usize> = (0..CpuSet::count())
+            .filter(|&cpu| may.is_set(cpu).unwrap())
+            .collect();
+        let mut own = CpuSet::new();
+        own.set(may[self.cpu % may.len()]).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &own).unwrap();
+    }
+
+    fn passes(&self, frame: &[u8]) -> bool {
+        let mut after = vec![0; frame.len()];
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut after),
+            ..TestRunOptions::default()
+        };
+        let action = self.program.test_run(options).unwrap().return_value;
+        let frame = after;
+        Ran { action, frame }.passes()
+    }
+}
+
+/// Each CPU has a verdict cache of its own, and reads maps that are written meanwhile: what both policies drop never passes,
+/// what both let pass is never dropped, and once a change is done the policy before it is forgotten.
+#[test]
+fn verdict_of_two_processors_is_of_the_policy_before_or_after_while_it_changes() {
+    const POLICIES: usize = 10;
+    const FRAMES: usize = 600;
+    const CHANGES: usize = 300;
+    const JUDGED: usize = 20_000;
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut loaded = Loaded::new("interfaces: [eth0]\ndatabases: []\n");
+    let texts: Vec<String> = iter::repeat_with(|| random_policy(&mut rng))
+        .map(|text| {
+            EXPIRES
+                .iter()
+                .filter(|end| !end.is_empty())
+                .fold(text, |text, end| text.replace(end, ""))
+        })
+        .take(POLICIES)
+        .collect();
+    let around: Vec<IpNet> = texts.iter().flat_map(|text| prefixes(text)).collect();
+    let frames = random_frames(&mut rng, &around, FRAMES);
+    let policies: Vec<(Compiled, Vec<bool>)> = texts
+        .iter()
+        .map(|text| {
+            loaded.apply(text);
+            let passes = |frame: &Vec<u8>| loaded.expected(frame).pass;
+            let passes = frames.iter().map(passes).collect();
+            let compiled = compile(&loaded.policy, &loaded.regions, &loaded.timed);
+            (compiled, passes)
+        })
+        .collect();
+    // Whether the last one is in force, or about to be, is told by `changes`: twice their number, and one less until it is.
+    let order: Vec<usize> = iter::once(POLICIES - 1)
+        .chain(iter::repeat_with(|| rng.usize(..POLICIES)))
+        .take(100 * CHANGES)
+        .collect();
+    let changes = AtomicUsize::new(0);
+    let judges = [0, 1].map(|cpu| Judge::new(&loaded, cpu));
+    let judge = |own: &Judge| {
+        own.stay();
+        let mut rng = Rng::with_seed(seed ^ own.cpu as u64);
+        loop {
+            let frame = rng.usize(..FRAMES);
+            let before = changes.load(SeqCst);
+            let passes = own.passes(&frames[frame]);
+            let after = changes.load(SeqCst);
+            if before == usize::MAX || after == usize::MAX {
+                return;
+            }
+            let mut may = order[before / 2..=after.div_ceil(2)]
+                .iter()
+                .map(|&policy| policies[policy].1[frame]);
+            assert!(
+                may.any(|may| may == passes),
+                "seed {seed}: passes: {passes}, between changes {before} and {after}, of\n{:02x?}\nunder\n{}\nand\n{}",
+                frames[frame],
+                texts[order[before / 2]],
+                texts[order[after.div_ceil(2)]]
+            );
+            let count = match before == after && before % 2 == 0 {
+                true => &own.settled,
+                false => &own.changing,
+            };
+            count.fetch_add(1, SeqCst);
+        }
+    };
+    thread::scope(|scope| {
+        let running = judges.each_ref().map(|own| scope.spawn(|| judge(own)));
+        let ended = || running.iter().any(|judge| judge.is_finished());
+        for (change, &policy) in order.iter().enumerate().skip(1) {
+            let enough = |own: &Judge| own.changing.load(SeqCst) >= JUDGED;
+            if change > CHANGES && judges.iter().all(enough) || ended() {
+                break;
+            }
+            changes.store(2 * change - 1, SeqCst);
+            loaded.filter.apply(&policies[policy].0).unwrap();
+            changes.store(2 * change, SeqCst);
+            // Each source may have been remembered by then.
+            let settled = judges.each_ref().map(|own| own.settled.load(SeqCst));
+            let has_judged =
+                |(own, before): (&Judge, usize)| own.settled.load(SeqCst) >= before + FRAMES / 2;
+            while !judges.iter().zip(settled).all(has_judged) && !ended() {
+                thread::yield_now();
+            }
+        }
+        changes.store(usize::MAX, SeqCst);
+    });
+    for own in &judges {
+        let changing = own.changing.load(SeqCst);
+        assert!(changing >= JUDGED, "only {changing} while it changed");
     }
 }
 

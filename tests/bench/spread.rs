@@ -23,11 +23,13 @@ impl Spread {
     }
 }
 
-/// `values`: at least one.
+/// Between two values in proportion: with four, the median is no more the third than the second. `values`: at least one.
 pub fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted[(part * (sorted.len() - 1) as f64).round() as usize]
+    let at = part * (sorted.len() - 1) as f64;
+    let [below, above] = [at.floor(), at.ceil()].map(|index| sorted[index as usize]);
+    below + (above - below) * at.fract()
 }
 
 /// With as many digits as the format asks for, or as the median can do with.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use filter_tests::net::{agent_binary, run_in, wait_until};
+use nix::sys::signal::Signal;
 
 use crate::{
     certificates::Kind,
@@ -383,11 +384,32 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     kim.says(&["abort", "orders"]);
     // One that is over is in nobody's way, and is not promoted.
     kim.says(&["rollout", "orders", &more, "--on", "db7", "--for", "1s"]);
+    assert!(
+        kim.says(&["status", "orders"])
+            .contains("promote or abort it")
+    );
     std::thread::sleep(std::time::Duration::from_secs(2));
+    assert!(
+        !kim.says(&["status", "orders"])
+            .contains("promote or abort it")
+    );
     let over = kim.fails(&["promote", "orders"]);
     assert!(over.contains("its rollout ended at "), "{over}");
     kim.says(&["rollout", "orders", &more, "--on", "db7"]);
     kim.says(&["promote", "orders"]);
+    // Forced on a host, it is still looked at before all hosts get it.
+    kim.says(&["rollout", "orders", &wide, "--on", "db7", "--yes"]);
+    let refused = kim.fails(&["promote", "orders"]);
+    assert!(refused.contains("db7 would refuse it"), "{refused}");
+    assert!(refused.contains("nothing is written"), "{refused}");
+    kim.says(&["abort", "orders", "--wait", "30s"]);
+    net.signal(Signal::SIGSTOP);
+    kim.says(&["allow", "orders", "198.51.100.10"]);
+    let pending = kim.run(&["status", "orders"]);
+    net.signal(Signal::SIGCONT);
+    assert_eq!(pending.status.code(), Some(4));
+    let pending = String::from_utf8(pending.stdout).unwrap();
+    assert!(pending.contains("orders: not yet on db7\n"), "{pending}");
     // Less is allowed by what hosts refuse, too: written, and told.
     etcd.put(
         "rules/orders",
@@ -426,6 +448,8 @@ fn nothing_is_written_while_a_host_holds() {
     let held = kim.fails(&["put", "orders", &file]);
     assert!(held.contains("db7 does not believe etcd"), "{held}");
     assert!(held.contains("nothing is written"), "{held}");
+    let held = kim.fails(&["allow", "orders", "198.51.100.9"]);
+    assert!(held.contains("db7 does not believe etcd"), "{held}");
     // The restored document is corrected before it is believed.
     let corrected = kim.file("rules: [{cidr: 198.51.100.8/32}]");
     let output = kim.run(&["put", "orders", &corrected, "--yes", "--wait", "1s"]);

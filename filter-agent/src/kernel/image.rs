@@ -346,7 +346,9 @@ impl Image {
     /// Slots of databases that take a port of an address over from another, or lose one to another.
     /// They need new slots: while a slot holds what the old and the new policy allow, a port that
     /// changes hands would be open to what only the other port's old or new rules allow. So do databases whose blocks
-    /// change together with the places where they apply: for an instant the old blocks would apply to the new places.
+    /// change together with the places where they apply: for an instant the old blocks would apply to the new places. And
+    /// those whose port becomes one of all addresses, or of some: what is sent to many (a broadcast) is dropped where it is of
+    /// some, and would be judged by the old and the new rules together.
     fn moving(&self, compiled: &Compiled, slots: &BTreeMap<&str, u16>) -> BTreeSet<u16> {
         let mut moving = BTreeSet::new();
         for (database, entries) in &compiled.databases {
@@ -360,9 +362,12 @@ impl Image {
                 let Ok(guard) = place.map(|place| self.ports[place].1) else {
                     continue;
                 };
+                let everywhere = entries.addresses.is_empty();
+                if guard.is_by_address() == everywhere {
+                    moving.extend(own);
+                }
                 let mut owners = vec![guard.slot()];
                 if guard.is_by_address() {
-                    let everywhere = entries.addresses.is_empty();
                     let addresses: Vec<_> = entries
                         .addresses
                         .iter()

@@ -283,6 +283,7 @@ impl Maps {
                     .set(key, port, 0)
                     .with_context(|| format!("write the guard of port {}", key as u16))
             }
+            Step::Epoch(ref ports) => self.begin_epoch(ports),
             Step::Protocols { new, .. } => self
                 .protocols
                 .set(0, new, 0)

@@ -26,7 +26,12 @@ pub enum Step {
     Bloom(Box<Change<u32, BloomLine>>),
     Local(Change<LocalKey, Guard>),
     Port(Change<u32, Guard>),
-    Protocols { old: u32, new: u32 },
+    Protocols {
+        old: u32,
+        new: u32,
+    },
+    /// The verdict caches forget what they hold. The guards of ports as they are at that moment.
+    Epoch(Vec<(u32, Guard)>),
 }
 
 /// A write to a trie of allowed prefixes, or of blocks.
@@ -97,6 +102,7 @@ impl Step {
             Self::Local(change) => Self::Local(swap(change)),
             Self::Port(change) => Self::Port(swap(change)),
             &Self::Protocols { old, new } => Self::Protocols { old: new, new: old },
+            Self::Epoch(ports) => Self::Epoch(ports.clone()),
         }
     }
 }
@@ -156,7 +162,15 @@ impl Image {
         steps.extend(protocols(self.protocols, both));
         let new_clustered = new_guards.with(&old, Guard::with_cluster_of);
         let new_blocking = new_clustered.with(&old, Guard::with_blocks_of);
-        blocking.steps_to(&new_blocking, &mut steps);
+        let mut guards = Vec::new();
+        blocking.steps_to(&new_blocking, &mut guards);
+        // A source that the database did not allow may be remembered as such. Where a port that was not guarded becomes the
+        // database's, and a new rule allows the source, it would be dropped until the change is done.
+        let allows_more = |step: &Step| matches!(step, Step::Prefix(_) | Step::End(_));
+        if !guards.is_empty() && steps.iter().any(allows_more) {
+            steps.push(Step::Epoch(blocking.ports.clone()));
+        }
+        steps.append(&mut guards);
         steps.extend(protocols(both, new.protocols));
         steps.extend(removed(&rules4).map(PrefixStep::V4).map(Step::Prefix));
         steps.extend(removed(&rules6).map(PrefixStep::V6).map(Step::Prefix));
