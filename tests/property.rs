@@ -619,7 +619,7 @@ fn verdict_of_two_processors_is_of_the_policy_before_or_after_while_it_changes()
                 texts[order[before / 2]],
                 texts[order[after.div_ceil(2)]]
             );
-            let count = match before == after && before % 2 == 0 {
+            let count = match before == after && before.is_multiple_of(2) {
                 true => &own.settled,
                 false => &own.changing,
             };
