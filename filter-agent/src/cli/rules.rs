@@ -29,7 +29,7 @@ pub(super) fn print_rules(rules: &[Rule]) {
                 _ if rule.suspended => {
                     format!("{expires} (suspended: no room beside the policy's)")
                 }
-                Some(left) => format!("{expires} ({} left)", spelled(Duration::from_secs(left))),
+                Some(left) => format!("{expires} ({} left)", time_left(left)),
                 None => expires,
             },
             (None, _) => "-".into(),
@@ -73,6 +73,16 @@ fn last_hit(rule: &Rule) -> String {
         (None, Some(since)) => format!("none in {}", coarse_age(since)),
         (None, None) => "-".into(),
     }
+}
+
+/// In days and hours from two days on: no one reads 632707h.
+fn time_left(seconds: u64) -> String {
+    const HOUR: u64 = 3600;
+    const DAY: u64 = 24 * HOUR;
+    if seconds < 2 * DAY {
+        return spelled(Duration::from_secs(seconds));
+    }
+    format!("{}d {}h", seconds / DAY, seconds % DAY / HOUR)
 }
 
 /// How long ago that was.
@@ -174,6 +184,12 @@ mod tests {
             "last_hit": last_hit.map(date), "counted_since": counted_since.map(date),
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn time_left_is_told_in_days_where_there_are_many() {
+        assert_eq!(time_left(47 * 3600 + 60), "47h 1m");
+        assert_eq!(time_left(632_707 * 3600), "26362d 19h");
     }
 
     #[test]
