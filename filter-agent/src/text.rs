@@ -25,9 +25,28 @@ pub fn written_out(text: &str) -> Cow<'_, str> {
     plain.into()
 }
 
+/// What another machine says, which may have any length and content. `longest`: in characters.
+pub fn one_line(text: &str, longest: usize) -> String {
+    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(longest).map(visible).collect()
+}
+
 pub fn list<T: ToString>(items: impl Iterator<Item = T>) -> String {
     items
         .map(|item| item.to_string())
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_a_server_is_one_short_line() {
+        let hostile = format!("no\n\x1b[2Jleader{}", "x".repeat(10_000));
+        let line = one_line(&hostile, 300);
+        assert!(line.starts_with("no  [2Jleaderxx"), "{line}");
+        assert_eq!(line.chars().count(), 300);
+    }
 }

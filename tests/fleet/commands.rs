@@ -403,6 +403,17 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     assert!(refused.contains("db7 would refuse it"), "{refused}");
     assert!(refused.contains("nothing is written"), "{refused}");
     kim.says(&["abort", "orders", "--wait", "30s"]);
+    // What a host reports is not what `status` looks like.
+    let row = b"{\"orders  9  ACTIVE\n\": 1}";
+    etcd.put("hosts/db8", row);
+    let garbled = kim.run(&["status", "orders"]);
+    assert_eq!(garbled.status.code(), Some(3));
+    let garbled = String::from_utf8(garbled.stdout).unwrap();
+    assert!(
+        garbled.contains("reports that cannot be read: db8\n"),
+        "{garbled}"
+    );
+    kim.says(&["forget", "db8"]);
     net.signal(Signal::SIGSTOP);
     kim.says(&["allow", "orders", "198.51.100.10"]);
     let pending = kim.run(&["status", "orders"]);

@@ -16,7 +16,7 @@ use crate::{
         own_keys::{ALIVE, HOSTS},
     },
     fleet::{Settings, Value},
-    policy::{Rollout, check_document},
+    policy::{Rollout, check_document, check_host, check_name},
 };
 
 pub struct Client {
@@ -113,14 +113,18 @@ impl Client {
         let found = found
             .with_context(|| format!("{}: read the fleet", self.endpoint))?
             .0;
-        let mut lists = found.responses.into_iter().zip([RULES, HOSTS, ALIVE]);
+        let of = [RULES, HOSTS, ALIVE].into_iter();
+        // A key whose name no database and no host has is nobody's.
+        let checks = [check_name, check_host, check_host];
+        let mut lists = found.responses.into_iter().zip(of.zip(checks));
         let mut list = || -> Result<Vec<(String, PbKeyValue)>> {
-            let (response, prefix) = lists.next().context("etcd's answer is too short")?;
+            let (response, (prefix, check)) = lists.next().context("etcd's answer is too short")?;
             let Some(PbTxnOpResponse::ResponseRange(range)) = response.response else {
                 bail!("etcd's answer has nothing for {prefix}");
             };
             let named = range.kvs.into_iter().filter_map(|value| {
                 let name = std::str::from_utf8(&value.key).ok()?.strip_prefix(prefix)?;
+                check(name).ok()?;
                 Some((name.to_owned(), value))
             });
             Ok(named.collect())

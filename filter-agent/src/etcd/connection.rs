@@ -16,12 +16,13 @@ use futures_util::FutureExt as _;
 
 use crate::{
     etcd::{
-        failure::{Failure, one_line, plain},
+        failure::{Failure, MAX_TEXT, plain},
         files::Files,
         own_keys::Clients,
     },
     fleet::{Answer, Found, Value},
     policy::MAX_DOCUMENT,
+    text::one_line,
 };
 
 pub(super) const ERA: &str = "/filter-agent/v1/era";
@@ -258,7 +259,7 @@ fn reason(message: &WatchResponse) -> String {
         ("", 0) => "without a reason".into(),
         // It was so slow that what it had not sent yet is gone.
         ("", revision) => format!("revision {revision} is compacted"),
-        (text, _) => one_line(text),
+        (text, _) => one_line(text, MAX_TEXT),
     }
 }
 

@@ -4,12 +4,14 @@ use std::error::Error;
 
 use anyhow::anyhow;
 
+use crate::text::one_line;
+
 /// Status codes of gRPC, whose type `etcd-client` does not export.
 const PERMISSION_DENIED: i32 = 7;
 const OUT_OF_RANGE: i32 = 11;
 
 /// Longest text of a server in an error, in characters.
-const MAX_TEXT: usize = 300;
+pub(super) const MAX_TEXT: usize = 300;
 
 /// The connection was made before, and is gone: the peer closed it, or no ping was answered.
 const BROKEN_OFF: &str = "the connection broke off";
@@ -131,24 +133,8 @@ fn text(error: &etcd_client::Error) -> String {
     texts.retain(|text| !text.is_empty() && text != "transport error");
     let text = texts.join(": ");
     let plain = PLAIN.iter().find(|(written, _)| text.contains(written));
-    plain.map_or_else(|| one_line(&text), |(_, plain)| (*plain).to_owned())
-}
-
-/// A text of the server's, which may have any length and content.
-pub fn one_line(text: &str) -> String {
-    let visible = |c: char| if c.is_control() { ' ' } else { c };
-    text.chars().take(MAX_TEXT).map(visible).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_of_a_server_is_one_short_line() {
-        let hostile = format!("no\n\x1b[2Jleader{}", "x".repeat(10_000));
-        let line = one_line(&hostile);
-        assert!(line.starts_with("no  [2Jleaderxx"), "{line}");
-        assert_eq!(line.chars().count(), MAX_TEXT);
-    }
+    plain.map_or_else(
+        || one_line(&text, MAX_TEXT),
+        |(_, plain)| (*plain).to_owned(),
+    )
 }

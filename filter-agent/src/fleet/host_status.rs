@@ -6,10 +6,13 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::report::FleetState;
+use crate::{policy::check_name, report::FleetState, text::one_line};
 
 /// Longest error of a database, in characters.
 const MAX_ERROR: usize = 300;
+
+/// A hundred days: no change takes as long.
+const MAX_MS: f64 = 100.0 * 24.0 * 3600.0 * 1000.0;
 
 /// Longest part of a database, in bytes.
 const MAX_DATABASE: usize = 1024;
@@ -76,6 +79,17 @@ pub struct Bounds {
 }
 
 impl HostStatus {
+    /// Reads what a host wrote into its key, which may be anything: no name that no database has, no text but one short
+    /// line, no time that is none. `None`: it is no report.
+    pub fn read(text: &[u8]) -> Option<Self> {
+        let mut status: Self = serde_json::from_slice(text).ok()?;
+        status.databases.retain(|name, _| check_name(name).is_ok());
+        for database in status.databases.values_mut() {
+            database.enforced_ms = database.enforced_ms.filter(|ms| (0.0..MAX_MS).contains(ms));
+        }
+        Some(status.limited())
+    }
+
     /// Whether it reports the same as another. The time and the revision of etcd change with each answer.
     pub fn reports_the_same(&self, other: &Self) -> bool {
         let other = Self {
@@ -124,11 +138,6 @@ impl DatabaseStatus {
     }
 }
 
-fn one_line(text: &str, longest: usize) -> String {
-    let visible = |c: char| if c.is_control() { ' ' } else { c };
-    text.chars().take(longest).map(visible).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -164,6 +173,28 @@ mod tests {
         let error = database(Some(&hostile), 1).limited().error.unwrap();
         assert!(error.starts_with("line 3:  [2Jxxx"), "{error}");
         assert_eq!(error.chars().count(), MAX_ERROR);
+    }
+
+    #[test]
+    fn what_a_hostile_host_reports_has_no_lines_and_no_names_of_its_own() {
+        let hostile = "\x1b[2J\norders  9  ACTIVE";
+        let mut own = database(Some(hostile), 1);
+        own.enforced_ms = Some(1e308);
+        let status = HostStatus {
+            agent: "0.2.0".into(),
+            boot: "3f0c".into(),
+            era: Some(0),
+            revision: Some(1),
+            at: Timestamp::UNIX_EPOCH,
+            databases: [("orders".into(), own.clone()), (hostile.into(), own)].into(),
+        };
+        let read = HostStatus::read(&serde_json::to_vec(&status).unwrap()).unwrap();
+        assert_eq!(read.databases.len(), 1);
+        let orders = &read.databases["orders"];
+        let error = orders.error.as_deref();
+        assert_eq!(error, Some(" [2J orders  9  ACTIVE"));
+        assert_eq!(orders.enforced_ms, None);
+        assert_eq!(HostStatus::read(&b"[".repeat(100_000)), None);
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl Difference {
 
     pub(super) fn lines(&self) -> Vec<String> {
         let mut lines = Vec::new();
-        for part in &self.parts {
+        for part in self.parts.iter().filter(|part| !part.lines.is_empty()) {
             let indent = if part.hosts.is_some() { "  " } else { "" };
             lines.extend(part.hosts.iter().map(|hosts| format!("{hosts}:")));
             lines.extend(part.lines.iter().map(|line| format!("{indent}{line}")));

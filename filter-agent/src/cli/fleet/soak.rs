@@ -148,9 +148,8 @@ impl Host {
         now: Instant,
     ) -> Result<(), String> {
         let status = overview.hosts.get(name);
-        let status: HostStatus = status
-            .and_then(|text| serde_json::from_slice(text).ok())
-            .ok_or("reports nothing")?;
+        let status = status.and_then(|text| HostStatus::read(text));
+        let status = status.ok_or("reports nothing")?;
         if overview.alive.get(name) != Some(&status.boot) {
             return Err("is silent".into());
         }

@@ -16,11 +16,14 @@ use crate::{
     fleet::host_status::HostStatus,
     policy::{self, check_within},
     report::FleetState,
-    text::list,
+    text::{list, one_line},
 };
 
 /// Pause between two looks while one waits.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// Longest reason of a refusal, in characters.
+const MAX_REFUSAL: usize = 300;
 
 /// Versions of etcd from which on its rights are a boundary: of 3.6, and of 3.7 and later.
 const SOUND: [(u64, u64, u64); 2] = [(3, 6, 14), (3, 7, 1)];
@@ -82,11 +85,13 @@ pub(super) struct Fleet {
     pub(super) databases: Vec<Database>,
     /// Hosts that do not believe etcd.
     pub(super) holding: Vec<String>,
+    /// Hosts whose reports cannot be read: what they enforce is not known.
+    unreadable: Vec<String>,
 }
 
 fn parsed(overview: &Overview) -> BTreeMap<&String, HostStatus> {
     let hosts = overview.hosts.iter();
-    let hosts = hosts.filter_map(|(host, text)| Some((host, serde_json::from_slice(text).ok()?)));
+    let hosts = hosts.filter_map(|(host, text)| Some((host, HostStatus::read(text)?)));
     hosts.collect()
 }
 
@@ -104,7 +109,10 @@ impl Fleet {
             databases.any(|database| database.state == FleetState::Held)
         };
         let holding = hosts.iter().filter(|(_, host)| is_holding(host));
+        let unreadable = overview.hosts.keys();
+        let unreadable = unreadable.filter(|host| !hosts.contains_key(host));
         Self {
+            unreadable: unreadable.cloned().collect(),
             holding: holding.map(|(name, _)| (*name).clone()).collect(),
             databases: names
                 .into_iter()
@@ -113,14 +121,14 @@ impl Fleet {
         }
     }
 
-    /// The worst of all, and whether hosts are silent.
+    /// The worst of all, and whether hosts are silent, or say what cannot be read.
     fn exit(&self) -> u8 {
         let states = self.databases.iter().map(|database| database.state);
         let is_silent = self.databases.iter().any(|it| !it.silent.is_empty());
         match states.max() {
             Some(Goal::Failed) => 1,
             Some(Goal::Pending) => 4,
-            _ if is_silent => 3,
+            _ if is_silent || !self.unreadable.is_empty() => 3,
             _ => 0,
         }
     }
@@ -146,6 +154,12 @@ impl Fleet {
             ]);
         }
         print_table(&rows, self.databases.len());
+        if !self.unreadable.is_empty() {
+            say!(
+                "reports that cannot be read: {}",
+                list(self.unreadable.iter())
+            );
+        }
         for database in &self.databases {
             let name = &database.database;
             for (host, error) in &database.errors {
@@ -303,7 +317,11 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
             regions: Some(bounds.regions.clone()),
         };
         let error = check_within(text.as_bytes(), within, bounds.floor).err()?;
-        Some(format!("{host} would refuse it: {error}"))
+        // It names what the host reported.
+        Some(one_line(
+            &format!("{host} would refuse it: {error}"),
+            MAX_REFUSAL,
+        ))
     };
     hosts.iter().filter_map(refusal).collect()
 }
@@ -339,8 +357,7 @@ pub(super) fn unknown(
 
 /// When a host was there last, for `forget`.
 pub(super) fn last_seen(overview: &Overview, host: &str) -> Option<Timestamp> {
-    let status: HostStatus = serde_json::from_slice(overview.hosts.get(host)?).ok()?;
-    Some(status.at)
+    Some(HostStatus::read(overview.hosts.get(host)?)?.at)
 }
 
 #[cfg(test)]
@@ -398,6 +415,8 @@ mod tests {
         assert_eq!(exit(&silent[1..]), (Goal::Silent, 3));
         let failed = [("db7", host(8, Some("line 3")), true), ("db8", late, true)];
         assert_eq!(exit(&failed), (Goal::Failed, 1));
+        let garbled = [("db7", done.clone(), true), ("db8", b"{".to_vec(), true)];
+        assert_eq!(exit(&garbled), (Goal::Active, 3));
         // There is no document, and there was none.
         let mut without: serde_json::Value = serde_json::from_slice(&host(9, None)).unwrap();
         let orders = &mut without["databases"]["orders"];
