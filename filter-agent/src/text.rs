@@ -10,7 +10,7 @@ pub fn counted(count: usize, one: &str, many: &str) -> String {
 /// A text whose control characters are written out (`\u{1b}`), but for tabs and ends of lines: names of interfaces, and what
 /// others sent, may have some that a terminal obeys.
 pub fn written_out(text: &str) -> Cow<'_, str> {
-    let is_obeyed = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    let is_obeyed = |c: char| is_control(c) && !matches!(c, '\n' | '\t');
     if !text.contains(is_obeyed) {
         return text.into();
     }
@@ -25,9 +25,21 @@ pub fn written_out(text: &str) -> Cow<'_, str> {
     plain.into()
 }
 
+/// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a text that has one
+/// looks like another in a terminal.
+pub fn is_control(character: char) -> bool {
+    const DIRECTIONS: [std::ops::RangeInclusive<char>; 4] = [
+        '\u{61c}'..='\u{61c}',
+        '\u{200e}'..='\u{200f}',
+        '\u{202a}'..='\u{202e}',
+        '\u{2066}'..='\u{2069}',
+    ];
+    character.is_control() || DIRECTIONS.iter().any(|range| range.contains(&character))
+}
+
 /// What another machine says, which may have any length and content. `longest`: in characters.
 pub fn one_line(text: &str, longest: usize) -> String {
-    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    let visible = |c: char| if is_control(c) { ' ' } else { c };
     text.chars().take(longest).map(visible).collect()
 }
 

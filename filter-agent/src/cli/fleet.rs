@@ -111,7 +111,8 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             let change = |text: Option<&[u8]>| {
                 let text = text.ok_or("there is no document")?;
                 let before = check_document(text)?;
-                let mut sources = before.rules.iter().map(|rule| &rule.source);
+                let rolled = before.rollout.iter().flat_map(|rollout| &rollout.rules);
+                let mut sources = before.rules.iter().chain(rolled).map(|rule| &rule.source);
                 if !sources.any(|other| *other == source) {
                     return Err(format!("it has no rule of {source}"));
                 }
@@ -288,7 +289,10 @@ async fn recover(yes: bool, access: &Access) -> Result<ExitCode> {
     let (era, revision) = client.era().await?;
     // Hosts may have seen a later one than a backup holds: seconds since 1970 are later than any.
     let now = u64::try_from(Timestamp::now().as_second()).unwrap_or_default();
-    let next = era.checked_add(1).context("count the eras")?.max(now);
+    let next = era.checked_add(1).with_context(|| {
+        format!("raise the era: {era} is the highest there is: write {now} to its key with etcdctl, unless hosts have believed it")
+    });
+    let next = next?.max(now);
     if !yes {
         if !io::stdin().is_terminal() {
             eprintln!("filter-agent: fleet recover asks on a terminal; elsewhere it needs --yes");

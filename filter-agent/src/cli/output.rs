@@ -41,7 +41,7 @@ pub(super) fn print_line(line: fmt::Arguments<'_>) {
 }
 
 /// Of JSON, whose strings have no control characters, but those from U+0080 on, which belong to them.
-fn print_raw(line: &str) {
+pub(super) fn print_raw(line: &str) {
     if let Err(error) = writeln!(io::stdout(), "{line}") {
         eprintln!(
             "filter-agent: write the answer to stdout: {error}; a change that was asked for is made"

@@ -59,8 +59,10 @@ impl Difference {
                 parts.push(Part::of(Some(hosts), before, after));
             }
         }
+        // One with the same end is the same, with a rule more or less.
         let goes_on = |old: &Rollout| {
-            new.is_some_and(|new| new.rules == old.rules && new.on.is_superset(&old.on))
+            let is_same = |new: &Rollout| new.rules == old.rules || new.until == old.until;
+            new.is_some_and(|new| is_same(new) && new.on.is_superset(&old.on))
         };
         let ended = old.filter(|old| !goes_on(old)).map(|old| {
             let on = list(old.on.iter());

@@ -14,7 +14,8 @@ use super::{
     difference::under_way,
     in_seconds,
     soak::{Halt, Watch},
-    write::{Care, Proposal, check_believed},
+    status,
+    write::{Care, Proposal},
 };
 use crate::{
     etcd::client::{Changed, Client},
@@ -105,7 +106,6 @@ impl Soaked<'_> {
         let mut interrupts = Interrupts::listen()?;
         let mut client = super::client(self.access).await?;
         let overview = client.overview().await?;
-        check_believed(&overview)?;
         let found = client.document(self.database, None).await?;
         let before = found.as_ref().map(|value| value.text.as_slice());
         let rules = before.map_or(Ok(Default::default()), check_document);
@@ -192,6 +192,17 @@ impl Soaked<'_> {
         }
         let text = without_rollout(rolled.text.as_bytes(), true);
         let text = text.map_err(|error| self.unwritten(&error))?;
+        // Also those that are not in the rollout, and whose policies have changed meanwhile.
+        let overview = client.overview().await.with_context(|| {
+            format!("promote; if nobody does, hosts return at {}", rolled.until)
+        })?;
+        let mut refusals = status::refusals(&overview, self.database, &text).into_iter();
+        if let Some(why) = refusals.next().filter(|_| !self.yes) {
+            let end = End::Halted(Halt::Host(why));
+            return self
+                .end(end, &mut client, before, &rolled, &mut interrupts)
+                .await;
+        }
         let promoted = self.put(
             &mut client,
             &text,
@@ -342,7 +353,9 @@ impl Soaked<'_> {
     ) -> Result<ExitCode> {
         let why = match end {
             End::Halted(Halt::Changed) => bail!(
-                "somebody else has changed the document of {}: the rollout is not watched any more, and nothing is taken back",
+                "somebody else has changed the document of {}: the rollout is not watched any more, and nothing is taken back; where it is still in the document it ends at {}, or with: filter-agent fleet abort {}",
+                self.database,
+                written.until,
                 self.database
             ),
             End::Over => bail!(

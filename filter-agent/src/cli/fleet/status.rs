@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    cli::output::{print_table, table},
+    cli::output::{end_with_the_reader, print_raw, print_table, table},
     etcd::client::{Client, Overview},
     fleet::host_status::HostStatus,
     policy::{self, check_within},
@@ -84,7 +84,7 @@ struct Rollout {
 pub(super) struct Fleet {
     pub(super) databases: Vec<Database>,
     /// Hosts that do not believe etcd.
-    pub(super) holding: Vec<String>,
+    holding: Vec<String>,
     /// Hosts whose reports cannot be read: what they enforce is not known.
     unreadable: Vec<String>,
 }
@@ -104,13 +104,17 @@ impl Fleet {
         names.sort_unstable();
         names.dedup();
         names.retain(|name| only.is_none_or(|only| only == *name));
-        let is_holding = |host: &&HostStatus| {
+        let is_holding = |host: &HostStatus| {
             let mut databases = host.databases.values();
             databases.any(|database| database.state == FleetState::Held)
         };
         let holding = hosts.iter().filter(|(_, host)| is_holding(host));
-        let unreadable = overview.hosts.keys();
-        let unreadable = unreadable.filter(|host| !hosts.contains_key(host));
+        // One that is there and has no report, too.
+        let unreadable: BTreeSet<&String> =
+            overview.hosts.keys().chain(overview.alive.keys()).collect();
+        let unreadable = unreadable
+            .into_iter()
+            .filter(|host| !hosts.contains_key(host));
         Self {
             unreadable: unreadable.cloned().collect(),
             holding: holding.map(|(name, _)| (*name).clone()).collect(),
@@ -156,7 +160,7 @@ impl Fleet {
         print_table(&rows, self.databases.len());
         if !self.unreadable.is_empty() {
             say!(
-                "reports that cannot be read: {}",
+                "no report that can be read: {}",
                 list(self.unreadable.iter())
             );
         }
@@ -275,8 +279,9 @@ pub(super) async fn status(
         }
         tokio::time::sleep(PAUSE).await;
     };
+    end_with_the_reader()?;
     match json {
-        true => say!("{}", serde_json::to_string_pretty(&fleet)?),
+        true => print_raw(&serde_json::to_string_pretty(&fleet)?),
         false => {
             fleet.print();
             if let Ok(version) = client.version().await
@@ -326,6 +331,44 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
     hosts.iter().filter_map(refusal).collect()
 }
 
+/// Says which hosts that are there do not believe what etcd has of a database.
+pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
+    let hosts = parsed(overview);
+    let is_held = |(host, status): &(&&String, &HostStatus)| {
+        let reported = status.databases.get(database);
+        overview.alive.get(**host) == Some(&status.boot)
+            && reported.is_some_and(|it| it.state == FleetState::Held)
+    };
+    let held: Vec<_> = hosts.iter().filter(is_held).map(|(host, _)| host).collect();
+    let verb = if held.len() == 1 { "does" } else { "do" };
+    (!held.is_empty()).then(|| {
+        format!(
+            "{} {verb} not believe etcd, which went back or is another: `filter-agent fleet status` says why, and `fleet \
+             recover` has it believed again",
+            list(held.into_iter())
+        )
+    })
+}
+
+/// Says which hosts enforce a document of a database that etcd has none of, or none that can be read.
+pub(super) fn lost(overview: &Overview, database: &str) -> Option<String> {
+    let hosts = parsed(overview);
+    let enforced = |status: &HostStatus| status.databases.get(database)?.enforced;
+    let hosts: Vec<_> = hosts
+        .iter()
+        .filter_map(|(host, status)| enforced(status).map(|_| host))
+        .collect();
+    (!hosts.is_empty()).then(|| {
+        let verb = if hosts.len() == 1 {
+            "enforces"
+        } else {
+            "enforce"
+        };
+        let hosts = list(hosts.into_iter());
+        format!("{hosts} still {verb} rules of a document that is gone or broken, which would end")
+    })
+}
+
 /// Says that no host has reported the database, or which hosts of a rollout have not.
 pub(super) fn unknown(
     overview: &Overview,
@@ -340,9 +383,8 @@ pub(super) fn unknown(
         let names = hosts.values().flat_map(|host| host.databases.keys());
         let names: BTreeSet<_> = names.collect();
         let names = list(names.into_iter());
-        unknown.push(format!(
-            "no host has a database {database} (they have {names})"
-        ));
+        let text = format!("no host has a database {database} (they have {names})");
+        unknown.push(one_line(&text, MAX_REFUSAL));
     }
     let is_strange = |host: &&String| !hosts.get(*host).is_some_and(has_it);
     let strange: Vec<_> = on.into_iter().flatten().filter(is_strange).collect();

@@ -14,7 +14,6 @@ use super::{
 use crate::{
     etcd::client::{Changed, Client, Overview},
     policy::check_document,
-    text::list,
 };
 
 /// How often a rule is added anew to what somebody else has written meanwhile.
@@ -38,6 +37,10 @@ pub(super) struct Proposal {
     refusals: Vec<String>,
     /// Names of databases and hosts that no host has reported.
     unknown: Vec<String>,
+    /// Hosts that do not believe etcd.
+    held: Option<String>,
+    /// Hosts that enforce a document which is not there any more.
+    lost: Option<String>,
 }
 
 impl Proposal {
@@ -56,14 +59,26 @@ impl Proposal {
         Ok(Self {
             difference: Difference::between(before.as_ref(), &after, now),
             refusals: status::refusals(overview, database, text),
+            held: status::held(overview, database),
+            lost: status::lost(overview, database).filter(|_| before.is_none()),
             unknown: status::unknown(overview, database, on),
         })
     }
 
     pub(super) fn doubts(&self) -> Vec<String> {
         let all = [&self.unknown, &self.refusals];
-        let seen = all.into_iter().flatten().cloned();
+        let seen = all
+            .into_iter()
+            .flatten()
+            .chain(&self.held)
+            .chain(&self.lost);
+        let seen = seen.cloned();
         seen.chain(self.difference.doubts()).collect()
+    }
+
+    /// Why hosts would not enforce it.
+    fn unenforced(&self) -> Vec<String> {
+        self.refusals.iter().chain(&self.held).cloned().collect()
     }
 
     /// # Errors
@@ -71,7 +86,7 @@ impl Proposal {
     pub(super) fn check(&self, care: Care) -> Result<()> {
         let (doubts, yes) = match care {
             Care::Whole { yes } => (self.doubts(), yes),
-            Care::Refusals { yes } => (self.refusals.clone(), yes),
+            Care::Refusals { yes } => (self.unenforced(), yes),
             Care::Told => return Ok(()),
         };
         ensure!(
@@ -115,9 +130,6 @@ pub(super) async fn put(
         return Ok(());
     }
     let overview = client.overview().await?;
-    if !yes {
-        check_believed(&overview)?;
-    }
     let proposal = Proposal::new(&overview, database, before, &text);
     let proposal = proposal.map_err(anyhow::Error::msg)?;
     proposal.check(Care::Whole { yes })?;
@@ -142,7 +154,6 @@ pub(super) async fn edit(
 ) -> Result<ExitCode> {
     let mut client = client(access).await?;
     let overview = client.overview().await?;
-    check_believed(&overview)?;
     for _ in 0..MAX_TRIES {
         let found = client.document(database, None).await?;
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
@@ -158,10 +169,11 @@ pub(super) async fn edit(
             Ok(written) => {
                 proposal.report(database, written);
                 let exit = follow(&mut client, database, waiting).await?;
+                let unenforced = proposal.unenforced();
                 ensure!(
-                    proposal.refusals.is_empty() || !matches!(care, Care::Told),
+                    unenforced.is_empty() || !matches!(care, Care::Told),
                     "it is written, but {}, and goes on as before",
-                    proposal.refusals.join("; ")
+                    unenforced.join("; ")
                 );
                 return Ok(exit);
             }
@@ -170,20 +182,6 @@ pub(super) async fn edit(
         }
     }
     bail!("the document of {database} was changed by others {MAX_TRIES} times: nothing is written");
-}
-
-/// # Errors
-/// A host does not believe etcd: what is written now would not be enforced there.
-pub(super) fn check_believed(overview: &Overview) -> Result<()> {
-    let holding = status::Fleet::of(overview, None).holding;
-    ensure!(
-        holding.is_empty(),
-        "{} {} not believe etcd, which went back or is another: `filter-agent fleet status` says why, and `fleet recover` has \
-         it believed again; nothing is written",
-        list(holding.iter()),
-        if holding.len() == 1 { "does" } else { "do" }
-    );
-    Ok(())
 }
 
 /// Waits until the hosts have what was written, if that is asked for.

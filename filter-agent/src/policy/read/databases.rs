@@ -11,14 +11,17 @@ use jiff::{Timestamp, civil};
 use serde::Deserialize;
 use serde_yaml::Value;
 
-use crate::policy::{
-    checked::{Database, Model, OnRemoval, Rule, Source, Tls},
-    prefix::{parse_cidr, without},
-    read::{
-        fleet::RawFromFleet,
-        reader::{At, Reader, check_name},
+use crate::{
+    policy::{
+        checked::{Database, Model, OnRemoval, Rule, Source, Tls},
+        prefix::{parse_cidr, without},
+        read::{
+            fleet::RawFromFleet,
+            reader::{At, Reader, check_name},
+        },
+        region::Region,
     },
-    region::Region,
+    text::is_control,
 };
 
 /// Longest label of a rule, in characters.
@@ -145,18 +148,6 @@ pub fn check_label(label: &str) -> Result<(), String> {
         ));
     }
     Ok(())
-}
-
-/// Control characters, those included that change the direction of text (Unicode Standard Annex 9): a label that has one
-/// looks like another in a terminal.
-pub(super) fn is_control(character: char) -> bool {
-    const DIRECTIONS: [std::ops::RangeInclusive<char>; 4] = [
-        '\u{61c}'..='\u{61c}',
-        '\u{200e}'..='\u{200f}',
-        '\u{202a}'..='\u{202e}',
-        '\u{2066}'..='\u{2069}',
-    ];
-    character.is_control() || DIRECTIONS.iter().any(|range| range.contains(&character))
 }
 
 /// An instant (RFC 3339). The last days of the year 9999, which mean never, are past what can be computed with: the last

@@ -15,12 +15,12 @@ use crate::{
         fleet::{Bounds, Document, MAX_DOCUMENT, Rollout, check_host},
         read::{
             bounded, check_characters,
-            databases::{instant, is_control},
+            databases::instant,
             reader::{At, Reader, structural},
         },
         region::Region,
     },
-    text::list,
+    text::{is_control, list},
 };
 
 /// Longest error, in characters before those are written out that a terminal obeys. It may quote the document.

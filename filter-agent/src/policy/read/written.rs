@@ -11,6 +11,7 @@ use super::{
 use crate::policy::{
     checked::{Rule, Source},
     fleet::{Bounds, Document, Fleet},
+    prefix::parse_cidr,
     region::{Guards, Region, RegionSource},
 };
 
@@ -81,8 +82,8 @@ fn regions(text: &[u8]) -> Vec<String> {
     named.map(str::to_owned).collect()
 }
 
-/// The text of a document with one more rule, in place of one of the same source. Comments are lost. `None`: there is no
-/// document yet.
+/// The text of a document with one more rule, in place of one of the same source, whose exceptions it keeps; its rollout has
+/// it, too. Comments are lost. `None`: there is no document yet.
 ///
 /// # Errors
 /// The text is no document.
@@ -102,12 +103,17 @@ pub fn with_rule(text: Option<&[u8]>, rule: &Rule) -> Result<String, String> {
         field("expires", expires.to_string());
     }
     edited(text, |rules| {
+        let mut written = written.clone();
+        let before = rules.iter().find(|other| is_of(other, &rule.source));
+        if let Some(except) = before.and_then(|before| before.get("except")) {
+            written.insert("except".into(), except.clone());
+        }
         rules.retain(|other| !is_of(other, &rule.source));
         rules.push(written.into());
     })
 }
 
-/// The text of a document without the rules of a source. Comments are lost.
+/// The text of a document without the rules of a source, in its rollout neither. Comments are lost.
 ///
 /// # Errors
 /// The text is no document.
@@ -173,21 +179,30 @@ fn mapping(text: &[u8]) -> Result<Mapping, String> {
     }
 }
 
+/// However the source is spelled there.
 fn is_of(rule: &Value, source: &Source) -> bool {
-    let (field, name) = match source {
-        Source::Cidr(prefix) => ("cidr", prefix.to_string()),
-        Source::Region(name) => ("region", name.clone()),
-    };
-    rule.get(field).and_then(Value::as_str) == Some(name.as_str())
+    let text = |field| rule.get(field).and_then(Value::as_str);
+    match source {
+        Source::Cidr(prefix) => text("cidr").is_some_and(|cidr| parse_cidr(cidr) == Ok(*prefix)),
+        Source::Region(name) => text("region") == Some(name),
+    }
 }
 
-fn edited(text: Option<&[u8]>, edit: impl FnOnce(&mut Vec<Value>)) -> Result<String, String> {
-    let mut document = text.map(mapping).transpose()?.unwrap_or_default();
-    let rules = document.entry("rules".into()).or_insert(Value::Null);
-    if !rules.is_sequence() {
-        *rules = Value::Sequence(Vec::new());
+fn edited(text: Option<&[u8]>, edit: impl Fn(&mut Vec<Value>)) -> Result<String, String> {
+    fn rules_of(document: &mut Mapping) -> &mut Value {
+        let rules = document.entry("rules".into()).or_insert(Value::Null);
+        if !rules.is_sequence() {
+            *rules = Value::Sequence(Vec::new());
+        }
+        rules
     }
-    if let Value::Sequence(rules) = rules {
+    let mut document = text.map(mapping).transpose()?.unwrap_or_default();
+    if let Value::Sequence(rules) = rules_of(&mut document) {
+        edit(rules);
+    }
+    if let Some(Value::Mapping(rollout)) = document.get_mut("rollout")
+        && let Value::Sequence(rules) = rules_of(rollout)
+    {
         edit(rules);
     }
     text_of(&document)
@@ -234,7 +249,7 @@ mod tests {
         let after = check_document(more.as_bytes()).unwrap();
         assert_eq!(after.rules[..2], before.rules);
         assert_eq!(after.rules[2], rule("203.0.113.0/24", "kim"));
-        assert_eq!(after.rollout, before.rollout);
+        assert_eq!(after.rollout.unwrap().rules, after.rules[2..]);
         let again = with_rule(Some(more.as_bytes()), &rule("203.0.113.0/24", "lee")).unwrap();
         let again = check_document(again.as_bytes()).unwrap();
         assert_eq!(again.rules[2..], [rule("203.0.113.0/24", "lee")]);
@@ -245,6 +260,15 @@ mod tests {
             less.rules,
             [before.rules[0].clone(), rule("203.0.113.0/24", "kim")]
         );
+        // Its exceptions are not the command's to take away.
+        let longer = with_rule(Some(text.as_bytes()), &rule("192.0.2.0/24", "kim")).unwrap();
+        let longer = check_document(longer.as_bytes()).unwrap();
+        assert_eq!(longer.rules[1].except, before.rules[0].except);
+        let spelled = b"rules: [{cidr: '2001:DB8:0::/48'}]\nrollout: {on: [db7], until: 2027-01-01T00:00:00Z, rules: [{cidr: \
+                        '2001:db8:0:0::/48'}]}";
+        let source = Source::Cidr("2001:db8::/48".parse().unwrap());
+        let gone = check_document(without_rule(spelled, &source).unwrap().as_bytes()).unwrap();
+        assert!(gone.rules.is_empty() && gone.rollout.unwrap().rules.is_empty());
         let first = with_rule(None, &rule("203.0.113.0/24", "kim")).unwrap();
         assert_eq!(check_document(first.as_bytes()).unwrap().rules.len(), 1);
     }
