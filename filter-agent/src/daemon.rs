@@ -1,7 +1,7 @@
 //! The daemon: where events come from, and how effects are carried out.
 
 use std::{
-    fs, io,
+    fs, io, mem,
     os::unix::{
         fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _},
         net::UnixListener as StdUnixListener,
@@ -144,6 +144,7 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
     };
     performer.perform(effects);
     performer.give_memory_back();
+    let mut has_changed = false;
     let mut deadline = None;
     while !performer.is_stopping {
         let mut thorough = false;
@@ -169,6 +170,10 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
                 );
                 checks = (checks + 1) % THOROUGH_CHECK;
                 performer.check(checks == 0 || !agent.is_ready(), &agent);
+                // Not with the change: another one, right after it, would wait for that.
+                if mem::take(&mut has_changed) {
+                    performer.give_memory_back();
+                }
                 if !enforcer.is_stuck() {
                     performer.notifier.alive();
                 }
@@ -198,15 +203,12 @@ pub async fn run(options: Options, status_socket: Option<StdUnixListener>) -> Re
             deadline = deadline.or(Some(Instant::now() + CHANGE_TIMEOUT));
         }
         let is_quiet = matches!(event, Event::Tick);
-        let is_change = matches!(event, Event::Committed(_));
+        has_changed |= matches!(event, Event::Committed(_));
         let effects = agent.handle(event, clock.now());
         if !is_quiet || !effects.is_empty() {
             publish.send_replace(agent.snapshot());
         }
         performer.perform(effects);
-        if is_change {
-            performer.give_memory_back();
-        }
     }
     performer.notifier.stopping();
     // The next start would replace its programs all the same.
