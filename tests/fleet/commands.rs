@@ -353,8 +353,13 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
         nobody.contains("etcd has no document of ordres"),
         "{nobody}"
     );
-    let at_once = ["rollout", "orders", &more, "--on", "db7", "--for", "0s"];
-    assert_eq!(kim.run(&at_once).status.code(), Some(2));
+    for arguments in [
+        &["rollout", "orders", &more, "--on", "db7"][..],
+        &["allow", "orders", "198.51.100.8"],
+    ] {
+        let at_once = kim.run(&[arguments, &["--for", "0s"]].concat());
+        assert_eq!(at_once.status.code(), Some(2), "{arguments:?}");
+    }
     // A rollout is seen, and ends by nobody's oversight.
     let said = kim.says(&["rollout", "orders", &more, "--on", "db7"]);
     assert!(
@@ -381,7 +386,8 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     );
     kim.says(&["abort", "orders"]);
     // One that is over is in nobody's way, and is not promoted.
-    kim.says(&["rollout", "orders", &more, "--on", "db7", "--for", "1s"]);
+    let strange = ["rollout", "orders", &more, "--on", "db7,db9", "--for", "1s"];
+    kim.says(&[&strange[..], &["--yes"]].concat());
     assert!(
         kim.says(&["status", "orders"])
             .contains("promote or abort it")
@@ -393,6 +399,8 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     );
     let over = kim.fails(&["promote", "orders"]);
     assert!(over.contains("its rollout ended at "), "{over}");
+    let said = kim.says(&["allow", "orders", "198.51.100.8"]);
+    assert!(said.starts_with("+ 198.51.100.8/32\nthe doc"), "{said}");
     kim.says(&["rollout", "orders", &more, "--on", "db7"]);
     kim.says(&["promote", "orders"]);
     // Forced on a host, it is still looked at before all hosts get it.
@@ -425,12 +433,16 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
         b"rules: [{cidr: 0.0.0.0/0}, {cidr: 198.51.100.7/32}]",
     );
     let told = kim.fails(&["revoke", "orders", "198.51.100.7"]);
-    assert!(
+    let is_told = |told: &str| {
         told.contains("it is written, but db7 would refuse it")
-            && told.contains("goes on as before"),
-        "{told}"
-    );
+            && told.contains("goes on as before")
+    };
+    assert!(is_told(&told), "{told}");
     assert!(!kim.says(&["get", "orders"]).contains("198.51.100.7"));
+    kim.says(&["rollout", "orders", &file, "--on", "db7", "--yes"]);
+    let told = kim.fails(&["abort", "orders"]);
+    assert!(is_told(&told), "{told}");
+    assert!(!kim.says(&["get", "orders"]).contains("rollout"));
 }
 
 /// A rule that only a rollout has was not found, and one of both went on in the rollout, to be promoted later.
@@ -515,11 +527,20 @@ fn nothing_is_written_while_a_host_holds() {
             .contains("etcd went back")
     };
     assert!(wait_until(is_reported));
-    let held = kim.fails(&["put", "orders", &file]);
-    assert!(held.contains("db7 does not believe etcd"), "{held}");
-    assert!(held.contains("nothing is written"), "{held}");
-    let held = kim.fails(&["allow", "orders", "198.51.100.9"]);
-    assert!(held.contains("db7 does not believe etcd"), "{held}");
+    let rollout = ["rollout", "orders", &file, "--on", "db7"];
+    for arguments in [
+        &["put", "orders", &file][..],
+        &["diff", "orders", &file],
+        &["allow", "orders", "198.51.100.9"],
+        &[&rollout[..], &["--soak", "10s"]].concat(),
+    ] {
+        let output = kim.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert!(said.contains("db7 does not believe etcd"), "{said}");
+        let writes = arguments[0] != "diff";
+        assert_eq!(said.contains("nothing is written"), writes, "{said}");
+    }
     // The restored document is corrected before it is believed.
     let corrected = "rules: [{cidr: 198.51.100.8/32}, {cidr: 198.51.100.9/32}]";
     let corrected = kim.file(corrected);

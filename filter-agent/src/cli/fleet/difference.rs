@@ -59,9 +59,14 @@ impl Difference {
                 parts.push(Part::of(Some(hosts), before, after));
             }
         }
-        // One with the same end is the same, with a rule more or less.
+        // One with the same end is the same, with a rule more (`allow`).
         let goes_on = |old: &Rollout| {
-            let is_same = |new: &Rollout| new.rules == old.rules || new.until == old.until;
+            let has_all = |new: &Rollout| {
+                let sources: Vec<_> = new.rules.iter().map(|rule| &rule.source).collect();
+                old.rules.iter().all(|rule| sources.contains(&&rule.source))
+            };
+            let is_same =
+                |new: &Rollout| new.rules == old.rules || new.until == old.until && has_all(new);
             new.is_some_and(|new| is_same(new) && new.on.is_superset(&old.on))
         };
         let ended = old.filter(|old| !goes_on(old)).map(|old| {
