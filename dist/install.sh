@@ -23,7 +23,7 @@ if [ "${1-}" = --remove ]; then
     fi
     rm -f /usr/sbin/filter-agent /etc/systemd/system/filter-agent.service \
         /etc/systemd/system/filter-agent-status.socket /usr/lib/sysusers.d/filter-agent.conf \
-        /usr/share/man/man8/filter-agent.8 /usr/share/bash-completion/completions/filter-agent \
+        /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 /usr/share/bash-completion/completions/filter-agent \
         /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish
     rm -rf /var/lib/filter-agent
     if [ -d /run/systemd/system ]; then
@@ -42,6 +42,7 @@ install -D -m 644 "$here/filter-agent.sysusers" /usr/lib/sysusers.d/filter-agent
 systemd-sysusers filter-agent.conf ||
     echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
 install -D -m 644 "$here/filter-agent.8" /usr/share/man/man8/filter-agent.8
+install -D -m 644 "$here/policy.yaml.5" /usr/share/man/man5/policy.yaml.5
 install -D -m 644 "$here/filter-agent.bash" /usr/share/bash-completion/completions/filter-agent
 install -D -m 644 "$here/_filter-agent" /usr/share/zsh/site-functions/_filter-agent
 install -D -m 644 "$here/filter-agent.fish" /usr/share/fish/vendor_completions.d/filter-agent.fish

@@ -25,12 +25,7 @@ fn main() -> Result<()> {
         manual.render_description_section(&mut page)?;
         manual.render_options_section(&mut page)?;
     }
-    page.extend_from_slice(
-        b".SH EXIT STATUS\n.TP\n0\ndone\n.TP\n1\nnot done, or done with an error in what was printed\n.TP\n2\n\
-          wrong usage; of status --brief: critical\n.TP\n3\nof status --brief: unknown\n.TP\n141\nthe reader of the output ended first\n.SH FILES\n.TP\n/etc/filter-agent/policy.yaml\nthe policy\n.TP\n/var/lib/filter-agent/\n\
-          the last good addresses of regions\n.TP\n/sys/fs/bpf/filter-agent/\nthe filter in the \
-          kernel\n.SH SEE ALSO\n/usr/share/doc/filter-agent/\n",
-    );
+    page.extend_from_slice(include_bytes!("../../dist/filter-agent.8.end"));
     fs::write(folder.join("filter-agent.8"), page)?;
     fs::write(folder.join("filter-agent.bash"), completion(&Bash)?)?;
     fs::write(folder.join("filter-agent.fish"), completion(&Fish)?)?;

@@ -11,14 +11,23 @@ use crate::{build, cargo, output, run, target_directory};
 /// Where the packages end up, below the workspace; `filter-agent/Cargo.toml` names it too.
 const FOLDER: &str = "target/dist";
 
+/// The profile that is shipped.
+const PROFILE: &str = "shipped";
+
+/// The agent that is packaged.
+pub fn binary() -> Result<PathBuf> {
+    Ok(target_directory()?.join(PROFILE).join("filter-agent"))
+}
+
 /// Builds both; returns the path of the .deb.
 pub fn make() -> Result<PathBuf> {
-    build(&["--release"])?;
+    build(&["--profile", PROFILE])?;
     let pages = Path::new(FOLDER).join("pages");
     run(cargo()
-        .args(["run", "--quiet", "--release", "--package", "filter-agent"])
+        .args(["run", "--quiet", "--package", "filter-agent"])
         .args(["--example", "pages", "--"])
         .arg(&pages))?;
+    policy_page(&pages)?;
     let deb = package(None)?;
     run(Command::new("lintian")
         .args([
@@ -32,6 +41,23 @@ pub fn make() -> Result<PathBuf> {
     Ok(deb)
 }
 
+/// policy.yaml(5), of the text that is the policy's page. lowdown is Debian's smallest program for it that knows tables, and is
+/// maintained.
+fn policy_page(pages: &Path) -> Result<()> {
+    let text = fs::read_to_string("docs/policy.md").context("read docs/policy.md")?;
+    let (_, text) = text.split_once('\n').context("find the page's title")?;
+    let text = format!(
+        "# NAME\n\npolicy.yaml - what filter-agent guards, and who may reach it\n\n# DESCRIPTION\n{text}\n# SEE ALSO\n\n\
+         filter-agent(8)\n"
+    );
+    let source = pages.join("policy.md");
+    fs::write(&source, text).with_context(|| format!("write {}", source.display()))?;
+    let mut lowdown = Command::new("lowdown");
+    lowdown.args(["-s", "-t", "man", "--nroff-nolinks"]);
+    lowdown.args(["-M", "title=policy.yaml", "-M", "section=5", "-o"]);
+    run(lowdown.arg(pages.join("policy.yaml.5")).arg(&source))
+}
+
 /// A .deb of what is built, of this version or another.
 pub fn package(version: Option<&str>) -> Result<PathBuf> {
     let mut deb = cargo();
@@ -41,6 +67,8 @@ pub fn package(version: Option<&str>) -> Result<PathBuf> {
         "--package",
         "filter-agent",
         "--no-build",
+        "--profile",
+        PROFILE,
         "--output",
         FOLDER,
     ]);
@@ -58,12 +86,11 @@ fn tarball(pages: &Path) -> Result<()> {
     let name = format!("filter-agent-{version}-{}", std::env::consts::ARCH);
     let root = Path::new(FOLDER).join(&name);
     fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
-    let binary = target_directory()?.join("release/filter-agent");
     // As `cargo deb` does with its own copy.
     run(Command::new("strip")
         .arg("-o")
         .arg(root.join("filter-agent"))
-        .arg(&binary))?;
+        .arg(binary()?))?;
     let files = [
         Path::new("dist/filter-agent.service"),
         Path::new("dist/filter-agent-status.socket"),
@@ -86,6 +113,7 @@ fn tarball(pages: &Path) -> Result<()> {
         Path::new("docs/metrics.md"),
         Path::new("docs/moving.md"),
         &pages.join("filter-agent.8"),
+        &pages.join("policy.yaml.5"),
         &pages.join("filter-agent.bash"),
         &pages.join("_filter-agent"),
         &pages.join("filter-agent.fish"),

@@ -36,7 +36,7 @@ const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 const BUILD_PACKAGES: [&str; 4] = ["gcc", "libc6-dev", "libprotobuf-dev", "protobuf-compiler"];
 /// libFuzzer is C++.
 const CHECK_PACKAGES: [&str; 1] = ["g++"];
-const PACKAGE_PACKAGES: [&str; 1] = ["lintian"];
+const PACKAGE_PACKAGES: [&str; 2] = ["lintian", "lowdown"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
 const RUN_PACKAGES: [&str; 22] = [

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::machine::Machine;
-use crate::{cargo, output, target_directory};
+use crate::{cargo, dist, output};
 
 /// Where they are in the machine.
 const FOLDER: &str = "root/streams";
@@ -40,7 +40,7 @@ impl Streams {
         });
         Ok(Self {
             test: messages.next().context("find the tests that cargo built")?,
-            agent: target_directory()?.join("release/filter-agent"),
+            agent: dist::binary()?,
         })
     }
 
