@@ -37,7 +37,7 @@ pub fn is_control(character: char) -> bool {
     character.is_control() || DIRECTIONS.iter().any(|range| range.contains(&character))
 }
 
-/// What another machine says, which may have any length and content. `longest`: in characters.
+/// A text of another machine, of any length and content, as one line. `longest`: in characters.
 pub fn one_line(text: &str, longest: usize) -> String {
     let visible = |c: char| if is_control(c) { ' ' } else { c };
     text.chars().take(longest).map(visible).collect()

@@ -52,7 +52,7 @@ pub fn measure(report: &mut Report, networks: &[IpNet], rounds: usize) -> Result
             all.push(reload(&net, &text(&net, list, 1))?.0);
         }
         // Of an agent that has had all of it: one that is started over its maps wants less.
-        // What the changes took for a moment is given back with the agent's next look, each second.
+        // The agent gives memory back once a second, after changes.
         thread::sleep(Duration::from_secs(2));
         let (peak, resident) = net.memory();
         peaks.push(megabytes(peak));

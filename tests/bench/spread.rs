@@ -23,7 +23,7 @@ impl Spread {
     }
 }
 
-/// Between two values in proportion: with four, the median is no more the third than the second. `values`: at least one.
+/// Interpolated between the two nearest values. `values`: at least one.
 pub fn quantile(values: &[f64], part: f64) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);

@@ -409,7 +409,7 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     assert!(refused.contains("db7 would refuse it"), "{refused}");
     assert!(refused.contains("nothing is written"), "{refused}");
     kim.says(&["abort", "orders", "--wait", "30s"]);
-    // What a host reports is not what `status` looks like.
+    // A host's report cannot add rows to what `status` prints.
     let row = b"{\"orders  9  ACTIVE\n\": 1}";
     etcd.put("hosts/db8", row);
     let garbled = kim.run(&["status", "orders"]);

@@ -60,7 +60,10 @@ impl Proposal {
             difference: Difference::between(before.as_ref(), &after, now),
             refusals: status::refusals(overview, database, text),
             held: status::held(overview, database),
-            lost: status::lost(overview, database).filter(|_| before.is_none()),
+            lost: match before {
+                Some(_) => None,
+                None => status::lost(overview, database),
+            },
             unknown: status::unknown(overview, database, on),
         })
     }

@@ -229,7 +229,7 @@ fn at_every_step_what_both_policies_pass_passes_and_what_both_drop_is_dropped() 
         }
         steps.iter().for_each(|step| after.write(step));
         assert_eq!(after.image(), new);
-        // What the verdict caches of some CPUs may hold, of any moment since the last epoch.
+        // Verdicts that some CPU may have cached since the last epoch.
         let mut remembered = BTreeSet::new();
         let remember = |kernel: &Kernel, remembered: &mut BTreeSet<_>| {
             for (source, local, port) in packets() {
