@@ -555,23 +555,31 @@ fn interface_whose_name_is_no_text_is_warned_of() {
     let mut net = Net::new("coverage-names");
     net.write_policy(&orders("eth0"));
     net.start();
-    // One that a terminal obeys, too.
-    for (name, peer) in [(&b"x\xffy"[..], "peer0"), (b"w\x1b[31m", "peer1")] {
-        let mut add = Command::new("ip");
-        add.args(["-n", &net.db.name, "link", "add"])
-            .arg(OsStr::from_bytes(name))
-            .args(["type", "veth", "peer", "name", peer]);
-        assert!(add.status().unwrap().success());
-        let mut up = Command::new("ip");
-        up.args(["-n", &net.db.name, "link", "set", "up"])
-            .arg(OsStr::from_bytes(name));
-        assert!(up.status().unwrap().success());
-    }
-    for name in [r"x\xffy", r"w\u{1b}[31m"] {
-        let line = format!("warning: interface {name} is not in `interfaces`");
+    let (c1, turned) = ("c\u{8d}x", "d\u{202e}x");
+    let is_warned_of = |name: &[u8], peer: &str, written: &str| {
+        let link = |arguments: &[&str]| {
+            let mut command = Command::new("ip");
+            command
+                .args(["-n", &net.db.name, "link", arguments[0]])
+                .arg(OsStr::from_bytes(name))
+                .args(&arguments[1..]);
+            assert!(command.status().unwrap().success());
+        };
+        link(&["add", "type", "veth", "peer", "name", peer]);
+        link(&["set", "up"]);
+        let line = format!("warning: interface {written} is not in `interfaces`");
         let is_said = || net.agent_text(&["status"]).contains(&line);
         assert!(wait_until(is_said), "{}", net.agent_text(&["status"]));
+    };
+    // Those that a terminal obeys, too; in JSON they stand for themselves.
+    for (name, written) in [(c1, r"c\u{8d}x"), (turned, r"d\u{202e}x")] {
+        is_warned_of(name.as_bytes(), "peer0", written);
+        let status = net.agent_json(&["status"]).to_string();
+        assert!(status.contains(name), "{status}");
+        net.db.ip("link delete peer0");
     }
+    is_warned_of(b"x\xffy", "peer0", r"x\xffy");
+    is_warned_of(b"w\x1b[31m", "peer1", r"w\u{1b}[31m");
     net.reload(&orders("eth0"));
     net.terminate();
     let log = net.log.join("\n");

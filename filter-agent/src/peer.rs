@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::report::By;
+use crate::{report::By, text::is_control};
 
 /// The owner of a process. `pid`: as the kernel says, if it does; a process that has ended is known by its user alone.
 pub fn owner(uid: u32, pid: Option<i32>) -> By {
@@ -17,6 +17,6 @@ pub fn owner(uid: u32, pid: Option<i32>) -> By {
         login_uid: login_uid.filter(|&uid| uid != u32::MAX),
         pid,
         // Any process names itself, and the name is printed.
-        command: read("comm").map(|name| name.replace(char::is_control, "?")),
+        command: read("comm").map(|name| name.replace(is_control, "?")),
     }
 }

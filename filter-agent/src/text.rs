@@ -61,4 +61,14 @@ mod tests {
         assert!(line.starts_with("no  [2Jleaderxx"), "{line}");
         assert_eq!(line.chars().count(), 300);
     }
+
+    #[test]
+    fn characters_that_change_the_direction_of_text_are_not_obeyed() {
+        for turning in "\u{61c}\u{200e}\u{200f}\u{202a}\u{202e}\u{2066}\u{2069}".chars() {
+            let text = format!("passes{turning}é");
+            let hex = u32::from(turning);
+            assert_eq!(written_out(&text), format!("passes\\u{{{hex:x}}}é"));
+            assert_eq!(one_line(&text, 300), "passes é");
+        }
+    }
 }

@@ -142,6 +142,12 @@ fn document_is_written_read_changed_and_never_overwritten_unseen() {
     );
     let older = kim.says(&["get", "orders", "--revision", &first.to_string()]);
     assert_eq!(older, got);
+    let future = kim.fails(&["get", "orders", "--revision", "999"]);
+    let latest = etcd.revision_of("rules/orders");
+    assert!(
+        future.contains(&format!("; its latest one is of {latest}")),
+        "{future}"
+    );
     let old = kim.fails(&[
         "put",
         "orders",
@@ -610,6 +616,14 @@ fn who_may_not_or_reaches_nobody_is_told_so() {
     etcd.put("era", b"99999999999");
     let raised = kim.says(&["recover", "--yes"]);
     assert!(raised.starts_with("era 100000000000: "), "{raised}");
+    let highest = u64::MAX.to_string();
+    etcd.put("era", highest.as_bytes());
+    let highest_still = kim.fails(&["recover", "--yes"]);
+    assert!(
+        highest_still.contains(&format!("{highest} is the highest there is")),
+        "{highest_still}"
+    );
+    assert_eq!(etcd.text_of("era"), Some(highest));
     etcd.kill(0);
     let gone = kim.fails(&["get", "orders"]);
     assert!(

@@ -25,6 +25,7 @@ use crate::{
     },
     history::{Listing, Past, What},
     report::{self, Drops, Origin, Regions, Rules, Status},
+    text::is_control,
 };
 
 /// Time for everything that one completion asks for.
@@ -154,7 +155,7 @@ impl EnvCompleter for Quoting {
         let separator = env::var("_CLAP_IFS").unwrap_or_else(|_| "\n".into());
         let answers = String::from_utf8_lossy(&answers);
         let answers = answers.split(&separator);
-        let answers = answers.filter(|answer| !answer.contains(char::is_control));
+        let answers = answers.filter(|answer| !answer.contains(is_control));
         let quoted: Vec<String> = answers.map(quoted).collect();
         buf.write_all(quoted.join(&separator).as_bytes())
     }

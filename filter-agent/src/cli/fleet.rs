@@ -235,7 +235,16 @@ fn read_document(file: &Path) -> Result<String> {
 }
 
 async fn get(database: &str, revision: Option<i64>, access: &Access) -> Result<ExitCode> {
-    let found = client(access).await?.document(database, revision).await?;
+    let mut client = client(access).await?;
+    let found = match (client.document(database, revision).await, revision) {
+        (Err(error), Some(_)) => {
+            let latest = client.document(database, None).await?;
+            let latest = latest.map(|it| format!("; its latest one is of {}", it.mod_revision));
+            let latest = latest.unwrap_or_default();
+            bail!("{error:#}{latest}")
+        }
+        (found, _) => found?,
+    };
     let at = revision.map(|revision| format!(" at revision {revision}"));
     let value = found.with_context(|| {
         format!(
@@ -277,9 +286,9 @@ async fn forget(host: &str, access: &Access) -> Result<ExitCode> {
         !overview.alive.contains_key(host),
         "{host} is there: it would report itself again"
     );
-    let seen = status::last_seen(&overview, host);
     ensure!(client.forget(host).await?, "etcd knows no host {host}");
-    let seen = seen.map(|at| format!(", which reported itself last at {at:.0}"));
+    let seen = overview.report(host);
+    let seen = seen.map(|it| format!(", which reported itself last at {:.0}", it.at));
     say!("{host}{} is forgotten", seen.unwrap_or_default());
     Ok(ExitCode::SUCCESS)
 }

@@ -17,7 +17,7 @@ use crate::{
     },
     report::{Action, By},
     store::history::read_history,
-    text::{counted, list},
+    text::{counted, is_control, list},
     threads,
 };
 
@@ -133,7 +133,7 @@ fn users() -> Users {
         let name = fields.next()?;
         let uid = fields.nth(1)?.parse().ok()?;
         // As everything that is printed and that others may have written.
-        Some((uid, name.replace(char::is_control, "?")))
+        Some((uid, name.replace(is_control, "?")))
     };
     // Of several names of one user the first is the one that `getpwuid` gives.
     text.lines().rev().filter_map(user).collect()

@@ -15,7 +15,7 @@ use crate::{
         files::Files,
         own_keys::{ALIVE, HOSTS},
     },
-    fleet::{Settings, Value},
+    fleet::{Settings, Value, host_status::HostStatus},
     policy::{Rollout, check_document, check_host, check_name},
 };
 
@@ -33,10 +33,27 @@ pub struct Overview {
     pub documents: BTreeMap<String, i64>,
     /// Rollouts that are in them.
     pub rollouts: BTreeMap<String, Rollout>,
-    /// Reports of hosts, as they wrote them.
-    pub hosts: BTreeMap<String, Vec<u8>>,
+    /// Reports of hosts. `None`: what a host wrote is no report.
+    pub hosts: BTreeMap<String, Option<HostStatus>>,
     /// The present life of each host that is there.
     pub alive: BTreeMap<String, String>,
+}
+
+impl Overview {
+    pub fn reports(&self) -> impl Iterator<Item = (&String, &HostStatus)> {
+        let hosts = self.hosts.iter();
+        hosts.filter_map(|(host, status)| Some((host, status.as_ref()?)))
+    }
+
+    /// The report of a host that can be read.
+    pub fn report(&self, host: &str) -> Option<&HostStatus> {
+        self.hosts.get(host)?.as_ref()
+    }
+
+    /// Whether a host is there, in the life that it reported.
+    pub fn is_alive(&self, host: &str, status: &HostStatus) -> bool {
+        self.alive.get(host) == Some(&status.boot)
+    }
 }
 
 /// A value was changed by somebody else, and is not overwritten. `None`: it is gone.
@@ -68,7 +85,13 @@ impl Client {
                 Ok(_) => return Ok(client),
                 Err(failure) => match failure.at_first() {
                     denied @ Failure::Denied(_) => {
-                        return Err(anyhow::Error::from(denied).context(format!("read {ERA}")));
+                        let user = settings
+                            .cert_file
+                            .as_ref()
+                            .map(|file| format!(", as the user that {} names", file.display()));
+                        let user = user.unwrap_or_default();
+                        let what = format!("{endpoint}: read {ERA}{user}");
+                        return Err(anyhow::Error::from(denied).context(what));
                     }
                     failure => {
                         errors.push(format!("{endpoint}: {:#}", anyhow::Error::from(failure)));
@@ -143,7 +166,7 @@ impl Client {
                 .collect(),
             hosts: hosts
                 .into_iter()
-                .map(|(name, value)| (name, value.value))
+                .map(|(name, value)| (name, HostStatus::read(&value.value)))
                 .collect(),
             alive: alive
                 .into_iter()

@@ -5,11 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{
-    etcd::client::Overview,
-    fleet::host_status::{HostStatus, Packets},
-    report::FleetState,
-};
+use crate::{etcd::client::Overview, fleet::host_status::Packets, report::FleetState};
 
 /// Time for a host to have in force what was written.
 const LATE: Duration = Duration::from_secs(10);
@@ -147,10 +143,8 @@ impl Host {
         overview: &Overview,
         now: Instant,
     ) -> Result<(), String> {
-        let status = overview.hosts.get(name);
-        let status = status.and_then(|text| HostStatus::read(text));
-        let status = status.ok_or("reports nothing")?;
-        if overview.alive.get(name) != Some(&status.boot) {
+        let status = overview.report(name).ok_or("reports nothing")?;
+        if !overview.is_alive(name, status) {
             return Err("is silent".into());
         }
         let reported = status.databases.get(database);
@@ -211,6 +205,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::fleet::host_status::HostStatus;
 
     struct Fleet {
         watch: Watch,
@@ -248,7 +243,8 @@ mod tests {
                     "state": "active", "packets": packets,
                 }},
             });
-            self.overview.hosts = [("db7".into(), status.to_string().into_bytes())].into();
+            let status = HostStatus::read(status.to_string().as_bytes());
+            self.overview.hosts = [("db7".into(), status)].into();
         }
 
         fn look(&mut self, seconds: u64) -> Result<(), Halt> {

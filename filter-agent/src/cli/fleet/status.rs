@@ -89,38 +89,32 @@ pub(super) struct Fleet {
     unreadable: Vec<String>,
 }
 
-fn parsed(overview: &Overview) -> BTreeMap<&String, HostStatus> {
-    let hosts = overview.hosts.iter();
-    let hosts = hosts.filter_map(|(host, text)| Some((host, HostStatus::read(text)?)));
-    hosts.collect()
-}
-
 impl Fleet {
     /// `only`: the database that is asked for.
     pub(super) fn of(overview: &Overview, only: Option<&str>) -> Self {
-        let hosts = parsed(overview);
-        let named = hosts.values().flat_map(|host| host.databases.keys());
+        let named = overview.reports();
+        let named = named.flat_map(|(_, status)| status.databases.keys());
         let mut names: Vec<&String> = overview.documents.keys().chain(named).collect();
         names.sort_unstable();
         names.dedup();
         names.retain(|name| only.is_none_or(|only| only == *name));
-        let is_holding = |host: &HostStatus| {
-            let mut databases = host.databases.values();
+        let is_holding = |(_, status): &(&String, &HostStatus)| {
+            let mut databases = status.databases.values();
             databases.any(|database| database.state == FleetState::Held)
         };
-        let holding = hosts.iter().filter(|(_, host)| is_holding(host));
+        let holding = overview.reports().filter(is_holding);
         // One that is there and has no report, too.
         let unreadable: BTreeSet<&String> =
             overview.hosts.keys().chain(overview.alive.keys()).collect();
         let unreadable = unreadable
             .into_iter()
-            .filter(|host| !hosts.contains_key(host));
+            .filter(|host| overview.report(host).is_none());
         Self {
             unreadable: unreadable.cloned().collect(),
-            holding: holding.map(|(name, _)| (*name).clone()).collect(),
+            holding: holding.map(|(name, _)| name.clone()).collect(),
             databases: names
                 .into_iter()
-                .map(|name| database(name, overview, &hosts))
+                .map(|name| database(name, overview))
                 .collect(),
         }
     }
@@ -189,7 +183,7 @@ impl Fleet {
     }
 }
 
-fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatus>) -> Database {
+fn database(name: &str, overview: &Overview) -> Database {
     let revision = overview.documents.get(name).copied();
     // One whose time is over counts as not written.
     let rollout = overview.rollouts.get(name);
@@ -209,14 +203,14 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
             until: rollout.until,
         }),
     };
-    for (host, status) in hosts {
+    for (host, status) in overview.reports() {
         let Some(reported) = status.databases.get(name) else {
             continue;
         };
         found.hosts += 1;
         // The last report of a host that is away says nothing of now.
-        if overview.alive.get(*host) != Some(&status.boot) {
-            found.silent.push((*host).clone());
+        if !overview.is_alive(host, status) {
+            found.silent.push(host.clone());
             continue;
         }
         // No document was ever there: the policy's own rules are what is meant.
@@ -229,9 +223,9 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
         // Its error is about an earlier document, unless it reads none.
         let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
         if reads && reported.seen < revision {
-            found.pending.push((*host).clone());
+            found.pending.push(host.clone());
         } else if let Some(error) = &reported.error {
-            found.errors.insert((*host).clone(), error.clone());
+            found.errors.insert(host.clone(), error.clone());
         } else if revision.is_some() && reported.enforced == revision {
             found.active += 1;
             let slowest = found.slowest_ms.unwrap_or_default();
@@ -240,7 +234,7 @@ fn database(name: &str, overview: &Overview, hosts: &BTreeMap<&String, HostStatu
                 .map(|ms| ms.max(slowest))
                 .or(found.slowest_ms);
         } else {
-            found.pending.push((*host).clone());
+            found.pending.push(host.clone());
         }
     }
     found.state = if !found.errors.is_empty() {
@@ -310,8 +304,7 @@ fn is_sound(version: &str) -> bool {
 
 /// The hosts that would refuse a document, and why.
 pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<String> {
-    let hosts = parsed(overview);
-    let refusal = |(host, status): (&&String, &HostStatus)| {
+    let refusal = |(host, status): (&String, &HostStatus)| {
         let reported = status.databases.get(database)?;
         let bounds = reported.bounds.as_ref()?;
         let [widest4, widest6] = &bounds.widest;
@@ -328,18 +321,17 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
             MAX_REFUSAL,
         ))
     };
-    hosts.iter().filter_map(refusal).collect()
+    overview.reports().filter_map(refusal).collect()
 }
 
 /// Says which hosts that are there do not believe what etcd has of a database.
 pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
-    let hosts = parsed(overview);
-    let is_held = |(host, status): &(&&String, &HostStatus)| {
+    let is_held = |(host, status): &(&String, &HostStatus)| {
         let reported = status.databases.get(database);
-        overview.alive.get(**host) == Some(&status.boot)
-            && reported.is_some_and(|it| it.state == FleetState::Held)
+        overview.is_alive(host, status) && reported.is_some_and(|it| it.state == FleetState::Held)
     };
-    let held: Vec<_> = hosts.iter().filter(is_held).map(|(host, _)| host).collect();
+    let held = overview.reports().filter(is_held);
+    let held: Vec<_> = held.map(|(host, _)| host).collect();
     let verb = if held.len() == 1 { "does" } else { "do" };
     (!held.is_empty()).then(|| {
         format!(
@@ -352,12 +344,10 @@ pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
 
 /// Says which hosts enforce a document of a database that etcd has none of, or none that can be read.
 pub(super) fn lost(overview: &Overview, database: &str) -> Option<String> {
-    let hosts = parsed(overview);
     let enforced = |status: &HostStatus| status.databases.get(database)?.enforced;
-    let hosts: Vec<_> = hosts
-        .iter()
-        .filter_map(|(host, status)| enforced(status).map(|_| host))
-        .collect();
+    let hosts = overview.reports();
+    let hosts = hosts.filter_map(|(host, status)| enforced(status).map(|_| host));
+    let hosts: Vec<_> = hosts.collect();
     (!hosts.is_empty()).then(|| {
         let verb = if hosts.len() == 1 {
             "enforces"
@@ -375,18 +365,19 @@ pub(super) fn unknown(
     database: &str,
     on: Option<&BTreeSet<String>>,
 ) -> Vec<String> {
-    let hosts = parsed(overview);
-    let has_it = |host: &HostStatus| host.databases.contains_key(database);
+    let has_it = |status: &HostStatus| status.databases.contains_key(database);
+    let mut hosts = overview.reports().map(|(_, status)| status).peekable();
     let mut unknown = Vec::new();
     // A new fleet may have documents before it has hosts.
-    if !hosts.is_empty() && !hosts.values().any(has_it) {
-        let names = hosts.values().flat_map(|host| host.databases.keys());
+    if hosts.peek().is_some() && !hosts.any(has_it) {
+        let names = overview.reports();
+        let names = names.flat_map(|(_, status)| status.databases.keys());
         let names: BTreeSet<_> = names.collect();
         let names = list(names.into_iter());
         let text = format!("no host has a database {database} (they have {names})");
         unknown.push(one_line(&text, MAX_REFUSAL));
     }
-    let is_strange = |host: &&String| !hosts.get(*host).is_some_and(has_it);
+    let is_strange = |host: &&String| !overview.report(host).is_some_and(has_it);
     let strange: Vec<_> = on.into_iter().flatten().filter(is_strange).collect();
     if !strange.is_empty() {
         let names = list(strange.into_iter());
@@ -395,11 +386,6 @@ pub(super) fn unknown(
         ));
     }
     unknown
-}
-
-/// When a host was there last, for `forget`.
-pub(super) fn last_seen(overview: &Overview, host: &str) -> Option<Timestamp> {
-    Some(HostStatus::read(overview.hosts.get(host)?)?.at)
 }
 
 #[cfg(test)]
@@ -430,7 +416,7 @@ mod tests {
                 .collect(),
             hosts: hosts
                 .iter()
-                .map(|(name, text, _)| ((*name).into(), text.clone()))
+                .map(|(name, text, _)| ((*name).into(), HostStatus::read(text)))
                 .collect(),
         }
     }
