@@ -219,6 +219,14 @@ mod tests {
             ["the rollout on db7 until 2027-01-02T00:00:00Z would end"]
         );
         assert_eq!(difference(Some(&on_db7), &on_db7), (vec![], vec![]));
+        // The same end: with a rule more it goes on, with another one it does not.
+        let (_, doubts) = difference(Some(&on_db7), &rollout("db7", 2, &both));
+        assert_eq!(doubts, Vec::<String>::new());
+        let (_, doubts) = difference(Some(&on_db7), &rollout("db7", 2, "{cidr: 192.0.2.0/24}"));
+        assert!(
+            doubts.contains(&"the rollout on db7 until 2027-01-02T00:00:00Z would end".into()),
+            "{doubts:?}"
+        );
         // More hosts, and more time.
         let (_, doubts) = difference(Some(&on_db7), &rollout("db7, db8", 3, office));
         assert_eq!(

@@ -445,6 +445,9 @@ mod tests {
         assert_eq!(exit(&failed), (Goal::Failed, 1));
         let garbled = [("db7", done.clone(), true), ("db8", b"{".to_vec(), true)];
         assert_eq!(exit(&garbled), (Goal::Active, 3));
+        let mut mute = overview(&[("db7", done.clone(), true)]);
+        mute.alive.insert("db8".into(), "life".into());
+        assert_eq!(Fleet::of(&mute, None).exit(), 3);
         // There is no document, and there was none.
         let mut without: serde_json::Value = serde_json::from_slice(&host(9, None)).unwrap();
         let orders = &mut without["databases"]["orders"];
@@ -484,6 +487,27 @@ mod tests {
         }
         assert!(refusals(&overview, "orders", "rules: [{cidr: 203.0.113.0/25}]").is_empty());
         assert!(refusals(&overview, "billing", "rules: [{cidr: 192.0.2.0/24}]").is_empty());
+    }
+
+    #[test]
+    fn what_hosts_report_is_named_in_one_short_line() {
+        let mut report: serde_json::Value = serde_json::from_slice(&host(9, None)).unwrap();
+        let orders = report["databases"]["orders"].clone();
+        report["databases"]["orders"]["bounds"]["regions"] = json!(["\u{1b}[2J\nof a host"]);
+        report["databases"]["orders"]["bounds"]["within"] = json!(vec!["203.0.113.0/24"; 40]);
+        for n in 0..100 {
+            report["databases"][format!("database-{n}")] = orders.clone();
+        }
+        let overview = overview(&[("db7", report.to_string().into_bytes(), true)]);
+        let refused = ["{region: elsewhere}", "{cidr: 192.0.2.0/24}"];
+        let refused =
+            refused.map(|rule| refusals(&overview, "orders", &format!("rules: [{rule}]")));
+        let unknown = unknown(&overview, "billing", None);
+        for line in refused.iter().flatten().chain(&unknown) {
+            assert!(!line.contains(char::is_control), "{line:?}");
+            assert!(line.chars().count() <= MAX_REFUSAL, "{line}");
+        }
+        assert!(refused.iter().all(|lines| lines.len() == 1) && unknown.len() == 1);
     }
 
     #[test]
