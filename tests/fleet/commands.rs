@@ -416,6 +416,26 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     assert!(refused.contains("db7 would refuse it"), "{refused}");
     assert!(refused.contains("nothing is written"), "{refused}");
     kim.says(&["abort", "orders", "--wait", "30s"]);
+    // What closes something does not wait for reports, of which a few hosts make too much to be read.
+    let much = b" ".repeat(1_400_000);
+    for n in 0..4 {
+        etcd.put(&format!("hosts/much{n}"), &much);
+        // Without a lease it outlives its host.
+        etcd.put(&format!("alive/much{n}"), &much);
+    }
+    assert!(kim.fails(&["status", "orders"]).contains("too large"));
+    let told = kim.fails(&["revoke", "orders", "198.51.100.8"]);
+    assert!(
+        told.contains("it is written, but what hosts report cannot be read"),
+        "{told}"
+    );
+    assert!(!kim.says(&["get", "orders"]).contains("198.51.100.8/32"));
+    for n in 0..4 {
+        let host = format!("much{n}");
+        kim.says(&["forget", &host]);
+        etcd.delete(&format!("alive/{host}"));
+    }
+    kim.says(&["allow", "orders", "198.51.100.8", "--wait", "30s"]);
     // A host's report cannot add rows to what `status` prints.
     let row = b"{\"orders  9  ACTIVE\n\": 1}";
     etcd.put("hosts/db8", row);

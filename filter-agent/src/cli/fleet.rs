@@ -162,7 +162,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             access,
         } => {
             let change = |text: Option<&[u8]>| {
-                let document = check_document(text.unwrap_or_default())?;
+                let document = check_document(text.ok_or("there is no document")?)?;
                 match (under_way(&document, Timestamp::now()), &document.rollout) {
                     (None, Some(over)) => Err(format!(
                         "its rollout ended at {}: roll it out again, or abort it",
@@ -281,14 +281,10 @@ async fn diff(database: &str, file: &Path, access: &Access) -> Result<ExitCode> 
 async fn forget(host: &str, access: &Access) -> Result<ExitCode> {
     check_host(host).map_err(anyhow::Error::msg)?;
     let mut client = client(access).await?;
-    let overview = client.overview().await?;
-    ensure!(
-        !overview.alive.contains_key(host),
-        "{host} is there: it would report itself again"
-    );
+    let (is_there, report) = client.host(host).await?;
+    ensure!(!is_there, "{host} is there: it would report itself again");
     ensure!(client.forget(host).await?, "etcd knows no host {host}");
-    let seen = overview.report(host);
-    let seen = seen.map(|it| format!(", which reported itself last at {:.0}", it.at));
+    let seen = report.map(|it| format!(", which reported itself last at {:.0}", it.at));
     say!("{host}{} is forgotten", seen.unwrap_or_default());
     Ok(ExitCode::SUCCESS)
 }

@@ -170,9 +170,21 @@ impl Client {
                 .collect(),
             alive: alive
                 .into_iter()
+                .filter(|(_, value)| is_leased(value))
                 .map(|(name, value)| (name, text(value)))
                 .collect(),
         })
+    }
+
+    /// Whether a host is there, and its report; without those of others, which may be too much to be read.
+    ///
+    /// # Errors
+    /// No answer, or no right to read it.
+    pub async fn host(&mut self, host: &str) -> Result<(bool, Option<HostStatus>)> {
+        let alive = self.get(&format!("{ALIVE}{host}"), None).await?;
+        let report = self.get(&format!("{HOSTS}{host}"), None).await?;
+        let report = report.and_then(|value| HostStatus::read(&value.value));
+        Ok((alive.as_ref().is_some_and(is_leased), report))
     }
 
     /// Removes what a host reported. Returns whether there was anything.
@@ -230,10 +242,16 @@ impl Client {
             .when([is_same])
             .and_then([TxnOp::put(key, text, None)])
             .or_else([TxnOp::get(key, None)]);
-        let done = within(self.kv.txn(txn)).await.map_err(anyhow::Error::from);
-        let done = done
-            .with_context(|| format!("{}: write {key}", self.endpoint))?
-            .0;
+        let done = within(self.kv.txn(txn)).await.map_err(|failure| {
+            // Only a refusal is an answer.
+            let doubt = match failure {
+                Failure::Denied(_) => "",
+                _ => ", which may be done all the same: look before it is tried again",
+            };
+            let what = format!("{}: write {key}{doubt}", self.endpoint);
+            anyhow::Error::from(failure).context(what)
+        });
+        let done = done?.0;
         if done.succeeded {
             let header = done.header.context("etcd's answer has no header")?;
             return Ok(header.revision);
@@ -246,6 +264,11 @@ impl Client {
         let revision = value_of(key, range)?.map(|value| value.mod_revision);
         Err(Changed(revision).into())
     }
+}
+
+/// Without a lease a key outlives its host.
+fn is_leased(alive: &PbKeyValue) -> bool {
+    alive.lease != 0
 }
 
 impl std::fmt::Display for Changed {

@@ -1,6 +1,6 @@
 //! The difference between two documents, for every host that it concerns. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
@@ -13,7 +13,7 @@ use crate::{
 struct Part {
     /// Which hosts, if not all of them.
     hosts: Option<String>,
-    /// Rules before, and how many of them are gone.
+    /// Rules before that had not ended, and how many of them are gone or have ended.
     before: usize,
     removed: usize,
     lines: Vec<String>,
@@ -31,7 +31,7 @@ impl Difference {
         let old = before.and_then(|document| under_way(document, now));
         let new = under_way(after, now);
         let rules = before.map_or(&[][..], |document| &document.rules);
-        let mut parts = vec![Part::of(None, rules, &after.rules)];
+        let mut parts = vec![Part::of(None, rules, &after.rules, now)];
         let of = |rollout: Option<&Rollout>| match rollout {
             Some(rollout) => (rollout.on.clone(), rollout.rules.clone()),
             None => Default::default(),
@@ -56,7 +56,7 @@ impl Difference {
         ] {
             if old != new && !hosts.is_empty() {
                 let hosts = format!("on {}{how}", list(hosts.iter()));
-                parts.push(Part::of(Some(hosts), before, after));
+                parts.push(Part::of(Some(hosts), before, after, now));
             }
         }
         // One with the same end is the same, with a rule more (`allow`).
@@ -65,8 +65,10 @@ impl Difference {
                 let sources: Vec<_> = new.rules.iter().map(|rule| &rule.source).collect();
                 old.rules.iter().all(|rule| sources.contains(&&rule.source))
             };
-            let is_same =
-                |new: &Rollout| new.rules == old.rules || new.until == old.until && has_all(new);
+            let is_same = |new: &Rollout| {
+                new.until >= old.until && new.rules == old.rules
+                    || new.until == old.until && has_all(new)
+            };
             new.is_some_and(|new| is_same(new) && new.on.is_superset(&old.on))
         };
         let ended = old.filter(|old| !goes_on(old)).map(|old| {
@@ -103,7 +105,15 @@ impl Difference {
 }
 
 impl Part {
-    fn of(hosts: Option<String>, before: &[Rule], after: &[Rule]) -> Self {
+    fn of(hosts: Option<String>, before: &[Rule], after: &[Rule], now: Timestamp) -> Self {
+        // A rule that has ended allows nobody.
+        let lasting = |rules: &[Rule]| -> BTreeSet<Source> {
+            let lasting = rules
+                .iter()
+                .filter(|rule| rule.expires.is_none_or(|end| end > now));
+            lasting.map(|rule| rule.source.clone()).collect()
+        };
+        let (lasted, lasting) = (lasting(before), lasting(after));
         let (before, after) = (by_source(before), by_source(after));
         let is_gone = |source: &&&Source| !after.contains_key(**source);
         let gone: Vec<&&Source> = before.keys().filter(is_gone).collect();
@@ -119,8 +129,8 @@ impl Part {
         }
         Self {
             hosts,
-            before: before.len(),
-            removed: gone.len(),
+            before: lasted.len(),
+            removed: lasted.difference(&lasting).count(),
             lines,
         }
     }
@@ -227,6 +237,16 @@ mod tests {
             doubts.contains(&"the rollout on db7 until 2027-01-02T00:00:00Z would end".into()),
             "{doubts:?}"
         );
+        // Less time ends it sooner.
+        let (_, doubts) = difference(Some(&rollout("db7", 3, office)), &on_db7);
+        assert_eq!(
+            doubts,
+            ["the rollout on db7 until 2027-01-03T00:00:00Z would end"]
+        );
+        // An end that is over takes a rule away.
+        let ended = "rules: [{cidr: 192.0.2.0/24, expires: 2026-01-01T00:00:00Z}]";
+        let (_, doubts) = difference(Some(base), ended);
+        assert_eq!(doubts, ["1 rule of 1 would go"]);
         // More hosts, and more time.
         let (_, doubts) = difference(Some(&on_db7), &rollout("db7, db8", 3, office));
         assert_eq!(

@@ -126,6 +126,7 @@ impl Soaked<'_> {
         let proposal = proposal.map_err(|error| self.unwritten(&error))?;
         proposal.check(care)?;
         let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
+        let until = baseline.until;
         let baseline = baseline.put(
             self,
             &mut client,
@@ -133,7 +134,9 @@ impl Soaked<'_> {
             Timestamp::now(),
             &mut interrupts,
         );
-        let baseline = baseline.await.map_err(|error| self.conflict(error))?;
+        let baseline = baseline
+            .await
+            .map_err(|error| self.unanswered(error, "begin", until))?;
         say!(
             "first without it, on {}: watched for {lasts}",
             list(self.on.iter())
@@ -162,12 +165,9 @@ impl Soaked<'_> {
             baseline.until,
             &mut interrupts,
         );
-        let rolled = rolled.await.map_err(|error| match error.is::<Changed>() {
-            true => self.conflict(error),
-            false => error.context(format!(
-                "roll out; if it was written, hosts return at {until}"
-            )),
-        })?;
+        let rolled = rolled
+            .await
+            .map_err(|error| self.unanswered(error, "roll out", until))?;
         say!(
             "rolled out to {}, at revision {}: watched for {lasts}",
             list(self.on.iter()),
@@ -210,8 +210,9 @@ impl Soaked<'_> {
             rolled.until,
             &mut interrupts,
         );
-        let promoted = promoted.await;
-        let promoted = promoted.map_err(|error| self.conflict(error))?;
+        let promoted = promoted
+            .await
+            .map_err(|error| self.unanswered(error, "promote", rolled.until))?;
         say!("none of them is worse off: promoted, at revision {promoted}");
         Ok(ExitCode::SUCCESS)
     }
@@ -283,13 +284,17 @@ impl Soaked<'_> {
         )
     }
 
-    fn conflict(&self, error: anyhow::Error) -> anyhow::Error {
+    /// The error of a write that did not come to its end: somebody else wrote, or whether it was written is not known.
+    fn unanswered(&self, error: anyhow::Error, what: &str, until: Timestamp) -> anyhow::Error {
         match error.downcast_ref::<Changed>() {
             Some(changed) => anyhow!(
                 "somebody else writes the document of {}: {changed}; nothing of it is taken back: see `fleet get`",
                 self.database
             ),
-            None => error,
+            None => error.context(format!(
+                "{what}: see with `fleet get {}` what is written; a rollout that is in it ends at {until}",
+                self.database
+            )),
         }
     }
 

@@ -487,6 +487,11 @@ mod tests {
         }
         assert!(refusals(&overview, "orders", "rules: [{cidr: 203.0.113.0/25}]").is_empty());
         assert!(refusals(&overview, "billing", "rules: [{cidr: 192.0.2.0/24}]").is_empty());
+        let mut report: serde_json::Value = serde_json::from_slice(&host(9, None)).unwrap();
+        report["databases"]["orders"]["bounds"]["floor"] = usize::MAX.into();
+        let overview = self::overview(&[("db7", report.to_string().into_bytes(), true)]);
+        let refused = refusals(&overview, "orders", "rules: [{cidr: 203.0.113.0/25}]");
+        assert!(refused[0].contains("at most 30"), "{refused:?}");
     }
 
     #[test]

@@ -190,7 +190,8 @@ impl Reader<'_> {
             self.problem(of, format!("{place}{RULES_MISSING}"));
             return Vec::new();
         };
-        if values.len() + floor > MAX_RULES {
+        // A host may report any number of its own.
+        if values.len().saturating_add(floor) > MAX_RULES {
             let message = format!(
                 "{} rules, and {floor} of this host's policy; together at most {MAX_RULES}",
                 values.len()
