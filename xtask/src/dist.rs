@@ -1,4 +1,8 @@
-//! The packages: a .deb, and a tarball for other distributions.
+//! The packages: a .deb, an .rpm, and a tarball for other distributions.
+
+mod contents;
+mod files;
+mod rpm;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,38 +11,144 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{build, cargo, output, run, target_directory};
+use files::{Packaged, check_links, packaged};
 
-/// Where the packages end up, below the workspace; `filter-agent/Cargo.toml` names it too.
+/// Where the packages end up, below the workspace.
 const FOLDER: &str = "target/dist";
+
+/// What is made for them; `filter-agent/Cargo.toml` names it too.
+const PAGES: &str = "target/dist/pages";
 
 /// The profile that is shipped.
 const PROFILE: &str = "shipped";
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// The packages of one build.
+pub struct Packages {
+    pub deb: PathBuf,
+    pub rpm: PathBuf,
+    pub tarball: PathBuf,
+}
 
 /// The agent that is packaged.
 pub fn binary() -> Result<PathBuf> {
     Ok(target_directory()?.join(PROFILE).join("filter-agent"))
 }
 
-/// Builds both; returns the path of the .deb.
-pub fn make() -> Result<PathBuf> {
+/// Builds the agent, and makes the packages twice, which have to be the same bytes.
+pub fn make() -> Result<Packages> {
     build(&["--profile", PROFILE])?;
-    let pages = Path::new(FOLDER).join("pages");
+    let _ = fs::remove_dir_all(FOLDER);
+    let made = package(FOLDER, 1)?;
+    let again = package("target/dist-again", 1)?;
+    for (one, other) in [
+        (&made.deb, &again.deb),
+        (&made.rpm, &again.rpm),
+        (&made.tarball, &again.tarball),
+    ] {
+        let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
+        ensure!(
+            read(one)? == read(other)?,
+            "{} has other bytes each time that it is made",
+            one.display()
+        );
+    }
+    run(Command::new("lintian")
+        .args(["--pedantic", "--display-info"])
+        .args(["--fail-on", "error,warning,info,pedantic"])
+        .arg(&made.deb))?;
+    Ok(made)
+}
+
+/// Packages what is built. `revision`: of the packaging.
+pub fn package(folder: &str, revision: u32) -> Result<Packages> {
+    let folder = Path::new(folder);
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let mut log = Command::new("git");
+    let epoch = output(log.args(["log", "-1", "--format=%ct"]))
+        .context("find the date of the last commit")?;
+    let epoch = epoch.trim();
+    pages(revision, epoch)?;
+    let files = packaged()?;
+    check_links(&files)?;
+    Ok(Packages {
+        deb: deb(folder, revision, epoch)?,
+        rpm: rpm::make(&folder.join("rpm"), &files, revision, epoch)?,
+        tarball: tarball(folder, &files, epoch)?,
+    })
+}
+
+/// The files that are made for the packages.
+fn pages(revision: u32, epoch: &str) -> Result<()> {
+    let pages = Path::new(PAGES);
     run(cargo()
         .args(["run", "--quiet", "--package", "filter-agent"])
         .args(["--example", "pages", "--"])
-        .arg(&pages))?;
-    policy_page(&pages)?;
-    let deb = package(None)?;
-    run(Command::new("lintian")
-        .args([
-            "--fail-on",
-            "error",
-            "--suppress-tags",
-            "bad-distribution-in-changes-file",
-        ])
-        .arg(&deb))?;
-    tarball(&pages)?;
-    Ok(deb)
+        .arg(pages))?;
+    policy_page(pages)?;
+    let write = |name: &str, text: &str| {
+        let path = pages.join(name);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))
+    };
+    let readme = fs::read_to_string("README.md").context("read README.md")?;
+    let readme = readme.replace("](CHANGELOG.md)", "](changelog.gz)");
+    let licences = ["](LICENSE-MIT)", "](LICENSE-APACHE)", "](LICENSE-GPL2)"];
+    let readme = licences
+        .iter()
+        .fold(readme, |text, link| text.replace(link, "](copyright)"));
+    write("README.md", &readme)?;
+    write("copyright", &copyright()?)?;
+    write("licences", &contents::licences()?)?;
+    write("filter-agent.cdx.json", &contents::bill(epoch)?)?;
+    let changes = fs::read_to_string("CHANGELOG.md").context("read CHANGELOG.md")?;
+    write("changelog", &changes)?;
+    for name in ["licences", "filter-agent.cdx.json", "changelog"] {
+        run(Command::new("gzip")
+            .args(["--best", "--no-name", "--force"])
+            .arg(pages.join(name)))?;
+    }
+    let date = output(
+        Command::new("date")
+            .args(["--utc", "--rfc-email", "--date"])
+            .arg(format!("@{epoch}")),
+    )?;
+    write(
+        "changelog.Debian",
+        &format!(
+            "filter-agent ({VERSION}-{revision}) unstable; urgency=medium\n\n  \
+             * Version {VERSION}: what changed is in /usr/share/doc/filter-agent/changelog.gz.\n\n \
+             -- filter-agent developers <filter-agent@example.org>  {date}"
+        ),
+    )
+}
+
+/// In Debian's format. What Debian has a common text of must not be repeated there: `licences.gz` has it for other systems.
+fn copyright() -> Result<String> {
+    let mut text = String::from(
+        "Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/\n\
+         Upstream-Name: filter-agent\n\
+         Comment: licences.gz, beside this file, has the licences of the crates inside.\n\n\
+         Files: *\n\
+         Copyright: 2026, the filter-agent developers\n\
+         License: MIT or Apache-2.0\n\n\
+         Files: filter-ebpf/*\n\
+         Copyright: 2026, the filter-agent developers\n\
+         License: MIT or GPL-2\n\
+         Comment: The programs in the kernel, which are inside /usr/sbin/filter-agent.\n",
+    );
+    for name in ["Apache-2.0", "GPL-2"] {
+        text += &format!(
+            "\nLicense: {name}\n The text is in /usr/share/common-licenses/{name} of Debian, and in licences.gz.\n"
+        );
+    }
+    text += "\nLicense: MIT\n";
+    let licence = fs::read_to_string("LICENSE-MIT").context("read LICENSE-MIT")?;
+    for line in licence.trim_end().lines() {
+        let line = if line.is_empty() { "." } else { line };
+        text += &format!(" {line}\n");
+    }
+    Ok(text)
 }
 
 /// policy.yaml(5), of the text that is the policy's page. lowdown is Debian's smallest program for it that knows tables, and is
@@ -58,75 +168,52 @@ fn policy_page(pages: &Path) -> Result<()> {
     run(lowdown.arg(pages.join("policy.yaml.5")).arg(&source))
 }
 
-/// A .deb of what is built, of this version or another.
-pub fn package(version: Option<&str>) -> Result<PathBuf> {
+fn deb(folder: &Path, revision: u32, epoch: &str) -> Result<PathBuf> {
     let mut deb = cargo();
-    deb.args([
-        "deb",
-        "--quiet",
-        "--package",
-        "filter-agent",
-        "--no-build",
-        "--profile",
-        PROFILE,
-        "--output",
-        FOLDER,
-    ]);
-    if let Some(version) = version {
-        deb.args(["--deb-version", version]);
-    }
+    deb.env("SOURCE_DATE_EPOCH", epoch);
+    deb.args(["deb", "--quiet", "--package", "filter-agent"]);
+    deb.args(["--no-build", "--profile", PROFILE, "--output"]);
+    deb.arg(folder);
+    deb.args(["--deb-version", &format!("{VERSION}-{revision}")]);
     let path = output(&mut deb)?;
     let path = PathBuf::from(path.trim());
     ensure!(path.exists(), "cargo deb made no package");
     Ok(path)
 }
 
-fn tarball(pages: &Path) -> Result<()> {
-    let version = env!("CARGO_PKG_VERSION");
-    let name = format!("filter-agent-{version}-{}", std::env::consts::ARCH);
-    let root = Path::new(FOLDER).join(&name);
-    fs::create_dir_all(&root).with_context(|| format!("create {}", root.display()))?;
-    // As `cargo deb` does with its own copy.
-    run(Command::new("strip")
-        .arg("-o")
-        .arg(root.join("filter-agent"))
-        .arg(binary()?))?;
-    let files = [
-        Path::new("dist/filter-agent.service"),
-        Path::new("dist/filter-agent-status.socket"),
-        Path::new("dist/filter-agent.sysusers"),
-        Path::new("dist/policy.yaml"),
-        Path::new("dist/database-needs-filter.conf"),
-        Path::new("dist/install.sh"),
-        Path::new("dist/monitoring/alerts.yaml"),
-        Path::new("dist/monitoring/dashboard.json"),
-        Path::new("README.md"),
-        Path::new("CHANGELOG.md"),
-        Path::new("docs/policy.md"),
-        Path::new("docs/operations.md"),
-        Path::new("docs/api.md"),
-        Path::new("docs/openapi.json"),
-        Path::new("docs/containers.md"),
-        Path::new("docs/fleet.md"),
-        Path::new("docs/force-tls.md"),
-        Path::new("docs/load-balancers.md"),
-        Path::new("docs/metrics.md"),
-        Path::new("docs/moving.md"),
-        &pages.join("filter-agent.8"),
-        &pages.join("policy.yaml.5"),
-        &pages.join("filter-agent.bash"),
-        &pages.join("_filter-agent"),
-        &pages.join("filter-agent.fish"),
-    ];
+/// As the .deb, the documents as they lie in the sources, and a script that installs it.
+fn tarball(folder: &Path, files: &[Packaged], epoch: &str) -> Result<PathBuf> {
+    let name = format!("filter-agent-{VERSION}-{}", std::env::consts::ARCH);
+    let root = folder.join(&name);
     for file in files {
-        let to = root.join(file.file_name().context("name a file")?);
-        fs::copy(file, &to).with_context(|| format!("copy {}", file.display()))?;
+        let name = file.source.file_name().context("name a file")?;
+        let place = match file.document() {
+            Some(document) if document.starts_with("docs") => document,
+            _ => Path::new(name),
+        };
+        if name != "lintian-overrides" && name != "changelog.gz" {
+            file.put(&root.join(place))?;
+        }
     }
-    let archive = format!("{name}.tar.gz");
+    for file in [
+        "dist/install.sh",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE-MIT",
+        "LICENSE-APACHE",
+        "LICENSE-GPL2",
+    ] {
+        let to = root.join(Path::new(file).file_name().context("name a file")?);
+        fs::copy(file, &to).with_context(|| format!("copy {file}"))?;
+    }
+    let archive = folder.join(format!("{name}.tar.gz"));
     run(Command::new("tar")
-        .args(["--owner=0", "--group=0", "-czf"])
-        .arg(Path::new(FOLDER).join(&archive))
-        .args(["-C", FOLDER, &name]))?;
-    println!("{FOLDER}/{archive}");
-    Ok(())
+        .args(["--owner=0", "--group=0", "--numeric-owner", "--sort=name"])
+        .args(["--mode=u=rwX,go=rX", &format!("--mtime=@{epoch}")])
+        .args(["--use-compress-program", "gzip --best --no-name", "-cf"])
+        .arg(&archive)
+        .arg("-C")
+        .arg(folder)
+        .arg(&name))?;
+    Ok(archive)
 }

@@ -86,7 +86,7 @@ enum Task {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Make the packages: a .deb and a tarball
+    /// Make the packages: a .deb, an .rpm and a tarball
     Dist,
     /// Boot the package in a virtual machine and try to get past it at every moment
     Vm {
@@ -176,7 +176,10 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Dist => {
             setup::install(Needs::Package)?;
-            println!("{}", dist::make()?.display());
+            let made = dist::make()?;
+            for package in [made.deb, made.rpm, made.tarball] {
+                println!("{}", package.display());
+            }
         }
         Task::Vm { kernel, streams } => {
             require_root("vm")?;

@@ -36,7 +36,7 @@ const COMPONENTS: [&str; 3] = ["rust-src", "clippy", "rustfmt"];
 const BUILD_PACKAGES: [&str; 4] = ["gcc", "libc6-dev", "libprotobuf-dev", "protobuf-compiler"];
 /// libFuzzer is C++.
 const CHECK_PACKAGES: [&str; 1] = ["g++"];
-const PACKAGE_PACKAGES: [&str; 2] = ["lintian", "lowdown"];
+const PACKAGE_PACKAGES: [&str; 3] = ["lintian", "lowdown", "rpm"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
 const RUN_PACKAGES: [&str; 22] = [
@@ -68,7 +68,10 @@ const RUN_PACKAGES: [&str; 22] = [
 const SCHEMATHESIS: &str = "4.32.5";
 
 const BPF_LINKER: &str = "0.13.0";
-const CARGO_DEB: &str = "3.8.0";
+/// Programs of cargo's, and their versions: one that checks the dependencies, and those that make packages.
+const CARGO_DENY: (&str, &str) = ("cargo-deny", "0.20.2");
+const CARGO_CYCLONEDX: (&str, &str) = ("cargo-cyclonedx", "0.5.9");
+const CARGO_DEB: (&str, &str) = ("cargo-deb", "3.8.0");
 
 /// Debian's packages of servers start them, and postgresql's makes one first, unless these files say
 /// no. They stand only while we install.
@@ -84,11 +87,12 @@ pub fn install(needs: Needs) -> Result<()> {
     let components = missing_components()?;
     let linker = (!has_bpf_linker()).then(Linker::choose).transpose()?;
     let mut packages: Vec<String> = BUILD_PACKAGES.map(str::to_owned).to_vec();
+    let checks = matches!(needs, Needs::Check | Needs::Machine);
     let makes_packages = matches!(needs, Needs::Package | Needs::Machine);
     if makes_packages {
         packages.extend(PACKAGE_PACKAGES.map(str::to_owned));
     }
-    if matches!(needs, Needs::Check | Needs::Machine) {
+    if checks {
         packages.extend(CHECK_PACKAGES.map(str::to_owned));
     }
     if matches!(needs, Needs::Run | Needs::Bench | Needs::Machine) {
@@ -116,9 +120,16 @@ pub fn install(needs: Needs) -> Result<()> {
         println!("==> install {}", packages.join(", "));
         install_packages(&packages)?;
     }
-    if makes_packages && !is_installed("cargo-deb") {
-        println!("==> install cargo-deb {CARGO_DEB}");
-        run(cargo().args(["install", "cargo-deb", "--locked", "--version", CARGO_DEB]))?;
+    let programs = [
+        (checks, CARGO_DENY),
+        (makes_packages, CARGO_CYCLONEDX),
+        (makes_packages, CARGO_DEB),
+    ];
+    for (is_needed, (program, version)) in programs {
+        if is_needed && !is_installed(program) {
+            println!("==> install {program} {version}");
+            run(cargo().args(["install", program, "--locked", "--version", version]))?;
+        }
     }
     if matches!(needs, Needs::Run | Needs::Bench | Needs::Machine) {
         install_schemathesis()?;

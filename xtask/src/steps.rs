@@ -29,6 +29,14 @@ pub fn test(full: bool) -> Result<()> {
 
 fn check_steps(report: &mut Report) -> Result<()> {
     report.step("format", cargo().args(["fmt", "--all", "--check"]))?;
+    // What other systems than ours would need is looked at as well, and fetched for that.
+    report.step("fetch", cargo().args(["fetch", "--locked"]))?;
+    report.step(
+        "dependencies",
+        cargo()
+            .args(["deny", "--offline", "check"])
+            .args(["licenses", "bans", "sources"]),
+    )?;
     report.step(
         "clippy, host",
         cargo()

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::dist;
 use fleet::Etcd;
-use machine::{FOLDER, Machine, PATIENCE, base, furnish, wait_for};
+use machine::{FOLDER, Machine, PATIENCE, base, furnish, policy, wait_for};
 use outside::{Denied, GUESTS, Outside, PORT, serves_guest};
 use streams::Streams;
 
@@ -79,8 +79,8 @@ const PHASES: [(&str, &str, bool); 9] = [
 
 /// Boots each kernel and prints what the clients saw. `with_streams`: runs the tests of forced TLS there as well.
 pub fn test(kernels: &[&str], with_streams: bool) -> Result<()> {
-    let deb = dist::make()?;
-    let next = dist::package(Some("0.1.0-2"))?;
+    let this = dist::make()?;
+    let next = dist::package("target/vm/next", 2)?;
     let base = base()?;
     let streams = with_streams.then(Streams::build).transpose()?;
     for kernel in kernels {
@@ -88,7 +88,7 @@ pub fn test(kernels: &[&str], with_streams: bool) -> Result<()> {
         let outside = Outside::start(Path::new(FOLDER))?;
         let phase = Phase::begin("boot", false, &outside)?;
         let machine = Machine::boot(kernel, &base, |root| {
-            furnish(root, &deb, &next)?;
+            furnish(root, &this, &next)?;
             streams.as_ref().map_or(Ok(()), |streams| streams.put(root))
         })?;
         let scenario = Scenario {
@@ -183,7 +183,8 @@ impl Scenario {
         let version = self
             .machine
             .command("dpkg-query -W -f '${Version}' filter-agent")?;
-        ensure!(version == "0.1.0-2", "version {version} is installed");
+        let next = concat!(env!("CARGO_PKG_VERSION"), "-2");
+        ensure!(version == next, "version {version} is installed");
         self.machine.command("filter-agent status --verify")?;
         let exposure = self.unit()?;
         self.status_socket()?;
@@ -199,7 +200,9 @@ impl Scenario {
         self.generic()?;
         let enforced_after = self.bond()?;
         let bad_line = self.force_tls_over_a_bad_line()?;
+        self.say_why_it_does_not_start()?;
         self.remove_the_package()?;
+        self.rpm()?;
         if let Some(streams) = streams {
             println!("forced TLS: {}", streams.run(&mut self.machine)?);
         }
@@ -597,6 +600,60 @@ impl Scenario {
             "{left} files are left after the package was purged"
         );
         Ok(())
+    }
+
+    /// `dpkg` says it, and goes on: the filter stays in force.
+    fn say_why_it_does_not_start(&mut self) -> Result<()> {
+        let drop_in = "/run/systemd/system/filter-agent.service.d";
+        let said = self.machine.command(&format!(
+            "mkdir -p {drop_in}
+             printf '[Service]\\nRestart=no\\nExecStart=\\nExecStart=sh -c \"echo out of order; exit 1\"\\n' >{drop_in}/broken.conf
+             dpkg -i /root/next.deb 2>&1 || echo failed
+             rm -r {drop_in}; systemctl daemon-reload; systemctl start filter-agent"
+        ))?;
+        let is_told = said.contains("filter-agent: the service does not start")
+            && said.contains("out of order")
+            && !said.contains("failed\n");
+        ensure!(
+            is_told,
+            "dpkg says of a service that does not start: {said}"
+        );
+        self.wait_for_command("systemctl is-active filter-agent", "active")
+    }
+
+    /// The other package, by Debian's rpm: installed, upgraded and removed.
+    fn rpm(&mut self) -> Result<()> {
+        let rpm = "rpm --force-debian --nodeps";
+        let expect = |of: &mut Self, what: &str, command: &str, expected: &str| {
+            let said = of.machine.command(command)?;
+            ensure!(said == expected, "{what}: {said}");
+            anyhow::Ok(())
+        };
+        let policy = policy().replace('\n', "\\n");
+        let installed = format!(
+            "{rpm} -i /root/this.rpm >/tmp/rpm 2>&1 && printf '{policy}' >/etc/filter-agent/policy.yaml &&
+             systemctl is-enabled filter-agent && systemctl start filter-agent >/tmp/rpm 2>&1 || cat /tmp/rpm"
+        );
+        expect(self, "install the .rpm", &installed, "enabled")?;
+        self.wait_until_up()?;
+        let pid = "systemctl show --property MainPID --value filter-agent";
+        let before = self.machine.command(pid)?;
+        let upgraded = format!(
+            "{rpm} -U /root/next.rpm >/tmp/rpm 2>&1 && rpm --query --queryformat '%{{release}}' filter-agent || cat /tmp/rpm"
+        );
+        expect(self, "upgrade the .rpm", &upgraded, "2")?;
+        self.wait_until_up()?;
+        ensure!(
+            self.machine.command(pid)? != before,
+            "the agent of before runs on after the .rpm was upgraded"
+        );
+        let removed =
+            format!("{rpm} -e filter-agent >/tmp/rpm 2>&1 && echo removed || cat /tmp/rpm");
+        expect(self, "remove the .rpm", &removed, "removed")?;
+        let left = "find /sys/fs/bpf/filter-agent /var/lib/filter-agent /etc/filter-agent/* /usr/sbin/filter-agent \
+                    /usr/lib/systemd/system/filter-agent* /usr/share/doc/filter-agent /usr/share/filter-agent 2>/dev/null";
+        let saved = "/etc/filter-agent/policy.yaml.rpmsave";
+        expect(self, "what the .rpm leaves", left, saved)
     }
 
     /// Until the agent enforces on the interface of the default route and the database answers.

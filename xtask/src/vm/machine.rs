@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 use super::outside::{ALLOWED, HOST_MAC, PORT, inside};
+use crate::dist::Packages;
 use crate::{output, run};
 
 pub const FOLDER: &str = "target/vm";
@@ -20,7 +21,7 @@ pub const FOLDER: &str = "target/vm";
 pub const PATIENCE: Duration = Duration::from_secs(900);
 
 const PACKAGES: &str = "linux-image-cloud-amd64,linux-image-6.12-cloud-amd64,systemd-sysv,udev,dbus,\
-                        iproute2,nftables,postgresql,ca-certificates,cloud-init";
+                        iproute2,nftables,postgresql,ca-certificates,cloud-init,rpm";
 
 /// A Debian with what every run needs, made once.
 pub fn base() -> Result<PathBuf> {
@@ -264,15 +265,22 @@ const MERGING_VIRTIO_NET: &str = "virtio-net-pci,netdev=merging,ctrl_guest_offlo
 
 /// Adds to the image, besides Debian, the package, a policy, a network, a database that is open to
 /// everybody, and a shell on the second serial port.
-pub fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
+pub fn furnish(root: &Path, this: &Packages, next: &Packages) -> Result<()> {
     let write = |path: &str, text: &str| -> Result<()> {
         let path = root.join(path);
         fs::create_dir_all(path.parent().context("find the folder")?)
             .and_then(|()| fs::write(&path, text))
             .with_context(|| format!("write {}", path.display()))
     };
-    fs::copy(deb, root.join("root/this.deb")).context("copy the package")?;
-    fs::copy(next, root.join("root/next.deb")).context("copy the package")?;
+    for (package, name) in [
+        (&this.deb, "this.deb"),
+        (&next.deb, "next.deb"),
+        (&this.rpm, "this.rpm"),
+        (&next.rpm, "next.rpm"),
+    ] {
+        fs::copy(package, root.join("root").join(name))
+            .with_context(|| format!("copy {}", package.display()))?;
+    }
     write("usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")?;
     let executable = fs::Permissions::from_mode(0o755);
     fs::set_permissions(root.join("usr/sbin/policy-rc.d"), executable).context("set a mode")?;
@@ -280,13 +288,7 @@ pub fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
         .arg(root)
         .args(["dpkg", "-i", "/root/this.deb"]))?;
     fs::remove_file(root.join("usr/sbin/policy-rc.d")).context("remove policy-rc.d")?;
-    write(
-        "etc/filter-agent/policy.yaml",
-        &format!(
-            "interfaces: [default]\ndatabases:\n  - name: orders\n    port: {PORT}\n    \
-             engine: postgresql\n    model: dedicated\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
-        ),
-    )?;
+    write("etc/filter-agent/policy.yaml", &policy())?;
     write(
         "etc/systemd/network/10-eth0.network",
         "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\n[DHCPv4]\nClientIdentifier=mac\n",
@@ -324,6 +326,13 @@ pub fn furnish(root: &Path, deb: &Path, next: &Path) -> Result<()> {
         .arg("--root")
         .arg(root)
         .args(["enable", "systemd-networkd.service", "shell.service"]))
+}
+
+pub fn policy() -> String {
+    format!(
+        "interfaces: [default]\ndatabases:\n  - name: orders\n    port: {PORT}\n    engine: postgresql\n    \
+         model: dedicated\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
+    )
 }
 
 /// Waits until a closure finds something, for as long as an emulated processor may take.
