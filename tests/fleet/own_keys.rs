@@ -156,9 +156,9 @@ fn second_host_of_a_name_says_so_writes_nothing_and_enforces() {
 
 #[test]
 fn host_without_the_right_to_its_keys_warns_and_enforces() {
-    let etcd = Etcd::start("fleet-denied");
+    let etcd = Etcd::start("fleet-keyless");
     etcd.grant("db7", "rules/billing");
-    let mut net = host("fleet-denied-db", &etcd);
+    let mut net = host("fleet-keyless-db", &etcd);
     etcd.revoke_own(USER, "db7");
     let _echo = net.echo(PORT);
     net.watch(&[]);
