@@ -416,7 +416,7 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     assert!(refused.contains("db7 would refuse it"), "{refused}");
     assert!(refused.contains("nothing is written"), "{refused}");
     kim.says(&["abort", "orders", "--wait", "30s"]);
-    // What closes something does not wait for reports, of which a few hosts make too much to be read.
+    // A few hosts report more than can be read: access is taken away all the same.
     let much = b" ".repeat(1_400_000);
     for n in 0..4 {
         etcd.put(&format!("hosts/much{n}"), &much);

@@ -190,7 +190,7 @@ fn alerts_of_the_fleet_fire_for_their_causes() {
     watched.nothing_fires();
     let snapshot = etcd.snapshot();
     etcd.put("rules/orders", b"rules: [{cidr: 198.51.100.0/24}]");
-    // An etcd that went back to what the host has in force is no other one to it.
+    // A host that never saw this document cannot tell that etcd went back.
     let latest = etcd.revision_of("rules/orders");
     let is_taken = || {
         let status = watched.net.agent_json(&["status"]);

@@ -16,13 +16,13 @@ use files::{Packaged, check_links, packaged};
 /// Where the packages end up, below the workspace.
 const FOLDER: &str = "target/dist";
 
-/// What is made for them; `filter-agent/Cargo.toml` names it too.
+/// Files that are generated for the packages; `filter-agent/Cargo.toml` names this folder too.
 const PAGES: &str = "target/dist/pages";
 
 /// The profile that is shipped.
 const PROFILE: &str = "shipped";
 
-const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The packages of one build.
 pub struct Packages {
@@ -185,13 +185,14 @@ fn deb(folder: &Path, revision: u32, epoch: &str) -> Result<PathBuf> {
 fn tarball(folder: &Path, files: &[Packaged], epoch: &str) -> Result<PathBuf> {
     let name = format!("filter-agent-{VERSION}-{}", std::env::consts::ARCH);
     let root = folder.join(&name);
-    for file in files {
+    for file in files.iter().filter(|it| !it.is_of_debian()) {
         let name = file.source.file_name().context("name a file")?;
         let place = match file.document() {
             Some(document) if document.starts_with("docs") => document,
             _ => Path::new(name),
         };
-        if name != "lintian-overrides" && name != "changelog.gz" {
+        // It has the text itself.
+        if name != "changelog.gz" {
             file.put(&root.join(place))?;
         }
     }

@@ -183,7 +183,7 @@ impl Scenario {
         let version = self
             .machine
             .command("dpkg-query -W -f '${Version}' filter-agent")?;
-        let next = concat!(env!("CARGO_PKG_VERSION"), "-2");
+        let next = format!("{}-2", dist::VERSION);
         ensure!(version == next, "version {version} is installed");
         self.machine.command("filter-agent status --verify")?;
         let exposure = self.unit()?;

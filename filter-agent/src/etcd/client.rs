@@ -33,7 +33,7 @@ pub struct Overview {
     pub documents: BTreeMap<String, i64>,
     /// Rollouts that are in them.
     pub rollouts: BTreeMap<String, Rollout>,
-    /// Reports of hosts. `None`: what a host wrote is no report.
+    /// Reports of hosts. `None`: the host wrote something else.
     pub hosts: BTreeMap<String, Option<HostStatus>>,
     /// The present life of each host that is there.
     pub alive: BTreeMap<String, String>,

@@ -79,8 +79,8 @@ pub struct Bounds {
 }
 
 impl HostStatus {
-    /// Reads what a host wrote into its key, which may be anything: names that no database can have are left out, as are
-    /// times that no change takes, and an error is one short line. `None`: it is no report.
+    /// Reads what a host wrote into its key, which may be anything. Names that no database can have, and times that no
+    /// change takes, are left out. An error becomes one short line. `None`: the text is not a report.
     pub fn read(text: &[u8]) -> Option<Self> {
         let mut status: Self = serde_json::from_slice(text).ok()?;
         status.databases.retain(|name, _| check_name(name).is_ok());

@@ -1,4 +1,4 @@
-//! What the program is made of: the licences of all crates inside, and the bill of materials.
+//! The crates inside the program: their licences, and the bill of materials.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -57,7 +57,7 @@ const FOUND: [[&str; 3]; 2] = [
     ],
 ];
 
-/// What every package has.
+/// The files that are installed.
 pub fn packaged() -> Result<Vec<Packaged>> {
     let json = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: Metadata = serde_json::from_str(&json).context("read cargo's metadata")?;
@@ -103,6 +103,11 @@ impl Packaged {
         }
         let mode = Permissions::from_mode(self.mode);
         fs::set_permissions(to, mode).with_context(|| format!("set the mode of {}", to.display()))
+    }
+
+    /// Whether only Debian's own tools read it.
+    pub fn is_of_debian(&self) -> bool {
+        self.target.starts_with("usr/share/lintian")
     }
 
     /// Whether it is a document, and its place among them.

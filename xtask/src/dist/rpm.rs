@@ -6,14 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::files::Packaged;
+use super::{VERSION, files::Packaged};
 use crate::run;
-
-/// Where Debian's packages have files that others expect elsewhere.
-const ELSEWHERE: [(&str, &str); 1] = [("vendor-completions", "site-functions")];
-
-/// Those of Debian's own format.
-const OF_DEBIAN: &str = "usr/share/lintian";
 
 /// Makes the package below `folder`, in which nothing else lies; returns its path.
 pub fn make(folder: &Path, files: &[Packaged], release: u32, epoch: &str) -> Result<PathBuf> {
@@ -26,10 +20,10 @@ pub fn make(folder: &Path, files: &[Packaged], release: u32, epoch: &str) -> Res
         "%dir /etc/filter-agent\n%dir /usr/share/filter-agent\n%dir /usr/share/doc/filter-agent\n\
          %dir /usr/share/doc/filter-agent/docs\n%dir /usr/share/doc/filter-agent/examples\n",
     );
-    for file in files.iter().filter(|it| !it.target.starts_with(OF_DEBIAN)) {
+    for file in files.iter().filter(|it| !it.is_of_debian()) {
         let target = file.target.to_str().context("name a file")?;
-        let [(debian, other)] = ELSEWHERE;
-        let target = target.replace(debian, other);
+        // Only Debian's zsh looks where the .deb has its completions.
+        let target = target.replace("vendor-completions", "site-functions");
         file.put(&staged.join(&target))?;
         let kind = match &target {
             it if it.starts_with("etc/") => "%config(noreplace) ",
@@ -40,18 +34,17 @@ pub fn make(folder: &Path, files: &[Packaged], release: u32, epoch: &str) -> Res
     }
     let list = folder.join("listed");
     fs::write(&list, listed).with_context(|| format!("write {}", list.display()))?;
-    let version = env!("CARGO_PKG_VERSION");
     let mut build = Command::new("rpmbuild");
     build.env("SOURCE_DATE_EPOCH", epoch);
     let path = |path: &Path| path.display().to_string();
     for (name, value) in [
         ("_topdir", path(&folder)),
         ("_rpmdir", path(&folder)),
-        ("version", version.into()),
+        ("version", VERSION.into()),
         ("release", release.to_string()),
         ("staged", path(&staged)),
         ("listed", path(&list)),
-        // What is packaged is ready: nothing is stripped or compressed once more.
+        // The program is stripped already, and rpmbuild must not change any file.
         ("debug_package", "%{nil}".into()),
         ("_build_id_links", "none".into()),
         ("__os_install_post", "%{nil}".into()),
@@ -68,7 +61,7 @@ pub fn make(folder: &Path, files: &[Packaged], release: u32, epoch: &str) -> Res
     }
     run(build.args(["--quiet", "-bb", "dist/filter-agent.spec"]))?;
     let arch = std::env::consts::ARCH;
-    let package = folder.join(format!("filter-agent-{version}-{release}.{arch}.rpm"));
+    let package = folder.join(format!("filter-agent-{VERSION}-{release}.{arch}.rpm"));
     ensure!(package.exists(), "rpmbuild made no {}", package.display());
     Ok(package)
 }

@@ -156,7 +156,7 @@ pub(super) async fn edit(
     access: &Access,
 ) -> Result<ExitCode> {
     let mut client = client(access).await?;
-    // What closes something must not wait for reports, of which a few hosts can make too much to be read.
+    // A few hosts can report more than can be read: that must not stop a command that takes access away.
     let (overview, unread) = match (client.overview().await, care) {
         (Err(error), Care::Told) => (Overview::default(), Some(error)),
         (overview, _) => (overview?, None),

@@ -82,8 +82,8 @@ fn regions(text: &[u8]) -> Vec<String> {
     named.map(str::to_owned).collect()
 }
 
-/// The text of a document with one more rule, also in its rollout. It takes the place of a rule of the same source, and keeps
-/// the exceptions of that one. Comments are lost. `text`: `None` if there is no document yet.
+/// The text of a document with one more rule, also in its rollout. A rule of the same source is replaced, but its exceptions
+/// are kept. Comments are lost. `text`: `None` if there is no document yet.
 ///
 /// # Errors
 /// The text is no document.
