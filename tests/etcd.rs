@@ -380,6 +380,11 @@ impl Etcd {
     /// Stops the only member, and starts it with the snapshot's content. With the same token as before the cluster's id
     /// is the same.
     pub fn restore(&self, snapshot: &Path) {
+        self.restore_as(snapshot, TOKEN);
+    }
+
+    /// With another token it is another cluster.
+    pub fn restore_as(&self, snapshot: &Path, token: &str) {
         self.kill(0);
         let data = self.members.lock().unwrap()[0].data.clone();
         fs::remove_dir_all(&data).unwrap();
@@ -392,7 +397,7 @@ impl Etcd {
             .args(["--name", "m0", "--data-dir"])
             .arg(&data)
             .args(["--initial-cluster", &format!("m0={peer}")])
-            .args(["--initial-cluster-token", TOKEN])
+            .args(["--initial-cluster-token", token])
             .args(["--initial-advertise-peer-urls", &peer]);
         succeed(&mut command);
         self.run(0);

@@ -462,7 +462,7 @@ fn what_speaks_against_a_change_is_told_before_it_is_written() {
     let told = kim.fails(&["revoke", "orders", "198.51.100.7"]);
     let is_told = |told: &str| {
         told.contains("it is written, but db7 would refuse it")
-            && told.contains("goes on as before")
+            && told.contains("what was in force there may go on")
     };
     assert!(is_told(&told), "{told}");
     assert!(!kim.says(&["get", "orders"]).contains("198.51.100.7"));
@@ -521,6 +521,7 @@ fn forged_report_stops_no_command_and_a_lost_document_is_missed() {
         &["allow", "orders", "198.51.100.8"][..],
         &["diff", "orders", &file],
         &["put", "orders", &file],
+        &["revoke", "orders", "198.51.100.7"],
     ] {
         let output = kim.run(arguments);
         let said = [output.stdout, output.stderr].concat();
@@ -577,10 +578,42 @@ fn nothing_is_written_while_a_host_holds() {
     let told = kim.fails(&["revoke", "orders", "198.51.100.9"]);
     assert!(told.contains("it is written, but db7 does not"), "{told}");
     kim.says(&["recover", "--yes"]);
-    let believed = || kim.run(&["status", "--wait", "5s"]).status.success();
-    assert!(wait_until(believed));
+    // What hosts have reported is of before.
+    kim.says(&["allow", "orders", "198.51.100.10", "--wait", "30s"]);
     let explained = net.agent_json(&["explain", "198.51.100.8", "--database", "orders"]);
     assert_eq!(explained["verdicts"][0]["passes"], true, "{explained}");
+}
+
+/// A backup holds that hosts are there, and enforce what it holds of documents.
+#[test]
+fn what_a_backup_says_of_hosts_is_not_taken_for_now() {
+    let etcd = Etcd::start("fleet-backup");
+    let kim = Operator::new(&etcd);
+    let mut net = host("fleet-backup-db", &etcd);
+    net.start();
+    let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
+    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    let snapshot = etcd.snapshot();
+    net.kill();
+    etcd.restore_as(&snapshot, "another");
+    let status = kim.run(&["status", "orders"]);
+    assert_eq!(status.status.code(), Some(4));
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains("orders: not yet on db7"), "{status}");
+    let allow = ["allow", "orders", "198.51.100.8"];
+    let rollout = ["rollout", "orders", &file, "--on", "db7", "--soak", "10s"];
+    for arguments in [&allow[..], &rollout] {
+        let told = kim.fails(arguments);
+        let expected = "has nothing new of db7";
+        assert!(
+            told.contains(expected) && told.contains("nothing is written"),
+            "{told}"
+        );
+    }
+    // The documents are those that it has in force.
+    net.start();
+    kim.says(&["status", "orders", "--wait", "30s"]);
+    kim.says(&[&allow[..], &["--wait", "30s"]].concat());
 }
 
 #[test]

@@ -257,6 +257,7 @@ impl Agent {
         Some(HostStatus {
             agent: env!("CARGO_PKG_VERSION").into(),
             boot: keys.boot.clone(),
+            cluster: marks.map(|marks| marks.cluster.into()),
             era: marks.map(|marks| marks.era),
             revision: marks.map(|marks| marks.revision),
             at: self.now.wall,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, anyhow, bail};
 use etcd_client::{
     Compare, CompareOp, GetOptions, KvClient, MaintenanceClient, Txn, TxnOp,
-    proto::{PbKeyValue, PbTxnOpResponse},
+    proto::{PbKeyValue, PbRangeResponse, PbTxnOpResponse},
 };
 
 use crate::{
@@ -15,8 +15,12 @@ use crate::{
         files::Files,
         own_keys::{ALIVE, HOSTS},
     },
-    fleet::{Settings, Value, host_status::HostStatus},
+    fleet::{
+        Settings, Value,
+        host_status::{Cluster, DatabaseStatus, HostStatus},
+    },
     policy::{Rollout, check_document, check_host, check_name},
+    report::FleetState,
 };
 
 pub struct Client {
@@ -29,6 +33,9 @@ pub struct Client {
 /// Everything that etcd holds of a fleet.
 #[derive(Debug, Default)]
 pub struct Overview {
+    /// Which etcd answered.
+    pub cluster: Cluster,
+    pub era: u64,
     /// Revisions of the documents, by database.
     pub documents: BTreeMap<String, i64>,
     /// Rollouts that are in them.
@@ -48,6 +55,27 @@ impl Overview {
     /// The report of a host that can be read.
     pub fn report(&self, host: &str) -> Option<&HostStatus> {
         self.hosts.get(host)?.as_ref()
+    }
+
+    /// Whether a host's report was made before it could know this revision of a document, an era that was raised since, or
+    /// this etcd: a backup holds what hosts reported to another one.
+    pub fn is_earlier(
+        &self,
+        status: &HostStatus,
+        reported: &DatabaseStatus,
+        revision: Option<i64>,
+    ) -> bool {
+        use FleetState::{Held, Unreadable};
+        let is_elsewhere = self.is_elsewhere(status) && reported.state != Held;
+        // What is not believed or not read has no revision.
+        let is_behind = !matches!(reported.state, Held | Unreadable) && reported.seen < revision;
+        status.era.unwrap_or_default() < self.era || is_elsewhere || is_behind
+    }
+
+    /// Whether a host believed another etcd when it reported.
+    pub fn is_elsewhere(&self, status: &HostStatus) -> bool {
+        let cluster = status.cluster.as_ref();
+        cluster.is_some_and(|cluster| *cluster != self.cluster)
     }
 
     /// Whether a host is there, in the life that it reported.
@@ -127,38 +155,33 @@ impl Client {
     /// Everything of the fleet that its status is made of, read at one revision.
     ///
     /// # Errors
-    /// No answer, or no right to read it.
+    /// No answer, no right to read it, or an era that is no number.
     pub async fn overview(&mut self) -> Result<Overview> {
         let get = |prefix| TxnOp::get(prefix, Some(GetOptions::new().with_prefix()));
-        let gets = [RULES, HOSTS, ALIVE].map(get);
+        let gets = [get(RULES), get(HOSTS), get(ALIVE), TxnOp::get(ERA, None)];
         let found = within(self.kv.txn(Txn::new().and_then(gets))).await;
         let found = found.map_err(anyhow::Error::from);
         let found = found
             .with_context(|| format!("{}: read the fleet", self.endpoint))?
             .0;
-        let of = [RULES, HOSTS, ALIVE].into_iter();
-        // A key whose name no database and no host has is nobody's.
-        let checks = [check_name, check_host, check_host];
-        let mut lists = found.responses.into_iter().zip(of.zip(checks));
-        let mut list = || -> Result<Vec<(String, PbKeyValue)>> {
-            let (response, (prefix, check)) = lists.next().context("etcd's answer is too short")?;
-            let Some(PbTxnOpResponse::ResponseRange(range)) = response.response else {
-                bail!("etcd's answer has nothing for {prefix}");
-            };
-            let named = range.kvs.into_iter().filter_map(|value| {
-                let name = std::str::from_utf8(&value.key).ok()?.strip_prefix(prefix)?;
-                check(name).ok()?;
-                Some((name.to_owned(), value))
-            });
-            Ok(named.collect())
+        let header = found.header.context("etcd's answer has no header")?;
+        let mut responses = found.responses.into_iter();
+        let mut range = |of: &str| match responses.next().and_then(|it| it.response) {
+            Some(PbTxnOpResponse::ResponseRange(range)) => Ok(range),
+            _ => Err(anyhow!("etcd's answer has nothing for {of}")),
         };
-        let (rules, hosts, alive) = (list()?, list()?, list()?);
+        let rules = named(range(RULES)?, RULES, check_name);
+        let hosts = named(range(HOSTS)?, HOSTS, check_host);
+        let alive = named(range(ALIVE)?, ALIVE, check_host);
+        let era = value_of(ERA, range(ERA)?)?;
         let text = |value: PbKeyValue| String::from_utf8_lossy(&value.value).into_owned();
         let rollout = |(name, value): &(String, PbKeyValue)| {
             let document = check_document(&value.value).ok()?;
             Some((name.clone(), document.rollout?))
         };
         Ok(Overview {
+            cluster: header.cluster_id.into(),
+            era: era.map_or(Ok(0), |value| era_of(&value))?,
             rollouts: rules.iter().filter_map(rollout).collect(),
             documents: rules
                 .into_iter()
@@ -264,6 +287,20 @@ impl Client {
         let revision = value_of(key, range)?.map(|value| value.mod_revision);
         Err(Changed(revision).into())
     }
+}
+
+/// Values by what follows the prefix in their keys. A key whose name no database and no host has is nobody's.
+fn named<E>(
+    range: PbRangeResponse,
+    prefix: &str,
+    check: fn(&str) -> Result<(), E>,
+) -> Vec<(String, PbKeyValue)> {
+    let named = range.kvs.into_iter().filter_map(|value| {
+        let name = std::str::from_utf8(&value.key).ok()?.strip_prefix(prefix)?;
+        check(name).ok()?;
+        Some((name.to_owned(), value))
+    });
+    named.collect()
 }
 
 /// Without a lease a key outlives its host.

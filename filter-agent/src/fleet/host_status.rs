@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use filter_common::MAX_DATABASES;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -24,12 +25,23 @@ pub struct HostStatus {
     pub agent: String,
     /// The host's present life, as the key `alive` has it.
     pub boot: String,
-    /// Of the last believed answer. `None`: none was believed yet.
+    /// Cluster, era and revision of the last believed answer. `None`: none was believed yet.
+    pub cluster: Option<Cluster>,
     pub era: Option<u64>,
     pub revision: Option<i64>,
     /// When it was made, by the host's clock.
     pub at: Timestamp,
     pub databases: BTreeMap<String, DatabaseStatus>,
+}
+
+/// The id of a cluster of etcd: 16 hexadecimal digits, as `etcdctl` shows it. Numbers of JSON are not as long.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Cluster(String);
+
+impl From<u64> for Cluster {
+    fn from(id: u64) -> Self {
+        Self(format!("{id:016x}"))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -80,9 +92,13 @@ pub struct Bounds {
 
 impl HostStatus {
     /// Reads what a host wrote into its key, which may be anything. Names that no database can have, and times that no
-    /// change takes, are left out. An error becomes one short line. `None`: the text is not a report.
+    /// change takes, are left out. An error becomes one short line. `None`: the text is not a report, or has more databases
+    /// than a host.
     pub fn read(text: &[u8]) -> Option<Self> {
         let mut status: Self = serde_json::from_slice(text).ok()?;
+        if status.databases.len() > MAX_DATABASES {
+            return None;
+        }
         status.databases.retain(|name, _| check_name(name).is_ok());
         for database in status.databases.values_mut() {
             database.enforced_ms = database.enforced_ms.filter(|ms| (0.0..MAX_MS).contains(ms));
@@ -183,6 +199,7 @@ mod tests {
         let status = HostStatus {
             agent: "0.2.0".into(),
             boot: "3f0c".into(),
+            cluster: None,
             era: Some(0),
             revision: Some(1),
             at: Timestamp::UNIX_EPOCH,
@@ -195,6 +212,13 @@ mod tests {
         assert_eq!(error, Some(" [2J orders  9  ACTIVE"));
         assert_eq!(orders.enforced_ms, None);
         assert_eq!(HostStatus::read(&b"[".repeat(100_000)), None);
+        let mut crowded = read;
+        for n in 0..MAX_DATABASES {
+            let orders = crowded.databases["orders"].clone();
+            crowded.databases.insert(format!("invented-{n}"), orders);
+        }
+        let crowded = serde_json::to_vec(&crowded).unwrap();
+        assert_eq!(HostStatus::read(&crowded), None);
     }
 
     #[test]
@@ -216,6 +240,7 @@ mod tests {
         let status = |revision, error: Option<&str>| HostStatus {
             agent: "0.2.0".into(),
             boot: "3f0c".into(),
+            cluster: None,
             era: Some(0),
             revision: Some(revision),
             at: Timestamp::from_second(revision).unwrap(),

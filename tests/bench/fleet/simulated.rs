@@ -300,6 +300,7 @@ impl Host {
         HostStatus {
             agent: env!("CARGO_PKG_VERSION").into(),
             boot: own.map(|own| own.boot.clone()).unwrap_or_default(),
+            cluster: marks.map(|marks| marks.cluster.into()),
             era: marks.map(|marks| marks.era),
             revision: marks.map(|marks| marks.revision),
             at,

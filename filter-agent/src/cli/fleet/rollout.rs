@@ -125,6 +125,9 @@ impl Soaked<'_> {
         let proposal = Proposal::new(&overview, self.database, before, &proposed);
         let proposal = proposal.map_err(|error| self.unwritten(&error))?;
         proposal.check(care)?;
+        for line in proposal.difference.lines() {
+            say!("{line}");
+        }
         let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
         let until = baseline.until;
         let baseline = baseline.put(

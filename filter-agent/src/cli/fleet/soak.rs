@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{etcd::client::Overview, fleet::host_status::Packets, report::FleetState};
+use crate::{etcd::client::Overview, fleet::host_status::Packets};
 
 /// Time for a host to have in force what was written.
 const LATE: Duration = Duration::from_secs(10);
@@ -150,13 +150,12 @@ impl Host {
         let reported = status.databases.get(database);
         let reported =
             reported.ok_or_else(|| format!("has no database {database} of the fleet"))?;
-        // Its error is about an earlier document, unless it reads none.
-        let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
-        let is_of_this = !reads || reported.seen >= Some(revision);
-        if let Some(error) = reported.error.as_ref().filter(|_| is_of_this) {
+        let is_earlier = overview.is_earlier(status, reported, Some(revision));
+        // Its error is about something earlier.
+        if let Some(error) = reported.error.as_ref().filter(|_| !is_earlier) {
             return Err(format!("reports: {error}"));
         }
-        self.is_active = reported.enforced == Some(revision);
+        self.is_active = !is_earlier && reported.enforced == Some(revision);
         if !self.is_active && is_late {
             return Err(format!("does not enforce it after {} s", LATE.as_secs()));
         }
@@ -222,9 +221,8 @@ mod tests {
                 begin,
                 overview: Overview {
                     documents: [("orders".into(), 9)].into(),
-                    rollouts: BTreeMap::new(),
                     alive: [("db7".into(), "life".into())].into(),
-                    hosts: BTreeMap::new(),
+                    ..Overview::default()
                 },
             };
             fleet.report(9, None, Some((0, 100)));
@@ -339,6 +337,9 @@ mod tests {
         fleet.report(9, Some("line 3"), Some((15, 100)));
         fleet.look(15).unwrap();
         fleet.report(11, Some("line 3"), Some((15, 100)));
+        fleet.overview.era = 1;
+        fleet.look(15).unwrap();
+        fleet.overview.era = 0;
         assert_eq!(halted(fleet.look(15)), "db7 reports: line 3");
         let mut fleet = Fleet::judging(0);
         fleet.report(11, None, Some((15, 100)));

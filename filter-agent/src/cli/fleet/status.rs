@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::{
     cli::output::{end_with_the_reader, print_raw, print_table, table},
     etcd::client::{Client, Overview},
-    fleet::host_status::HostStatus,
+    fleet::host_status::{DatabaseStatus, HostStatus},
     policy::{self, check_within},
     report::FleetState,
     text::{list, one_line},
@@ -220,9 +220,8 @@ fn database(name: &str, overview: &Overview) -> Database {
         {
             continue;
         }
-        // Its error is about an earlier document, unless it reads none.
-        let reads = !matches!(reported.state, FleetState::Held | FleetState::Unreadable);
-        if reads && reported.seen < revision {
+        // Its error is about something earlier.
+        if overview.is_earlier(status, reported, revision) {
             found.pending.push(host.clone());
         } else if let Some(error) = &reported.error {
             found.errors.insert(host.clone(), error.clone());
@@ -327,8 +326,12 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
 /// Says which hosts that are there do not believe what etcd has of a database.
 pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
     let is_held = |(host, status): &(&String, &HostStatus)| {
+        let is_held = |reported: &DatabaseStatus| {
+            // One that was, before the era was raised, believes it soon.
+            reported.state == FleetState::Held && !overview.is_earlier(status, reported, None)
+        };
         let reported = status.databases.get(database);
-        overview.is_alive(host, status) && reported.is_some_and(|it| it.state == FleetState::Held)
+        overview.is_alive(host, status) && reported.is_some_and(is_held)
     };
     let held = overview.reports().filter(is_held);
     let held: Vec<_> = held.map(|(host, _)| host).collect();
@@ -339,6 +342,21 @@ pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
              recover` has it believed again",
             list(held.into_iter())
         )
+    })
+}
+
+/// Says which hosts have reported a database to another etcd, and not to this one.
+pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
+    let is_elsewhere = |(host, status): &(&String, &HostStatus)| {
+        let reported = status.databases.get(database);
+        let reported = reported.filter(|it| it.state != FleetState::Held);
+        overview.is_alive(host, status) && reported.is_some() && overview.is_elsewhere(status)
+    };
+    let hosts = overview.reports().filter(is_elsewhere);
+    let hosts: Vec<_> = hosts.map(|(host, _)| host).collect();
+    (!hosts.is_empty()).then(|| {
+        let hosts = list(hosts.into_iter());
+        format!("etcd is another or was restored, and has nothing new of {hosts}: what is in force there is not known")
     })
 }
 
@@ -410,7 +428,6 @@ mod tests {
         let alive = hosts.iter().filter(|(_, _, alive)| *alive);
         Overview {
             documents: [("orders".into(), 9)].into(),
-            rollouts: BTreeMap::new(),
             alive: alive
                 .map(|(name, ..)| ((*name).into(), "life".into()))
                 .collect(),
@@ -418,6 +435,7 @@ mod tests {
                 .iter()
                 .map(|(name, text, _)| ((*name).into(), HostStatus::read(text)))
                 .collect(),
+            ..Overview::default()
         }
     }
 
@@ -463,6 +481,41 @@ mod tests {
         let mut reborn = overview(&[("db7", done, true)]);
         reborn.alive.insert("db7".into(), "another".into());
         assert_eq!(Fleet::of(&reborn, None).exit(), 3);
+    }
+
+    #[test]
+    fn what_was_reported_to_another_etcd_or_before_the_era_was_raised_is_not_of_now() {
+        let why = Some("another etcd answers");
+        let (ours, other) = (Some("0000000000000007"), Some("0000000000000006"));
+        for (error, era, cluster, expected) in [
+            (None, 1, ours, (Goal::Pending, false, false)),
+            (None, 2, ours, (Goal::Active, false, false)),
+            // Of an agent that does not report it.
+            (None, 2, None, (Goal::Active, false, false)),
+            (None, 2, other, (Goal::Pending, false, true)),
+            (why, 1, ours, (Goal::Pending, false, false)),
+            (why, 2, ours, (Goal::Failed, true, false)),
+            // It does not believe this etcd, and has the mark of the one before.
+            (why, 2, other, (Goal::Failed, true, false)),
+        ] {
+            let mut report: serde_json::Value = serde_json::from_slice(&host(9, error)).unwrap();
+            report["era"] = era.into();
+            report["cluster"] = cluster.into();
+            let report = report.to_string().replace("refused", "held");
+            let mut overview = overview(&[("db7", report.into_bytes(), true)]);
+            overview.cluster = 7.into();
+            overview.era = 2;
+            let state = Fleet::of(&overview, None).databases[0].state;
+            let doubts = [held(&overview, "orders"), elsewhere(&overview, "orders")];
+            let [is_held, is_elsewhere] = doubts.map(|doubt| doubt.is_some());
+            assert_eq!(
+                (state, is_held, is_elsewhere),
+                expected,
+                "{error:?} {era} {cluster:?}"
+            );
+            overview.alive.clear();
+            assert_eq!(elsewhere(&overview, "orders"), None);
+        }
     }
 
     #[test]

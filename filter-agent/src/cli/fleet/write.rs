@@ -39,6 +39,8 @@ pub(super) struct Proposal {
     unknown: Vec<String>,
     /// Hosts that do not believe etcd.
     held: Option<String>,
+    /// Hosts of which a backup's word is all that is known.
+    elsewhere: Option<String>,
     /// Hosts that enforce a document which is not there any more.
     lost: Option<String>,
 }
@@ -60,6 +62,7 @@ impl Proposal {
             difference: Difference::between(before.as_ref(), &after, now),
             refusals: status::refusals(overview, database, text),
             held: status::held(overview, database),
+            elsewhere: status::elsewhere(overview, database),
             lost: match before {
                 Some(_) => None,
                 None => status::lost(overview, database),
@@ -74,14 +77,16 @@ impl Proposal {
             .into_iter()
             .flatten()
             .chain(&self.held)
+            .chain(&self.elsewhere)
             .chain(&self.lost);
         let seen = seen.cloned();
         seen.chain(self.difference.doubts()).collect()
     }
 
-    /// Why hosts would not enforce it.
+    /// Why hosts would not enforce it, or may not.
     fn unenforced(&self) -> Vec<String> {
-        self.refusals.iter().chain(&self.held).cloned().collect()
+        let seen = self.refusals.iter().chain(&self.held);
+        seen.chain(&self.elsewhere).cloned().collect()
     }
 
     /// # Errors
@@ -169,8 +174,14 @@ pub(super) async fn edit(
             let proposal = Proposal::new(&overview, database, before, &text)?;
             Ok((text, proposal))
         });
-        let (text, proposal) = changed
-            .map_err(|error| anyhow!("the document of {database}: {error}; nothing is written"))?;
+        let (text, proposal) = changed.map_err(|error| {
+            let lost = match before.is_some_and(|text| check_document(text).is_ok()) {
+                true => None,
+                false => status::lost(&overview, database),
+            };
+            let lost = lost.map(|lost| format!("; {lost}")).unwrap_or_default();
+            anyhow!("the document of {database}: {error}; nothing is written{lost}")
+        })?;
         proposal.check(care)?;
         match client.put(database, &text, revision).await {
             Ok(written) => {
@@ -184,7 +195,7 @@ pub(super) async fn edit(
                 let unenforced = proposal.unenforced();
                 ensure!(
                     unenforced.is_empty() || !matches!(care, Care::Told),
-                    "it is written, but {}, and goes on as before",
+                    "it is written, but {}: what was in force there may go on",
                     unenforced.join("; ")
                 );
                 return Ok(exit);
