@@ -217,6 +217,8 @@ fn rollout_is_begun_promoted_and_aborted() {
         kim.fails(&["promote", "orders"])
             .contains("it has no rollout")
     );
+    let gone = kim.fails(&["promote", "billing"]);
+    assert!(gone.contains("there is no document; nothing"), "{gone}");
     kim.says(&["rollout", "orders", &file, "--on", "db7", "--yes"]);
     let said = kim.says(&["promote", "orders"]);
     assert!(
@@ -610,7 +612,10 @@ fn what_a_backup_says_of_hosts_is_not_taken_for_now() {
             "{told}"
         );
     }
-    // The documents are those that it has in force.
+    let told = kim.fails(&["revoke", "orders", "198.51.100.7"]);
+    assert!(told.contains("it is written, but"), "{told}");
+    kim.says(&["put", "orders", &file, "--yes"]);
+    // The document is that which it has in force.
     net.start();
     kim.says(&["status", "orders", "--wait", "30s"]);
     kim.says(&[&allow[..], &["--wait", "30s"]].concat());

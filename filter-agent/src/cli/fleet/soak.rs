@@ -319,6 +319,10 @@ mod tests {
         fleet.report(11, None, Some((20, 100)));
         fleet.look(20).unwrap();
         assert!(fleet.watch.is_judged(at_20));
+        fleet.overview.era = 1;
+        fleet.look(20).unwrap();
+        assert!(!fleet.watch.has_all());
+        fleet.overview.era = 0;
         fleet.watch.excuse(at_90);
         fleet.look(90).unwrap();
         assert!(!fleet.watch.is_judged(at_90));
