@@ -358,6 +358,14 @@ impl Etcd {
         (!text.is_empty()).then(|| text.to_owned())
     }
 
+    /// Puts a key that ends in a minute.
+    pub fn put_leased(&self, key: &str, value: &str) {
+        let granted = self.control(&["lease", "grant", "60"]);
+        let lease = granted.split(' ').nth(1).unwrap();
+        let lease = format!("--lease={lease}");
+        self.control(&["put", &lease, &format!("/filter-agent/v1/{key}"), value]);
+    }
+
     /// Seconds left to the lease of a key.
     pub fn time_left(&self, key: &str) -> i64 {
         let lease = format!("{:x}", self.number_of(key, "lease"));

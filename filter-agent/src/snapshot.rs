@@ -189,7 +189,7 @@ impl Snapshot {
                 Some(error) => &error.text,
                 None => "not looked up yet",
             };
-            format!("region {name} has no addresses and allows nobody: {why}")
+            no_addresses(name, why)
         })
     }
 
@@ -203,6 +203,10 @@ impl Snapshot {
             Some(format!("region {name}: {}; {consequence}", error.text))
         })
     }
+}
+
+pub fn no_addresses(name: &str, why: &str) -> String {
+    format!("region {name} has no addresses and allows nobody: {why}")
 }
 
 /// The consequence of a region's failure for the sources that it allows.

@@ -81,7 +81,7 @@ fn era_that_is_not_a_number_is_not_believed() {
     etcd.put("era", b"soon");
     let why = follower.lost();
     assert!(
-        why.ends_with("the key /filter-agent/v1/era holds \"soon\", which is not a number"),
+        why.ends_with("the key /filter-agent/v1/era holds \"soon\", which is not a number: until it is one, hosts believe nothing"),
         "{why}"
     );
     etcd.put("era", b"1");

@@ -606,7 +606,7 @@ fn what_a_backup_says_of_hosts_is_not_taken_for_now() {
     let rollout = ["rollout", "orders", &file, "--on", "db7", "--soak", "10s"];
     for arguments in [&allow[..], &rollout] {
         let told = kim.fails(arguments);
-        let expected = "has nothing new of db7";
+        let expected = "db7 reported to another etcd";
         assert!(
             told.contains(expected) && told.contains("nothing is written"),
             "{told}"
@@ -667,7 +667,7 @@ fn who_may_not_or_reaches_nobody_is_told_so() {
     // Later than any that a host may have seen and a backup has not, and than one that is yet to come by the clock.
     let raised = kim.says(&["recover", "--yes"]);
     assert!(
-        raised.ends_with(": every host believes what etcd has now\n"),
+        raised.ends_with(": hosts believe what etcd has now\n"),
         "{raised}"
     );
     let era: u64 = raised.split([' ', ':']).nth(1).unwrap().parse().unwrap();
@@ -675,6 +675,12 @@ fn who_may_not_or_reaches_nobody_is_told_so() {
     etcd.put("era", b"99999999999");
     let raised = kim.says(&["recover", "--yes"]);
     assert!(raised.starts_with("era 100000000000: "), "{raised}");
+    // A host has seen a later one than a backup's, and than the clock's.
+    let later = r#"{"agent": "0.1.0", "boot": "", "era": 100000000002, "at": "2027-01-01T00:00:00Z", "databases": {}}"#;
+    etcd.put("hosts/db9", later.as_bytes());
+    let told = kim.fails(&["recover", "--yes"]);
+    assert!(told.contains("but db9 reported a later era"), "{told}");
+    kim.says(&["recover", "--yes"]);
     let highest = u64::MAX.to_string();
     etcd.put("era", highest.as_bytes());
     let highest_still = kim.fails(&["recover", "--yes"]);

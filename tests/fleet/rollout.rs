@@ -236,18 +236,25 @@ fn rollout_is_taken_back_that_a_host_refuses_and_one_whose_host_ended_while_etcd
     net.reload(&text(&etcd, "within: [198.51.100.0/24, 203.0.113.0/24]"));
     wait_for(&net, &etcd, "orders");
 
-    // While it is watched, another host's bounds become narrower, which would get it with the promotion.
+    // While it is watched, another host's bounds become narrower, which would get it with the promotion, and it does not
+    // believe etcd.
     let child = begin(&["--promote"]);
     document_has("203.0.113.10");
     let report = etcd.text_of("hosts/db7").unwrap();
     let narrow = report.replace(",\"203.0.113.0/24\"", "");
-    assert_ne!(narrow, report);
-    etcd.put("hosts/db8", narrow.as_bytes());
+    let held = narrow.replace("\"active\"", "\"held\"");
+    assert!(narrow != report && held != narrow);
+    etcd.put("hosts/db8", held.as_bytes());
+    let boot = etcd.text_of("alive/db7").unwrap();
+    etcd.put_leased("alive/db8", &boot);
     let said = assert_taken_back(child);
-    assert!(
-        said.contains("halted: db8 would refuse it: ") && said.contains("is taken back"),
-        "{said}"
-    );
+    for expected in [
+        "halted: db8 would refuse it: ",
+        "db8 does not believe etcd",
+        "is taken back",
+    ] {
+        assert!(said.contains(expected), "{said}");
+    }
     etcd.delete("hosts/db8");
     wait_for(&net, &etcd, "orders");
 

@@ -19,10 +19,10 @@ use crate::{
     },
     history::Origin,
     log::Entry,
-    policy::{Database, FromFleet},
+    policy::{Database, FromFleet, Source},
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused},
-    snapshot::fleet::describe_standing,
+    snapshot::{fleet::describe_standing, no_addresses},
     temporary::Kind,
     text::list,
 };
@@ -248,7 +248,8 @@ impl Agent {
     fn host_status(&self) -> Option<HostStatus> {
         let policy = &self.file.policy;
         let keys = self.this_host.followed.as_ref()?.own.as_ref()?;
-        let marks = self.fleet.marks();
+        // Of what the kernel refused, too: it was believed.
+        let marks = self.refused_fleet.as_ref().unwrap_or(&self.fleet).marks();
         let databases = policy.databases.iter().filter_map(|database| {
             let fleet = database.fleet.as_ref()?;
             let status = self.database_status(database, fleet);
@@ -275,7 +276,7 @@ impl Agent {
         let error = match (is_verified, &self.stuck) {
             (false, _) => Some(format!("not enforced: {}", list(not_verified.iter()))),
             (true, Some(stuck)) => Some(stuck.error.clone()),
-            (true, None) => error,
+            (true, None) => error.or_else(|| self.without_addresses(fleet)),
         };
         let good = self.fleet.documents().get(name);
         let in_force = good.filter(|_| is_verified);
@@ -303,6 +304,18 @@ impl Agent {
             }),
             packets: self.this_host.packets.get(name).copied(),
         }
+    }
+
+    /// The first region of the document in force that could not be looked up, and allows nobody.
+    fn without_addresses(&self, fleet: &FromFleet) -> Option<String> {
+        fleet.rules.iter().find_map(|rule| {
+            let Source::Region(name) = &rule.source else {
+                return None;
+            };
+            let region = self.regions.get(name)?;
+            let error = region.error.as_ref().filter(|_| region.set.is_none())?;
+            Some(no_addresses(name, &error.text))
+        })
     }
 
     /// Notes whether the status was written.

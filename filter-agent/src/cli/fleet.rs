@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use crate::{
     cli::output::{end_with_the_reader, failure_if},
     etcd::client::Client,
-    fleet::Settings,
+    fleet::{Settings, host_status::HostStatus},
     policy::{
         MAX_DOCUMENT, Rule, Source, check_document, check_host, check_label, check_name,
         parse_fleet, with_rollout, with_rule, without_rollout, without_rule,
@@ -149,6 +149,9 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             let until = in_seconds(until.context("no date is that far away")?);
             let change = |before: Option<&[u8]>| with_rollout(before, &on, until, text.as_bytes());
             let exit = edit(&database, change, Care::Whole { yes }, waiting, &access).await?;
+            if exit != ExitCode::SUCCESS {
+                return Ok(exit);
+            }
             say!(
                 "rolled out to {} until {until}; to keep it: filter-agent fleet promote {database}",
                 list(on.iter())
@@ -282,7 +285,10 @@ async fn forget(host: &str, access: &Access) -> Result<ExitCode> {
     check_host(host).map_err(anyhow::Error::msg)?;
     let mut client = client(access).await?;
     let (is_there, report) = client.host(host).await?;
-    ensure!(!is_there, "{host} is there: it would report itself again");
+    ensure!(
+        !is_there,
+        "{host} is there, by its key /filter-agent/v1/alive/{host}, and would report itself again; if it is gone, remove the key with etcdctl"
+    );
     ensure!(client.forget(host).await?, "etcd knows no host {host}");
     let seen = report.map(|it| format!(", which reported itself last at {:.0}", it.at));
     say!("{host}{} is forgotten", seen.unwrap_or_default());
@@ -319,6 +325,17 @@ async fn recover(yes: bool, access: &Access) -> Result<ExitCode> {
         }
     }
     client.raise_era(next, revision).await?;
-    say!("era {next}: every host believes what etcd has now");
+    say!("era {next}: hosts believe what etcd has now");
+    let overview = client.overview().await;
+    let overview = overview.context("the era is raised, but what hosts report cannot be read")?;
+    let is_later = |status: &HostStatus| status.era.is_some_and(|era| era > next);
+    let later = overview.reports().filter(|(_, status)| is_later(status));
+    let later: Vec<_> = later.map(|(host, _)| host).collect();
+    ensure!(
+        later.is_empty(),
+        "but {} reported a later era, and does not believe an earlier one: `fleet.era` of `filter-agent status --json` there tells it; \
+         write a higher one to /filter-agent/v1/era with etcdctl, if that is so",
+        list(later.into_iter())
+    );
     Ok(ExitCode::SUCCESS)
 }

@@ -266,9 +266,8 @@ impl Client {
             .and_then([TxnOp::put(key, text, None)])
             .or_else([TxnOp::get(key, None)]);
         let done = within(self.kv.txn(txn)).await.map_err(|failure| {
-            // Only a refusal is an answer.
             let doubt = match failure {
-                Failure::Denied(_) => "",
+                Failure::Denied(_) | Failure::Refused(_) => "; nothing is written",
                 _ => ", which may be done all the same: look before it is tried again",
             };
             let what = format!("{}: write {key}{doubt}", self.endpoint);

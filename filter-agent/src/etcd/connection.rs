@@ -310,7 +310,7 @@ pub(super) fn era_of(value: &PbKeyValue) -> Result<u64> {
     let era = text.trim().parse();
     let quoted: String = text.trim().chars().take(20).collect();
     era.ok()
-        .with_context(|| format!("the key {ERA} holds {quoted:?}, which is not a number"))
+        .with_context(|| format!("the key {ERA} holds {quoted:?}, which is not a number: until it is one, hosts believe nothing"))
 }
 
 #[cfg(test)]
@@ -353,7 +353,7 @@ mod tests {
             b"18446744073709551616",
         ] {
             let error = era(wrong).unwrap_err().to_string();
-            assert!(error.ends_with("which is not a number"), "{error}");
+            assert!(error.ends_with("hosts believe nothing"), "{error}");
         }
         // A terminal and a log take one short line.
         let error = era(format!("\x1b[2J\n{}", "x".repeat(1000)).as_bytes());

@@ -7,7 +7,9 @@ use anyhow::anyhow;
 use crate::text::one_line;
 
 /// Status codes of gRPC, whose type `etcd-client` does not export.
+const INVALID_ARGUMENT: i32 = 3;
 const PERMISSION_DENIED: i32 = 7;
+const RESOURCE_EXHAUSTED: i32 = 8;
 const OUT_OF_RANGE: i32 = 11;
 
 /// Longest text of a server in an error, in characters.
@@ -57,6 +59,8 @@ pub enum Failure {
     Denied(String),
     /// The answer is longer than we read.
     TooLong(String),
+    /// Nothing was done: etcd is full, has too much to do, or does not take such a request.
+    Refused(String),
     Other(anyhow::Error),
 }
 
@@ -66,6 +70,7 @@ impl Failure {
         match self {
             Self::Denied(text) => Self::Denied(format!("{subject}: {text}")),
             Self::TooLong(text) => Self::TooLong(format!("{subject}: {text}")),
+            Self::Refused(text) => Self::Refused(format!("{subject}: {text}")),
             Self::Other(error) => Self::Other(error.context(subject.to_owned())),
         }
     }
@@ -90,6 +95,7 @@ impl From<etcd_client::Error> for Failure {
         match status.code() as i32 {
             PERMISSION_DENIED => Self::Denied(text),
             OUT_OF_RANGE => Self::TooLong(text),
+            INVALID_ARGUMENT | RESOURCE_EXHAUSTED => Self::Refused(text),
             _ => Self::Other(anyhow!(text)),
         }
     }
@@ -104,7 +110,9 @@ impl From<anyhow::Error> for Failure {
 impl From<Failure> for anyhow::Error {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::Denied(text) | Failure::TooLong(text) => anyhow!(text),
+            Failure::Denied(text) | Failure::TooLong(text) | Failure::Refused(text) => {
+                anyhow!(text)
+            }
             Failure::Other(error) => error,
         }
     }

@@ -34,9 +34,13 @@ impl World {
             mod_revision: revision,
             version: revision - 2,
         };
+        self.news_of(0, revision, value);
+    }
+
+    fn news_of(&mut self, era: u64, revision: i64, value: Value) {
         let answer = FleetAnswer {
             cluster: 7,
-            era: 0,
+            era,
             revision,
             documents: [("orders".into(), FleetFound::Value(value))].into(),
         };
@@ -279,6 +283,32 @@ fn document_is_not_reported_as_enforced_unless_the_kernel_does_it() {
     let report = world.reported();
     assert_eq!(report.enforced, Some(4));
     assert!(report.error.unwrap().contains("no memory"));
+    // That it does not is news of the era that was raised.
+    let value = Value {
+        text: "rules: []".into(),
+        create_revision: 3,
+        mod_revision: 6,
+        version: 4,
+    };
+    world.news_of(1, 6, value);
+    world.perform(world.find(is_commit).unwrap(), OFFICE, true, false);
+    assert!(world.reported().error.unwrap().contains("no memory"));
+    assert_eq!(world.reports.last().unwrap().era, Some(1));
+}
+
+#[test]
+fn region_of_a_document_that_allows_nobody_is_reported() {
+    let mut world = world("true");
+    world.news(4, "rules: [{region: osc-fr1}]");
+    world.perform(world.find(is_commit).unwrap(), OFFICE, false, false);
+    world.pass(0);
+    let is_look_up = |effect: &Effect| matches!(effect, Effect::LookUp(_));
+    world.perform(world.find(is_look_up).unwrap(), OFFICE, true, false);
+    world.settle(OFFICE);
+    let report = world.reported();
+    assert_eq!(report.enforced, Some(4));
+    let error = "region osc-fr1 has no addresses and allows nobody: no answer";
+    assert_eq!(report.error.as_deref(), Some(error));
 }
 
 #[test]

@@ -14,7 +14,6 @@ use super::{
     difference::under_way,
     in_seconds,
     soak::{Halt, Watch},
-    status,
     write::{Care, Proposal},
 };
 use crate::{
@@ -199,9 +198,12 @@ impl Soaked<'_> {
         let overview = client.overview().await.with_context(|| {
             format!("promote; if nobody does, hosts return at {}", rolled.until)
         })?;
-        let mut refusals = status::refusals(&overview, self.database, &text).into_iter();
-        if let Some(why) = refusals.next().filter(|_| !self.yes) {
-            let end = End::Halted(Halt::Host(why));
+        let rolled_out = Some(rolled.text.as_bytes());
+        let proposal = Proposal::new(&overview, self.database, rolled_out, &text);
+        let proposal = proposal.map_err(|error| self.unwritten(&error))?;
+        let unenforced = proposal.unenforced();
+        if !unenforced.is_empty() && !self.yes {
+            let end = End::Halted(Halt::Host(unenforced.join("; ")));
             return self
                 .end(end, &mut client, before, &rolled, &mut interrupts)
                 .await;
@@ -381,7 +383,10 @@ impl Soaked<'_> {
         let text = text.map_err(|error| self.unwritten(&error))?;
         let taken = self.put(client, &text, written.revision, written.until, interrupts);
         let taken = match taken.await {
-            Ok(revision) => format!("the rollout is taken back, at revision {revision}"),
+            Ok(revision) => format!(
+                "the rollout is taken back, at revision {revision}; a host that does not follow has it until {}",
+                written.until
+            ),
             Err(error) if error.is::<Changed>() => {
                 "somebody else has changed the document meanwhile: nothing is taken back".into()
             }

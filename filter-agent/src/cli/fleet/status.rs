@@ -213,16 +213,14 @@ fn database(name: &str, overview: &Overview) -> Database {
             found.silent.push(host.clone());
             continue;
         }
-        // No document was ever there: the policy's own rules are what is meant.
-        if revision.is_none()
-            && reported.enforced.is_none()
-            && reported.state == FleetState::Missing
-        {
-            continue;
-        }
         // Its error is about something earlier.
         if overview.is_earlier(status, reported, revision) {
             found.pending.push(host.clone());
+        // No document was ever there: the policy's own rules are what is meant.
+        } else if revision.is_none()
+            && reported.enforced.is_none()
+            && reported.state == FleetState::Missing
+        {
         } else if let Some(error) = &reported.error {
             found.errors.insert(host.clone(), error.clone());
         } else if revision.is_some() && reported.enforced == revision {
@@ -238,10 +236,12 @@ fn database(name: &str, overview: &Overview) -> Database {
     }
     found.state = if !found.errors.is_empty() {
         Goal::Failed
+    } else if !found.pending.is_empty() {
+        Goal::Pending
     } else if revision.is_none() {
         Goal::None
     // Of no host it is not known that it enforces anything.
-    } else if !found.pending.is_empty() || found.hosts == 0 {
+    } else if found.hosts == 0 {
         Goal::Pending
     } else if found.active == 0 {
         Goal::Silent
@@ -338,8 +338,8 @@ pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
     let verb = if held.len() == 1 { "does" } else { "do" };
     (!held.is_empty()).then(|| {
         format!(
-            "{} {verb} not believe etcd, which went back or is another: `filter-agent fleet status` says why, and `fleet \
-             recover` has it believed again",
+            "{} {verb} not believe etcd: `filter-agent fleet status` says why; where etcd was restored, `fleet recover` has it \
+             believed again",
             list(held.into_iter())
         )
     })
@@ -356,7 +356,7 @@ pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
     let hosts: Vec<_> = hosts.map(|(host, _)| host).collect();
     (!hosts.is_empty()).then(|| {
         let hosts = list(hosts.into_iter());
-        format!("etcd is another or was restored, and has nothing new of {hosts}: what is in force there is not known")
+        format!("{hosts} reported to another etcd, or before this one was restored: what is in force there is not known")
     })
 }
 
@@ -475,8 +475,14 @@ mod tests {
         orders["error"] = json!("there is no document");
         let mut none = overview(&[("db7", without.to_string().into_bytes(), true)]);
         none.documents.clear();
-        let none = Fleet::of(&none, None);
-        assert_eq!((none.databases[0].state, none.exit()), (Goal::None, 0));
+        let exit_of_none = |none: &Overview| {
+            let none = Fleet::of(none, None);
+            (none.databases[0].state, none.exit())
+        };
+        assert_eq!(exit_of_none(&none), (Goal::None, 0));
+        // It has not reported since the era was raised.
+        none.era = 1;
+        assert_eq!(exit_of_none(&none), (Goal::Pending, 4));
         // Another life than the one that reported.
         let mut reborn = overview(&[("db7", done, true)]);
         reborn.alive.insert("db7".into(), "another".into());

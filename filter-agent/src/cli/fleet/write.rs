@@ -84,7 +84,7 @@ impl Proposal {
     }
 
     /// Why hosts would not enforce it, or may not.
-    fn unenforced(&self) -> Vec<String> {
+    pub(super) fn unenforced(&self) -> Vec<String> {
         let seen = self.refusals.iter().chain(&self.held);
         seen.chain(&self.elsewhere).cloned().collect()
     }
