@@ -118,17 +118,20 @@ fn compile_database(
         blocked6: Vec::new(),
     };
     let name = &database.name;
-    // The end of a rule: `Err` where it has ended.
-    let mut end = |key: &RuleKey, rule: &Rule, what: String| {
+    // The end of a rule: `Err` where it has ended. `what`: as it is called in a warning; nobody who looks after a host can
+    // take a rule out of a document of the fleet, where `allow --for` leaves many that are over.
+    let mut end = |key: &RuleKey, rule: &Rule, what: Option<String>| {
         let Some(expires) = rule.expires else {
             return Ok(None);
         };
         let end = timed.ends.of(name, key, expires, timed.now);
         if end <= timed.now.boot {
-            compiled.warnings.push(format!(
-                "database {name}, {what}: {} has expired and allows nobody",
-                rule.source
-            ));
+            compiled.warnings.extend(what.map(|what| {
+                format!(
+                    "database {name}, {what}: {} has expired and allows nobody",
+                    rule.source
+                )
+            }));
             return Err(());
         }
         Ok(Some(end))
@@ -137,7 +140,7 @@ fn compile_database(
     let mut permanent = Vec::new();
     for member in &database.cluster {
         let key = RuleKey::Member(member.source.clone());
-        match end(&key, member, "cluster".into()) {
+        match end(&key, member, Some("cluster".into())) {
             Ok(None) => permanent.extend_from_slice(&held(member, regions)),
             Ok(end) => add(&mut entries, key, end, &held(member, regions)),
             Err(()) => {}
@@ -150,10 +153,7 @@ fn compile_database(
         Model::Dedicated { .. } => {
             let written = database.rules().len();
             for (number, (key, rule)) in (1..).zip(keyed(database)) {
-                let what = match number <= written {
-                    true => format!("rule {number}"),
-                    false => format!("rule {} of the fleet", number - written),
-                };
+                let what = (number <= written).then(|| format!("rule {number}"));
                 if let Ok(end) = end(&key, rule, what) {
                     add(&mut entries, key, end, &held(rule, regions));
                 }

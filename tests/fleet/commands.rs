@@ -266,7 +266,7 @@ fn what_is_written_is_waited_for_and_who_is_silent_is_told() {
         "{said}"
     );
     let file = kim.file("rules: [{cidr: 198.51.100.7/32}]");
-    kim.says(&["put", "orders", &file, "--wait", "30s"]);
+    kim.says(&["put", "orders", &file, "--yes", "--wait", "30s"]);
     let present = kim.fails(&["forget", "db7"]);
     assert!(present.contains("db7 is there"), "{present}");
     // Its lease ends with it; not waited for here.
@@ -518,6 +518,23 @@ fn forged_report_stops_no_command_and_a_lost_document_is_missed() {
     kim.says(&["revoke", "orders", "198.51.100.8"]);
     kim.says(&["forget", "db8"]);
     kim.says(&["forget", "db9"]);
+    // What hosts refuse is not what they have.
+    etcd.put("rules/orders", b"rules: [{cidr: 0.0.0.0/0}]");
+    let is_refused = || kim.run(&["status", "orders"]).status.code() == Some(1);
+    assert!(wait_until(is_refused));
+    kim.file("rules: [{cidr: 203.0.113.7/32}]");
+    for arguments in [
+        &["put", "orders", &file][..],
+        &["revoke", "orders", "198.51.100.7"],
+    ] {
+        let told = kim.fails(arguments);
+        let expected = "db7 still enforces rules of a document";
+        assert!(
+            told.contains(expected) && told.contains("nothing is written"),
+            "{told}"
+        );
+    }
+    kim.file("rules: [{cidr: 198.51.100.7/32}]");
     etcd.delete("rules/orders");
     for arguments in [
         &["allow", "orders", "198.51.100.8"][..],
@@ -660,7 +677,13 @@ fn who_may_not_or_reaches_nobody_is_told_so() {
     let file = host.file("rules: [{cidr: 203.0.113.0/24}]\n");
     for arguments in [&["put", "orders", &file][..], &["recover", "--yes"]] {
         let denied = host.fails(arguments);
-        assert!(denied.contains("permission denied"), "{denied}");
+        for part in [
+            "permission denied",
+            "nothing is written",
+            "as the user that",
+        ] {
+            assert!(denied.contains(part), "{denied}");
+        }
     }
     let kim = Operator::new(&etcd);
     assert_eq!(kim.run(&["recover"]).status.code(), Some(2));

@@ -37,9 +37,10 @@ fn refusals(etcd: &Etcd, settings: Settings) -> impl Iterator<Item = String> {
     })
 }
 
-const AT_ONCE: &str = "it closed the connection at once: it is not etcd, expects TLS, or refuses the certificate in `cert_file`";
+const AT_ONCE: &str = "it closed the connection at once: it is not etcd, expects TLS, or refuses the certificate in `cert_file`, which may have expired";
 const NOT_GRPC: &str = "it does not speak gRPC";
-const REFUSED: &str = "it refuses the certificate in `cert_file`, or that there is none";
+const REFUSED: &str =
+    "it refuses the certificate in `cert_file`, which may have expired, or that there is none";
 
 #[test]
 fn refused_certificates_are_told_apart() {

@@ -35,6 +35,9 @@ use difference::under_way;
 use rollout::Soaked;
 use write::{Care, Proposal, edit, follow, put};
 
+/// Of an error before anything was written.
+const UNWRITTEN: &str = "nothing is written";
+
 pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
     if let Some(database) = command.database() {
         check_name(database).map_err(|error| anyhow!("database {database:?}: {error}"))?;
@@ -68,7 +71,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             waiting,
             access,
         } => {
-            let mut client = client(&access).await?;
+            let mut client = writer(&access).await?;
             put(&mut client, &database, &file, if_revision, yes).await?;
             follow(&mut client, &database, waiting).await
         }
@@ -92,7 +95,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
                 check_label(label).map_err(anyhow::Error::msg)?;
             }
             let rule = Rule {
-                source: Source::Cidr(parse_source(&source)?),
+                source: Source::Cidr(parse_source(&source).context(UNWRITTEN)?),
                 except: Vec::new(),
                 label,
                 expires,
@@ -107,7 +110,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             waiting,
             access,
         } => {
-            let source = Source::Cidr(parse_source(&source)?);
+            let source = Source::Cidr(parse_source(&source).context(UNWRITTEN)?);
             let change = |text: Option<&[u8]>| {
                 let text = text.ok_or("there is no document")?;
                 let before = check_document(text)?;
@@ -131,7 +134,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             waiting,
             access,
         } => {
-            let text = read_document(&file)?;
+            let text = read_document(&file).context(UNWRITTEN)?;
             if let Some(soak) = soak {
                 let soaked = Soaked {
                     database: &database,
@@ -197,9 +200,15 @@ fn in_seconds(at: Timestamp) -> Timestamp {
     at.round(jiff::Unit::Second).unwrap_or(at)
 }
 
+/// A client for a command that writes.
+async fn writer(access: &Access) -> Result<Client> {
+    client(access).await.context(UNWRITTEN)
+}
+
 async fn client(access: &Access) -> Result<Client> {
     let path = access.fleet.display();
-    let text = fs::read_to_string(&access.fleet).with_context(|| format!("read {path}"))?;
+    let text = fs::read_to_string(&access.fleet);
+    let text = text.with_context(|| format!("read {path} (--fleet names another file)"))?;
     let fleet = parse_fleet(&text).map_err(|problems| {
         let lines = problems.iter().map(|problem| format!("{path}: {problem}"));
         anyhow!(lines.collect::<Vec<_>>().join("\n"))
@@ -283,7 +292,7 @@ async fn diff(database: &str, file: &Path, access: &Access) -> Result<ExitCode> 
 
 async fn forget(host: &str, access: &Access) -> Result<ExitCode> {
     check_host(host).map_err(anyhow::Error::msg)?;
-    let mut client = client(access).await?;
+    let mut client = writer(access).await?;
     let (is_there, report) = client.host(host).await?;
     ensure!(
         !is_there,
@@ -296,7 +305,7 @@ async fn forget(host: &str, access: &Access) -> Result<ExitCode> {
 }
 
 async fn recover(yes: bool, access: &Access) -> Result<ExitCode> {
-    let mut client = client(access).await?;
+    let mut client = writer(access).await?;
     let (era, revision) = client.era().await?;
     // Hosts may have seen a later one than a backup holds: seconds since 1970 are later than any.
     let now = u64::try_from(Timestamp::now().as_second()).unwrap_or_default();

@@ -28,6 +28,8 @@ pub struct Client {
     maintenance: MaintenanceClient,
     /// The member that answers.
     endpoint: String,
+    /// What to say of the user where a right is missing.
+    user: String,
 }
 
 /// Everything that etcd holds of a fleet.
@@ -95,6 +97,9 @@ impl Client {
     /// Why each of them does not.
     pub async fn connect(settings: &Settings) -> Result<Self> {
         let files = Files::read(settings).await?;
+        let user = settings.cert_file.as_ref();
+        let user = user.map(|file| format!(", as the user that {} names", file.display()));
+        let user = user.unwrap_or_default();
         let mut errors = Vec::new();
         for endpoint in &settings.endpoints {
             let mut client = match connect(endpoint, &files).await {
@@ -102,6 +107,7 @@ impl Client {
                     kv: client.kv_client().max_decoding_message_size(MAX_ANSWER),
                     maintenance: client.maintenance_client(),
                     endpoint: endpoint.clone(),
+                    user: user.clone(),
                 },
                 Err(error) => {
                     errors.push(format!("{endpoint}: {error:#}"));
@@ -113,11 +119,6 @@ impl Client {
                 Ok(_) => return Ok(client),
                 Err(failure) => match failure.at_first() {
                     denied @ Failure::Denied(_) => {
-                        let user = settings
-                            .cert_file
-                            .as_ref()
-                            .map(|file| format!(", as the user that {} names", file.display()));
-                        let user = user.unwrap_or_default();
                         let what = format!("{endpoint}: read {ERA}{user}");
                         return Err(anyhow::Error::from(denied).context(what));
                     }
@@ -147,8 +148,7 @@ impl Client {
 
     async fn get(&mut self, key: &str, options: Option<GetOptions>) -> Result<Option<PbKeyValue>> {
         let found = within(self.kv.get(key, options)).await;
-        let found = found.map_err(anyhow::Error::from);
-        let found = found.with_context(|| format!("{}: read {key}", self.endpoint))?;
+        let found = found.map_err(|failure| self.failed(failure, &format!("read {key}")))?;
         value_of(key, found.0)
     }
 
@@ -160,9 +160,8 @@ impl Client {
         let get = |prefix| TxnOp::get(prefix, Some(GetOptions::new().with_prefix()));
         let gets = [get(RULES), get(HOSTS), get(ALIVE), TxnOp::get(ERA, None)];
         let found = within(self.kv.txn(Txn::new().and_then(gets))).await;
-        let found = found.map_err(anyhow::Error::from);
         let found = found
-            .with_context(|| format!("{}: read the fleet", self.endpoint))?
+            .map_err(|failure| self.failed(failure, "read the fleet"))?
             .0;
         let header = found.header.context("etcd's answer has no header")?;
         let mut responses = found.responses.into_iter();
@@ -217,8 +216,7 @@ impl Client {
     pub async fn forget(&mut self, host: &str) -> Result<bool> {
         let key = format!("{HOSTS}{host}");
         let done = within(self.kv.delete(key.as_str(), None)).await;
-        let done = done.map_err(anyhow::Error::from);
-        let done = done.with_context(|| format!("{}: remove {key}", self.endpoint))?;
+        let done = done.map_err(|failure| self.failed(failure, &format!("remove {key}")))?;
         Ok(done.deleted() > 0)
     }
 
@@ -259,6 +257,16 @@ impl Client {
         self.put_if(ERA, &to.to_string(), expected).await.map(drop)
     }
 
+    /// An error that says what was asked of whom, and as whom where that matters.
+    fn failed(&self, failure: Failure, what: &str) -> anyhow::Error {
+        let user = match failure {
+            Failure::Denied(_) => self.user.as_str(),
+            _ => "",
+        };
+        let what = format!("{}: {what}{user}", self.endpoint);
+        anyhow::Error::from(failure).context(what)
+    }
+
     async fn put_if(&mut self, key: &str, text: &str, expected: i64) -> Result<i64> {
         let is_same = Compare::mod_revision(key, CompareOp::Equal, expected);
         let txn = Txn::new()
@@ -266,12 +274,18 @@ impl Client {
             .and_then([TxnOp::put(key, text, None)])
             .or_else([TxnOp::get(key, None)]);
         let done = within(self.kv.txn(txn)).await.map_err(|failure| {
-            let doubt = match failure {
-                Failure::Denied(_) | Failure::Refused(_) => "; nothing is written",
-                _ => ", which may be done all the same: look before it is tried again",
-            };
-            let what = format!("{}: write {key}{doubt}", self.endpoint);
-            anyhow::Error::from(failure).context(what)
+            let what = format!("write {key}");
+            match failure {
+                Failure::Denied(_) | Failure::Refused(_) => {
+                    self.failed(failure, &what).context("nothing is written")
+                }
+                _ => {
+                    let what = format!(
+                        "{what}, which may be done all the same: look before it is tried again"
+                    );
+                    self.failed(failure, &what)
+                }
+            }
         });
         let done = done?.0;
         if done.succeeded {

@@ -359,7 +359,7 @@ mod tests {
         let error = era(format!("\x1b[2J\n{}", "x".repeat(1000)).as_bytes());
         let error = error.unwrap_err().to_string();
         assert!(
-            error.len() < 120 && !error.contains(char::is_control),
+            error.len() < 150 && !error.contains(char::is_control),
             "{error}"
         );
     }

@@ -18,6 +18,9 @@ pub(super) const MAX_TEXT: usize = 300;
 /// The connection was made before, and is gone: the peer closed it, or no ping was answered.
 const BROKEN_OFF: &str = "the connection broke off";
 
+/// How errors begin that come before a request is sent.
+const NOT_SENT: [&str; 2] = ["tcp connect error", "no connection within"];
+
 /// Texts of the libraries, and their meaning for an operator.
 const PLAIN: [(&str, &str); 12] = [
     ("closed because of a broken pipe", BROKEN_OFF),
@@ -31,7 +34,7 @@ const PLAIN: [(&str, &str); 12] = [
     ("deadline has elapsed", "no connection within 2 s"),
     (
         "received fatal alert",
-        "it refuses the certificate in `cert_file`, or that there is none",
+        "it refuses the certificate in `cert_file`, which may have expired, or that there is none",
     ),
     (
         "invalid peer certificate: UnknownIssuer",
@@ -59,7 +62,7 @@ pub enum Failure {
     Denied(String),
     /// The answer is longer than we read.
     TooLong(String),
-    /// Nothing was done: etcd is full, has too much to do, or does not take such a request.
+    /// Nothing was done: there is no connection, or etcd is full, has too much to do, or does not take such a request.
     Refused(String),
     Other(anyhow::Error),
 }
@@ -79,7 +82,7 @@ impl Failure {
     pub fn at_first(self) -> Self {
         match self {
             Self::Other(error) if error.to_string() == BROKEN_OFF => Self::Other(anyhow!(
-                "it closed the connection at once: it is not etcd, expects TLS, or refuses the certificate in `cert_file`"
+                "it closed the connection at once: it is not etcd, expects TLS, or refuses the certificate in `cert_file`, which may have expired"
             )),
             other => other,
         }
@@ -89,6 +92,9 @@ impl Failure {
 impl From<etcd_client::Error> for Failure {
     fn from(error: etcd_client::Error) -> Self {
         let text = text(&error);
+        if NOT_SENT.iter().any(|start| text.starts_with(start)) {
+            return Self::Refused(text);
+        }
         let etcd_client::Error::GRpcStatus(status) = error else {
             return Self::Other(anyhow!(text));
         };

@@ -120,9 +120,13 @@ impl Part {
         let mut lines: Vec<_> = gone.iter().map(|source| format!("- {source}")).collect();
         for (source, rule) in &after {
             match before.get(source) {
-                None => lines.push(format!("+ {source}{}", said(rule))),
+                None => lines.push(format!("+ {source}{}", said(rule, now))),
                 Some(was) if was != rule => {
-                    lines.push(format!("~ {source}{} -> {}", said(was), said(rule).trim()));
+                    let now_said = match said(rule, now) {
+                        empty if empty.is_empty() => " without label and end".into(),
+                        said => said,
+                    };
+                    lines.push(format!("~ {source}{} ->{now_said}", said(was, now)));
                 }
                 Some(_) => {}
             }
@@ -147,10 +151,13 @@ fn by_source(rules: &[Rule]) -> BTreeMap<&Source, &Rule> {
 }
 
 /// ` "office", except 203.0.113.7/32, until 2026-12-31T18:00:00Z`.
-fn said(rule: &Rule) -> String {
+fn said(rule: &Rule, now: Timestamp) -> String {
     let label = rule.label.as_ref().map(|label| format!("{label:?}"));
     let except = rule.except.iter().map(|hole| format!("except {hole}"));
-    let expires = rule.expires.map(|at| format!("until {at}"));
+    let expires = rule.expires.map(|at| match at <= now {
+        true => format!("until {at}, which is over"),
+        false => format!("until {at}"),
+    });
     let parts: Vec<String> = label.into_iter().chain(except).chain(expires).collect();
     match parts.is_empty() {
         true => String::new(),
@@ -247,6 +254,12 @@ mod tests {
         let ended = "rules: [{cidr: 192.0.2.0/24, expires: 2026-01-01T00:00:00Z}]";
         let (_, doubts) = difference(Some(base), ended);
         assert_eq!(doubts, ["1 rule of 1 would go"]);
+        let (lines, _) = difference(Some(ended), base);
+        let until = "until 2026-01-01T00:00:00Z, which is over";
+        assert_eq!(
+            lines,
+            [format!("~ 192.0.2.0/24 {until} -> without label and end")]
+        );
         // More hosts, and more time.
         let (_, doubts) = difference(Some(&on_db7), &rollout("db7, db8", 3, office));
         assert_eq!(

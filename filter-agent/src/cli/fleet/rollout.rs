@@ -10,6 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
+    UNWRITTEN,
     args::Access,
     difference::under_way,
     in_seconds,
@@ -103,9 +104,10 @@ impl Soaked<'_> {
             shown(MARGIN)
         );
         let mut interrupts = Interrupts::listen()?;
-        let mut client = super::client(self.access).await?;
-        let overview = client.overview().await?;
-        let found = client.document(self.database, None).await?;
+        let mut client = super::writer(self.access).await?;
+        let overview = client.overview().await.context(UNWRITTEN)?;
+        let found = client.document(self.database, None).await;
+        let found = found.context(UNWRITTEN)?;
         let before = found.as_ref().map(|value| value.text.as_slice());
         let rules = before.map_or(Ok(Default::default()), check_document);
         let rules = rules.map_err(|error| self.unwritten(&error))?;
@@ -376,13 +378,20 @@ impl Soaked<'_> {
             End::Halted(Halt::Host(why)) => Some(why),
             End::Interrupted => None,
         };
+        if why.is_none() {
+            eprintln!(
+                "filter-agent: interrupted: the rollout is taken back; once more leaves it as it is"
+            );
+        }
         let text = match before.map(|before| String::from_utf8(before.to_vec())) {
             Some(Ok(text)) => Ok(text),
             _ => without_rollout(written.text.as_bytes(), false),
         };
         let text = text.map_err(|error| self.unwritten(&error))?;
         let taken = self.put(client, &text, written.revision, written.until, interrupts);
-        let taken = match taken.await {
+        let taken = taken.await;
+        let is_taken = taken.is_ok();
+        let taken = match taken {
             Ok(revision) => format!(
                 "the rollout is taken back, at revision {revision}; a host that does not follow has it until {}",
                 written.until
@@ -397,10 +406,11 @@ impl Soaked<'_> {
         };
         match why {
             Some(why) => bail!("halted: {why}; {taken}"),
-            None => {
-                eprintln!("filter-agent: interrupted; {taken}");
+            None if is_taken => {
+                eprintln!("filter-agent: {taken}");
                 Ok(ExitCode::from(130))
             }
+            None => bail!("interrupted; {taken}"),
         }
     }
 }

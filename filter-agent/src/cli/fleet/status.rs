@@ -85,6 +85,8 @@ pub(super) struct Fleet {
     pub(super) databases: Vec<Database>,
     /// Hosts that do not believe etcd.
     holding: Vec<String>,
+    /// Hosts whose reports are of another etcd, or of before a restore.
+    elsewhere: Vec<String>,
     /// Hosts whose reports cannot be read: what they enforce is not known.
     unreadable: Vec<String>,
 }
@@ -103,6 +105,9 @@ impl Fleet {
             databases.any(|database| database.state == FleetState::Held)
         };
         let holding = overview.reports().filter(is_holding);
+        let elsewhere = overview.reports();
+        let elsewhere = elsewhere.filter(|(_, status)| overview.is_elsewhere(status));
+        let elsewhere = elsewhere.filter(|(host, _)| overview.alive.contains_key(*host));
         // One that is there and has no report, too.
         let unreadable: BTreeSet<&String> =
             overview.hosts.keys().chain(overview.alive.keys()).collect();
@@ -112,6 +117,7 @@ impl Fleet {
         Self {
             unreadable: unreadable.cloned().collect(),
             holding: holding.map(|(name, _)| name.clone()).collect(),
+            elsewhere: elsewhere.map(|(name, _)| name.clone()).collect(),
             databases: names
                 .into_iter()
                 .map(|name| database(name, overview))
@@ -152,6 +158,18 @@ impl Fleet {
             ]);
         }
         print_table(&rows, self.databases.len());
+        if !self.holding.is_empty() {
+            say!(
+                "not believing etcd: {}; where it was restored: filter-agent fleet recover",
+                list(self.holding.iter())
+            );
+        }
+        if !self.elsewhere.is_empty() {
+            say!(
+                "reported to another etcd, or before this one was restored: {}",
+                list(self.elsewhere.iter())
+            );
+        }
         if !self.unreadable.is_empty() {
             say!(
                 "no report that can be read: {}",
@@ -350,7 +368,12 @@ pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
     let is_elsewhere = |(host, status): &(&String, &HostStatus)| {
         let reported = status.databases.get(database);
         let reported = reported.filter(|it| it.state != FleetState::Held);
-        overview.is_alive(host, status) && reported.is_some() && overview.is_elsewhere(status)
+        // It reads the era that was raised since, and believes this one.
+        let believes = status.era.unwrap_or_default() < overview.era;
+        overview.is_alive(host, status)
+            && reported.is_some()
+            && overview.is_elsewhere(status)
+            && !believes
     };
     let hosts = overview.reports().filter(is_elsewhere);
     let hosts: Vec<_> = hosts.map(|(host, _)| host).collect();
@@ -360,12 +383,16 @@ pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
     })
 }
 
-/// Says which hosts enforce a document of a database that etcd has none of, or none that can be read.
-pub(super) fn lost(overview: &Overview, database: &str) -> Option<String> {
-    let enforced = |status: &HostStatus| status.databases.get(database)?.enforced;
-    let hosts = overview.reports();
-    let hosts = hosts.filter_map(|(host, status)| enforced(status).map(|_| host));
-    let hosts: Vec<_> = hosts.collect();
+/// Says which hosts enforce another document than etcd's, which does not follow from it: etcd has none, none that can be
+/// read (`is_readable`), or one that they refuse.
+pub(super) fn lost(overview: &Overview, database: &str, is_readable: bool) -> Option<String> {
+    let enforced = |(host, status)| {
+        let status: &HostStatus = status;
+        let reported = status.databases.get(database)?;
+        let is_lost = !is_readable || reported.state == FleetState::Refused;
+        Some((host, reported.enforced.filter(|_| is_lost)?))
+    };
+    let (hosts, revisions): (Vec<_>, BTreeSet<_>) = overview.reports().filter_map(enforced).unzip();
     (!hosts.is_empty()).then(|| {
         let verb = if hosts.len() == 1 {
             "enforces"
@@ -373,7 +400,11 @@ pub(super) fn lost(overview: &Overview, database: &str) -> Option<String> {
             "enforce"
         };
         let hosts = list(hosts.into_iter());
-        format!("{hosts} still {verb} rules of a document that is gone or broken, which would end")
+        let revisions = list(revisions.into_iter());
+        format!(
+            "{hosts} still {verb} rules of a document that is gone, broken or followed by one that is refused, as of revision \
+             {revisions}: those that are not in the new one would end"
+        )
     })
 }
 

@@ -2,14 +2,14 @@
 
 use std::{path::Path, process::ExitCode};
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use jiff::Timestamp;
 
 use super::{
+    UNWRITTEN,
     args::{Access, Waiting},
-    client,
     difference::{Difference, under_way},
-    read_document, status,
+    read_document, status, writer,
 };
 use crate::{
     etcd::client::{Changed, Client, Overview},
@@ -63,10 +63,7 @@ impl Proposal {
             refusals: status::refusals(overview, database, text),
             held: status::held(overview, database),
             elsewhere: status::elsewhere(overview, database),
-            lost: match before {
-                Some(_) => None,
-                None => status::lost(overview, database),
-            },
+            lost: status::lost(overview, database, before.is_some()),
             unknown: status::unknown(overview, database, on),
         })
     }
@@ -106,6 +103,9 @@ impl Proposal {
     }
 
     fn report(&self, database: &str, revision: i64) {
+        if let Some(lost) = &self.lost {
+            say!("note: {lost}");
+        }
         for line in self.difference.lines() {
             say!("{line}");
         }
@@ -120,8 +120,8 @@ pub(super) async fn put(
     if_revision: Option<i64>,
     yes: bool,
 ) -> Result<()> {
-    let text = read_document(file)?;
-    let found = client.document(database, None).await?;
+    let text = read_document(file).context(UNWRITTEN)?;
+    let found = client.document(database, None).await.context(UNWRITTEN)?;
     let revision = found.as_ref().map_or(0, |value| value.mod_revision);
     if let Some(wanted) = if_revision.filter(|&wanted| wanted != revision) {
         bail!(
@@ -137,7 +137,7 @@ pub(super) async fn put(
         say!("no difference: the document of revision {revision} is the same");
         return Ok(());
     }
-    let overview = client.overview().await?;
+    let overview = client.overview().await.context(UNWRITTEN)?;
     let proposal = Proposal::new(&overview, database, before, &text);
     let proposal = proposal.map_err(anyhow::Error::msg)?;
     proposal.check(Care::Whole { yes })?;
@@ -160,14 +160,15 @@ pub(super) async fn edit(
     waiting: Waiting,
     access: &Access,
 ) -> Result<ExitCode> {
-    let mut client = client(access).await?;
+    let mut client = writer(access).await?;
     // A few hosts can report more than can be read: that must not stop a command that takes access away.
     let (overview, unread) = match (client.overview().await, care) {
         (Err(error), Care::Told) => (Overview::default(), Some(error)),
-        (overview, _) => (overview?, None),
+        (overview, _) => (overview.context(UNWRITTEN)?, None),
     };
     for _ in 0..MAX_TRIES {
-        let found = client.document(database, None).await?;
+        let found = client.document(database, None).await;
+        let found = found.context(UNWRITTEN)?;
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
         let before = found.as_ref().map(|value| value.text.as_slice());
         let changed = change(before).and_then(|text| {
@@ -175,10 +176,8 @@ pub(super) async fn edit(
             Ok((text, proposal))
         });
         let (text, proposal) = changed.map_err(|error| {
-            let lost = match before.is_some_and(|text| check_document(text).is_ok()) {
-                true => None,
-                false => status::lost(&overview, database),
-            };
+            let is_readable = before.is_some_and(|text| check_document(text).is_ok());
+            let lost = status::lost(&overview, database, is_readable);
             let lost = lost.map(|lost| format!("; {lost}")).unwrap_or_default();
             anyhow!("the document of {database}: {error}; nothing is written{lost}")
         })?;
