@@ -166,6 +166,21 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
     .unwrap();
     assert_eq!(wait(&mut child).unwrap().code(), Some(130));
     is_as_before();
+    // Without etcd nothing is taken back; interrupted once more, it leaves that to the hosts.
+    let mut child = begin();
+    etcd.kill(0);
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    let is_over = || {
+        kill(pid, Signal::SIGINT).unwrap();
+        thread::sleep(Duration::from_millis(500));
+        child.try_wait().unwrap().is_some()
+    };
+    assert!(wait_until(is_over));
+    assert_eq!(wait(&mut child).unwrap().code(), Some(1));
+    etcd.run(0);
+    etcd.wait_until_healthy();
+    etcd.put("rules/orders", BEFORE.as_bytes());
+    wait_for(&net, &etcd, "orders");
     let mut child = begin();
     etcd.put("rules/orders", &document(&[B]));
     assert_eq!(wait(&mut child).unwrap().code(), Some(1));
