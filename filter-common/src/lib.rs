@@ -14,7 +14,7 @@ pub use value::{BAD_SOURCE, NO_RULE, RuleValue};
 /// Version of everything pinned: map names, types, sizes and the meaning of their values. Pins live
 /// under a directory of this number, so two layouts never meet in one map. Whoever changes any of
 /// these raises it.
-pub const LAYOUT: u32 = if NEXT_LAYOUT { 8 } else { 7 };
+pub const LAYOUT: u32 = if NEXT_LAYOUT { 9 } else { 8 };
 
 /// Whether this is the build that tests upgrade to: as this one, but with maps of other sizes and rows of
 /// counters of another length.
@@ -324,8 +324,9 @@ pub struct Source6 {
     pub address: [u8; 16],
 }
 
-/// Leading bits that key the prefix bitmap of IPv4: the prefix Bloom filter is asked only if some allowed prefix contains
-/// an address with the same bits. A prefix of so many or fewer lets no other address pass the bitmap.
+/// Leading bits that key the two bitmaps of IPv4: nothing else is asked where no allowed prefix contains an address with
+/// the same bits, and a trie at once where one prefix holds all addresses with them. The prefix Bloom filter decides
+/// between, and has nothing of prefixes of so many bits or fewer.
 pub const BITMAP_PREFIX_BITS: u32 = 22;
 
 /// Leading bits that key the prefix Bloom filter: a trie is searched only if some allowed prefix contains an
@@ -342,20 +343,46 @@ pub type BloomLine = [u64; 8];
 /// prefixes one of 3,000 other addresses matches by mistake, with a million one of eight.
 pub const BLOOM_LINES: u32 = 1 << 13;
 
-/// Lines of both: those of the bitmap follow, 512 KiB as well.
-pub const PREFIX_LINES: u32 =
-    BLOOM_LINES + (1 << BITMAP_PREFIX_BITS) / (8 * size_of::<BloomLine>() as u32);
+/// Lines of one bitmap, 512 KiB as well.
+const BITMAP_LINES: u32 = (1 << BITMAP_PREFIX_BITS) / (8 * size_of::<BloomLine>() as u32);
+
+/// Lines of all three: those of the bitmaps follow.
+pub const PREFIX_LINES: u32 = BLOOM_LINES + 2 * BITMAP_LINES;
 
 /// The line, the word in it and the bit in that word for an IPv4 address as in memory. An address may match where it is
 /// set.
 #[inline(always)]
-pub const fn bitmap_place(address: u32) -> (u32, usize, u64) {
+pub const fn touched_place(address: u32) -> (u32, usize, u64) {
     let place = u32::from_be(address) >> (32 - BITMAP_PREFIX_BITS);
     (
         BLOOM_LINES + (place >> 9),
         (place >> 6 & 7) as usize,
         1 << (place & 63),
     )
+}
+
+/// The same for the second bitmap. An address matches where it is set.
+#[inline(always)]
+pub const fn held_place(address: u32) -> (u32, usize, u64) {
+    let (line, word, bit) = touched_place(address);
+    (line + BITMAP_LINES, word, bit)
+}
+
+/// Leading bits of IPv4 addresses that key the bits of the prefix Bloom filter for the surroundings of long prefixes.
+pub const NEAR_PREFIX_BITS: u32 = 29;
+
+/// The bit of a word of the prefix Bloom filter that says that it has no such bits, because they would be too many.
+pub const CROWDED: u64 = 1 << 63;
+
+/// The word and the bits in it for an IPv4 address as in memory, in the line that `bloom_place` names. An address may match
+/// where all of the bits are set, or the word is `CROWDED`.
+#[inline(always)]
+pub const fn near_place(address: u32) -> (usize, u64) {
+    let beginning = address & (u32::MAX << (32 - NEAR_PREFIX_BITS)).to_be();
+    // A multiplier of MurmurHash3's: with that of `bloom_place`, entries of one line would differ in few bits.
+    let hash = (beginning as u64).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let bits = 1 << (hash >> 58) | 1 << (hash >> 52 & 63);
+    ((hash >> 49 & 7) as usize, bits & !CROWDED)
 }
 
 /// The line, the word in it and the bits in that word for an address, by its first four bytes as in
@@ -367,7 +394,11 @@ pub const fn bloom_place(first: u32, is_v4: bool) -> (u32, usize, u64) {
     // Fibonacci hashing: the highest bits of a product with 2^64 over the golden ratio.
     let hash = (beginning as u64 | family).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let bits = 1 << (hash >> 42 & 63) | 1 << (hash >> 36 & 63) | 1 << (hash >> 30 & 63);
-    ((hash >> 51) as u32, (hash >> 48 & 7) as usize, bits)
+    (
+        (hash >> 51) as u32,
+        (hash >> 48 & 7) as usize,
+        bits & !CROWDED,
+    )
 }
 
 /// Bits of the section in front of the address in an LPM key.

@@ -13,13 +13,14 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use filter_common::{
-    ANY_SLOT, Address, BAD_SOURCE, BLOCKED_PREFIXES, BloomLine, CACHED_SOURCES, COUNTERS,
+    ANY_SLOT, Address, BAD_SOURCE, BLOCKED_PREFIXES, BloomLine, CACHED_SOURCES, COUNTERS, CROWDED,
     CacheEntry, DEFAULT_MAX_PREFIXES, EntryPointer, Fate, Guard, LocalKey, MAX_LOCALS,
     MONITORED_SHIFT, NO_RULE, Name, PORTS, PREFIX_LINES, Port, Protocol, RULE_IDS, Reason,
     RuleValue, SAMPLE_PLACES, SAMPLE_RING_BYTES, SAMPLES_GRANTED, SECTION_BITS, SLOTS, Sample,
-    Section, Source4, Source6, Stage, bitmap_place, bloom_place, is_bad_source4, is_bad_source6,
-    mapped, port_index,
+    Section, Source4, Source6, Stage, bloom_place, held_place, is_bad_source4, is_bad_source6,
+    mapped, near_place, port_index,
     steps::{LookedUp, Parsed},
+    touched_place,
 };
 
 use crate::{
@@ -384,11 +385,22 @@ fn value_of([high, low]: [u64; 2], tag: u64, entry: EntryPointer) -> u32 {
     unsafe {
         asm!("{0} ^= {0}", inout(reg) zero, options(pure, nomem, nostack));
     }
-    let matches = |(line, word, bits): (u32, usize, u64)| {
-        let line = PREFIX_BLOOM.get(line | zero as u32);
-        line.is_some_and(|line| line[word] & bits == bits)
+    let line = |line: u32| PREFIX_BLOOM.get(line | zero as u32);
+    let matches = |(at, word, bits): (u32, usize, u64)| {
+        line(at).is_some_and(|line| line[word] & bits == bits)
     };
-    let may_match = (!is_v4 || matches(bitmap_place(first))) && matches(bloom_place(first, is_v4));
+    let is_near = || {
+        let (at, word, bits) = bloom_place(first, true);
+        let (near, near_bits) = near_place(first);
+        line(at).is_some_and(|line| {
+            let is_there = |found: u64| found & near_bits == near_bits || found & CROWDED != 0;
+            line[word] & bits == bits && is_there(line[near])
+        })
+    };
+    let may_match = match is_v4 {
+        true => matches(touched_place(first)) && (matches(held_place(first)) || is_near()),
+        false => matches(bloom_place(first, false)),
+    };
     let guard = Port(tag).guard();
     // Only databases with prefixes too short for the Bloom filter may allow the source then.
     if !may_match && !guard.is_wide() {

@@ -68,16 +68,15 @@ impl Overview {
         revision: Option<i64>,
     ) -> bool {
         use FleetState::{Held, Unreadable};
-        let is_elsewhere = self.is_elsewhere(status) && reported.state != Held;
         // What is not believed or not read has no revision.
         let is_behind = !matches!(reported.state, Held | Unreadable) && reported.seen < revision;
-        status.era.unwrap_or_default() < self.era || is_elsewhere || is_behind
+        status.era.unwrap_or_default() < self.era || self.is_elsewhere(status) || is_behind
     }
 
-    /// Whether a host believed another etcd when it reported.
+    /// Whether a host has reported to another etcd, and not to this one: one that does not believe this one has.
     pub fn is_elsewhere(&self, status: &HostStatus) -> bool {
         let cluster = status.cluster.as_ref();
-        cluster.is_some_and(|cluster| *cluster != self.cluster)
+        cluster.is_some_and(|cluster| *cluster != self.cluster) && !status.is_holding()
     }
 
     /// Whether a host is there, in the life that it reported.

@@ -123,6 +123,12 @@ impl HostStatus {
         self
     }
 
+    /// Whether the host does not believe etcd.
+    pub fn is_holding(&self) -> bool {
+        let mut databases = self.databases.values();
+        databases.any(|database| database.state == FleetState::Held)
+    }
+
     /// Whether something is wrong: it is written without delay.
     pub fn has_errors(&self) -> bool {
         self.databases.values().any(|it| it.error.is_some())

@@ -1,27 +1,62 @@
-//! The content of the prefix Bloom filter, and of the bitmap in front of it. Pure.
+//! The content of the prefix Bloom filter, and of the bitmaps in front of it. Pure.
 
 use std::collections::BTreeMap;
 
-use filter_common::{BITMAP_PREFIX_BITS, BLOOM_PREFIX_BITS, BloomLine, bitmap_place, bloom_place};
+use filter_common::{
+    BITMAP_PREFIX_BITS, BLOOM_LINES, BLOOM_PREFIX_BITS, BloomLine, CROWDED, NEAR_PREFIX_BITS,
+    bloom_place, held_place, near_place, touched_place,
+};
 
 use crate::kernel::change::{Change, changes};
 
-/// Adds ranges of one address family, given by the first 32 bits of their first and last addresses.
-pub(super) fn add_ranges(
-    lines: &mut [BloomLine],
-    ranges: impl Iterator<Item = (u32, u32)>,
-    is_v4: bool,
-) {
-    let mut add = |(line, word, bits): (u32, usize, u64)| lines[line as usize][word] |= bits;
+/// Surroundings of long prefixes that a word of 64 bits takes the bits of. More of them would match anything, and leave
+/// nothing of what the word says of /25s.
+const MAX_NEAR: u8 = 12;
+
+/// Adds IPv6 prefixes, given by the first 32 bits of their first and last addresses.
+pub(super) fn add_v6(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)>) {
     for (first, last) in ranges {
         for address in beginnings(first, last, BLOOM_PREFIX_BITS) {
-            add(bloom_place(address, is_v4));
-        }
-        if is_v4 {
-            beginnings(first, last, BITMAP_PREFIX_BITS)
-                .for_each(|address| add(bitmap_place(address)));
+            add(lines, bloom_place(address, false));
         }
     }
+}
+
+/// Adds all IPv4 prefixes, given by their first and last addresses.
+pub(super) fn add_v4(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)> + Clone) {
+    let is_short = |&(first, last): &(u32, u32)| last - first >= u32::MAX >> BITMAP_PREFIX_BITS;
+    for (first, last) in ranges.clone() {
+        for address in beginnings(first, last, BITMAP_PREFIX_BITS) {
+            add(lines, touched_place(address));
+            if is_short(&(first, last)) {
+                add(lines, held_place(address));
+            }
+        }
+    }
+    let mut near = vec![(BloomLine::default(), [0_u8; 8]); BLOOM_LINES as usize];
+    for (first, last) in ranges.filter(|range| !is_short(range)) {
+        for address in beginnings(first, last, BLOOM_PREFIX_BITS) {
+            add(lines, bloom_place(address, true));
+        }
+        for address in beginnings(first, last, NEAR_PREFIX_BITS) {
+            let (line, ..) = bloom_place(address, true);
+            let (words, counts) = &mut near[line as usize];
+            let (word, bits) = near_place(address);
+            if words[word] & bits != bits {
+                words[word] |= bits;
+                counts[word] = counts[word].saturating_add(1);
+            }
+        }
+    }
+    for (line, (words, counts)) in lines.iter_mut().zip(near) {
+        for (word, (bits, count)) in line.iter_mut().zip(words.into_iter().zip(counts)) {
+            *word |= if count > MAX_NEAR { CROWDED } else { bits };
+        }
+    }
+}
+
+fn add(lines: &mut [BloomLine], (line, word, bits): (u32, usize, u64)) {
+    lines[line as usize][word] |= bits;
 }
 
 /// The first addresses of all prefixes of a length that a range touches, as in memory.
@@ -52,11 +87,13 @@ pub(super) fn may_match4(
     address: std::net::Ipv4Addr,
 ) -> bool {
     let address = address.to_bits().to_be();
-    let places = [bitmap_place(address), bloom_place(address, true)];
     let is_set = |(number, word, bits): (u32, usize, u64)| {
         line(number).is_some_and(|line| line[word] & bits == bits)
     };
-    places.into_iter().all(is_set)
+    let place = bloom_place(address, true);
+    let (word, bits) = near_place(address);
+    let is_near = is_set((place.0, word, bits)) || is_set((place.0, word, CROWDED));
+    is_set(touched_place(address)) && (is_set(held_place(address)) || is_set(place) && is_near)
 }
 
 #[cfg(test)]
@@ -68,10 +105,10 @@ mod tests {
 
     fn lines_of<'a>(prefixes: impl IntoIterator<Item = &'a Ipv4Net>) -> Vec<BloomLine> {
         let prefixes = prefixes.into_iter();
-        let ranges =
-            prefixes.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
+        let range = |prefix: &Ipv4Net| (prefix.network().to_bits(), prefix.broadcast().to_bits());
+        let ranges: Vec<_> = prefixes.map(range).collect();
         let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
-        add_ranges(&mut lines, ranges, true);
+        add_v4(&mut lines, ranges.iter().copied());
         lines
     }
 
@@ -95,7 +132,7 @@ mod tests {
                     let around = random.u32(..) >> prefix.prefix_len().min(31);
                     (prefix.network().to_bits() ^ around).wrapping_add(random.u32(..600))
                 });
-                let all = Ipv4Net::new_assert(address.into(), BLOOM_PREFIX_BITS as u8);
+                let all = Ipv4Net::new_assert(address.into(), NEAR_PREFIX_BITS as u8);
                 let expected = prefixes
                     .iter()
                     .any(|prefix| prefix.contains(&all.trunc()) || all.trunc().contains(prefix));
@@ -107,6 +144,26 @@ mod tests {
             }
         }
         assert!(far > 10_000 && mistaken < far / 100, "{mistaken} of {far}");
+    }
+
+    #[test]
+    fn list_that_is_too_long_for_surroundings_loses_no_address_and_keeps_away_what_is_far() {
+        let mut random = fastrand::Rng::with_seed(9);
+        for (count, is_crowded) in [(50_000, false), (2_000_000, true)] {
+            let addresses: Vec<Ipv4Net> = (0..count)
+                .map(|_| Ipv4Net::new_assert(random.u32(..).into(), 32))
+                .collect();
+            let lines = lines_of(&addresses);
+            let words = lines[..BLOOM_LINES as usize].iter().flatten();
+            let crowded = words.filter(|&&word| word & CROWDED != 0).count();
+            assert_eq!(crowded > 0, is_crowded);
+            let line = |number: u32| lines.get(number as usize).copied();
+            let held = addresses.iter().take(10_000);
+            let mut held = held.map(|address| address.network());
+            assert!(held.all(|address| may_match4(line, address)));
+            let far = (0..10_000).filter(|_| may_match4(line, random.u32(..).into()));
+            assert!(far.count() < if is_crowded { 3_000 } else { 20 });
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::{
     clock::BootTime,
     compile::{Compiled, Entries, Held},
-    kernel::bloom::add_ranges,
+    kernel::bloom::{add_v4, add_v6},
 };
 
 /// The content of a trie.
@@ -215,12 +215,12 @@ impl Image {
         let v4 = v4.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
         let v4 = v4.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
         let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
-        add_ranges(&mut lines, v4, true);
+        add_v4(&mut lines, v4);
         let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
         let v6 = v6.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
         let first_bits = |address: Ipv6Addr| (address.to_bits() >> 96) as u32;
         let v6 = v6.map(|prefix| (first_bits(prefix.network()), first_bits(prefix.broadcast())));
-        add_ranges(&mut lines, v6, false);
+        add_v6(&mut lines, v6);
         let used = (0..)
             .zip(lines)
             .filter(|(_, line)| *line != BloomLine::default());

@@ -100,11 +100,7 @@ impl Fleet {
         names.sort_unstable();
         names.dedup();
         names.retain(|name| only.is_none_or(|only| only == *name));
-        let is_holding = |(_, status): &(&String, &HostStatus)| {
-            let mut databases = status.databases.values();
-            databases.any(|database| database.state == FleetState::Held)
-        };
-        let holding = overview.reports().filter(is_holding);
+        let holding = overview.reports().filter(|(_, status)| status.is_holding());
         let elsewhere = overview.reports();
         let elsewhere = elsewhere.filter(|(_, status)| overview.is_elsewhere(status));
         let elsewhere = elsewhere.filter(|(host, _)| overview.alive.contains_key(*host));
@@ -366,12 +362,10 @@ pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
 /// Says which hosts have reported a database to another etcd, and not to this one.
 pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
     let is_elsewhere = |(host, status): &(&String, &HostStatus)| {
-        let reported = status.databases.get(database);
-        let reported = reported.filter(|it| it.state != FleetState::Held);
         // It reads the era that was raised since, and believes this one.
         let believes = status.era.unwrap_or_default() < overview.era;
         overview.is_alive(host, status)
-            && reported.is_some()
+            && status.databases.contains_key(database)
             && overview.is_elsewhere(status)
             && !believes
     };
