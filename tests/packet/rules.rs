@@ -1,6 +1,11 @@
 //! Which sources the rules allow, at which port.
 
-use filter_common::Reason::{Allowed, BadSource, NotAllowed};
+use std::net::Ipv4Addr;
+
+use filter_common::{
+    Reason::{Allowed, BadSource, NotAllowed},
+    bloom_place,
+};
 use filter_tests::{
     frames::{DECOY_PORT, Protocol},
     loaded::Loaded,
@@ -230,6 +235,37 @@ databases:
             &frame,
             judged(database, reason),
         );
+    }
+}
+
+/// Where a line of the Bloom filter has no room for the surroundings of its prefixes, what it leaves out is not denied.
+#[test]
+fn source_is_allowed_where_words_of_the_bloom_filter_are_crowded() {
+    let in_one_line = |source: &u32| bloom_place(source.to_be(), true).0 == 7;
+    let sources = (0..1 << 21).map(|n: u32| 20 << 24 | n << 7 | 77);
+    let sources: Vec<u32> = sources.filter(in_one_line).collect();
+    assert!(sources.len() > 200);
+    let mut policy = "interfaces: [eth0]\ndatabases:\n".to_owned();
+    let chunks: Vec<_> = (6000..).zip(sources.chunks(30)).collect();
+    for (port, sources) in &chunks {
+        let rule = |&source: &u32| format!("{{cidr: {}/32}}", Ipv4Addr::from(source));
+        let rules: Vec<_> = sources.iter().map(rule).collect();
+        let rules = rules.join(", ");
+        policy += &format!(
+            "  - {{name: d{port}, port: {port}, model: dedicated, force_tls: false, rules: [{rules}]}}\n"
+        );
+    }
+    let mut loaded = Loaded::new(&policy);
+    for (port, sources) in chunks {
+        for &source in sources {
+            // Beside it, in another /29.
+            for (source, reason) in [(source, Allowed), (source ^ 32, NotAllowed)] {
+                let source = Ipv4Addr::from(source).to_string();
+                let frame = packet(&source, LOCAL4, Protocol::Tcp, port).frame();
+                let expected = judged(&format!("d{port}"), reason);
+                check(&mut loaded, &source, &frame, expected);
+            }
+        }
     }
 }
 
