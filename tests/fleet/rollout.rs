@@ -153,6 +153,7 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
 
     let begin = || {
         let mut command = kim.command(&with(&["db7", "--soak", "60s"]));
+        command.stderr(Stdio::piped());
         let child = run_in(&etcd.host.name, || command.spawn().unwrap());
         let is_begun = || etcd.text_of("rules/orders").unwrap().contains("rollout");
         assert!(wait_until(is_begun));
@@ -168,15 +169,24 @@ fn rollout_that_does_no_harm_is_promoted_and_one_that_cannot_be_watched_is_taken
     is_as_before();
     // Without etcd nothing is taken back; interrupted once more, it leaves that to the hosts.
     let mut child = begin();
-    etcd.kill(0);
     let pid = Pid::from_raw(child.id().try_into().unwrap());
+    // The first attempt is sent, and has no answer; the next ones have no connection.
+    etcd.signal(0, Signal::SIGSTOP);
+    kill(pid, Signal::SIGINT).unwrap();
+    thread::sleep(Duration::from_secs(12));
+    etcd.kill(0);
+    thread::sleep(Duration::from_secs(2));
     let is_over = || {
         kill(pid, Signal::SIGINT).unwrap();
         thread::sleep(Duration::from_millis(500));
         child.try_wait().unwrap().is_some()
     };
     assert!(wait_until(is_over));
-    assert_eq!(wait(&mut child).unwrap().code(), Some(1));
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    let last = said.lines().last().unwrap();
+    assert!(last.contains("may be done all the same"), "{said}");
     etcd.run(0);
     etcd.wait_until_healthy();
     etcd.put("rules/orders", BEFORE.as_bytes());

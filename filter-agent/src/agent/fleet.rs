@@ -19,7 +19,7 @@ use crate::{
     },
     history::Origin,
     log::Entry,
-    policy::{Database, FromFleet, Source},
+    policy::{Database, FromFleet, Rule, Source},
     policy_file::PolicyFile,
     reconcile::{Committed, Occasion, Refused},
     snapshot::{fleet::describe_standing, no_addresses},
@@ -269,26 +269,30 @@ impl Agent {
     fn database_status(&self, database: &Database, fleet: &FromFleet) -> DatabaseStatus {
         let name = &database.name;
         let policy = &self.file.policy;
-        let (state, error) = describe_standing(self.fleet.standing(name));
+        // What the kernel refused was believed.
+        let believed = self.refused_fleet.as_ref().unwrap_or(&self.fleet);
+        let (state, error) = describe_standing(believed.standing(name));
+        let without = self.without_addresses(fleet);
         let not_verified = &self.this_host.not_verified;
         let is_verified = not_verified.is_empty();
         // The worst first: the kernel does something else, it takes no change, the document is not taken.
         let error = match (is_verified, &self.stuck) {
             (false, _) => Some(format!("not enforced: {}", list(not_verified.iter()))),
             (true, Some(stuck)) => Some(stuck.error.clone()),
-            (true, None) => error.or_else(|| self.without_addresses(fleet)),
+            (true, None) => error.or_else(|| {
+                let (region, why) = without?;
+                Some(no_addresses(region, why?))
+            }),
         };
         let good = self.fleet.documents().get(name);
-        let in_force = good.filter(|_| is_verified);
+        // One that is being looked up for the first time is not in force yet.
+        let is_looked_up = without.is_none_or(|(_, why)| why.is_some());
+        let in_force = good.filter(|_| is_verified && is_looked_up);
         let allowed = self.timed.in_force(database);
         let allowed = allowed.filter(|rule| rule.kind == Kind::Allow && rule.end > self.now.boot);
         let all_regions = || policy.regions.keys().cloned().collect();
         DatabaseStatus {
-            seen: self
-                .refused_fleet
-                .as_ref()
-                .unwrap_or(&self.fleet)
-                .seen(name),
+            seen: believed.seen(name),
             enforced: in_force.map(|good| good.mod_revision),
             sha256: in_force.map(|good| good.sha256.clone()),
             state,
@@ -306,15 +310,16 @@ impl Agent {
         }
     }
 
-    /// The first region of the document in force that could not be looked up, and allows nobody.
-    fn without_addresses(&self, fleet: &FromFleet) -> Option<String> {
-        fleet.rules.iter().find_map(|rule| {
+    /// The first region of the document in force that allows nobody, and why. `None`: it was not looked up yet.
+    fn without_addresses<'a>(&'a self, fleet: &'a FromFleet) -> Option<(&'a str, Option<&'a str>)> {
+        let lasts = |rule: &&Rule| rule.expires.is_none_or(|end| end > self.now.wall);
+        fleet.rules.iter().filter(lasts).find_map(|rule| {
             let Source::Region(name) = &rule.source else {
                 return None;
             };
             let region = self.regions.get(name)?;
-            let error = region.error.as_ref().filter(|_| region.set.is_none())?;
-            Some(no_addresses(name, &error.text))
+            let why = region.error.as_ref().map(|error| error.text.as_str());
+            region.set.is_none().then_some((name.as_str(), why))
         })
     }
 

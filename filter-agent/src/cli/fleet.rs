@@ -19,7 +19,7 @@ use jiff::Timestamp;
 
 use crate::{
     cli::output::{end_with_the_reader, failure_if},
-    etcd::client::Client,
+    etcd::client::{Changed, Client, NothingWritten},
     fleet::{Settings, host_status::HostStatus},
     policy::{
         MAX_DOCUMENT, Rule, Source, check_document, check_host, check_label, check_name,
@@ -34,9 +34,6 @@ pub(super) use args::Fleet;
 use difference::under_way;
 use rollout::Soaked;
 use write::{Care, Proposal, edit, follow, put};
-
-/// Of an error before anything was written.
-const UNWRITTEN: &str = "nothing is written";
 
 pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
     if let Some(database) = command.database() {
@@ -95,7 +92,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
                 check_label(label).map_err(anyhow::Error::msg)?;
             }
             let rule = Rule {
-                source: Source::Cidr(parse_source(&source).context(UNWRITTEN)?),
+                source: Source::Cidr(parse_source(&source).context(NothingWritten)?),
                 except: Vec::new(),
                 label,
                 expires,
@@ -110,7 +107,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             waiting,
             access,
         } => {
-            let source = Source::Cidr(parse_source(&source).context(UNWRITTEN)?);
+            let source = Source::Cidr(parse_source(&source).context(NothingWritten)?);
             let change = |text: Option<&[u8]>| {
                 let text = text.ok_or("there is no document")?;
                 let before = check_document(text)?;
@@ -134,7 +131,7 @@ pub(super) async fn fleet(command: Fleet) -> Result<ExitCode> {
             waiting,
             access,
         } => {
-            let text = read_document(&file).context(UNWRITTEN)?;
+            let text = read_document(&file).context(NothingWritten)?;
             if let Some(soak) = soak {
                 let soaked = Soaked {
                     database: &database,
@@ -202,7 +199,7 @@ fn in_seconds(at: Timestamp) -> Timestamp {
 
 /// A client for a command that writes.
 async fn writer(access: &Access) -> Result<Client> {
-    client(access).await.context(UNWRITTEN)
+    client(access).await.context(NothingWritten)
 }
 
 async fn client(access: &Access) -> Result<Client> {
@@ -333,7 +330,11 @@ async fn recover(yes: bool, access: &Access) -> Result<ExitCode> {
             return Ok(ExitCode::FAILURE);
         }
     }
-    client.raise_era(next, revision).await?;
+    let raised = client.raise_era(next, revision).await;
+    raised.map_err(|error| match error.downcast_ref::<Changed>() {
+        Some(changed) => anyhow!("somebody else writes the era: {changed}; nothing is written"),
+        None => error,
+    })?;
     say!("era {next}: hosts believe what etcd has now");
     let overview = client.overview().await;
     let overview = overview.context("the era is raised, but what hosts report cannot be read")?;

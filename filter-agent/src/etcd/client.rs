@@ -70,7 +70,12 @@ impl Overview {
         use FleetState::{Held, Unreadable};
         // What is not believed or not read has no revision.
         let is_behind = !matches!(reported.state, Held | Unreadable) && reported.seen < revision;
-        status.era.unwrap_or_default() < self.era || self.is_elsewhere(status) || is_behind
+        self.is_of_earlier_era(status) || self.is_elsewhere(status) || is_behind
+    }
+
+    /// Whether the era was raised since a host reported: it believes this etcd, once it reads that.
+    pub fn is_of_earlier_era(&self, status: &HostStatus) -> bool {
+        status.era.unwrap_or_default() < self.era
     }
 
     /// Whether a host has reported to another etcd, and not to this one: one that does not believe this one has.
@@ -88,6 +93,10 @@ impl Overview {
 /// A value was changed by somebody else, and is not overwritten. `None`: it is gone.
 #[derive(Debug)]
 pub struct Changed(pub Option<i64>);
+
+/// Said of an error before anything was written.
+#[derive(Debug)]
+pub struct NothingWritten;
 
 impl Client {
     /// Connects to the first member that answers.
@@ -215,7 +224,7 @@ impl Client {
     pub async fn forget(&mut self, host: &str) -> Result<bool> {
         let key = format!("{HOSTS}{host}");
         let done = within(self.kv.delete(key.as_str(), None)).await;
-        let done = done.map_err(|failure| self.failed(failure, &format!("remove {key}")))?;
+        let done = done.map_err(|failure| self.unanswered(failure, &format!("remove {key}")))?;
         Ok(done.deleted() > 0)
     }
 
@@ -266,27 +275,24 @@ impl Client {
         anyhow::Error::from(failure).context(what)
     }
 
+    /// The same of a write. `NothingWritten` where that is certain.
+    fn unanswered(&self, failure: Failure, what: &str) -> anyhow::Error {
+        if let Failure::Denied(_) | Failure::Refused(_) = failure {
+            return self.failed(failure, what).context(NothingWritten);
+        }
+        let doubt = "which may be done all the same: look before it is tried again";
+        self.failed(failure, &format!("{what}, {doubt}"))
+    }
+
     async fn put_if(&mut self, key: &str, text: &str, expected: i64) -> Result<i64> {
         let is_same = Compare::mod_revision(key, CompareOp::Equal, expected);
         let txn = Txn::new()
             .when([is_same])
             .and_then([TxnOp::put(key, text, None)])
             .or_else([TxnOp::get(key, None)]);
-        let done = within(self.kv.txn(txn)).await.map_err(|failure| {
-            let what = format!("write {key}");
-            match failure {
-                Failure::Denied(_) | Failure::Refused(_) => {
-                    self.failed(failure, &what).context("nothing is written")
-                }
-                _ => {
-                    let what = format!(
-                        "{what}, which may be done all the same: look before it is tried again"
-                    );
-                    self.failed(failure, &what)
-                }
-            }
-        });
-        let done = done?.0;
+        let done = within(self.kv.txn(txn)).await;
+        let done = done.map_err(|failure| self.unanswered(failure, &format!("write {key}")))?;
+        let done = done.0;
         if done.succeeded {
             let header = done.header.context("etcd's answer has no header")?;
             return Ok(header.revision);
@@ -330,3 +336,9 @@ impl std::fmt::Display for Changed {
 }
 
 impl std::error::Error for Changed {}
+
+impl std::fmt::Display for NothingWritten {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nothing is written")
+    }
+}

@@ -62,7 +62,7 @@ pub enum Failure {
     Denied(String),
     /// The answer is longer than we read.
     TooLong(String),
-    /// Nothing was done: there is no connection, or etcd is full, has too much to do, or does not take such a request.
+    /// Nothing was done: there is no connection, or etcd has too much to do, or does not take such a request.
     Refused(String),
     Other(anyhow::Error),
 }
@@ -98,10 +98,19 @@ impl From<etcd_client::Error> for Failure {
         let etcd_client::Error::GRpcStatus(status) = error else {
             return Self::Other(anyhow!(text));
         };
-        match status.code() as i32 {
+        let code = status.code() as i32;
+        if code == OUT_OF_RANGE {
+            return Self::TooLong(text);
+        }
+        // Made by the library of a connection that broke, which has codes of its own: no answer of etcd's.
+        if status.source().is_some() {
+            return Self::Other(anyhow!(text));
+        }
+        match code {
             PERMISSION_DENIED => Self::Denied(text),
-            OUT_OF_RANGE => Self::TooLong(text),
-            INVALID_ARGUMENT | RESOURCE_EXHAUSTED => Self::Refused(text),
+            INVALID_ARGUMENT => Self::Refused(text),
+            // An etcd that is full says so of writes that it has done, too.
+            RESOURCE_EXHAUSTED if text.contains("too many requests") => Self::Refused(text),
             _ => Self::Other(anyhow!(text)),
         }
     }

@@ -299,9 +299,14 @@ fn document_is_not_reported_as_enforced_unless_the_kernel_does_it() {
 #[test]
 fn region_of_a_document_that_allows_nobody_is_reported() {
     let mut world = world("true");
-    world.news(4, "rules: [{region: osc-fr1}]");
+    let end = at(600).wall;
+    world.news(
+        4,
+        &format!("rules: [{{region: osc-fr1, expires: '{end}'}}]"),
+    );
     world.perform(world.find(is_commit).unwrap(), OFFICE, false, false);
     world.pass(0);
+    assert_eq!(world.reported().enforced, None, "it is being looked up");
     let is_look_up = |effect: &Effect| matches!(effect, Effect::LookUp(_));
     world.perform(world.find(is_look_up).unwrap(), OFFICE, true, false);
     world.settle(OFFICE);
@@ -309,6 +314,9 @@ fn region_of_a_document_that_allows_nobody_is_reported() {
     assert_eq!(report.enforced, Some(4));
     let error = "region osc-fr1 has no addresses and allows nobody: no answer";
     assert_eq!(report.error.as_deref(), Some(error));
+    world.pass(601);
+    world.settle(OFFICE);
+    assert_eq!(world.reported().error, None);
 }
 
 #[test]

@@ -10,7 +10,6 @@ use jiff::{SignedDuration, Timestamp};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
-    UNWRITTEN,
     args::Access,
     difference::under_way,
     in_seconds,
@@ -18,7 +17,7 @@ use super::{
     write::{Care, Proposal},
 };
 use crate::{
-    etcd::client::{Changed, Client},
+    etcd::client::{Changed, Client, NothingWritten},
     policy::{check_document, with_rollout, without_rollout},
     text::list,
 };
@@ -105,9 +104,9 @@ impl Soaked<'_> {
         );
         let mut interrupts = Interrupts::listen()?;
         let mut client = super::writer(self.access).await?;
-        let overview = client.overview().await.context(UNWRITTEN)?;
+        let overview = client.overview().await.context(NothingWritten)?;
         let found = client.document(self.database, None).await;
-        let found = found.context(UNWRITTEN)?;
+        let found = found.context(NothingWritten)?;
         let before = found.as_ref().map(|value| value.text.as_slice());
         let rules = before.map_or(Ok(Default::default()), check_document);
         let rules = rules.map_err(|error| self.unwritten(&error))?;
@@ -126,9 +125,6 @@ impl Soaked<'_> {
         let proposal = Proposal::new(&overview, self.database, before, &proposed);
         let proposal = proposal.map_err(|error| self.unwritten(&error))?;
         proposal.check(care)?;
-        for line in proposal.difference.lines() {
-            say!("{line}");
-        }
         let baseline = self.rolled_out(before, same, self.soak + MARGIN)?;
         let until = baseline.until;
         let baseline = baseline.put(
@@ -141,6 +137,9 @@ impl Soaked<'_> {
         let baseline = baseline
             .await
             .map_err(|error| self.unanswered(error, "begin", until))?;
+        for line in proposal.difference.lines() {
+            say!("{line}");
+        }
         say!(
             "first without it, on {}: watched for {lasts}",
             list(self.on.iter())
@@ -253,14 +252,15 @@ impl Soaked<'_> {
         limit: Timestamp,
         interrupts: &mut Interrupts,
     ) -> Result<i64> {
-        let mut is_unanswered = false;
+        let mut unanswered = None;
+        let mut is_told = false;
         loop {
             let error = match client.put(self.database, text, expected).await {
                 Ok(revision) => return Ok(revision),
                 Err(error) => error,
             };
             if error.is::<Changed>() {
-                if is_unanswered
+                if unanswered.is_some()
                     && let Some(found) = client.document(self.database, None).await?
                     && found.text == text.as_bytes()
                 {
@@ -268,16 +268,20 @@ impl Soaked<'_> {
                 }
                 return Err(error);
             }
+            if !std::mem::replace(&mut is_told, true) {
+                eprintln!("filter-agent: {error:#}; it is tried again until {limit}");
+            }
+            // That nothing is written now says nothing of an attempt before.
+            let is_certain = error.is::<NothingWritten>() && unanswered.is_none();
+            let error = unanswered.take().unwrap_or(error);
             if Timestamp::now() >= limit {
                 return Err(error);
-            }
-            if !std::mem::replace(&mut is_unanswered, true) {
-                eprintln!("filter-agent: {error:#}; it is tried again until {limit}");
             }
             tokio::select! {
                 () = interrupts.next() => return Err(error),
                 () = tokio::time::sleep(PAUSE) => {}
             }
+            unanswered = (!is_certain).then_some(error);
             if let Ok(other) = super::client(self.access).await {
                 *client = other;
             }

@@ -23,7 +23,10 @@ pub(super) struct Watch {
     /// Of the document with the rollout.
     pub(super) revision: i64,
     hosts: BTreeMap<String, Host>,
+    /// From when on hosts have time to have it in force.
     begun: Instant,
+    /// As of the last look.
+    era: u64,
 }
 
 #[derive(Debug)]
@@ -67,6 +70,7 @@ impl Watch {
             revision,
             hosts: on.iter().map(host).collect(),
             begun: now,
+            era: 0,
         }
     }
 
@@ -122,6 +126,10 @@ impl Watch {
     pub(super) fn look(&mut self, overview: &Overview, now: Instant) -> Result<(), Halt> {
         if overview.documents.get(&self.database) != Some(&self.revision) {
             return Err(Halt::Changed);
+        }
+        // Hosts report anew once they have read a later one.
+        if overview.era != std::mem::replace(&mut self.era, overview.era) {
+            self.begun = now;
         }
         let (database, revision) = (&self.database, self.revision);
         let is_late = now.duration_since(self.begun) > LATE;
@@ -342,7 +350,9 @@ mod tests {
         fleet.look(15).unwrap();
         fleet.report(11, Some("line 3"), Some((15, 100)));
         fleet.overview.era = 1;
-        fleet.look(15).unwrap();
+        fleet.look(21).unwrap();
+        fleet.look(31).unwrap();
+        assert_eq!(halted(fleet.look(32)), "db7 does not enforce it after 10 s");
         fleet.overview.era = 0;
         assert_eq!(halted(fleet.look(15)), "db7 reports: line 3");
         let mut fleet = Fleet::judging(0);

@@ -100,7 +100,11 @@ impl Fleet {
         names.sort_unstable();
         names.dedup();
         names.retain(|name| only.is_none_or(|only| only == *name));
-        let holding = overview.reports().filter(|(_, status)| status.is_holding());
+        let is_holding = |(host, status): &(&String, &HostStatus)| {
+            let is_of_now = !overview.is_of_earlier_era(status);
+            status.is_holding() && is_of_now && overview.is_alive(host, status)
+        };
+        let holding = overview.reports().filter(is_holding);
         let elsewhere = overview.reports();
         let elsewhere = elsewhere.filter(|(_, status)| overview.is_elsewhere(status));
         let elsewhere = elsewhere.filter(|(host, _)| overview.alive.contains_key(*host));
@@ -362,12 +366,10 @@ pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
 /// Says which hosts have reported a database to another etcd, and not to this one.
 pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
     let is_elsewhere = |(host, status): &(&String, &HostStatus)| {
-        // It reads the era that was raised since, and believes this one.
-        let believes = status.era.unwrap_or_default() < overview.era;
         overview.is_alive(host, status)
             && status.databases.contains_key(database)
             && overview.is_elsewhere(status)
-            && !believes
+            && !overview.is_of_earlier_era(status)
     };
     let hosts = overview.reports().filter(is_elsewhere);
     let hosts: Vec<_> = hosts.map(|(host, _)| host).collect();
@@ -383,7 +385,9 @@ pub(super) fn lost(overview: &Overview, database: &str, is_readable: bool) -> Op
     let enforced = |(host, status)| {
         let status: &HostStatus = status;
         let reported = status.databases.get(database)?;
-        let is_lost = !is_readable || reported.state == FleetState::Refused;
+        let revision = overview.documents.get(database).copied();
+        let is_of_now = || !overview.is_earlier(status, reported, revision);
+        let is_lost = !is_readable || reported.state == FleetState::Refused && is_of_now();
         Some((host, reported.enforced.filter(|_| is_lost)?))
     };
     let (hosts, revisions): (Vec<_>, BTreeSet<_>) = overview.reports().filter_map(enforced).unzip();
@@ -536,7 +540,8 @@ mod tests {
             let mut overview = overview(&[("db7", report.into_bytes(), true)]);
             overview.cluster = 7.into();
             overview.era = 2;
-            let state = Fleet::of(&overview, None).databases[0].state;
+            let fleet = Fleet::of(&overview, None);
+            let state = fleet.databases[0].state;
             let doubts = [held(&overview, "orders"), elsewhere(&overview, "orders")];
             let [is_held, is_elsewhere] = doubts.map(|doubt| doubt.is_some());
             assert_eq!(
@@ -544,9 +549,27 @@ mod tests {
                 expected,
                 "{error:?} {era} {cluster:?}"
             );
+            assert_eq!(fleet.holding.is_empty(), !is_held);
             overview.alive.clear();
             assert_eq!(elsewhere(&overview, "orders"), None);
+            assert_eq!(Fleet::of(&overview, None).holding, [""; 0]);
         }
+    }
+
+    #[test]
+    fn rules_of_an_earlier_document_are_missed_where_it_is_gone_or_a_present_one_is_refused() {
+        let refused = |revision| {
+            let mut overview = overview(&[("db7", host(8, Some("line 3")), true)]);
+            overview.documents = [("orders".into(), revision)].into();
+            overview
+        };
+        let told = lost(&refused(9), "orders", true).unwrap();
+        assert!(told.starts_with("db7 still enforces") && told.contains("revision 8"));
+        // Its report is of a document before, which it refused.
+        assert_eq!(lost(&refused(10), "orders", true), None);
+        assert!(lost(&refused(10), "orders", false).is_some());
+        let good = overview(&[("db7", host(9, None), true)]);
+        assert_eq!(lost(&good, "orders", true), None);
     }
 
     #[test]

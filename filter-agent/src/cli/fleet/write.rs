@@ -6,13 +6,12 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use jiff::Timestamp;
 
 use super::{
-    UNWRITTEN,
     args::{Access, Waiting},
     difference::{Difference, under_way},
     read_document, status, writer,
 };
 use crate::{
-    etcd::client::{Changed, Client, Overview},
+    etcd::client::{Changed, Client, NothingWritten, Overview},
     policy::check_document,
 };
 
@@ -120,8 +119,11 @@ pub(super) async fn put(
     if_revision: Option<i64>,
     yes: bool,
 ) -> Result<()> {
-    let text = read_document(file).context(UNWRITTEN)?;
-    let found = client.document(database, None).await.context(UNWRITTEN)?;
+    let text = read_document(file).context(NothingWritten)?;
+    let found = client
+        .document(database, None)
+        .await
+        .context(NothingWritten)?;
     let revision = found.as_ref().map_or(0, |value| value.mod_revision);
     if let Some(wanted) = if_revision.filter(|&wanted| wanted != revision) {
         bail!(
@@ -137,7 +139,7 @@ pub(super) async fn put(
         say!("no difference: the document of revision {revision} is the same");
         return Ok(());
     }
-    let overview = client.overview().await.context(UNWRITTEN)?;
+    let overview = client.overview().await.context(NothingWritten)?;
     let proposal = Proposal::new(&overview, database, before, &text);
     let proposal = proposal.map_err(anyhow::Error::msg)?;
     proposal.check(Care::Whole { yes })?;
@@ -164,11 +166,11 @@ pub(super) async fn edit(
     // A few hosts can report more than can be read: that must not stop a command that takes access away.
     let (overview, unread) = match (client.overview().await, care) {
         (Err(error), Care::Told) => (Overview::default(), Some(error)),
-        (overview, _) => (overview.context(UNWRITTEN)?, None),
+        (overview, _) => (overview.context(NothingWritten)?, None),
     };
     for _ in 0..MAX_TRIES {
         let found = client.document(database, None).await;
-        let found = found.context(UNWRITTEN)?;
+        let found = found.context(NothingWritten)?;
         let revision = found.as_ref().map_or(0, |value| value.mod_revision);
         let before = found.as_ref().map(|value| value.text.as_slice());
         let changed = change(before).and_then(|text| {
