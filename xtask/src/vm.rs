@@ -515,12 +515,13 @@ impl Scenario {
             .machine
             .command("filter-agent reload 2>&1 && echo reloaded")?;
         ensure!(reloaded.ends_with("reloaded"), "reload says: {reloaded}");
+        // Each prints what it said at once: they would write into each other's lines.
         let mut psql = |sslmode: &str, query: &str| {
             self.machine.command(&format!(
                 "for i in $(seq 10); do
-                     ip netns exec outside timeout 600 psql \
+                     (said=$(ip netns exec outside timeout 600 psql \
                          'host=10.88.0.1 user=postgres dbname=postgres sslmode={sslmode}' \
-                         -Atc '{query}' 2>&1 &
+                         -Atc '{query}' 2>&1); printf '%s\\n' \"$said\") &
                  done
                  wait"
             ))
