@@ -518,7 +518,7 @@ fn forged_report_stops_no_command_and_a_lost_document_is_missed() {
     kim.says(&["revoke", "orders", "198.51.100.8"]);
     kim.says(&["forget", "db8"]);
     kim.says(&["forget", "db9"]);
-    // What hosts refuse is not what they have.
+    // Hosts refuse this document, and enforce the one before.
     etcd.put("rules/orders", b"rules: [{cidr: 0.0.0.0/0}]");
     let is_refused = || kim.run(&["status", "orders"]).status.code() == Some(1);
     assert!(wait_until(is_refused));
@@ -597,7 +597,7 @@ fn nothing_is_written_while_a_host_holds() {
     let told = kim.fails(&["revoke", "orders", "198.51.100.9"]);
     assert!(told.contains("it is written, but db7 does not"), "{told}");
     kim.says(&["recover", "--yes"]);
-    // What hosts have reported is of before.
+    // The hosts' reports are from before the era was raised.
     kim.says(&["allow", "orders", "198.51.100.10", "--wait", "30s"]);
     let explained = net.agent_json(&["explain", "198.51.100.8", "--database", "orders"]);
     assert_eq!(explained["verdicts"][0]["passes"], true, "{explained}");

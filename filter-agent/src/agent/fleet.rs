@@ -244,12 +244,16 @@ impl Agent {
         }
     }
 
+    /// The state after the newest answer that was believed, even if the kernel refused its rules.
+    fn believed_fleet(&self) -> &Fleet {
+        self.refused_fleet.as_ref().unwrap_or(&self.fleet)
+    }
+
     /// `None`: it is not written.
     fn host_status(&self) -> Option<HostStatus> {
         let policy = &self.file.policy;
         let keys = self.this_host.followed.as_ref()?.own.as_ref()?;
-        // Of what the kernel refused, too: it was believed.
-        let marks = self.refused_fleet.as_ref().unwrap_or(&self.fleet).marks();
+        let marks = self.believed_fleet().marks();
         let databases = policy.databases.iter().filter_map(|database| {
             let fleet = database.fleet.as_ref()?;
             let status = self.database_status(database, fleet);
@@ -269,8 +273,7 @@ impl Agent {
     fn database_status(&self, database: &Database, fleet: &FromFleet) -> DatabaseStatus {
         let name = &database.name;
         let policy = &self.file.policy;
-        // What the kernel refused was believed.
-        let believed = self.refused_fleet.as_ref().unwrap_or(&self.fleet);
+        let believed = self.believed_fleet();
         let (state, error) = describe_standing(believed.standing(name));
         let without = self.without_addresses(fleet);
         let not_verified = &self.this_host.not_verified;

@@ -28,7 +28,7 @@ pub struct Client {
     maintenance: MaintenanceClient,
     /// The member that answers.
     endpoint: String,
-    /// What to say of the user where a right is missing.
+    /// Names the user's certificate, for errors about a missing right.
     user: String,
 }
 
@@ -68,7 +68,7 @@ impl Overview {
         revision: Option<i64>,
     ) -> bool {
         use FleetState::{Held, Unreadable};
-        // What is not believed or not read has no revision.
+        // In these states a host has seen no document of this etcd.
         let is_behind = !matches!(reported.state, Held | Unreadable) && reported.seen < revision;
         self.is_of_earlier_era(status) || self.is_elsewhere(status) || is_behind
     }
@@ -127,8 +127,7 @@ impl Client {
                 Ok(_) => return Ok(client),
                 Err(failure) => match failure.at_first() {
                     denied @ Failure::Denied(_) => {
-                        let what = format!("{endpoint}: read {ERA}{user}");
-                        return Err(anyhow::Error::from(denied).context(what));
+                        return Err(client.failed(denied, &format!("read {ERA}")));
                     }
                     failure => {
                         errors.push(format!("{endpoint}: {:#}", anyhow::Error::from(failure)));
@@ -163,7 +162,7 @@ impl Client {
     /// Everything of the fleet that its status is made of, read at one revision.
     ///
     /// # Errors
-    /// No answer, no right to read it, or an era that is no number.
+    /// No answer, no right to read it, or the era is not a number.
     pub async fn overview(&mut self) -> Result<Overview> {
         let get = |prefix| TxnOp::get(prefix, Some(GetOptions::new().with_prefix()));
         let gets = [get(RULES), get(HOSTS), get(ALIVE), TxnOp::get(ERA, None)];

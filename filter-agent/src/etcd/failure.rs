@@ -62,7 +62,7 @@ pub enum Failure {
     Denied(String),
     /// The answer is longer than we read.
     TooLong(String),
-    /// Nothing was done: there is no connection, or etcd has too much to do, or does not take such a request.
+    /// The request changed nothing: it was not sent, or etcd rejected it.
     Refused(String),
     Other(anyhow::Error),
 }

@@ -24,27 +24,32 @@ pub(super) fn add_v6(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32,
 
 /// Adds all IPv4 prefixes, given by their first and last addresses.
 pub(super) fn add_v4(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)> + Clone) {
-    let is_short = |&(first, last): &(u32, u32)| last - first >= u32::MAX >> BITMAP_PREFIX_BITS;
+    let is_short = |first: u32, last: u32| last - first >= u32::MAX >> BITMAP_PREFIX_BITS;
     for (first, last) in ranges.clone() {
         for address in beginnings(first, last, BITMAP_PREFIX_BITS) {
             add(lines, touched_place(address));
-            if is_short(&(first, last)) {
+            if is_short(first, last) {
                 add(lines, held_place(address));
             }
         }
     }
     let mut near = vec![(BloomLine::default(), [0_u8; 8]); BLOOM_LINES as usize];
-    for (first, last) in ranges.filter(|range| !is_short(range)) {
+    for (first, last) in ranges.filter(|&(first, last)| !is_short(first, last)) {
         for address in beginnings(first, last, BLOOM_PREFIX_BITS) {
-            add(lines, bloom_place(address, true));
-        }
-        for address in beginnings(first, last, NEAR_PREFIX_BITS) {
-            let (line, ..) = bloom_place(address, true);
-            let (words, counts) = &mut near[line as usize];
-            let (word, bits) = near_place(address);
-            if words[word] & bits != bits {
-                words[word] |= bits;
-                counts[word] = counts[word].saturating_add(1);
+            let place = bloom_place(address, true);
+            add(lines, place);
+            let (words, counts) = &mut near[place.0 as usize];
+            let begin = u32::from_be(address);
+            let (first, last) = (
+                first.max(begin),
+                last.min(begin | u32::MAX >> BLOOM_PREFIX_BITS),
+            );
+            for address in beginnings(first, last, NEAR_PREFIX_BITS) {
+                let (word, bits) = near_place(address);
+                if words[word] & bits != bits {
+                    words[word] |= bits;
+                    counts[word] = counts[word].saturating_add(1);
+                }
             }
         }
     }

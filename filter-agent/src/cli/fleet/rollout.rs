@@ -252,15 +252,15 @@ impl Soaked<'_> {
         limit: Timestamp,
         interrupts: &mut Interrupts,
     ) -> Result<i64> {
-        let mut unanswered = None;
-        let mut is_told = false;
+        let is_unanswered = |error: &anyhow::Error| !error.is::<NothingWritten>();
+        let mut failed: Option<anyhow::Error> = None;
         loop {
             let error = match client.put(self.database, text, expected).await {
                 Ok(revision) => return Ok(revision),
                 Err(error) => error,
             };
             if error.is::<Changed>() {
-                if unanswered.is_some()
+                if failed.as_ref().is_some_and(is_unanswered)
                     && let Some(found) = client.document(self.database, None).await?
                     && found.text == text.as_bytes()
                 {
@@ -268,12 +268,11 @@ impl Soaked<'_> {
                 }
                 return Err(error);
             }
-            if !std::mem::replace(&mut is_told, true) {
+            if failed.is_none() {
                 eprintln!("filter-agent: {error:#}; it is tried again until {limit}");
             }
-            // That nothing is written now says nothing of an attempt before.
-            let is_certain = error.is::<NothingWritten>() && unanswered.is_none();
-            let error = unanswered.take().unwrap_or(error);
+            // That this attempt wrote nothing says nothing of one before.
+            let error = failed.take().filter(is_unanswered).unwrap_or(error);
             if Timestamp::now() >= limit {
                 return Err(error);
             }
@@ -281,7 +280,7 @@ impl Soaked<'_> {
                 () = interrupts.next() => return Err(error),
                 () = tokio::time::sleep(PAUSE) => {}
             }
-            unanswered = (!is_certain).then_some(error);
+            failed = Some(error);
             if let Ok(other) = super::client(self.access).await {
                 *client = other;
             }

@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::{
     cli::output::{end_with_the_reader, print_raw, print_table, table},
     etcd::client::{Client, Overview},
-    fleet::host_status::{DatabaseStatus, HostStatus},
+    fleet::host_status::HostStatus,
     policy::{self, check_within},
     report::FleetState,
     text::{list, one_line},
@@ -234,12 +234,16 @@ fn database(name: &str, overview: &Overview) -> Database {
         // Its error is about something earlier.
         if overview.is_earlier(status, reported, revision) {
             found.pending.push(host.clone());
+            continue;
+        }
         // No document was ever there: the policy's own rules are what is meant.
-        } else if revision.is_none()
+        if revision.is_none()
             && reported.enforced.is_none()
             && reported.state == FleetState::Missing
         {
-        } else if let Some(error) = &reported.error {
+            continue;
+        }
+        if let Some(error) = &reported.error {
             found.errors.insert(host.clone(), error.clone());
         } else if revision.is_some() && reported.enforced == revision {
             found.active += 1;
@@ -344,12 +348,10 @@ pub(super) fn refusals(overview: &Overview, database: &str, text: &str) -> Vec<S
 /// Says which hosts that are there do not believe what etcd has of a database.
 pub(super) fn held(overview: &Overview, database: &str) -> Option<String> {
     let is_held = |(host, status): &(&String, &HostStatus)| {
-        let is_held = |reported: &DatabaseStatus| {
-            // One that was, before the era was raised, believes it soon.
-            reported.state == FleetState::Held && !overview.is_earlier(status, reported, None)
-        };
         let reported = status.databases.get(database);
-        overview.is_alive(host, status) && reported.is_some_and(is_held)
+        reported.is_some_and(|it| it.state == FleetState::Held)
+            && overview.is_alive(host, status)
+            && !overview.is_of_earlier_era(status)
     };
     let held = overview.reports().filter(is_held);
     let held: Vec<_> = held.map(|(host, _)| host).collect();
@@ -382,10 +384,10 @@ pub(super) fn elsewhere(overview: &Overview, database: &str) -> Option<String> {
 /// Says which hosts enforce another document than etcd's, which does not follow from it: etcd has none, none that can be
 /// read (`is_readable`), or one that they refuse.
 pub(super) fn lost(overview: &Overview, database: &str, is_readable: bool) -> Option<String> {
+    let revision = overview.documents.get(database).copied();
     let enforced = |(host, status)| {
         let status: &HostStatus = status;
         let reported = status.databases.get(database)?;
-        let revision = overview.documents.get(database).copied();
         let is_of_now = || !overview.is_earlier(status, reported, revision);
         let is_lost = !is_readable || reported.state == FleetState::Refused && is_of_now();
         Some((host, reported.enforced.filter(|_| is_lost)?))
