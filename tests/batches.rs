@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     mem,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::{
         fd::{AsRawFd as _, BorrowedFd},
         unix::fs::FileExt as _,
@@ -19,12 +19,13 @@ use filter_agent::{
     compile::{Compiled, compile},
     kernel::{difference::Difference, filter::Filter},
     policy,
+    prefixes::Prefixes,
     rules::Regions,
     temporary::Timed,
 };
 use filter_common::{LAYOUT, SECTION_BITS, Source4};
 use filter_tests::bpffs::Bpffs;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use libseccomp::{
     ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpNotifReq, ScmpNotifResp,
     ScmpNotifRespFlags, ScmpSyscall,
@@ -62,12 +63,12 @@ fn many(network: u8, count: u16) -> Compiled {
     let (policy, _) = policy::parse(&text).unwrap_or_else(|problems| panic!("{problems:?}"));
     let timed = Timed::of(&policy, Clock::start().now());
     let mut compiled = compile(&policy, &Regions::new(), &timed);
-    let (_, held) = compiled.databases["a"].v4[0];
     let hosts = (0..count).map(|host| {
         let [high, low] = (host * 2).to_be_bytes();
-        (Ipv4Net::from(Ipv4Addr::new(10, network, high, low)), held)
+        IpNet::from(IpAddr::from([10, network, high, low]))
     });
-    compiled.databases.get_mut("a").unwrap().v4 = hosts.collect();
+    let hosts: Vec<IpNet> = hosts.collect();
+    compiled.databases.get_mut("a").unwrap().lists = vec![(0, Prefixes::shared(hosts))];
     compiled
 }
 
@@ -89,8 +90,15 @@ fn held(bpffs: &Bpffs) -> Vec<Ipv4Addr> {
 }
 
 fn addresses(compiled: &Compiled) -> Vec<Ipv4Addr> {
-    let v4 = compiled.databases["a"].v4.iter();
-    v4.map(|(prefix, _)| prefix.network()).collect()
+    let hosts = compiled.databases["a"]
+        .lists
+        .iter()
+        .flat_map(|(_, list)| list.iter());
+    let v4 = hosts.filter_map(|host| match host.network() {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
+    });
+    v4.collect()
 }
 
 /// The treatment that is in force, and how many calls met it.
@@ -238,8 +246,7 @@ fn removal_goes_on_behind_an_entry_that_somebody_removed() {
     filter.apply(&policy).unwrap();
     let mut trie = trie(&bpffs);
     for place in [700, 2_500] {
-        let (prefix, _) = policy.databases["a"].v4[place];
-        let address = prefix.network().octets();
+        let address = addresses(&policy)[place].octets();
         let keys = trie.keys().map(Result::unwrap);
         let key = keys.into_iter().find(|key| key.data().address == address);
         let section = key.unwrap().data().section;

@@ -1,6 +1,6 @@
 //! What the kernel holds after an apply that succeeds, and after one that is refused half way.
 
-use std::{net::Ipv4Addr, path::PathBuf, process::Command};
+use std::{net::IpAddr, path::PathBuf, process::Command};
 
 use aya::maps::{LpmTrie, Map, MapData, lpm_trie::Key};
 use filter_agent::{
@@ -13,12 +13,13 @@ use filter_agent::{
         probe::{frame, probes},
     },
     policy,
+    prefixes::Prefixes,
     rules::Regions,
     temporary::Timed,
 };
 use filter_common::{LAYOUT, Protocol, Reason, SECTION_BITS, Section, Source4};
 use filter_tests::bpffs::Bpffs;
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 
 fn compiled(databases: &str) -> Compiled {
     let text = format!("interfaces: [eth0]\ndatabases:\n{databases}");
@@ -49,12 +50,12 @@ fn many(network: u8) -> Compiled {
     let mut compiled = compiled(&format!(
         "  - {{name: a, port: 1, model: dedicated, force_tls: false, rules: [{{cidr: 10.{network}.0.0/16}}]}}\n"
     ));
-    let (_, held) = compiled.databases["a"].v4[0];
     let hosts = (0..4_000_u16).map(|host| {
         let [high, low] = (host * 2).to_be_bytes();
-        (Ipv4Net::from(Ipv4Addr::new(10, network, high, low)), held)
+        IpNet::from(IpAddr::from([10, network, high, low]))
     });
-    compiled.databases.get_mut("a").unwrap().v4 = hosts.collect();
+    let hosts: Vec<IpNet> = hosts.collect();
+    compiled.databases.get_mut("a").unwrap().lists = vec![(0, Prefixes::shared(hosts))];
     compiled
 }
 

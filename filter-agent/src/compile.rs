@@ -1,13 +1,15 @@
 //! A `Policy` and its regions to what the kernel must hold. Pure: no I/O, no clock.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 use filter_common::Protocol;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     clock::BootTime,
+    held::Group,
     policy::{Database, Model, OnRemoval, Policy, Rule, Tls},
+    prefixes::{Prefixes, Width, is_v4, width},
     rules::{Regions, RuleKey, held, keyed},
     temporary::{Kind, Timed},
 };
@@ -33,28 +35,16 @@ pub struct Entries {
     pub on_removal: OnRemoval,
     /// Rules and blocks, with their ends.
     pub rules: Vec<(RuleKey, Option<BootTime>)>,
-    /// Allowed prefixes, sorted. Two alike are the cluster's and the rules', in this order.
-    pub v4: Vec<(Ipv4Net, Held)>,
-    pub v6: Vec<(Ipv6Net, Held)>,
-    /// Blocked prefixes, sorted, no two alike.
-    pub blocked4: Vec<(Ipv4Net, Held)>,
-    pub blocked6: Vec<(Ipv6Net, Held)>,
-}
-
-/// The rule that holds a prefix, and the rule whose end counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// The place of its rule in `Entries::rules`: of two with the same prefix the earlier one.
-    pub rule: u16,
-    /// The place of the rule that ends last, of all that hold the prefix; `None`: one of them has no end.
-    pub end: Option<u16>,
-    pub is_member: bool,
+    /// What each holds, by its place in `rules`, in that order. The cluster has a list for each member.
+    pub lists: Vec<(u16, Arc<Prefixes>)>,
 }
 
 impl Entries {
-    /// Of both address families.
+    /// Allowed prefixes of both address families. One that the cluster and the rules have counts twice.
     pub fn prefixes(&self) -> usize {
-        self.v4.len() + self.v6.len()
+        let counts = self.prefixes_by_rule().into_iter().zip(&self.rules);
+        let allowed = counts.filter(|(_, (key, _))| key.group() != Group::Blocks);
+        allowed.map(|(count, _)| count).sum()
     }
 
     /// Whether connections without TLS are refused, rather than monitored.
@@ -65,11 +55,8 @@ impl Entries {
     /// Prefixes that each of `rules` gives. One that an earlier rule gives too counts there.
     pub fn prefixes_by_rule(&self) -> Vec<usize> {
         let mut counts = vec![0; self.rules.len()];
-        let held = self.v4.iter().map(|&(_, held)| held);
-        let held = held.chain(self.v6.iter().map(|&(_, held)| held));
-        let held = held.chain(self.blocked4.iter().map(|&(_, held)| held));
-        for held in held.chain(self.blocked6.iter().map(|&(_, held)| held)) {
-            counts[held.rule as usize] += 1;
+        for group in Group::ALL {
+            self.lists(group).count_by_rule(&mut counts);
         }
         counts
     }
@@ -112,10 +99,7 @@ fn compile_database(
         tls: database.tls,
         on_removal: database.on_removal,
         rules: Vec::new(),
-        v4: Vec::new(),
-        v6: Vec::new(),
-        blocked4: Vec::new(),
-        blocked6: Vec::new(),
+        lists: Vec::new(),
     };
     let name = &database.name;
     // The end of a rule: `Err` where it has ended. `what`: as it is called in a warning; nobody who looks after a host can
@@ -141,13 +125,13 @@ fn compile_database(
     for member in &database.cluster {
         let key = RuleKey::Member(member.source.clone());
         match end(&key, member, Some("cluster".into())) {
-            Ok(None) => permanent.extend_from_slice(&held(member, regions)),
-            Ok(end) => add(&mut entries, key, end, &held(member, regions)),
+            Ok(None) => permanent.push(held(member, regions)),
+            Ok(end) => entries.add(key, end, [held(member, regions)]),
             Err(()) => {}
         }
     }
-    if !permanent.is_empty() {
-        add(&mut entries, RuleKey::Cluster, None, &permanent);
+    if permanent.iter().any(|list| !list.is_empty()) {
+        entries.add(RuleKey::Cluster, None, permanent);
     }
     match &database.model {
         Model::Dedicated { .. } => {
@@ -155,106 +139,45 @@ fn compile_database(
             for (number, (key, rule)) in (1..).zip(keyed(database)) {
                 let what = (number <= written).then(|| format!("rule {number}"));
                 if let Ok(end) = end(&key, rule, what) {
-                    add(&mut entries, key, end, &held(rule, regions));
+                    entries.add(key, end, [held(rule, regions)]);
                 }
             }
         }
         Model::Shared { internet } => {
             if !policy.regional_network.is_empty() {
-                let key = RuleKey::RegionalNetwork;
-                add(&mut entries, key, None, &policy.regional_network);
+                let regional = Prefixes::shared(policy.regional_network.as_slice());
+                entries.add(RuleKey::RegionalNetwork, None, [regional]);
             }
             if *internet {
                 let everybody = [Ipv4Net::default().into(), Ipv6Net::default().into()];
-                add(&mut entries, RuleKey::Internet, None, &everybody);
+                entries.add(RuleKey::Internet, None, [Prefixes::shared(everybody)]);
             }
         }
     }
     for rule in timed.in_force(database) {
-        let source = std::slice::from_ref(&rule.source);
-        match rule.kind {
-            Kind::Allow => {
-                let key = RuleKey::Temporary(rule.source);
-                add(&mut entries, key, Some(rule.end), source);
-            }
-            Kind::Block => {
-                let held = Held::new(&mut entries, RuleKey::Block(rule.source), Some(rule.end));
-                match rule.source {
-                    IpNet::V4(source) => entries.blocked4.push((source, held)),
-                    IpNet::V6(source) => entries.blocked6.push((source, held)),
-                }
-            }
-        }
+        let key = match rule.kind {
+            Kind::Allow => RuleKey::Temporary(rule.source),
+            Kind::Block => RuleKey::Block(rule.source),
+        };
+        entries.add(key, Some(rule.end), [Prefixes::shared([rule.source])]);
     }
-    let ends: Vec<_> = entries.rules.iter().map(|&(_, end)| end).collect();
-    arrange(&mut entries.v4, &ends, |a, b| a.contains(b));
-    arrange(&mut entries.v6, &ends, |a, b| a.contains(b));
-    arrange(&mut entries.blocked4, &ends, |a, b| a.contains(b));
-    arrange(&mut entries.blocked6, &ends, |a, b| a.contains(b));
-    let next = ends.into_iter().flatten().min();
+    let next = entries.rules.iter().filter_map(|&(_, end)| end).min();
     compiled.next_end = [compiled.next_end, next].into_iter().flatten().min();
     entries
 }
 
-impl Held {
-    /// Appends a rule, and returns what it holds.
-    fn new(entries: &mut Entries, key: RuleKey, end: Option<BootTime>) -> Self {
-        let rule = entries.rules.len() as u16;
-        let is_member = key.is_exempt();
-        entries.rules.push((key, end));
-        Self {
-            rule,
-            end: end.map(|_| rule),
-            is_member,
-        }
-    }
-}
-
-/// Appends a rule and what it allows; sorting and duplicates come last.
-fn add(entries: &mut Entries, key: RuleKey, end: Option<BootTime>, prefixes: &[IpNet]) {
-    let held = Held::new(entries, key, end);
-    for prefix in prefixes {
-        match prefix {
-            IpNet::V4(prefix) => entries.v4.push((*prefix, held)),
-            IpNet::V6(prefix) => entries.v6.push((*prefix, held)),
-        }
-    }
-}
-
-/// Sorts prefixes, and gives each the latest end of all rules that hold it: a trie finds only the longest prefix of a
-/// source, and a rule of few sources that has ended must not hide one of many that is in force.
-pub(crate) fn arrange<N: Ord + Copy>(
-    held: &mut Vec<(N, Held)>,
-    ends: &[Option<BootTime>],
-    holds: impl Fn(&N, &N) -> bool,
-) {
-    // `None`, no end, is the latest.
-    let later = |one: Option<u16>, other: Option<u16>| {
-        let by_end = |&place: &u16| ends[usize::from(place)];
-        let (one, other) = (one?, other?);
-        [one, other].into_iter().max_by_key(by_end)
-    };
-    // Stable, so that of two rules with the same prefix the first keeps it.
-    held.sort_by_key(|&(prefix, held)| (prefix, !held.is_member));
-    held.dedup_by(|(next, same), (prefix, kept)| {
-        let is_same = next == prefix && same.is_member == kept.is_member;
-        if is_same {
-            kept.end = later(kept.end, same.end);
-        }
-        is_same
-    });
-    if held.iter().all(|(_, held)| held.end.is_none()) {
-        return;
-    }
-    for is_member in [true, false] {
-        let mut outer: Vec<(N, Option<u16>)> = Vec::new();
-        for (prefix, held) in held.iter_mut().filter(|(_, h)| h.is_member == is_member) {
-            while outer.pop_if(|(outer, _)| !holds(outer, prefix)).is_some() {}
-            if let Some(&(_, end)) = outer.last() {
-                held.end = later(held.end, end);
-            }
-            outer.push((*prefix, held.end));
-        }
+impl Entries {
+    /// Appends a rule or block and what it holds.
+    pub fn add(
+        &mut self,
+        key: RuleKey,
+        end: Option<BootTime>,
+        lists: impl IntoIterator<Item = Arc<Prefixes>>,
+    ) {
+        let rule = self.rules.len() as u16;
+        self.rules.push((key, end));
+        self.lists
+            .extend(lists.into_iter().map(|list| (rule, list)));
     }
 }
 
@@ -263,19 +186,9 @@ fn warn_of_width(database: &Database, entries: &Entries, warnings: &mut Vec<Stri
     if matches!(database.model, Model::Shared { internet: true }) {
         return;
     }
-    let v4 = width(entries.v4.iter().map(|(prefix, _)| {
-        let (first, last) = (u32::from(prefix.network()), u32::from(prefix.broadcast()));
-        (first.into(), last.into())
-    }));
-    let v6 = width(
-        entries
-            .v6
-            .iter()
-            .map(|(prefix, _)| (prefix.network().to_bits(), prefix.broadcast().to_bits())),
-    );
-    for (family, width, space) in [("IPv4", v4, 32), ("IPv6", v6, 128)] {
+    for (family, of_v4, space) in [("IPv4", true, 32), ("IPv6", false, 128)] {
         let half = (1 << (space - 1)) - 1;
-        let Some(width) = width.filter(|&width| width >= half) else {
+        let Some(width) = width_of(entries, of_v4).filter(|&width| width >= half) else {
             continue;
         };
         let whole = width == u128::MAX >> (128 - space);
@@ -291,22 +204,24 @@ fn warn_of_width(database: &Database, entries: &Entries, warnings: &mut Vec<Stri
     }
 }
 
-/// Addresses in the union of ranges sorted by first address, less one, since all of IPv6 would not
-/// fit; `None` when there is none.
-fn width(ranges: impl Iterator<Item = (u128, u128)>) -> Option<u128> {
-    let mut width: Option<u128> = None;
-    let mut end: Option<u128> = None;
-    for (first, last) in ranges {
-        let first = match end {
-            Some(end) if last <= end => continue,
-            Some(end) => first.max(end + 1),
-            None => first,
-        };
-        let more = last - first;
-        width = Some(width.map_or(more, |width| width + more + 1));
-        end = Some(last);
+/// Addresses of a family that are allowed. Where lists overlap, and are far from half of the address space, too many.
+fn width_of(entries: &Entries, of_v4: bool) -> Width {
+    let allowed = entries.lists.iter().filter(|(rule, _)| {
+        let (key, _) = &entries.rules[usize::from(*rule)];
+        key.group() != Group::Blocks
+    });
+    let lists: Vec<&Prefixes> = allowed.map(|(_, list)| &**list).collect();
+    let widths = lists.iter().filter_map(|list| list.width(of_v4));
+    let all = widths.reduce(|all, width| all.saturating_add(width).saturating_add(1))?;
+    // Only a few lists are so wide that it takes a look at all their prefixes.
+    let half = u128::MAX >> (if of_v4 { 97 } else { 1 });
+    if all < half {
+        return Some(all);
     }
-    width
+    let mut prefixes: Vec<&IpNet> = lists.iter().flat_map(|list| list.iter()).collect();
+    prefixes.retain(|prefix| is_v4(prefix) == of_v4);
+    prefixes.sort_unstable();
+    width(prefixes.into_iter())
 }
 
 #[cfg(test)]
@@ -362,13 +277,11 @@ mod tests {
         }
     }
 
-    /// By a rule without an end.
-    fn held(rule: u16) -> Held {
-        Held {
-            rule,
-            end: None,
-            is_member: false,
-        }
+    /// The prefixes of a group, each with its rule, and the one whose end counts.
+    fn all(entries: &Entries, group: Group) -> Vec<(String, u16, Option<u16>)> {
+        let all = entries.lists(group).all().into_iter();
+        all.map(|(prefix, held)| (prefix.to_string(), held.rule, held.end))
+            .collect()
     }
 
     fn at(text: &str) -> Timestamp {
@@ -446,7 +359,7 @@ mod tests {
         };
         let compiled = dedicated(vec![past, later, soon]);
         let entries = &compiled.databases["orders"];
-        assert_eq!(entries.v4.len(), 2);
+        assert_eq!(entries.prefixes(), 2);
         assert_eq!(compiled.next_end, Some(BootTime(32 * DAY)));
         assert!(compiled.warnings[0].contains("rule 1: 192.0.2.0/24 has expired"));
     }
@@ -467,12 +380,14 @@ mod tests {
             "192.0.2.0/24".parse().unwrap(),
             "2001:db8::/32".parse().unwrap(),
         ];
-        let regions = Regions::from([("office".into(), office.into())]);
+        let regions = Regions::from([("office".into(), Prefixes::shared(office))]);
         let compiled = compile(&with_region, &regions, &timed(&with_region));
         let entries = &compiled.databases["orders"];
         assert_eq!(entries.rules[0], (RuleKey::Cluster, None));
         assert_eq!(entries.prefixes_by_rule(), [1, 1, 1]);
-        assert_eq!(entries.v4[1], ("192.0.2.0/24".parse().unwrap(), held(1)));
+        let rules = [("192.0.2.0/24", 1), ("2001:db8::/32", 2)];
+        let rules = rules.map(|(prefix, rule)| (prefix.to_owned(), rule, None));
+        assert_eq!(all(entries, Group::Rules), rules);
     }
 
     /// Otherwise a rule of few sources that ended would hide one of many that is in force.
@@ -490,11 +405,7 @@ mod tests {
             until("198.51.100.1/32", 2),
             until("203.0.113.1/32", 2),
         ]);
-        let ends: Vec<_> = compiled.databases["orders"]
-            .v4
-            .iter()
-            .map(|(prefix, held)| (prefix.to_string(), held.rule, held.end))
-            .collect();
+        let ends = all(&compiled.databases["orders"], Group::Rules);
         let expected = [
             ("192.0.2.0/24", 1, Some(1)),
             ("192.0.2.0/28", 2, Some(1)),
@@ -520,12 +431,9 @@ mod tests {
         ];
         let compiled = compile(&policy, &Regions::new(), &timed(&policy));
         let entries = &compiled.databases["orders"];
-        let member = Held {
-            end: Some(0),
-            is_member: true,
-            ..held(0)
-        };
-        assert_eq!(entries.v4, [("10.1.2.4/32".parse().unwrap(), member)]);
+        let members = all(entries, Group::Cluster);
+        assert_eq!(members, [("10.1.2.4/32".to_owned(), 0, Some(0))]);
+        assert_eq!(entries.prefixes(), 1);
         assert_eq!(compiled.next_end, Some(BootTime(32 * DAY)));
         let expected = ["database orders, cluster: 10.1.2.3/32 has expired and allows nobody"];
         assert_eq!(compiled.warnings, expected);
@@ -537,12 +445,10 @@ mod tests {
         let open = policy(vec![database(Model::Shared { internet: true })]);
         let entries =
             |policy| compile(policy, &Regions::new(), &timed(policy)).databases["orders"].clone();
-        assert_eq!(
-            entries(&closed).v4,
-            [("10.0.0.0/8".parse().unwrap(), held(0))]
-        );
-        assert_eq!(entries(&closed).v6, []);
-        assert_eq!(entries(&open).v4[0], (Ipv4Net::default(), held(1)));
-        assert_eq!(entries(&open).v6, [(Ipv6Net::default(), held(1))]);
+        let rules = |policy| all(&entries(policy), Group::Rules);
+        let regional = ("10.0.0.0/8".to_owned(), 0, None);
+        let [v4, v6] = ["0.0.0.0/0", "::/0"].map(|all| (all.to_owned(), 1, None));
+        assert_eq!(rules(&open), [v4, regional.clone(), v6]);
+        assert_eq!(rules(&closed), [regional]);
     }
 }

@@ -6,19 +6,19 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use filter_common::Protocol;
-use ipnet::{Ipv4Net, Ipv6Net};
-
 use crate::{
     clock::BootTime,
-    compile::{Compiled, Entries, Held},
+    compile::{Compiled, Entries},
+    held::{Group, Held},
     host::{Interface, sockets::Connection},
     kernel::image::{Access, Image},
     log::Entry,
     policy::OnRemoval,
+    prefixes::around,
     report,
     rules::RuleKey,
 };
+use filter_common::Protocol;
 
 /// Sources that one change logs; the rest are only counted.
 const MAX_LOGGED: usize = 20;
@@ -153,52 +153,22 @@ impl Entries {
             let end = held.end.and_then(|rule| self.rules[usize::from(rule)].1);
             end.is_none_or(|end| end > now)
         };
-        let held: Vec<Held> = match source {
-            IpAddr::V4(source) => {
-                let prefix = |length| Ipv4Net::new_assert(source, length).trunc();
-                holding(&self.v4, (0..=32).rev().map(prefix)).collect()
-            }
-            IpAddr::V6(source) => {
-                let prefix = |length| Ipv6Net::new_assert(source, length).trunc();
-                holding(&self.v6, (0..=128).rev().map(prefix)).collect()
-            }
+        let allowing = |group| {
+            let lists = self.lists(group);
+            let mut held = around(source.into()).filter_map(|prefix| lists.held(prefix));
+            let held = held.find(in_force)?;
+            Some(&self.rules[usize::from(held.rule)].0)
         };
-        let rule = |held: &Held| &self.rules[usize::from(held.rule)].0;
-        let mut allowed = held.iter().filter(|held| in_force(held));
-        let member = allowed.clone().find(|held| held.is_member);
-        if member.is_some() {
-            return member.map(rule);
-        }
-        let is_blocked = match source {
-            IpAddr::V4(source) => blocked(&self.blocked4, |net| net.contains(&source), in_force),
-            IpAddr::V6(source) => blocked(&self.blocked6, |net| net.contains(&source), in_force),
+        let is_blocked = || {
+            let mut blocks = self.rules.iter();
+            blocks.any(|(key, end)| {
+                matches!(key, RuleKey::Block(block) if block.contains(&source))
+                    && end.is_none_or(|end| end > now)
+            })
         };
-        allowed.next().filter(|_| !is_blocked).map(rule)
+        let member = allowing(Group::Cluster);
+        member.or_else(|| allowing(Group::Rules).filter(|_| !is_blocked()))
     }
-}
-
-/// Whether a block holds a source. There are few.
-fn blocked<N>(
-    blocks: &[(N, Held)],
-    holds: impl Fn(&N) -> bool,
-    in_force: impl Fn(&Held) -> bool,
-) -> bool {
-    let mut blocks = blocks.iter();
-    blocks.any(|(net, held)| holds(net) && in_force(held))
-}
-
-/// The entries of these prefixes.
-fn holding<N: Ord + Copy>(
-    entries: &[(N, Held)],
-    prefixes: impl Iterator<Item = N>,
-) -> impl Iterator<Item = Held> {
-    prefixes.flat_map(|prefix| {
-        let first = entries.partition_point(|&(other, _)| other < prefix);
-        let same = entries[first..]
-            .iter()
-            .take_while(move |(other, _)| *other == prefix);
-        same.map(|&(_, held)| held)
-    })
 }
 
 /// Connections by database, rule and source.

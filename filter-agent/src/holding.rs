@@ -100,7 +100,7 @@ pub fn in_force(
         }
     };
     let permanent = database.cluster.iter().filter(|m| m.expires.is_none());
-    let permanent = permanent.flat_map(|member| held(member, regional.prefixes).into_owned());
+    let permanent = permanent.flat_map(|member| held(member, regional.prefixes).to_vec());
     fixed(RuleKey::Cluster, permanent.collect());
     if let Model::Shared { internet } = &database.model {
         fixed(RuleKey::RegionalNetwork, policy.regional_network.clone());
@@ -139,7 +139,7 @@ mod tests {
     use jiff::Timestamp;
 
     use super::*;
-    use crate::{clock::Now, policy::parse, temporary::Temporary};
+    use crate::{clock::Now, policy::parse, prefixes::Prefixes, temporary::Temporary};
 
     #[test]
     fn rule_is_covered_by_what_holds_it_for_as_long() {
@@ -186,7 +186,7 @@ databases:
             timed.temporary.push(rule);
         }
         let office = ["198.51.100.0/24", "2001:db8::/32"].map(|p| p.parse().unwrap());
-        let regions = Regions::from([("office".into(), office.into())]);
+        let regions = Regions::from([("office".into(), Prefixes::shared(office))]);
         let mut regional = Regional::new(&regions);
         let holdings = in_force(&policy, &policy.databases[0], &mut regional, &timed);
         let found = covered(&holdings);

@@ -1,13 +1,16 @@
 //! Rules as the kernel and the policy have them: their keys, and the prefixes that they hold. Pure.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use ipnet::IpNet;
 
-use crate::policy::{Database, Rule, Source, without};
+use crate::{
+    policy::{Database, Rule, Source, without},
+    prefixes::Prefixes,
+};
 
 /// Prefixes that each region allows, by its name. A region that is missing allows nobody.
-pub type Regions = BTreeMap<String, Arc<[IpNet]>>;
+pub type Regions = BTreeMap<String, Arc<Prefixes>>;
 
 /// Identifies a rule of a database in the kernel. It stays the same over reloads as long as the rule's source does.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -115,12 +118,15 @@ pub fn rule_id(origin: &str, source: &Source) -> String {
 }
 
 /// The prefixes of a rule of the policy or of a member of a cluster, without its exceptions.
-pub fn held<'a>(rule: &'a Rule, regions: &'a Regions) -> Cow<'a, [IpNet]> {
-    let prefixes: &[IpNet] = match &rule.source {
-        Source::Cidr(prefix) => std::slice::from_ref(prefix),
-        Source::Region(name) => regions.get(name).map_or(&[], |prefixes| prefixes),
+pub fn held(rule: &Rule, regions: &Regions) -> Arc<Prefixes> {
+    let prefixes = match &rule.source {
+        Source::Cidr(prefix) => Prefixes::shared([*prefix]),
+        Source::Region(name) => regions.get(name).cloned().unwrap_or_default(),
     };
-    without(prefixes, &rule.except)
+    match rule.except.is_empty() {
+        true => prefixes,
+        false => Prefixes::shared(without(&prefixes, &rule.except)),
+    }
 }
 
 #[cfg(test)]

@@ -351,7 +351,7 @@ fn kept_set() -> (RegionSource, Set) {
         version: None,
         shrunk: None,
         incomplete: None,
-        prefixes: [].into(),
+        prefixes: Default::default(),
     };
     (source, set)
 }

@@ -7,7 +7,6 @@ use std::{
     io::Write as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +18,7 @@ use filter_agent::{
     compile::compile,
     kernel::filter::Filter,
     policy,
+    prefixes::Prefixes,
     rules::Regions,
     temporary::{Kind, Temporary, Timed},
 };
@@ -316,7 +316,7 @@ databases:
         }
         let parsed = policy::parse(&text).map_err(|problems| anyhow::anyhow!("{problems:?}"));
         let (policy, _) = parsed.context("read the benchmark's policy")?;
-        let regions: Regions = BTreeMap::from([("r".to_owned(), Arc::from(networks))]);
+        let regions: Regions = BTreeMap::from([("r".to_owned(), Prefixes::shared(networks))]);
         let now = Clock::start().now();
         let end = now.boot.after(Duration::from_hours(1));
         let temporary = temporary.iter();

@@ -1,13 +1,18 @@
 //! Changing what the kernel holds: writing a difference, and taking it back.
 
-use std::{collections::BTreeSet, fmt};
+use std::{collections::BTreeSet, fmt, mem};
 
 use anyhow::{Error, Result, ensure};
 
 use crate::{
     compile::Compiled,
     kernel::{
-        counters::Counter, difference::Difference, filter::Filter, image::Image, read, steps::Step,
+        counters::Counter,
+        difference::Difference,
+        filter::Filter,
+        image::{Image, Origin},
+        read,
+        steps::Step,
     },
 };
 
@@ -20,6 +25,7 @@ const FEW: usize = 32;
 pub struct Planned {
     pub difference: Difference,
     image: Image,
+    origin: Option<Origin>,
 }
 
 /// A change that is in force, and the values that it replaced.
@@ -29,6 +35,7 @@ pub struct Applied {
     pub restarted: BTreeSet<String>,
     /// The image before the change.
     pub before: Image,
+    origin: Option<Origin>,
     replaced: Replaced,
 }
 
@@ -69,16 +76,7 @@ impl Filter {
     /// # Errors
     /// A policy that does not fit the maps. Found here, nothing has to be taken back.
     pub fn plan(&self, compiled: &Compiled) -> Result<Planned> {
-        let image = self.image_of(compiled)?;
-        Ok(Planned {
-            difference: self.image.difference(&image),
-            image,
-        })
-    }
-
-    /// Returns the content of the maps for `compiled`.
-    fn image_of(&self, compiled: &Compiled) -> Result<Image> {
-        let image = Image::of(compiled, &self.image)?;
+        let (image, origin) = Image::next(compiled, &self.image, self.origin.as_ref())?;
         for (family, prefixes) in [
             ("IPv4", image.allowed4.len()),
             ("IPv6", image.allowed6.len()),
@@ -90,7 +88,11 @@ impl Filter {
                 self.max_prefixes
             );
         }
-        Ok(image)
+        Ok(Planned {
+            difference: self.image.difference(&image),
+            image,
+            origin: Some(origin),
+        })
     }
 
     /// Plans and makes a change.
@@ -129,7 +131,8 @@ impl Filter {
             .collect();
         Ok(Applied {
             restarted,
-            before: std::mem::replace(&mut self.image, image),
+            before: mem::replace(&mut self.image, image),
+            origin: mem::replace(&mut self.origin, planned.origin),
             replaced,
         })
     }
@@ -140,7 +143,9 @@ impl Filter {
     /// A `NotTakenBack` or an `Unknown`.
     pub fn undo(&mut self, applied: Applied) -> Result<()> {
         let steps = self.image.steps_to(&applied.before);
-        self.take_back(steps.into_iter(), applied.replaced, applied.before)
+        let taken_back = self.take_back(steps.into_iter(), applied.replaced, applied.before);
+        self.origin = applied.origin.filter(|_| taken_back.is_ok());
+        taken_back
     }
 
     /// Writes the steps and what belongs to them. `begun`: the steps that may have been written.
@@ -179,7 +184,10 @@ impl Filter {
             // The step that failed first may not have been written at all, and the kernel refuses
             // to take it back for the same reason: only the maps show what is left.
             match read::image(&self.pinned_maps) {
-                Ok(image) => self.image = image,
+                Ok(image) => {
+                    self.image = image;
+                    self.origin = None;
+                }
                 Err(unread) => {
                     let error = refused.unwrap_or(unread);
                     return Err(error.context(Unknown));

@@ -1,11 +1,12 @@
 //! The content of the prefix Bloom filter, and of the bitmaps in front of it. Pure.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::Ipv6Addr};
 
 use filter_common::{
-    BITMAP_PREFIX_BITS, BLOOM_LINES, BLOOM_PREFIX_BITS, BloomLine, CROWDED, NEAR_PREFIX_BITS,
-    bloom_place, held_place, near_place, touched_place,
+    BITMAP_PREFIX_BITS, BLOOM_LINES, BLOOM_PREFIX_BITS, BLOOM_SHORTEST, BloomLine, CROWDED,
+    NEAR_PREFIX_BITS, PREFIX_LINES, bloom_place, held_place, near_place, touched_place,
 };
+use ipnet::{Ipv4Net, Ipv6Net};
 
 use crate::kernel::change::{Change, changes};
 
@@ -13,8 +14,31 @@ use crate::kernel::change::{Change, changes};
 /// nothing of what the word says of /25s.
 const MAX_NEAR: u8 = 12;
 
+/// The lines that are not all zeros, with prefixes added to them. Those that are too short to be looked for are left out.
+pub(super) fn with_prefixes<'a>(
+    used: &[(u32, BloomLine)],
+    v4: impl Iterator<Item = &'a Ipv4Net> + Clone,
+    v6: impl Iterator<Item = &'a Ipv6Net>,
+) -> Vec<(u32, BloomLine)> {
+    let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
+    for &(line, words) in used {
+        lines[line as usize] = words;
+    }
+    let v4 = v4.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
+    let v4 = v4.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
+    add_v4(&mut lines, v4);
+    let v6 = v6.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
+    let first_bits = |address: Ipv6Addr| (address.to_bits() >> 96) as u32;
+    let v6 = v6.map(|prefix| (first_bits(prefix.network()), first_bits(prefix.broadcast())));
+    add_v6(&mut lines, v6);
+    let lines = (0..).zip(lines);
+    lines
+        .filter(|(_, line)| *line != BloomLine::default())
+        .collect()
+}
+
 /// Adds IPv6 prefixes, given by the first 32 bits of their first and last addresses.
-pub(super) fn add_v6(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)>) {
+fn add_v6(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)>) {
     for (first, last) in ranges {
         for address in beginnings(first, last, BLOOM_PREFIX_BITS) {
             add(lines, bloom_place(address, false));
@@ -23,7 +47,7 @@ pub(super) fn add_v6(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32,
 }
 
 /// Adds all IPv4 prefixes, given by their first and last addresses.
-pub(super) fn add_v4(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)> + Clone) {
+fn add_v4(lines: &mut [BloomLine], ranges: impl Iterator<Item = (u32, u32)> + Clone) {
     let is_short = |first: u32, last: u32| last - first >= u32::MAX >> BITMAP_PREFIX_BITS;
     for (first, last) in ranges.clone() {
         for address in beginnings(first, last, BITMAP_PREFIX_BITS) {
@@ -103,9 +127,6 @@ pub(super) fn may_match4(
 
 #[cfg(test)]
 mod tests {
-    use filter_common::PREFIX_LINES;
-    use ipnet::Ipv4Net;
-
     use super::*;
 
     fn lines_of<'a>(prefixes: impl IntoIterator<Item = &'a Ipv4Net>) -> Vec<BloomLine> {

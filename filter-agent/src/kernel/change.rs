@@ -20,30 +20,28 @@ pub fn changes<K: Ord + Copy, V: PartialEq + Copy>(
     old: &[(K, V)],
     new: &[(K, V)],
 ) -> Vec<Change<K, V>> {
+    between(old.iter().copied(), new.iter().copied())
+}
+
+/// The same of what iterators return in order.
+pub fn between<K: Ord + Copy, V: PartialEq + Copy>(
+    old: impl Iterator<Item = (K, V)>,
+    new: impl Iterator<Item = (K, V)>,
+) -> Vec<Change<K, V>> {
     let mut changes = Vec::new();
-    // Most changes leave nearly all of a long list as it is.
-    let same = old.iter().zip(new).take_while(|(old, new)| old == new);
-    let same = same.count();
-    let (old, new) = (&old[same..], &new[same..]);
-    let (backwards, new_backwards) = (old.iter().rev(), new.iter().rev());
-    let same = backwards
-        .zip(new_backwards)
-        .take_while(|(old, new)| old == new);
-    let same = same.count();
-    let (old, new) = (&old[..old.len() - same], &new[..new.len() - same]);
-    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+    let (mut old, mut new) = (old.peekable(), new.peekable());
     loop {
         let (key, old, new) = match (old.peek(), new.peek()) {
             (None, None) => return changes,
-            (Some(&&(key, value)), None) => (key, old.next().map(|_| value), None),
-            (None, Some(&&(key, value))) => (key, None, new.next().map(|_| value)),
-            (Some(&&(left, value)), Some(&&(right, _))) if left < right => {
+            (Some(&(key, value)), None) => (key, old.next().map(|_| value), None),
+            (None, Some(&(key, value))) => (key, None, new.next().map(|_| value)),
+            (Some(&(left, value)), Some(&(right, _))) if left < right => {
                 (left, old.next().map(|_| value), None)
             }
-            (Some(&&(left, _)), Some(&&(right, value))) if right < left => {
+            (Some(&(left, _)), Some(&(right, value))) if right < left => {
                 (right, None, new.next().map(|_| value))
             }
-            (Some(&&(key, before)), Some(&&(_, after))) => {
+            (Some(&(key, before)), Some(&(_, after))) => {
                 (key, old.next().map(|_| before), new.next().map(|_| after))
             }
         };

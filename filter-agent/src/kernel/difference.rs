@@ -2,13 +2,14 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
-use filter_common::{Guard, Protocol, RuleValue, Section};
+use filter_common::{Guard, Protocol, Section};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::kernel::{
     change::{Change, changes},
     image::Image,
+    sections::TrieContent,
 };
 
 /// The changes of an apply, by database.
@@ -65,14 +66,12 @@ impl Image {
             .slots
             .iter_mut()
             .for_each(|(old, _)| *old = slot(*old as u16).into());
-        let section = |old: &mut Section| *old = old.with_slot(slot(old.slot()));
-        for list in [&mut image.allowed4, &mut image.blocked4] {
-            list.iter_mut().for_each(|((old, _), _)| section(old));
-            list.sort_unstable_by_key(|&(key, _)| key);
+        let section = |old: Section| old.with_slot(slot(old.slot()));
+        for prefixes in [&mut image.allowed4, &mut image.blocked4] {
+            *prefixes = in_sections(prefixes, section);
         }
-        for list in [&mut image.allowed6, &mut image.blocked6] {
-            list.iter_mut().for_each(|((old, _), _)| section(old));
-            list.sort_unstable_by_key(|&(key, _)| key);
+        for prefixes in [&mut image.allowed6, &mut image.blocked6] {
+            *prefixes = in_sections(prefixes, section);
         }
         image.locals.iter_mut().for_each(|(_, old)| guard(old));
         image.ports.iter_mut().for_each(|(_, old)| guard(old));
@@ -160,25 +159,17 @@ impl Image {
 
 /// Prefixes of a slot that come, or go: not those that another of its sections has as well.
 fn changed<N: Ord + Copy + Into<IpNet>>(
-    old: &[((Section, N), RuleValue)],
-    new: &[((Section, N), RuleValue)],
+    old: &TrieContent<N>,
+    new: &TrieContent<N>,
 ) -> Vec<(u16, IpNet, bool)> {
-    // Changes are sorted by section: most have the section of the one before.
-    let mut others = (None, [&old[..0], &new[..0]]);
-    let changes = changes(old, new).into_iter().filter_map(|change| {
+    let changes = old.changes_to(new).into_iter().filter_map(|change| {
         let (section, prefix) = change.key;
         let slot = section.slot();
         let other = match section.is_cluster() {
             true => Section::rules(slot),
             false => Section::cluster(slot),
         };
-        if others.0 != Some(other) {
-            others = (Some(other), [old, new].map(|list| part(list, other)));
-        }
-        let [was_there, is_there] = others.1.map(|list| {
-            let place = list.binary_search_by_key(&prefix, |&((_, prefix), _)| prefix);
-            place.is_ok()
-        });
+        let [was_there, is_there] = [old, new].map(|list| list.get(&(other, prefix)).is_some());
         let is_old = change.old.is_some() || was_there;
         let is_new = change.new.is_some() || is_there;
         (is_new != is_old).then(|| (slot, prefix.into(), is_new))
@@ -190,11 +181,16 @@ fn changed<N: Ord + Copy + Into<IpNet>>(
     changed
 }
 
-/// The prefixes of one section.
-fn part<N>(list: &[((Section, N), RuleValue)], section: Section) -> &[((Section, N), RuleValue)] {
-    let begin = list.partition_point(|((other, _), _)| *other < section);
-    let end = list.partition_point(|((other, _), _)| *other <= section);
-    &list[begin..end]
+/// The prefixes in other sections.
+fn in_sections<N: Ord + Copy>(
+    prefixes: &TrieContent<N>,
+    section: impl Fn(Section) -> Section,
+) -> TrieContent<N> {
+    let moved = prefixes.iter();
+    let moved = moved.map(|&((old, prefix), value)| ((section(old), prefix), value));
+    let mut moved: Vec<_> = moved.collect();
+    moved.sort_by_key(|&(key, _)| key);
+    moved.into()
 }
 
 /// `tcp/5432`.

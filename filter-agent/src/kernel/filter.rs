@@ -20,7 +20,7 @@ use crate::{
     kernel::{
         counters::{Counts, Fates, Hits},
         hook,
-        image::Image,
+        image::{Image, Origin},
         layout::{
             MapsFound, PinnedMaps, SHAPES, check_pin, check_pins, open_pins, share_connections,
         },
@@ -47,6 +47,8 @@ pub struct Filter {
     /// The content of the maps. The tries are read once, before this agent writes, and again only where a change
     /// could not be taken back: older kernels must not list a trie that changes.
     pub(super) image: Image,
+    /// What the image was made of; `None`: it was read from the maps.
+    pub(super) origin: Option<Origin>,
     /// Prefixes of one address family that a policy may have.
     pub(super) max_prefixes: usize,
     pub(super) pinned_maps: PinnedMaps,
@@ -150,6 +152,7 @@ impl Filter {
             tracing: None,
             maps,
             image,
+            origin: None,
             max_prefixes: made_for as usize / 2,
             pinned_maps,
             is_judged,

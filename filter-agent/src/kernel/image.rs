@@ -5,24 +5,28 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
 };
 
 use anyhow::{Result, bail};
 use filter_common::{
-    BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, PREFIX_LINES, Protocol, RULE_IDS, RuleValue,
-    SLOTS, Section, mapped, port_index,
+    BLOOM_SHORTEST, BloomLine, Guard, LocalKey, Name, Protocol, RULE_IDS, RuleValue, SLOTS,
+    Section, mapped, port_index,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::{
     clock::BootTime,
-    compile::{Compiled, Entries, Held},
-    kernel::bloom::{add_v4, add_v6},
+    compile::{Compiled, Entries},
+    held::{Group, Held},
+    kernel::{
+        bloom::with_prefixes,
+        sections::{Rewrite, TrieContent, sections},
+    },
 };
 
-/// The content of a trie.
-pub type Prefixes<N> = Vec<((Section, N), RuleValue)>;
+/// The prefixes by whose coming and going the prefix Bloom filter is filled anew: one in so many of all.
+const REFILL: usize = 64;
 
 /// The content of every map that decides a verdict, and the names of slots and rules. Each list is
 /// sorted by key, no two alike.
@@ -35,11 +39,11 @@ pub struct Image {
     /// Rule id to the end of the rule, where it has one.
     pub ends: Vec<(u32, BootTime)>,
     /// The rule that allows a prefix, and when that ends.
-    pub allowed4: Prefixes<Ipv4Net>,
-    pub allowed6: Prefixes<Ipv6Net>,
+    pub allowed4: TrieContent<Ipv4Net>,
+    pub allowed6: TrieContent<Ipv6Net>,
     /// The block that holds a prefix, and when that ends.
-    pub blocked4: Prefixes<Ipv4Net>,
-    pub blocked6: Prefixes<Ipv6Net>,
+    pub blocked4: TrieContent<Ipv4Net>,
+    pub blocked6: TrieContent<Ipv6Net>,
     /// The prefix Bloom filter: the lines that are not all zeros.
     pub bloom: Vec<(u32, BloomLine)>,
     pub locals: Vec<(LocalKey, Guard)>,
@@ -47,6 +51,14 @@ pub struct Image {
     pub ports: Vec<(u32, Guard)>,
     /// Sets of `Protocol::bit` and `Protocol::monitored_bit`.
     pub protocols: u32,
+}
+
+/// What an image was made of.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    pub compiled: Compiled,
+    /// Prefixes that came or went since the Bloom filter was filled: it may still match those that went.
+    since_filled: usize,
 }
 
 /// The verdict of an image on a source and a local port.
@@ -68,18 +80,32 @@ fn find<K: Ord + Copy, V: Copy>(list: &[(K, V)], key: K) -> Option<V> {
 }
 
 impl Image {
-    /// Returns the image for `compiled`. Databases and rules that `current` has keep their slots and ids, new
+    /// Returns the image for `compiled` where nothing is in force yet, or it is not known what that was made of.
+    ///
+    /// # Errors
+    /// As `next`.
+    pub fn of(compiled: &Compiled, current: &Self) -> Result<Self> {
+        let (image, _) = Self::next(compiled, current, None)?;
+        Ok(image)
+    }
+
+    /// Returns the image for `compiled`, and what it is made of, as `former` is for `current`. Databases and rules that `current` has keep their slots and ids, new
     /// ones get unused ones: no entry in force changes its meaning while steps are written.
     ///
     /// # Errors
     /// More databases or rules, old and new together, than the kernel has slots or ids.
-    pub fn of(compiled: &Compiled, current: &Self) -> Result<Self> {
+    pub fn next(
+        compiled: &Compiled,
+        current: &Self,
+        former: Option<&Origin>,
+    ) -> Result<(Self, Origin)> {
         let mut image = Self::default();
+        let mut allowed = Rewrite::of(&current.allowed4, &current.allowed6);
+        let mut blocked = Rewrite::of(&current.blocked4, &current.blocked6);
         let mut slots = current.slots_by_name();
         let moving = current.moving(compiled, &slots);
         slots.retain(|_, slot| !moving.contains(slot));
-        // Only a new database needs one: finding them takes a look at every prefix.
-        let mut free_slots = None;
+        let mut free_slots = current.free_slots();
         let ids: BTreeMap<(u16, &str), u32> = current
             .rules
             .iter()
@@ -88,15 +114,10 @@ impl Image {
         let mut free_ids = current.free_ids();
         let mut ports: BTreeMap<u32, Guard> = BTreeMap::new();
         for (database, entries) in &compiled.databases {
-            let slot = match slots.get(database.as_str()) {
-                Some(&slot) => slot,
-                None => match free_slots
-                    .get_or_insert_with(|| current.free_slots())
-                    .next()
-                {
-                    Some(slot) => slot,
-                    None => bail!("no slot left for database {database}: reload in two steps"),
-                },
+            let kept = slots.get(database.as_str()).copied();
+            let slot = match kept.or_else(|| free_slots.next()) {
+                Some(slot) => slot,
+                None => bail!("no slot left for database {database}: reload in two steps"),
             };
             let Some(name) = Name::new(0, database) else {
                 bail!("database name {database} does not fit the kernel's field");
@@ -119,47 +140,29 @@ impl Image {
                 image.rules.push((id, name));
                 image.ends.extend(end.map(|end| (id, end)));
             }
-            let value = |held: Held| {
-                let rule = rules[usize::from(held.rule)];
-                let (section, value) = if held.is_member {
-                    (Section::cluster(slot), RuleValue::allowed(rule).exempt())
-                } else {
-                    (Section::rules(slot), RuleValue::allowed(rule))
-                };
-                (section, until_end(value, held, &rules))
+            let former = former.filter(|_| kept.is_some());
+            let former = former.and_then(|former| former.compiled.databases.get(database));
+            let rewrite = |trie: &mut Rewrite, group, section, value: fn(u32) -> RuleValue| {
+                let former = former.map(|former| former.lists(group));
+                trie.section(section, &entries.lists(group), former.as_ref(), |held| {
+                    until_end(value(rules[usize::from(held.rule)]), held, &rules)
+                });
             };
-            let v4 = entries.v4.iter().map(|&(prefix, held)| {
-                let (section, value) = value(held);
-                ((section, prefix), value)
-            });
-            image.allowed4.extend(v4);
-            let v6 = entries.v6.iter().map(|&(prefix, held)| {
-                let (section, value) = value(held);
-                ((section, prefix), value)
-            });
-            image.allowed6.extend(v6);
-            let block = |held: Held| {
-                let block = RuleValue::blocked(rules[usize::from(held.rule)]);
-                until_end(block, held, &rules)
-            };
+            let exempt = |rule| RuleValue::allowed(rule).exempt();
             let section = Section::rules(slot);
-            let v4 = entries.blocked4.iter();
-            image
-                .blocked4
-                .extend(v4.map(|&(prefix, held)| ((section, prefix), block(held))));
-            let v6 = entries.blocked6.iter();
-            image
-                .blocked6
-                .extend(v6.map(|&(prefix, held)| ((section, prefix), block(held))));
+            rewrite(&mut allowed, Group::Cluster, Section::cluster(slot), exempt);
+            rewrite(&mut allowed, Group::Rules, section, RuleValue::allowed);
+            rewrite(&mut blocked, Group::Blocks, section, RuleValue::blocked);
             image.protocols |= if entries.monitor {
                 entries.protocol.monitored_bit()
             } else {
                 entries.protocol.bit()
             };
-            let v4 = entries.v4.iter().map(|(prefix, _)| prefix.prefix_len());
-            let v6 = entries.v6.iter().map(|(prefix, _)| prefix.prefix_len());
-            let is_wide = v4.chain(v6).any(|length| length < BLOOM_SHORTEST);
-            let has_blocks = !entries.blocked4.is_empty() || !entries.blocked6.is_empty();
+            let shortest =
+                [Group::Cluster, Group::Rules].map(|group| entries.lists(group).shortest());
+            let shortest = shortest.into_iter().flatten().min();
+            let is_wide = shortest.is_some_and(|length| length < BLOOM_SHORTEST);
+            let has_blocks = entries.lists(Group::Blocks).count() > 0;
             let has_cluster = entries.rules.iter().any(|(rule, _)| rule.is_exempt());
             for &port in &entries.ports {
                 let port = port_index(entries.protocol, port);
@@ -205,27 +208,34 @@ impl Image {
         image.slots.sort_unstable_by_key(|&(slot, _)| slot);
         image.rules.sort_unstable_by_key(|&(id, _)| id);
         image.ends.sort_unstable_by_key(|&(id, _)| id);
-        // Stable sorts: nearly sorted already, one run for each database.
-        image.allowed4.sort_by_key(|&(key, _)| key);
-        image.allowed6.sort_by_key(|&(key, _)| key);
-        image.blocked4.sort_by_key(|&(key, _)| key);
-        image.blocked6.sort_by_key(|&(key, _)| key);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
-        let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
-        let v4 = v4.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
-        let v4 = v4.map(|prefix| (prefix.network().to_bits(), prefix.broadcast().to_bits()));
-        let mut lines = vec![BloomLine::default(); PREFIX_LINES as usize];
-        add_v4(&mut lines, v4);
-        let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
-        let v6 = v6.filter(|prefix| prefix.prefix_len() >= BLOOM_SHORTEST);
-        let first_bits = |address: Ipv6Addr| (address.to_bits() >> 96) as u32;
-        let v6 = v6.map(|prefix| (first_bits(prefix.network()), first_bits(prefix.broadcast())));
-        add_v6(&mut lines, v6);
-        let used = (0..)
-            .zip(lines)
-            .filter(|(_, line)| *line != BloomLine::default());
-        image.bloom = used.collect();
-        Ok(image)
+        (image.allowed4, image.allowed6) = allowed.finish();
+        (image.blocked4, image.blocked6) = blocked.finish();
+        let changed = allowed.changes4.len() + allowed.changes6.len();
+        let mut since_filled = changed + former.map_or(0, |former| former.since_filled);
+        let prefixes = image.allowed4.len() + image.allowed6.len();
+        image.bloom = if former.is_some() && since_filled * REFILL < prefixes {
+            let v4 = allowed
+                .changes4
+                .iter()
+                .filter(|change| change.old.is_none());
+            let v6 = allowed
+                .changes6
+                .iter()
+                .filter(|change| change.old.is_none());
+            let v4 = v4.map(|change| &change.key.1);
+            with_prefixes(&current.bloom, v4, v6.map(|change| &change.key.1))
+        } else {
+            since_filled = 0;
+            let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
+            let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
+            with_prefixes(&[], v4, v6)
+        };
+        let origin = Origin {
+            compiled: compiled.clone(),
+            since_filled,
+        };
+        Ok((image, origin))
     }
 
     /// The guards of a slot's ports where TLS is forced.
@@ -304,11 +314,11 @@ impl Image {
         let value = sections.find_map(|section| match source {
             IpAddr::V4(source) => (0..=32).rev().find_map(|length| {
                 let prefix = Ipv4Net::new_assert(source, length).trunc();
-                find(&self.allowed4, (section, prefix))
+                self.allowed4.get(&(section, prefix))
             }),
             IpAddr::V6(source) => (0..=128).rev().find_map(|length| {
                 let prefix = Ipv6Net::new_assert(source, length).trunc();
-                find(&self.allowed6, (section, prefix))
+                self.allowed6.get(&(section, prefix))
             }),
         })?;
         let lasts = |value: &RuleValue| {
@@ -423,16 +433,14 @@ impl Image {
     /// Slots that no map mentions. A crashed agent may have left entries of a slot without a name.
     fn free_slots(&self) -> impl Iterator<Item = u16> {
         let slots = self.slots.iter().map(|&(slot, _)| slot as u16);
-        let slots = slots.chain(self.allowed4.iter().map(|((section, _), _)| section.slot()));
-        let slots = slots.chain(self.allowed6.iter().map(|((section, _), _)| section.slot()));
-        let slots = slots.chain(self.blocked4.iter().map(|((section, _), _)| section.slot()));
-        let slots = slots.chain(self.blocked6.iter().map(|((section, _), _)| section.slot()));
+        let of_prefixes = sections(&self.allowed4).chain(sections(&self.allowed6));
+        let of_prefixes = of_prefixes.chain(sections(&self.blocked4));
+        let of_prefixes = of_prefixes.chain(sections(&self.blocked6));
+        let slots = slots.chain(of_prefixes.map(|section| section.slot()));
         let slots = slots.chain(self.ports.iter().map(|(_, guard)| guard.slot()));
         let slots = slots.chain(self.locals.iter().map(|(_, guard)| guard.slot()));
-        // A table, not a set: there may be a million prefixes.
-        let mut used = [false; u16::MAX as usize + 1];
-        slots.for_each(|slot| used[usize::from(slot)] = true);
-        (1..SLOTS as u16).filter(move |&slot| !used[usize::from(slot)])
+        let used: BTreeSet<u16> = slots.collect();
+        (1..SLOTS as u16).filter(move |slot| !used.contains(slot))
     }
 
     /// A rule's id is free once its name is gone, which is removed last.
@@ -443,17 +451,7 @@ impl Image {
 }
 
 fn blocks(entries: &Entries) -> BTreeSet<IpNet> {
-    let v4 = entries
-        .blocked4
-        .iter()
-        .map(|&(prefix, _)| IpNet::V4(prefix));
-    v4.chain(
-        entries
-            .blocked6
-            .iter()
-            .map(|&(prefix, _)| IpNet::V6(prefix)),
-    )
-    .collect()
+    entries.lists(Group::Blocks).prefixes().copied().collect()
 }
 
 fn places(entries: &Entries) -> BTreeSet<(u32, Option<[u8; 16]>, bool)> {

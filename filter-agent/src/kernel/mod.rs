@@ -20,6 +20,8 @@ pub mod program;
 mod read;
 mod restore;
 pub mod samples;
+mod sections;
+pub mod sorted;
 pub mod steps;
 pub mod traced;
 mod tries;

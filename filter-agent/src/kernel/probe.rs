@@ -10,7 +10,10 @@ use ipnet::IpNet;
 
 use crate::{
     clock::BootTime,
-    compile::{Compiled, Entries, Held},
+    compile::{Compiled, Entries},
+    held::Group,
+    prefixes::Prefixes,
+    rules::RuleKey,
 };
 
 pub struct Probe {
@@ -27,6 +30,9 @@ pub struct Probe {
 /// Probes of one round: one sends a few hundred packets, however many ports the policy has.
 pub const MAX_PROBES: usize = 512;
 
+/// Prefixes without a gap between them that a source outside of all is looked for behind: each takes some microseconds.
+const MAX_LOOKS: usize = 10_000;
+
 /// Time that a round of probes may take.
 const MARGIN: Duration = Duration::from_secs(5);
 
@@ -39,44 +45,25 @@ pub fn probes(compiled: &Compiled, now: BootTime, round: u64) -> Vec<Probe> {
     let mut probes = Vec::new();
     let share = MAX_PROBES / compiled.databases.len().max(1);
     for (name, entries) in &compiled.databases {
-        let v4 = || {
-            entries.v4.iter().map(|(prefix, _)| {
-                let (first, last) = (prefix.network(), prefix.broadcast());
-                (first.to_bits().into(), last.to_bits().into())
-            })
+        let allowed = entries.lists.iter().map(|(rule, list)| {
+            let (key, end) = &entries.rules[usize::from(*rule)];
+            (key, *end, &**list)
+        });
+        let allowed = allowed.filter(|(key, ..)| key.group() != Group::Blocks);
+        let lasting = |end: Option<BootTime>| end.is_none_or(|end| end > now.after(MARGIN));
+        let lasting = allowed.clone().filter(|&(_, end, _)| lasting(end));
+        let lasting: Vec<&Prefixes> = lasting.map(|(.., list)| list).collect();
+        let all: Vec<&Prefixes> = allowed.map(|(.., list)| list).collect();
+        let is_free = |source: &IpAddr| {
+            let mut rules = entries.rules.iter();
+            !rules.any(|(key, _)| matches!(key, RuleKey::Block(block) if block.contains(source)))
         };
-        let v6 = || {
-            entries.v6.iter().map(|(prefix, _)| {
-                let (first, last) = (prefix.network(), prefix.broadcast());
-                (first.to_bits(), last.to_bits())
-            })
-        };
-        let lasts = |held: &Held| {
-            let end = held.end.and_then(|rule| entries.rules[usize::from(rule)].1);
-            end.is_none_or(|end| end > now.after(MARGIN))
-        };
-        let lasting4 = v4().zip(&entries.v4).filter(|(_, (_, held))| lasts(held));
-        let lasting6 = v6().zip(&entries.v6).filter(|(_, (_, held))| lasts(held));
-        let free4 = |bits| {
-            source4(bits).filter(|source| {
-                let mut blocked = entries.blocked4.iter();
-                !blocked.any(|(prefix, _)| IpNet::V4(*prefix).contains(source))
-            })
-        };
-        let free6 = |bits| {
-            source6(bits).filter(|source| {
-                let mut blocked = entries.blocked6.iter();
-                !blocked.any(|(prefix, _)| IpNet::V6(*prefix).contains(source))
-            })
-        };
-        let sources = [
-            (inside(lasting4.map(|(range, _)| range), free4), true),
-            (outside(v4(), 1 << 24, source4), false),
-            (inside(lasting6.map(|(range, _)| range), free6), true),
-            // Above ::/64: below it are IPv4-mapped and other special addresses.
-            (outside(v6(), 1 << 64, source6), false),
-        ];
-        let sources = sources.into_iter().filter_map(|(source, allowed)| {
+        let sources = [true, false].into_iter().flat_map(|of_v4| {
+            let prefixes = lasting.iter().flat_map(|list| list.of_family(of_v4));
+            let inside = inside(prefixes, is_free);
+            [(inside, true), (outside(&all, of_v4), false)]
+        });
+        let sources = sources.filter_map(|(source, allowed)| {
             let source = source?;
             Some((source, destination(entries, source)?, allowed))
         });
@@ -105,44 +92,60 @@ pub fn probes(compiled: &Compiled, now: BootTime, round: u64) -> Vec<Probe> {
 }
 
 /// An address as a source, unless no host may have it on the wire.
-fn source4(bits: u128) -> Option<IpAddr> {
-    let address = Ipv4Addr::from_bits(bits.try_into().ok()?);
-    (!is_bad_source4(address.to_bits())).then_some(address.into())
+fn source(bits: u128, of_v4: bool) -> Option<IpAddr> {
+    let is_bad = match address(bits, of_v4)? {
+        IpAddr::V4(address) => is_bad_source4(address.to_bits()),
+        IpAddr::V6(address) => is_bad_source6(address.to_bits()),
+    };
+    address(bits, of_v4).filter(|_| !is_bad)
 }
 
-fn source6(bits: u128) -> Option<IpAddr> {
-    let address = Ipv6Addr::from_bits(bits);
-    (!is_bad_source6(address.to_bits())).then_some(address.into())
+fn address(bits: u128, of_v4: bool) -> Option<IpAddr> {
+    match of_v4 {
+        true => Some(Ipv4Addr::from_bits(bits.try_into().ok()?).into()),
+        false => Some(Ipv6Addr::from_bits(bits).into()),
+    }
 }
 
-/// An address of one of the ranges.
-fn inside(
-    mut ranges: impl Iterator<Item = (u128, u128)>,
-    source: impl Fn(u128) -> Option<IpAddr>,
+fn bits(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
+/// An address of one of the prefixes.
+fn inside<'a>(
+    mut prefixes: impl Iterator<Item = &'a IpNet>,
+    is_free: impl Fn(&IpAddr) -> bool,
 ) -> Option<IpAddr> {
-    ranges.find_map(|(first, last)| {
+    prefixes.find_map(|prefix| {
+        let (first, last) = (bits(prefix.network()), bits(prefix.broadcast()));
         let middle = (first + (last - first) / 2).saturating_add(1).min(last);
-        [first, middle, last].into_iter().find_map(&source)
+        let addresses = [first, middle, last].into_iter();
+        let mut sources = addresses.filter_map(|bits| source(bits, prefix.addr().is_ipv4()));
+        sources.find(&is_free)
     })
 }
 
-/// The first address from `next` on that is in none of the ranges, which are sorted.
-fn outside(
-    ranges: impl Iterator<Item = (u128, u128)>,
-    mut next: u128,
-    source: fn(u128) -> Option<IpAddr>,
-) -> Option<IpAddr> {
-    for (first, last) in ranges {
-        if next < first
-            && let Some(source) = source(next)
-        {
-            return Some(source);
-        }
-        next = next.max(last.checked_add(1)?);
+/// The first address of a family that no list holds, above what hosts may not have.
+fn outside(lists: &[&Prefixes], of_v4: bool) -> Option<IpAddr> {
+    // 0.0.0.0/8, and ::/64, below which are IPv4-mapped and other special addresses.
+    let mut next: u128 = if of_v4 { 1 << 24 } else { 1 << 64 };
+    for _ in 0..MAX_LOOKS {
+        let found = address(next, of_v4)?;
+        let holding = lists.iter().find_map(|list| list.holding(found));
+        next = match (holding, source(next, of_v4)) {
+            (Some(prefix), _) => bits(prefix.broadcast()).checked_add(1)?,
+            (None, Some(source)) => return Some(source),
+            // A whole first byte is loopback or multicast.
+            (None, None) => {
+                let byte = if of_v4 { 24 } else { 120 };
+                ((next >> byte) + 1).checked_mul(1 << byte)?
+            }
+        };
     }
-    // Past the last range may lie addresses that are no source, such as loopback; after those of
-    // IPv4 comes the next /8.
-    source(next).or_else(|| source(((next >> 24) + 1) << 24))
+    None
 }
 
 /// A local address that a packet from `source` may be for: of its family, and the database's.
@@ -220,23 +223,14 @@ pub fn frame(protocol: Protocol, source: IpAddr, destination: IpAddr, port: u16)
 mod tests {
     use std::collections::BTreeSet;
 
-    use ipnet::{Ipv4Net, Ipv6Net};
-
     use super::*;
-    use crate::rules::RuleKey;
 
     fn compiled(v4: &[&str], v6: &[&str]) -> Compiled {
-        let held = Held {
-            rule: 0,
-            end: None,
-            is_member: false,
-        };
-        let v4 = v4
+        let prefixes: Vec<IpNet> = v4
             .iter()
-            .map(|text| (text.parse::<Ipv4Net>().unwrap(), held));
-        let v6 = v6
-            .iter()
-            .map(|text| (text.parse::<Ipv6Net>().unwrap(), held));
+            .chain(v6)
+            .map(|text| text.parse().unwrap())
+            .collect();
         let entries = Entries {
             protocol: Protocol::Tcp,
             ports: vec![5432],
@@ -245,10 +239,7 @@ mod tests {
             tls: None,
             on_removal: crate::policy::OnRemoval::Reset,
             rules: vec![(RuleKey::Internet, None)],
-            blocked4: vec![],
-            blocked6: vec![],
-            v4: v4.collect(),
-            v6: v6.collect(),
+            lists: vec![(0, Prefixes::shared(prefixes))],
         };
         Compiled {
             databases: [("orders".into(), entries)].into(),

@@ -11,6 +11,7 @@ use crate::{
         bloom::union,
         change::{Change, changes},
         image::Image,
+        sections::TrieContent,
     },
     rules::RuleKey,
 };
@@ -195,20 +196,17 @@ impl Image {
 /// Changes of a trie. Where a prefix goes that has an end, it gets the value first that its sources have then: it may have
 /// ended, and would hide a new prefix of which it is a part until it is gone.
 fn prefix_changes<N: Ord + Copy>(
-    old: &[((Section, N), RuleValue)],
-    new: &[((Section, N), RuleValue)],
+    old: &TrieContent<N>,
+    new: &TrieContent<N>,
     supernet: fn(&N) -> Option<N>,
 ) -> Sources<N> {
     let mut all = Vec::new();
-    for change in changes(old, new) {
+    for change in old.changes_to(new) {
         let (section, prefix) = change.key;
         let ends = change.old.is_some_and(|old| old.end().is_some());
         let outer = || {
             let mut supernets = iter::successors(Some(prefix), supernet);
-            supernets.find_map(|outer| {
-                let place = new.binary_search_by_key(&(section, outer), |&(key, _)| key);
-                place.ok().map(|place| new[place].1)
-            })
+            supernets.find_map(|outer| new.get(&(section, outer)))
         };
         let between = (change.removes() && ends).then(outer).flatten();
         match between {

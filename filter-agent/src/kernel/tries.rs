@@ -11,7 +11,7 @@ use backon::{BlockingRetryable as _, ExponentialBuilder};
 use filter_common::{RuleValue, SECTION_BITS, Section, Source4, Source6};
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use crate::kernel::{batch::Batches, change::Change, image::Prefixes, steps::PrefixStep};
+use crate::kernel::{batch::Batches, change::Change, sections::TrieContent, steps::PrefixStep};
 
 /// Since 6.13 a trie's entries come from a small store of each processor that is filled up in the background, and a
 /// write finds it empty where that is late, with memory to spare: 6.18 on Graviton 5 does so all the time.
@@ -47,7 +47,7 @@ impl Tries {
     }
 
     /// Reads both, each sorted by key.
-    pub(super) fn read(&self) -> Result<(Prefixes<Ipv4Net>, Prefixes<Ipv6Net>)> {
+    pub(super) fn read(&self) -> Result<(TrieContent<Ipv4Net>, TrieContent<Ipv6Net>)> {
         // Only this agent writes the maps, and only prefixes.
         let v4 = self.v4.read(|key| {
             let Source4 { section, address } = key.data();
@@ -116,18 +116,21 @@ impl<A: Pod> Trie<A> {
         })
     }
 
-    fn read<N: Ord>(&self, prefix: impl Fn(Key<A>) -> Option<(Section, N)>) -> Result<Prefixes<N>> {
+    fn read<N: Ord + Copy>(
+        &self,
+        prefix: impl Fn(Key<A>) -> Option<(Section, N)>,
+    ) -> Result<TrieContent<N>> {
         // A kernel that refuses a batch may list one by one.
         let entries = match self.batches.read() {
             Ok((keys, values)) => keys.into_iter().zip(values).collect(),
             Err(_) => self.map.iter().collect::<Result<Vec<_>, MapError>>()?,
         };
         let entries = entries.into_iter();
-        let mut prefixes: Prefixes<N> = entries
+        let mut prefixes: Vec<_> = entries
             .filter_map(|(key, value)| Some((prefix(key)?, value)))
             .collect();
-        prefixes.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-        Ok(prefixes)
+        prefixes.sort_unstable_by_key(|&(key, _)| key);
+        Ok(prefixes.into())
     }
 
     /// Writes one entry and reads it back: writes have been seen to fail under memory pressure.

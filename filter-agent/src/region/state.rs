@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     policy::{Guards, Policy, Region, RegionSource, Source, redacted, spelled},
+    prefixes::Prefixes,
     region::{
         answer::{Answer, Found, Version},
         files::StillWritten,
@@ -22,6 +23,7 @@ use crate::{
         try_later::TryLater,
     },
     report::Timing,
+    rules,
 };
 
 /// The states of the regions that rules name, by name.
@@ -122,7 +124,7 @@ pub fn next_and_errors(
 }
 
 /// Returns the prefixes that each region allows.
-pub fn prefixes(regions: &Regions) -> BTreeMap<String, Arc<[IpNet]>> {
+pub fn prefixes(regions: &Regions) -> rules::Regions {
     let allowed = |(name, state): (&String, &State)| {
         let set = state.set.as_ref()?;
         Some((name.clone(), set.prefixes.clone()))
@@ -175,7 +177,7 @@ pub struct Set {
     pub incomplete: Option<Incomplete>,
     /// Allowed prefixes: members, held and retiring ones, with adjacent and covered ones merged.
     #[serde(skip)]
-    pub prefixes: Arc<[IpNet]>,
+    pub prefixes: Arc<Prefixes>,
 }
 
 /// A result that is far smaller than the one before. It is an error until it was so for `shrink_after`, or grows again.
@@ -257,7 +259,7 @@ impl Set {
         let left = self.held.iter().chain(&self.retiring);
         let left = left.map(|&(prefix, _)| prefix);
         let all: Vec<IpNet> = self.members.iter().copied().chain(left).collect();
-        self.prefixes = merged(&all).into();
+        self.prefixes = Prefixes::shared(merged(&all));
     }
 }
 
@@ -354,7 +356,7 @@ impl State {
             && match (&self.set, &other.set) {
                 (Some(one), Some(other)) => {
                     same(&one.members, &other.members)
-                        && same(&one.prefixes, &other.prefixes)
+                        && one.prefixes == other.prefixes
                         && content(one) == content(other)
                 }
                 (None, None) => true,

@@ -27,7 +27,7 @@ fn set(prefix: &str) -> Set {
         version: None,
         shrunk: None,
         incomplete: None,
-        prefixes: [].into(),
+        prefixes: Default::default(),
     }
 }
 

@@ -389,7 +389,7 @@ impl Timed {
         let members: Vec<IpNet> = database
             .cluster
             .iter()
-            .flat_map(|member| held(member, regions).into_owned())
+            .flat_map(|member| held(member, regions).to_vec())
             .collect();
         ensure!(
             !without(&[source], &members).is_empty(),

@@ -3,7 +3,7 @@ use std::{path::Path, time::Duration};
 use anyhow::Result;
 
 use super::*;
-use crate::{policy_file::PolicyFile, report, rules::Regions};
+use crate::{policy_file::PolicyFile, prefixes::Prefixes, report, rules::Regions};
 
 const FILE: &str = "interfaces: [eth0]\nregions: {office: {prefixes: [198.51.100.0/24]}}\ndatabases:\n- name: orders\n  \
                     port: 5432\n  model: dedicated\n  force_tls: false\n  cluster: [10.1.2.3/32]\n  rules:\n  - {cidr: \
@@ -36,7 +36,7 @@ fn wanted(source: &str, seconds: u64) -> Wanted {
 
 fn regions() -> Regions {
     let office: [IpNet; 1] = ["198.51.100.0/24".parse().unwrap()];
-    Regions::from([("office".into(), office.into())])
+    Regions::from([("office".into(), Prefixes::shared(office))])
 }
 
 fn change(timed: &Timed, change: Change) -> Result<(Timed, report::Temporary)> {

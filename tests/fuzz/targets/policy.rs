@@ -6,10 +6,12 @@ use std::{path::Path, sync::LazyLock};
 
 use filter_agent::{
     compile::compile,
+    held::Group,
     host::{Interface, coverage::Remembered},
     kernel::{image::Image, probe::probes},
     policy::{self, Model, Policy, Problem, RegionSource, Rule, Source, parse_cidr},
     policy_file::{self, PolicyFile},
+    prefixes::Prefixes,
     protection,
     region::state,
     rules,
@@ -208,29 +210,22 @@ fn check_own_prefixes(prefixes: &[IpNet]) {
 fn check_compiled(policy: &Policy) {
     let used = state::used(policy);
     let regions: rules::Regions = used
-        .map(|name| (name.clone(), PREFIXES.as_slice().into()))
+        .map(|name| (name.clone(), Prefixes::shared(PREFIXES.as_slice())))
         .collect();
     let timed = Timed::of(policy, clock());
     let compiled = compile(policy, &regions, &timed);
     assert_eq!(compiled.databases.len(), policy.databases.len());
     assert!(compiled.next_end.is_none_or(|end| end > timed.now.boot));
     for entries in compiled.databases.values() {
-        assert!(
-            entries
-                .v4
-                .is_sorted_by_key(|&(prefix, held)| (prefix, !held.is_member))
-        );
-        assert!(
-            entries
-                .v6
-                .is_sorted_by_key(|&(prefix, held)| (prefix, !held.is_member))
-        );
+        for group in Group::ALL {
+            let all = entries.lists(group).all();
+            assert!(all.is_sorted_by(|(one, _), (other, _)| one < other));
+        }
         let rules = entries.rules.len();
         let counted = entries.prefixes_by_rule();
-        assert_eq!(
-            (counted.len(), counted.iter().sum()),
-            (rules, entries.prefixes())
-        );
+        assert_eq!(counted.len(), rules);
+        // A policy has no blocks.
+        assert_eq!(counted.iter().sum::<usize>(), entries.prefixes());
     }
     let Ok(image) = Image::of(&compiled, &Image::default()) else {
         panic!("a valid policy does not fit the maps");
@@ -241,10 +236,8 @@ fn check_compiled(policy: &Policy) {
     assert_eq!(Image::of(&compiled, &image).ok().as_ref(), Some(&image));
     for probe in probes(&compiled, timed.now.boot, 1) {
         let entries = &compiled.databases[&probe.database];
-        let matched = match probe.source {
-            std::net::IpAddr::V4(source) => entries.v4.iter().any(|(p, _)| p.contains(&source)),
-            std::net::IpAddr::V6(source) => entries.v6.iter().any(|(p, _)| p.contains(&source)),
-        };
+        let mut lists = entries.lists.iter();
+        let matched = lists.any(|(_, list)| list.iter().any(|p| p.contains(&probe.source)));
         assert_eq!(probe.allowed, matched, "{}", probe.source);
     }
 }
