@@ -43,13 +43,6 @@ struct List<'a> {
     prefixes: &'a Arc<Prefixes>,
 }
 
-/// The rule that ends last, by its end; of two with the same end the first one. `None`: there is no end.
-type Latest = Option<(BootTime, Reverse<u16>)>;
-
-fn later(one: Latest, other: Latest) -> Latest {
-    Some(one?.max(other?))
-}
-
 impl RuleKey {
     pub fn group(&self) -> Group {
         match self {
@@ -76,8 +69,12 @@ impl Entries {
 }
 
 impl List<'_> {
-    fn latest(&self) -> Latest {
-        self.end.map(|end| (end, Reverse(self.rule)))
+    /// As the one of the list's prefixes, if no other list holds it.
+    fn held(&self) -> Held {
+        Held {
+            rule: self.rule,
+            end: self.end.map(|_| self.rule),
+        }
     }
 }
 
@@ -104,65 +101,66 @@ impl Lists<'_> {
         self.0.iter().any(|list| list.end.is_some())
     }
 
+    /// Of two rules the one that ends later; where both end at the same time the first one. `None`: there is no end.
+    fn later(&self, one: Option<u16>, other: Option<u16>) -> Option<u16> {
+        let end = |rule: &u16| {
+            let mut lists = self.0.iter();
+            let list = lists.find(|list| list.rule == *rule);
+            (list.and_then(|list| list.end), Reverse(*rule))
+        };
+        let (one, other) = (one?, other?);
+        [one, other].into_iter().max_by_key(end)
+    }
+
     /// The rule that holds a prefix which is on a list.
     pub fn held(&self, prefix: IpNet) -> Option<Held> {
         let first = self.0.iter().find(|list| list.prefixes.has(&prefix))?;
-        let mut latest = first.latest();
+        let mut held = first.held();
         if self.have_ends() {
             for outer in around(prefix) {
                 let holding = self.0.iter().filter(|list| list.prefixes.has(&outer));
-                latest = holding.fold(latest, |latest, list| later(latest, list.latest()));
+                let ends = holding.map(|list| list.held().end);
+                held.end = ends.fold(held.end, |end, other| self.later(end, other));
                 // Without an end it stays.
-                if latest.is_none() {
+                if held.end.is_none() {
                     break;
                 }
             }
         }
-        Some(Held {
-            rule: first.rule,
-            end: latest.map(|(_, Reverse(rule))| rule),
-        })
+        Some(held)
     }
 
     /// All prefixes, in order, each with the rule that holds it: a trie finds only the longest prefix of a source, and a
     /// rule of few sources that has ended must not hide one of many that is in force.
     pub fn all(&self) -> Vec<(IpNet, Held)> {
-        let mut all: Vec<(IpNet, u16, Latest)> = Vec::with_capacity(self.count());
+        let mut all: Vec<(IpNet, Held)> = Vec::with_capacity(self.count());
         for list in &self.0 {
-            let latest = list.latest();
-            all.extend(
-                list.prefixes
-                    .iter()
-                    .map(|&prefix| (prefix, list.rule, latest)),
-            );
+            let held = list.held();
+            all.extend(list.prefixes.iter().map(|&prefix| (prefix, held)));
         }
         // Stable, so that of two rules with the same prefix the first keeps it; and made for lists that are in order.
-        all.sort_by_key(|&(prefix, ..)| prefix);
-        all.dedup_by(|(next, _, other), (prefix, _, latest)| {
+        all.sort_by_key(|&(prefix, _)| prefix);
+        all.dedup_by(|(next, same), (prefix, held)| {
             let is_same = next == prefix;
             if is_same {
-                *latest = later(*latest, *other);
+                held.end = self.later(held.end, same.end);
             }
             is_same
         });
         if self.have_ends() {
-            let mut outer: Vec<(IpNet, Latest)> = Vec::new();
-            for (prefix, _, latest) in &mut all {
+            let mut outer: Vec<(IpNet, Option<u16>)> = Vec::new();
+            for (prefix, held) in &mut all {
                 while outer
                     .pop_if(|(outer, _)| !outer.contains(&*prefix))
                     .is_some()
                 {}
                 if let Some(&(_, end)) = outer.last() {
-                    *latest = later(*latest, end);
+                    held.end = self.later(held.end, end);
                 }
-                outer.push((*prefix, *latest));
+                outer.push((*prefix, held.end));
             }
         }
-        let held = all.into_iter().map(|(prefix, rule, latest)| {
-            let end = latest.map(|(_, Reverse(rule))| rule);
-            (prefix, Held { rule, end })
-        });
-        held.collect()
+        all
     }
 
     /// Prefixes, in order, among them all whose `held` may be another than in `former`, where a rule is known by its key.

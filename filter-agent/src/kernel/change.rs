@@ -1,5 +1,7 @@
 //! The difference between two sorted lists. Pure.
 
+use std::iter;
+
 /// One entry of one map, before and after.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Change<K, V> {
@@ -20,19 +22,18 @@ pub fn changes<K: Ord + Copy, V: PartialEq + Copy>(
     old: &[(K, V)],
     new: &[(K, V)],
 ) -> Vec<Change<K, V>> {
-    between(old.iter().copied(), new.iter().copied())
+    between(old.iter().copied(), new.iter().copied()).collect()
 }
 
 /// The same of what iterators return in order.
 pub fn between<K: Ord + Copy, V: PartialEq + Copy>(
     old: impl Iterator<Item = (K, V)>,
     new: impl Iterator<Item = (K, V)>,
-) -> Vec<Change<K, V>> {
-    let mut changes = Vec::new();
+) -> impl Iterator<Item = Change<K, V>> {
     let (mut old, mut new) = (old.peekable(), new.peekable());
-    loop {
+    let all = iter::from_fn(move || {
         let (key, old, new) = match (old.peek(), new.peek()) {
-            (None, None) => return changes,
+            (None, None) => return None,
             (Some(&(key, value)), None) => (key, old.next().map(|_| value), None),
             (None, Some(&(key, value))) => (key, None, new.next().map(|_| value)),
             (Some(&(left, value)), Some(&(right, _))) if left < right => {
@@ -45,8 +46,7 @@ pub fn between<K: Ord + Copy, V: PartialEq + Copy>(
                 (key, old.next().map(|_| before), new.next().map(|_| after))
             }
         };
-        if old != new {
-            changes.push(Change { key, old, new });
-        }
-    }
+        Some(Change { key, old, new })
+    });
+    all.filter(|change| change.old != change.new)
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::kernel::{
     change::{Change, changes},
     image::Image,
-    sections::TrieContent,
+    sections::{TrieContent, part},
 };
 
 /// The changes of an apply, by database.
@@ -162,6 +162,8 @@ fn changed<N: Ord + Copy + Into<IpNet>>(
     old: &TrieContent<N>,
     new: &TrieContent<N>,
 ) -> Vec<(u16, IpNet, bool)> {
+    // Changes are sorted by section: most have the section of the one before.
+    let mut others = (None, [false; 2]);
     let changes = old.changes_to(new).into_iter().filter_map(|change| {
         let (section, prefix) = change.key;
         let slot = section.slot();
@@ -169,7 +171,13 @@ fn changed<N: Ord + Copy + Into<IpNet>>(
             true => Section::rules(slot),
             false => Section::cluster(slot),
         };
-        let [was_there, is_there] = [old, new].map(|list| list.get(&(other, prefix)).is_some());
+        if others.0 != Some(other) {
+            let has_any = |list: &TrieContent<N>| part(list, other).next().is_some();
+            others = (Some(other), [old, new].map(has_any));
+        }
+        let is_in =
+            |list: &TrieContent<N>, has_any| has_any && list.get(&(other, prefix)).is_some();
+        let (was_there, is_there) = (is_in(old, others.1[0]), is_in(new, others.1[1]));
         let is_old = change.old.is_some() || was_there;
         let is_new = change.new.is_some() || is_there;
         (is_new != is_old).then(|| (slot, prefix.into(), is_new))

@@ -122,7 +122,7 @@ impl<'a> Rewrite<'a> {
 }
 
 /// The prefixes of one section.
-fn part<N>(
+pub(super) fn part<N>(
     prefixes: &TrieContent<N>,
     section: Section,
 ) -> impl Iterator<Item = &((Section, N), RuleValue)> {

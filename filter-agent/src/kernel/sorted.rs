@@ -1,6 +1,6 @@
 //! Sorted lists that share what they have in common: of a million entries a change copies a few thousand. Pure.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, iter, sync::Arc};
 
 use crate::kernel::change::{Change, between};
 
@@ -84,7 +84,7 @@ impl<K: Ord + Copy, V: Copy> Sorted<K, V> {
         V: PartialEq,
     {
         let old = self.not_shared(new).copied();
-        between(old, new.not_shared(self).copied())
+        between(old, new.not_shared(self).copied()).collect()
     }
 
     /// The list after changes, which are sorted by key, no two alike.
@@ -122,17 +122,13 @@ fn merge<K: Ord + Copy, V: Copy>(
     changes: &[Change<K, V>],
     merged: &mut Vec<(K, V)>,
 ) {
-    let mut rest = entries;
+    let mut rest = entries.iter().peekable();
     for &Change { key, new, .. } in changes {
-        let (before, from) = rest.split_at(rest.partition_point(|(other, _)| *other < key));
-        merged.extend_from_slice(before);
+        merged.extend(iter::from_fn(|| rest.next_if(|(other, _)| *other < key)));
+        rest.next_if(|(other, _)| *other == key);
         merged.extend(new.map(|new| (key, new)));
-        rest = match from.split_first() {
-            Some(((same, _), after)) if *same == key => after,
-            _ => from,
-        };
     }
-    merged.extend_from_slice(rest);
+    merged.extend(rest);
 }
 
 #[cfg(test)]

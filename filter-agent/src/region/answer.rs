@@ -2,11 +2,14 @@
 
 use std::{
     path::PathBuf,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+
+use crate::{prefixes::Prefixes, region::guards::merged};
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
@@ -20,12 +23,27 @@ pub enum Answer {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Found {
     pub prefixes: Vec<IpNet>,
+    /// The same, adjacent and covered ones merged, where they were so many that it takes a while.
+    pub merged: Option<Arc<Prefixes>>,
     /// The publisher's version number of the list, which only grows.
     pub serial: Option<u64>,
     pub version: Option<Version>,
     /// Time until the source may have another result (DNS: the TTL). `None`: unknown.
     pub ask_again: Option<Duration>,
     pub missing: Option<Missing>,
+}
+
+impl Found {
+    /// A result of any length. Sorts and merges it: the agent's loop must not.
+    pub fn of(mut prefixes: Vec<IpNet>) -> Self {
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        Self {
+            merged: Some(Prefixes::shared(merged(&prefixes))),
+            prefixes,
+            ..Self::default()
+        }
+    }
 }
 
 /// A part of the source that could not be looked up: the addresses of a family.

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use anyhow::{Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::policy::Guards;
+use crate::{policy::Guards, prefixes::around};
 
 /// Merges adjacent and covered prefixes, and sorts them.
 pub(super) fn merged(prefixes: &[IpNet]) -> Vec<IpNet> {
@@ -21,15 +21,21 @@ pub(super) fn is_covered(prefix: &IpNet, merged: &[IpNet]) -> bool {
     later > 0 && merged[later - 1].contains(prefix)
 }
 
+/// The prefixes, which are in order, that none of `merged` contains: both lists are gone through once.
 pub(super) fn uncovered<'a>(
     prefixes: &'a [IpNet],
     merged: &'a [IpNet],
 ) -> impl Iterator<Item = IpNet> + 'a {
-    let uncovered = prefixes.iter().filter(|prefix| !is_covered(prefix, merged));
+    let mut rest = merged;
+    let uncovered = prefixes.iter().filter(move |prefix| {
+        let not_after = rest.iter().take_while(|other| other <= prefix).count();
+        rest = &rest[not_after.saturating_sub(1)..];
+        !rest.first().is_some_and(|last| last.contains(*prefix))
+    });
     uncovered.copied()
 }
 
-/// Checks the prefixes of a result.
+/// Checks the prefixes of a result, which are in order.
 ///
 /// # Errors
 /// There is none, there are too many, or one must not be in a result.
@@ -48,7 +54,13 @@ pub(super) fn check(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
     check_each(prefixes, guards)
 }
 
+/// The same, however many there are.
 pub(super) fn check_each(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
+    // Hardly ever there is one: a million prefixes are not compared with each of them.
+    let mut special = SPECIAL.to_vec();
+    special.retain(|(range, _)| any_overlaps(prefixes, range));
+    let mut private = PRIVATE.to_vec();
+    private.retain(|range| !guards.private && any_overlaps(prefixes, range));
     for prefix in prefixes {
         let shortest = match prefix {
             IpNet::V4(_) => guards.shortest[0],
@@ -59,17 +71,25 @@ pub(super) fn check_each(prefixes: &[IpNet], guards: &Guards) -> Result<()> {
             prefix.prefix_len() >= shortest,
             "{prefix} is broader than /{shortest}; a region that has such prefixes needs `shortest`"
         );
-        for (special, what) in SPECIAL {
-            ensure!(!overlap(prefix, &special), "{prefix} is {what}");
+        for (range, what) in &special {
+            ensure!(!overlap(prefix, range), "{prefix} is {what}");
         }
-        for private in PRIVATE {
+        for range in &private {
             ensure!(
-                guards.private || !overlap(prefix, &private),
+                !overlap(prefix, range),
                 "{prefix} is private; a region that has such addresses needs `private: true`"
             );
         }
     }
     Ok(())
+}
+
+/// Whether a range overlaps any of prefixes that are in order.
+fn any_overlaps(prefixes: &[IpNet], range: &IpNet) -> bool {
+    let begin = prefixes.partition_point(|prefix| prefix < range);
+    let first = prefixes.get(begin);
+    first.is_some_and(|first| range.contains(first))
+        || around(*range).any(|outer| prefixes.binary_search(&outer).is_ok())
 }
 
 fn overlap(one: &IpNet, other: &IpNet) -> bool {
@@ -106,3 +126,33 @@ const PRIVATE: [IpNet; 5] = [
     v4(100, 64, 10),
     v6(0xfc00, 7),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_that_are_gone_through_once_are_told_apart_as_one_by_one() {
+        let mut random = fastrand::Rng::with_seed(2);
+        for _ in 0..2_000 {
+            let mut list = || {
+                let prefixes = (0..random.usize(..8)).map(|_| {
+                    let address = Ipv4Addr::new(192, 0, 2, random.u8(..32));
+                    let net = Ipv4Net::new_assert(address, random.u8(26..=32));
+                    IpNet::from(net.trunc())
+                });
+                let mut prefixes: Vec<IpNet> = prefixes.collect();
+                prefixes.sort_unstable();
+                prefixes
+            };
+            let (prefixes, others) = (list(), list());
+            let merged = merged(&others);
+            let one_by_one = prefixes.iter().filter(|p| !is_covered(p, &merged));
+            assert!(uncovered(&prefixes, &merged).eq(one_by_one.copied()));
+            for range in &others {
+                let any = prefixes.iter().any(|prefix| overlap(prefix, range));
+                assert_eq!(any_overlaps(&prefixes, range), any);
+            }
+        }
+    }
+}

@@ -88,16 +88,14 @@ async fn fetch_with(list: &Url, before: Option<&Version>, secrets: &mut Secrets)
             Err(error) if is_web_page(&content_type, &body) => Err(error.context(
                 "the server answers with a web page, such as one to log in or one of a proxy, not with a list",
             )),
-            list => list,
+            list => list.map(|List { prefixes, serial }| Found {
+                serial,
+                version,
+                ..Found::of(prefixes)
+            }),
         }
     });
-    let List { prefixes, serial } = read.await.context("read the list")??;
-    Ok(Answer::Found(Found {
-        prefixes,
-        serial,
-        version,
-        ..Found::default()
-    }))
+    Ok(Answer::Found(read.await.context("read the list")??))
 }
 
 /// Returns the validators of an answer. `None`: it has none that a request could repeat.

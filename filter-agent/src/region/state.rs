@@ -318,7 +318,8 @@ impl State {
         }
         set.retiring.retain(|&(_, until)| until > now);
         let left = set.held.iter().chain(&set.retiring);
-        let left: Vec<IpNet> = left.map(|&(prefix, _)| prefix).collect();
+        let mut left: Vec<IpNet> = left.map(|&(prefix, _)| prefix).collect();
+        left.sort_unstable();
         check_each(&left, guards)?;
         if let Some(max_age) = guards.max_age {
             ensure!(
@@ -467,6 +468,7 @@ impl State {
         if let (Some(incomplete), Some(set)) = (&incomplete, &self.set) {
             let kept = set.members.iter().filter(|prefix| incomplete.has(prefix));
             found.prefixes.extend(kept);
+            found.merged = None;
         }
         found.prefixes.sort_unstable();
         found.prefixes.dedup();
@@ -563,7 +565,9 @@ impl State {
             ),
             None => Default::default(),
         };
-        let result = merged(&found.prefixes);
+        let result = found
+            .merged
+            .unwrap_or_else(|| Prefixes::shared(merged(&found.prefixes)));
         held.retain(|(prefix, _)| !is_covered(prefix, &result));
         retiring.retain(|(prefix, _)| !is_covered(prefix, &result));
         let gone: Vec<IpNet> = uncovered(&known, &result).collect();
@@ -632,9 +636,11 @@ impl State {
             version: found.version,
             shrunk,
             incomplete,
-            prefixes: Arc::default(),
+            prefixes: result,
         };
-        set.merge();
+        if !set.held.is_empty() || !set.retiring.is_empty() {
+            set.merge();
+        }
         self.set = Some(set);
         change
     }

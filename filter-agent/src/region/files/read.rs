@@ -98,9 +98,8 @@ fn read_once(path: &Path, before: Option<&Version>) -> Result<Answer> {
     }
     let body = whole_file::read(&mut whole_file::open(path)?, &metadata, MAX_FILE)?;
     Ok(Answer::Found(Found {
-        prefixes: lists::read_file(&body)?,
         version,
-        ..Found::default()
+        ..Found::of(lists::read_file(&body)?)
     }))
 }
 
