@@ -351,3 +351,40 @@ fn difference_names_prefixes_and_ports_by_database() {
     assert_eq!(gone.databases["a"].unguarded, ["tcp/5432"]);
     assert_eq!(held.difference(&held), Difference::default());
 }
+
+#[test]
+fn bloom_filter_of_a_long_list_matches_what_comes_and_forgets_in_time_what_went() {
+    let mut random = fastrand::Rng::with_seed(11);
+    let region = |random: &mut fastrand::Rng, count| {
+        let hosts = (0..count).map(|_| Ipv4Net::new_assert(random.u32(..).into(), 32).into());
+        Prefixes::shared(hosts.collect::<Vec<IpNet>>())
+    };
+    let long = region(&mut random, 20_000);
+    let (name, empty) = one("a", &[]);
+    let key = |name: &str| RuleKey::Rule(Source::Region(name.into()));
+    let mut image = Image::default();
+    let mut origin = None;
+    let (mut went, mut added_to) = (Vec::new(), 0);
+    for _ in 0..40 {
+        let other = region(&mut random, 20);
+        let mut entries = empty.clone();
+        entries.add(key("long"), None, [long.clone()]);
+        entries.add(key("other"), None, [other.clone()]);
+        let compiled = only((name.clone(), entries));
+        let (next, made_of) = Image::next(&compiled, &image, origin.as_ref()).unwrap();
+        let line = |number| find(&next.bloom, number);
+        let matches = |prefix: &IpNet| match prefix.addr() {
+            IpAddr::V4(address) => may_match4(line, address),
+            IpAddr::V6(_) => false,
+        };
+        assert!(long.iter().chain(other.iter()).all(matches));
+        let exact = Image::of(&compiled, &image).unwrap();
+        added_to += usize::from(next.bloom != exact.bloom);
+        let remembered = went.iter().filter(|prefix| matches(prefix)).count();
+        // Those of one in 64 of all, and the few that match by chance.
+        assert!(remembered < 20_000 / REFILL + 40, "{remembered}");
+        went.extend_from_slice(&other);
+        (image, origin) = (next, Some(made_of));
+    }
+    assert!((20..40).contains(&added_to), "{added_to}");
+}
