@@ -332,6 +332,9 @@ mod tests {
                 .len(),
             0
         );
+        // What several rules hold counts once.
+        let quarter = ["64.0.0.0/2", "64.0.0.0/3", "96.0.0.0/3"].map(cidr);
+        assert_eq!(dedicated(quarter.into()).warnings.len(), 0);
         let half = dedicated(vec![cidr("8000::/1")]);
         assert!(
             half.warnings[0].contains("half or more of the IPv6"),

@@ -223,6 +223,10 @@ pub fn entries(cut: &[report::Cut]) -> Vec<Entry> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use jiff::Timestamp;
+
     use super::*;
     use crate::{
         clock::{Clock, Now},
@@ -335,6 +339,22 @@ mod tests {
         let member = ", cluster: [192.0.2.1/32]";
         assert_eq!(peers(RULES, member, &blocks, 0), ["[2001:db8::1]:4"]);
         assert_eq!(peers(RULES, "", &blocks, 11), Vec::<String>::new());
+    }
+
+    /// The longest rule that holds a source may have ended: another one that holds it counts then.
+    #[test]
+    fn connections_are_cut_at_the_end_of_the_last_rule_that_holds_their_source() {
+        let tomorrow = Timestamp::now() + Duration::from_hours(24);
+        let until = format!(
+            "{{cidr: 192.0.2.1/32, expires: '{tomorrow}'}}, {{cidr: 198.51.100.0/24}}, {{cidr: '::/0'}}"
+        );
+        let alone = format!("[{until}]");
+        let two_days = 2 * 86_400_000_000_000;
+        assert_eq!(peers(&alone, "", &[], 0), Vec::<String>::new());
+        let both = ["192.0.2.1:1", "192.0.2.1:2"];
+        assert_eq!(peers(&alone, "", &[], two_days), both);
+        let wider = format!("[{until}, {{cidr: 192.0.2.0/24}}]");
+        assert_eq!(peers(&wider, "", &[], two_days), Vec::<String>::new());
     }
 
     #[test]

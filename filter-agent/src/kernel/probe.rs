@@ -289,6 +289,24 @@ mod tests {
     }
 
     #[test]
+    fn source_inside_is_of_a_rule_that_lasts_and_of_no_block() {
+        let mut compiled = compiled(&["192.0.2.0/24"], &[]);
+        let entries = compiled.databases.get_mut("orders").unwrap();
+        entries.rules[0].1 = Some(BootTime(MARGIN.as_nanos() as u64));
+        let lasting = ["198.51.100.0/25", "203.0.113.0/24"].map(|net| net.parse().unwrap());
+        let key = RuleKey::Temporary(lasting[0]);
+        entries.add(key, Some(BootTime(u64::MAX)), [Prefixes::shared(lasting)]);
+        let block = "198.51.100.0/24".parse().unwrap();
+        entries.add(RuleKey::Block(block), None, [Prefixes::shared([block])]);
+        let probes = probes(&compiled, BootTime(0), 0);
+        let mut inside = probes.iter().filter(|probe| probe.allowed);
+        assert_eq!(
+            inside.next().unwrap().source,
+            IpAddr::from([203, 0, 113, 0])
+        );
+    }
+
+    #[test]
     fn many_ports_are_probed_in_turn_and_never_all_at_once() {
         let mut compiled = compiled(&["192.0.2.0/24"], &["2001:db8::/32"]);
         let mut other = compiled.databases["orders"].clone();

@@ -353,6 +353,21 @@ fn difference_names_prefixes_and_ports_by_database() {
 }
 
 #[test]
+fn prefix_that_the_cluster_keeps_is_not_told_as_removed() {
+    let with_member = |rules: &[&str]| {
+        let (name, mut entries) = one("a", rules);
+        let list = Prefixes::shared(["192.0.2.0/25".parse().unwrap()]);
+        entries.add(RuleKey::Cluster, None, [list]);
+        only((name, entries))
+    };
+    let held = Image::of(&with_member(&["192.0.2.0/25"]), &Image::default()).unwrap();
+    let new = Image::of(&with_member(&[]), &held).unwrap();
+    assert_eq!(held.allowed4.len(), new.allowed4.len() + 1);
+    assert_eq!(held.difference(&new), Difference::default());
+    assert_eq!(new.difference(&held), Difference::default());
+}
+
+#[test]
 fn bloom_filter_of_a_long_list_matches_what_comes_and_forgets_in_time_what_went() {
     let mut random = fastrand::Rng::with_seed(11);
     let region = |random: &mut fastrand::Rng, count| {
