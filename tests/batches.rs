@@ -17,7 +17,7 @@ use aya::maps::{LpmTrie, Map, MapData, MapError, lpm_trie::Key};
 use filter_agent::{
     clock::Clock,
     compile::{Compiled, compile},
-    kernel::{difference::Difference, filter::Filter},
+    kernel::{apply::Unknown, difference::Difference, filter::Filter},
     policy,
     prefixes::Prefixes,
     rules::Regions,
@@ -37,6 +37,7 @@ use nix::{
 };
 
 const MAP_UPDATE_ELEM: u64 = 2;
+const MAP_DELETE_ELEM: u64 = 3;
 const MAP_LOOKUP_BATCH: u64 = 24;
 const MAP_UPDATE_BATCH: u64 = 26;
 const MAP_DELETE_BATCH: u64 = 27;
@@ -52,6 +53,8 @@ enum Treatment {
     Halve,
     /// The same, and of single writes to a trie every second one finds no memory.
     Starve,
+    /// So many are done, and no write to any map from then on.
+    Break(usize),
 }
 
 /// A database that so many hosts of a network may reach.
@@ -115,6 +118,7 @@ fn treat() -> Arc<Treated> {
     let bpf = ScmpSyscall::from_name("bpf").unwrap();
     for command in [
         MAP_UPDATE_ELEM,
+        MAP_DELETE_ELEM,
         MAP_LOOKUP_BATCH,
         MAP_UPDATE_BATCH,
         MAP_DELETE_BATCH,
@@ -148,13 +152,19 @@ fn supervise(listener: i32, treated: &Treated) {
         };
         let [command, attributes, ..] = request.data.args;
         let (treatment, met) = &mut *treated.lock().unwrap();
-        let error = match (command, *treatment) {
+        let error = match (command, &mut *treatment) {
             (MAP_UPDATE_ELEM, Treatment::Starve) if writes_a_trie(attributes) => {
                 is_starved = !is_starved;
                 is_starved.then_some(Errno::ENOMEM as i32)
             }
-            (MAP_UPDATE_ELEM, _) => None,
-            (_, Treatment::Refuse(error)) => Some(error),
+            (MAP_LOOKUP_BATCH, Treatment::Break(_)) => None,
+            (MAP_UPDATE_BATCH | MAP_DELETE_BATCH, Treatment::Break(left @ 1..)) => {
+                *left -= 1;
+                None
+            }
+            (_, Treatment::Break(0)) => Some(Errno::EPERM as i32),
+            (MAP_UPDATE_ELEM | MAP_DELETE_ELEM, _) | (_, Treatment::Break(_)) => None,
+            (_, Treatment::Refuse(error)) => Some(*error),
             (_, Treatment::Halve | Treatment::Starve) => {
                 halve(command, attributes);
                 Some(Errno::ENOMEM as i32)
@@ -235,6 +245,28 @@ fn batches_that_fail_or_are_not_known_are_finished_one_by_one() {
             assert_eq!(left, Difference::default(), "{treatment:?}");
         }
     }
+    check_that_a_change_which_could_not_be_taken_back_is_gone_after_the_next(&treated);
+}
+
+/// What the maps were made of is not known then: what is left of the refused change would stay for good.
+fn check_that_a_change_which_could_not_be_taken_back_is_gone_after_the_next(treated: &Treated) {
+    let bpffs = Bpffs::mount();
+    let mut filter = Filter::open(bpffs.path(), Some(5_000)).unwrap();
+    let mut mixed = 0;
+    for batches in 0..8 {
+        let old = many(1, 1_000 + batches);
+        treated.lock().unwrap().0 = Treatment::Break(usize::MAX);
+        filter.apply(&old).unwrap();
+        treated.lock().unwrap().0 = Treatment::Break(batches.into());
+        if let Err(error) = filter.apply(&many(2, 3_000)) {
+            assert!(!error.is::<Unknown>(), "{error:#}");
+            mixed += usize::from(held(&bpffs) != addresses(&old));
+        }
+        treated.lock().unwrap().0 = Treatment::Break(usize::MAX);
+        filter.apply(&old).unwrap();
+        assert!(held(&bpffs) == addresses(&old), "{batches} batches");
+    }
+    assert!(mixed > 1, "{mixed}");
 }
 
 /// The kernel itself stops a removal there.
