@@ -386,6 +386,71 @@ fn verdict_and_counter_equal_the_reference_after_every_change_of_policy() {
     );
 }
 
+/// Of a long list only what differs is looked at, and what is in front of the tries is added to and, in time, filled anew:
+/// prefixes that came, went, or are covered by others are judged as all are.
+#[test]
+fn long_list_that_changes_little_by_little_is_judged_as_the_reference_does() {
+    const PREFIXES: usize = 2_000;
+    const CHANGES: usize = 150;
+    let seed = seed();
+    let mut rng = Rng::with_seed(seed);
+    let mut list: BTreeSet<IpNet> = BTreeSet::new();
+    let valid = |prefix: &IpNet| prefix.prefix_len() > 7 && parse_cidr(&prefix.to_string()).is_ok();
+    let grow = |rng: &mut Rng, list: &mut BTreeSet<IpNet>| {
+        let prefix = random_prefix(rng, list);
+        list.extend(Some(prefix).filter(valid));
+        prefix
+    };
+    while list.len() < PREFIXES {
+        grow(&mut rng, &mut list);
+    }
+    let mut loaded = Loaded::new("interfaces: [eth0]\ndatabases: []\n");
+    let mut rules: Vec<String> = Vec::new();
+    let mut changed: Vec<IpNet> = Vec::new();
+    for _ in 0..CHANGES {
+        for _ in 0..rng.usize(1..6) {
+            match rng.u8(..3) {
+                0 => changed.push(grow(&mut rng, &mut list)),
+                1 => {
+                    let place = rng.usize(..list.len());
+                    let gone = *list.iter().nth(place).unwrap();
+                    list.remove(&gone);
+                    changed.push(gone);
+                }
+                // A rule for a part of the list, or around it, that has an end or none.
+                _ => {
+                    let prefix = Some(random_prefix(&mut rng, &list)).filter(valid);
+                    let rule = prefix.map(|prefix| format!("cidr: \"{prefix}\""));
+                    let is_new = |rule: &String| rules.iter().all(|other| !other.starts_with(rule));
+                    let rule = rule.filter(is_new);
+                    rules.extend(rule.map(|rule| rule + pick(&mut rng, &EXPIRES)));
+                    if rules.len() > 8 {
+                        rules.remove(rng.usize(..rules.len()));
+                    }
+                    changed.extend(prefix);
+                }
+            }
+        }
+        rng.shuffle(&mut rules);
+        let texts: Vec<String> = list.iter().map(ToString::to_string).collect();
+        let own: String = rules.iter().map(|rule| format!("{{{rule}}}, ")).collect();
+        let text = format!(
+            "interfaces: [eth0]
+regions: {{long: {{prefixes: [{}]}}}}
+databases:
+  - {{name: a, port: {}, model: dedicated, force_tls: false, rules: [{own}{{region: long}}]}}
+",
+            quoted(&texts),
+            PORTS[0],
+        );
+        loaded.apply(&text);
+        let around = changed.iter().rev().take(40).chain(list.iter().take(40));
+        let around: Vec<IpNet> = around.copied().collect();
+        let frames = random_frames(&mut rng, &around, 300);
+        compare(&mut loaded, &text, &frames, seed);
+    }
+}
+
 /// Rules, exceptions, members of clusters, temporary rules and blocks that overlap: before the first end, and at and after
 /// each, with the maps and the verdict caches as they were.
 #[test]

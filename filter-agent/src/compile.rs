@@ -1,6 +1,10 @@
 //! A `Policy` and its regions to what the kernel must hold. Pure: no I/O, no clock.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::{Arc, OnceLock},
+};
 
 use filter_common::Protocol;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -8,14 +12,14 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use crate::{
     clock::BootTime,
     held::Group,
-    policy::{Database, Model, OnRemoval, Policy, Rule, Tls},
+    policy::{Database, Model, OnRemoval, Policy, Rule, Source, Tls},
     prefixes::{Prefixes, Width, is_v4, width},
     rules::{Regions, RuleKey, held, keyed},
     temporary::{Kind, Timed},
 };
 
 /// Everything to enforce, by database name.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct Compiled {
     pub databases: BTreeMap<String, Entries>,
     /// When the next rule or block ends.
@@ -24,7 +28,7 @@ pub struct Compiled {
 }
 
 /// One database, as the maps need it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Entries {
     pub protocol: Protocol,
     pub ports: Vec<u16>,
@@ -35,14 +39,16 @@ pub struct Entries {
     pub on_removal: OnRemoval,
     /// Rules and blocks, with their ends.
     pub rules: Vec<(RuleKey, Option<BootTime>)>,
-    /// What each holds, by its place in `rules`, in that order. The cluster has a list for each member.
+    /// What each holds, by its place in `rules`, in that order. The cluster has a list for each region, and one.
     pub lists: Vec<(u16, Arc<Prefixes>)>,
+    /// Counted when it is first asked for: long lists that overlap take a while.
+    pub counts: OnceLock<Vec<usize>>,
 }
 
 impl Entries {
     /// Allowed prefixes of both address families. One that the cluster and the rules have counts twice.
     pub fn prefixes(&self) -> usize {
-        let counts = self.prefixes_by_rule().into_iter().zip(&self.rules);
+        let counts = self.prefixes_by_rule().iter().zip(&self.rules);
         let allowed = counts.filter(|(_, (key, _))| key.group() != Group::Blocks);
         allowed.map(|(count, _)| count).sum()
     }
@@ -53,12 +59,14 @@ impl Entries {
     }
 
     /// Prefixes that each of `rules` gives. One that an earlier rule gives too counts there.
-    pub fn prefixes_by_rule(&self) -> Vec<usize> {
-        let mut counts = vec![0; self.rules.len()];
-        for group in Group::ALL {
-            self.lists(group).count_by_rule(&mut counts);
-        }
-        counts
+    pub fn prefixes_by_rule(&self) -> &[usize] {
+        self.counts.get_or_init(|| {
+            let mut counts = vec![0; self.rules.len()];
+            for group in Group::ALL {
+                self.lists(group).count_by_rule(&mut counts);
+            }
+            counts
+        })
     }
 }
 
@@ -100,6 +108,7 @@ fn compile_database(
         on_removal: database.on_removal,
         rules: Vec::new(),
         lists: Vec::new(),
+        counts: OnceLock::new(),
     };
     let name = &database.name;
     // The end of a rule: `Err` where it has ended. `what`: as it is called in a warning; nobody who looks after a host can
@@ -121,17 +130,22 @@ fn compile_database(
         Ok(Some(end))
     };
     // The cluster first: it stays allowed, and exempt, whatever rule names its addresses too.
-    let mut permanent = Vec::new();
+    let (mut permanent, mut lists) = (Vec::new(), Vec::new());
     for member in &database.cluster {
         let key = RuleKey::Member(member.source.clone());
         match end(&key, member, Some("cluster".into())) {
-            Ok(None) => permanent.push(held(member, regions)),
+            // All written ones in one list: there may be a thousand.
+            Ok(None) => match &member.source {
+                Source::Cidr(_) => permanent.extend_from_slice(&held(member, regions)),
+                Source::Region(_) => lists.push(held(member, regions)),
+            },
             Ok(end) => entries.add(key, end, [held(member, regions)]),
             Err(()) => {}
         }
     }
-    if permanent.iter().any(|list| !list.is_empty()) {
-        entries.add(RuleKey::Cluster, None, permanent);
+    lists.push(Prefixes::shared(permanent));
+    if lists.iter().any(|list| !list.is_empty()) {
+        entries.add(RuleKey::Cluster, None, lists);
     }
     match &database.model {
         Model::Dedicated { .. } => {
@@ -215,12 +229,16 @@ fn width_of(entries: &Entries, of_v4: bool) -> Width {
     let all = widths.reduce(|all, width| all.saturating_add(width).saturating_add(1))?;
     // Only a few lists are so wide that it takes a look at all their prefixes.
     let half = u128::MAX >> (if of_v4 { 97 } else { 1 });
-    if all < half {
-        return Some(all);
+    let whole = lists
+        .iter()
+        .any(|list| list.width(of_v4) == Some(half * 2 + 1));
+    if all < half || whole {
+        return Some(all.min(half * 2 + 1));
     }
     let mut prefixes: Vec<&IpNet> = lists.iter().flat_map(|list| list.iter()).collect();
     prefixes.retain(|prefix| is_v4(prefix) == of_v4);
-    prefixes.sort_unstable();
+    // Made for lists that are in order.
+    prefixes.sort();
     width(prefixes.into_iter())
 }
 
@@ -232,7 +250,7 @@ mod tests {
     use super::*;
     use crate::{
         clock::Now,
-        policy::{Listed, Mode, Source},
+        policy::{Listed, Mode},
     };
 
     /// In nanoseconds.

@@ -14,7 +14,6 @@ use crate::{
     kernel::image::{Access, Image},
     log::Entry,
     policy::OnRemoval,
-    prefixes::around,
     report,
     rules::RuleKey,
 };
@@ -103,11 +102,16 @@ pub fn cut<'a>(
     connections: &'a [Connection],
     now: BootTime,
 ) -> Vec<Cut<'a>> {
+    // A source may have thousands of connections.
+    let mut passing: BTreeMap<(&str, IpAddr), bool> = BTreeMap::new();
     let cut = connections.iter().filter_map(|connection| {
         let Connection { local, peer, .. } = connection;
         let source = peer.ip();
         let (name, entries) = at(after, *local)?;
-        if entries.passes(source, now) || paths.unfiltered(source).is_some() {
+        let passes = passing.entry((name, source));
+        if *passes.or_insert_with(|| entries.passes(source, now))
+            || paths.unfiltered(source).is_some()
+        {
             return None;
         }
         // A rule that ended by itself counts: the change that removes it cuts its connections.
@@ -154,9 +158,7 @@ impl Entries {
             end.is_none_or(|end| end > now)
         };
         let allowing = |group| {
-            let lists = self.lists(group);
-            let mut held = around(source.into()).filter_map(|prefix| lists.held(prefix));
-            let held = held.find(in_force)?;
+            let held = self.lists(group).holding(source).filter(in_force)?;
             Some(&self.rules[usize::from(held.rule)].0)
         };
         let is_blocked = || {

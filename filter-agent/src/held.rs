@@ -1,15 +1,13 @@
 //! Which rule of a database holds a prefix, and until when. Pure.
 
-use std::{cmp::Reverse, sync::Arc};
+use std::{cmp::Reverse, iter, net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
-use crate::{
-    clock::BootTime,
-    compile::Entries,
-    prefixes::{Prefixes, around},
-    rules::RuleKey,
-};
+use crate::{clock::BootTime, compile::Entries, prefixes::Prefixes, rules::RuleKey};
+
+/// Look-ups in a list that take as long as going through so many of its prefixes, about.
+const LOOK_UPS: usize = 32;
 
 /// Prefixes that are judged together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,11 +82,6 @@ impl Lists<'_> {
         self.0.iter().map(|list| list.prefixes.len()).sum()
     }
 
-    /// The same, one after the other.
-    pub fn prefixes(&self) -> impl Iterator<Item = &IpNet> {
-        self.0.iter().flat_map(|list| list.prefixes.iter())
-    }
-
     /// The length of the shortest prefix.
     pub fn shortest(&self) -> Option<u8> {
         self.0
@@ -116,18 +109,19 @@ impl Lists<'_> {
     pub fn held(&self, prefix: IpNet) -> Option<Held> {
         let first = self.0.iter().find(|list| list.prefixes.has(&prefix))?;
         let mut held = first.held();
-        if self.have_ends() {
-            for outer in around(prefix) {
-                let holding = self.0.iter().filter(|list| list.prefixes.has(&outer));
-                let ends = holding.map(|list| list.held().end);
-                held.end = ends.fold(held.end, |end, other| self.later(end, other));
-                // Without an end it stays.
-                if held.end.is_none() {
-                    break;
-                }
-            }
+        if held.end.is_some() {
+            let holds = |list: &&List<'_>| list.prefixes.holding(prefix).is_some();
+            let ends = self.0.iter().filter(holds).map(|list| list.held().end);
+            held.end = ends.fold(held.end, |end, other| self.later(end, other));
         }
         Some(held)
+    }
+
+    /// The same of the longest prefix that holds an address: none that is shorter lasts longer.
+    pub fn holding(&self, address: IpAddr) -> Option<Held> {
+        let holding = self.0.iter();
+        let holding = holding.filter_map(|list| list.prefixes.holding(address.into()));
+        self.held(holding.max_by_key(IpNet::prefix_len)?)
     }
 
     /// All prefixes, in order, each with the rule that holds it: a trie finds only the longest prefix of a source, and a
@@ -163,85 +157,126 @@ impl Lists<'_> {
         all
     }
 
-    /// Prefixes, in order, among them all whose `held` may be another than in `former`, where a rule is known by its key.
-    pub fn affected(&self, former: &Self) -> Vec<IpNet> {
+    /// Prefixes, in order, among them all whose `held` may be another than in `former`, where a rule is known by its key;
+    /// `None`: they are more than `most`.
+    pub fn affected(&self, former: &Self, most: usize) -> Option<Vec<IpNet>> {
         let mut affected = Vec::new();
         let mut rest = &former.0[..];
+        let mut ends = Vec::new();
         for list in &self.0 {
-            let is_same = |old: &List| old.key == list.key && old.end == list.end;
-            let place = rest
-                .iter()
-                .position(|old| is_same(old) && old.prefixes == list.prefixes);
+            let is_same =
+                |old: &List| old.key == list.key && old.end.is_some() == list.end.is_some();
+            let has_same = |old: &List| is_same(old) && old.prefixes == list.prefixes;
+            let place = rest.iter().position(has_same);
             let Some(place) = place.or_else(|| rest.iter().position(is_same)) else {
-                affected.extend_from_slice(list.prefixes);
+                add(&mut affected, list.prefixes.iter(), most)?;
                 continue;
             };
             // What came before it is gone, or comes later now, which changes who is the first.
             let (gone, kept) = rest.split_at(place);
-            affected.extend(gone.iter().flat_map(|old| old.prefixes.iter()));
-            if !Arc::ptr_eq(kept[0].prefixes, list.prefixes) {
-                differing(kept[0].prefixes, list.prefixes, &mut affected);
+            add(
+                &mut affected,
+                gone.iter().flat_map(|old| old.prefixes.iter()),
+                most,
+            )?;
+            if !has_same(&kept[0]) {
+                add(
+                    &mut affected,
+                    differing(kept[0].prefixes, list.prefixes),
+                    most,
+                )?;
             }
+            ends.extend(kept[0].end.zip(list.end).map(|ends| (ends, list.prefixes)));
             rest = &kept[1..];
         }
-        affected.extend(rest.iter().flat_map(|old| old.prefixes.iter()));
-        affected.sort_unstable();
+        add(
+            &mut affected,
+            rest.iter().flat_map(|old| old.prefixes.iter()),
+            most,
+        )?;
+        // A prefix names the rule that ends last, not its end, which a clock that is set moves.
+        ends.sort_by_key(|(ends, _)| *ends);
+        let is_in_order = |pair: &[((BootTime, BootTime), _)]| {
+            let ((old, new), (next_old, next_new)) = (pair[0].0, pair[1].0);
+            old.cmp(&next_old) == new.cmp(&next_new)
+        };
+        if !ends.windows(2).all(is_in_order) {
+            add(
+                &mut affected,
+                ends.iter().flat_map(|(_, list)| list.iter()),
+                most,
+            )?;
+        }
+        affected.sort();
         affected.dedup();
         // Parts of these may last longer now, or no longer.
         let ending = self.0.iter().filter(|list| list.end.is_some());
-        let parts = ending.flat_map(|list| {
-            affected
-                .iter()
-                .flat_map(|outer| list.prefixes.within(outer))
-        });
-        let parts: Vec<IpNet> = parts.copied().collect();
-        affected.extend(parts);
-        affected.sort_unstable();
+        let outer = affected.clone();
+        for list in ending {
+            let parts = outer.iter().flat_map(|outer| list.prefixes.within(outer));
+            add(&mut affected, parts, most)?;
+        }
+        affected.sort();
         affected.dedup();
-        affected
+        Some(affected)
     }
 
     /// Prefixes of each rule, by its place. One that an earlier list has too counts there.
     pub fn count_by_rule(&self, counts: &mut [usize]) {
+        let longest = self.0.iter().map(|list| list.prefixes.len()).max();
+        let others = self.count() - longest.unwrap_or_default();
+        if others > longest.unwrap_or_default() / LOOK_UPS {
+            for (_, held) in self.all() {
+                counts[usize::from(held.rule)] += 1;
+            }
+            return;
+        }
+        // Beside one long list there is little: it is looked up there.
         for (place, list) in self.0.iter().enumerate() {
-            let earlier = &self.0[..place];
-            let is_earlier =
-                |prefix: &&IpNet| earlier.iter().any(|other| other.prefixes.has(prefix));
-            let before: usize = earlier.iter().map(|other| other.prefixes.len()).sum();
-            // Whichever takes fewer look-ups.
-            let twice = if before < list.prefixes.len() {
-                let mut all: Vec<IpNet> = earlier
-                    .iter()
-                    .flat_map(|other| other.prefixes.iter().copied())
-                    .collect();
-                all.sort_unstable();
-                all.dedup();
-                all.iter()
-                    .filter(|prefix| list.prefixes.has(prefix))
+            let is_in = |others: &[List<'_>], prefix: &IpNet| {
+                others.iter().any(|other| other.prefixes.has(prefix))
+            };
+            let (earlier, own) = (&self.0[..place], &list.prefixes);
+            let twice = if Some(own.len()) == longest {
+                let places = earlier.iter().enumerate();
+                let all = places
+                    .flat_map(|(place, other)| other.prefixes.iter().map(move |p| (place, p)));
+                all.filter(|(place, prefix)| own.has(prefix) && !is_in(&earlier[..*place], prefix))
                     .count()
             } else {
-                list.prefixes.iter().filter(is_earlier).count()
+                own.iter().filter(|prefix| is_in(earlier, prefix)).count()
             };
-            counts[usize::from(list.rule)] += list.prefixes.len() - twice;
+            counts[usize::from(list.rule)] += own.len() - twice;
         }
     }
 }
 
-/// Adds the prefixes that only one of two lists has.
-fn differing(one: &Prefixes, other: &Prefixes, found: &mut Vec<IpNet>) {
+/// Adds prefixes, unless they become more than `most`.
+fn add<'a>(
+    found: &mut Vec<IpNet>,
+    prefixes: impl Iterator<Item = &'a IpNet>,
+    most: usize,
+) -> Option<()> {
+    found.extend(prefixes.take(most + 1));
+    (found.len() <= most).then_some(())
+}
+
+/// The prefixes that only one of two lists has.
+fn differing<'a>(one: &'a Prefixes, other: &'a Prefixes) -> impl Iterator<Item = &'a IpNet> {
     let (mut one, mut other) = (one.iter().peekable(), other.iter().peekable());
-    loop {
-        match (one.peek(), other.peek()) {
-            (Some(left), Some(right)) if left == right => {
-                one.next();
-                other.next();
+    iter::from_fn(move || {
+        loop {
+            match (one.peek(), other.peek()) {
+                (Some(left), Some(right)) if left == right => {
+                    one.next();
+                    other.next();
+                }
+                (Some(left), Some(right)) if left < right => return one.next(),
+                (_, Some(_)) => return other.next(),
+                (_, None) => return one.next(),
             }
-            (Some(left), Some(right)) if left < right => found.extend(one.next()),
-            (_, Some(_)) => found.extend(other.next()),
-            (Some(_), None) => found.extend(one.next()),
-            (None, None) => return,
         }
-    }
+    })
 }
 
 #[cfg(test)]
@@ -264,6 +299,7 @@ mod tests {
             on_removal: OnRemoval::Reset,
             rules: vec![],
             lists: vec![],
+            counts: Default::default(),
         }
     }
 
@@ -328,20 +364,17 @@ mod tests {
             }
             for group in Group::ALL {
                 let (before, after) = (former.lists(group), new.lists(group));
+                let key = |entries: &Entries, rule: u16| entries.rules[usize::from(rule)].0.clone();
                 let described = |entries: &Entries, held: Held| {
-                    let end = held.end.and_then(|rule| entries.rules[usize::from(rule)].1);
-                    (
-                        entries.rules[usize::from(held.rule)].0.clone(),
-                        end,
-                        held.end
-                            .map(|rule| entries.rules[usize::from(rule)].0.clone()),
-                    )
+                    let end = held.end.map(|rule| key(entries, rule));
+                    (key(entries, held.rule), end)
                 };
                 let all = after.all();
                 assert!(all.is_sorted_by(|(one, _), (other, _)| one < other));
                 for &(prefix, held) in &all {
-                    let (key, end, _) = described(&new, held);
-                    assert_eq!(Some((key, end)), expected(&after, prefix), "{prefix}");
+                    let end = held.end.and_then(|rule| new.rules[usize::from(rule)].1);
+                    let found = (key(&new, held.rule), end);
+                    assert_eq!(Some(found), expected(&after, prefix), "{prefix}");
                 }
                 let mut counts = vec![0; new.rules.len()];
                 after.count_by_rule(&mut counts);
@@ -351,10 +384,13 @@ mod tests {
                         .filter(|(_, held)| usize::from(held.rule) == rule);
                     assert_eq!(count, own.count());
                 }
-                let affected = after.affected(&before);
+                let affected = after.affected(&before, usize::MAX - 1).unwrap();
+                let most = affected.len().saturating_sub(1);
+                assert!(affected.is_empty() || after.affected(&before, most).is_none());
                 looked_up += affected.len();
                 all_of_them += all.len();
-                let of_any = before.prefixes().chain(after.prefixes());
+                let of_any = [&before, &after].into_iter().flat_map(|lists| &lists.0);
+                let of_any = of_any.flat_map(|list| list.prefixes.iter());
                 for &prefix in of_any.chain(&affected) {
                     let held = after.held(prefix);
                     let place = all.binary_search_by_key(&prefix, |&(prefix, _)| prefix);
@@ -370,5 +406,35 @@ mod tests {
             looked_up < all_of_them * 3 / 4,
             "{looked_up} of {all_of_them}"
         );
+    }
+
+    #[test]
+    fn prefixes_beside_one_long_list_count_at_the_first_rule_that_has_them() {
+        let mut random = fastrand::Rng::with_seed(12);
+        for place in 0..4 {
+            let mut entries = entries();
+            for rule in 0..4 {
+                let count = if rule == place { 1_000 } else { 5 };
+                let host =
+                    |_| Ipv4Net::new_assert([10, 0, 0, random.u8(..)].into(), random.u8(20..=32));
+                let list: Vec<IpNet> = (0..count)
+                    .map(host)
+                    .map(|host| host.trunc().into())
+                    .collect();
+                let source = Source::Region(rule.to_string());
+                entries.add(RuleKey::Rule(source), None, [Prefixes::shared(list)]);
+            }
+            let lists = entries.lists(Group::Rules);
+            let mut counts = vec![0; 4];
+            lists.count_by_rule(&mut counts);
+            let all = lists.all();
+            let own = |rule| {
+                all.iter()
+                    .filter(|(_, held)| usize::from(held.rule) == rule)
+                    .count()
+            };
+            assert_eq!(counts, [0, 1, 2, 3].map(own));
+            assert!(counts.iter().sum::<usize>() < lists.count());
+        }
     }
 }

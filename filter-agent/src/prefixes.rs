@@ -10,6 +10,8 @@ pub struct Prefixes {
     list: Box<[IpNet]>,
     widths: [Width; 2],
     shortest: Option<u8>,
+    /// Whether one is a part of another.
+    is_nested: bool,
 }
 
 /// A number of addresses, less one, since all of IPv6 would not fit; `None`: there is none.
@@ -30,6 +32,7 @@ impl From<Vec<IpNet>> for Prefixes {
         Self {
             widths: [true, false].map(|v4| width(list.iter().filter(|net| is_v4(net) == v4))),
             shortest: list.iter().map(IpNet::prefix_len).min(),
+            is_nested: list.windows(2).any(|pair| pair[0].contains(&pair[1])),
             list: list.into(),
         }
     }
@@ -69,9 +72,17 @@ impl Prefixes {
         if v4 { of_v4 } else { of_v6 }
     }
 
-    /// The longest of its own that holds an address.
-    pub fn holding(&self, address: IpAddr) -> Option<IpNet> {
-        around(address.into()).find(|prefix| self.has(prefix))
+    /// The longest of its own that a prefix is, or is a part of.
+    pub fn holding(&self, prefix: IpNet) -> Option<IpNet> {
+        let not_after = self.partition_point(|own| *own <= prefix);
+        let last = *self[..not_after].last()?;
+        if last.contains(&prefix) {
+            return Some(last);
+        }
+        // In a list of a region, which has no nested ones, no other can.
+        let shortest = self.shortest.filter(|_| self.is_nested)?;
+        let mut outer = around(prefix).take_while(|outer| outer.prefix_len() >= shortest);
+        outer.find(|outer| self.has(outer))
     }
 }
 
@@ -133,10 +144,11 @@ mod tests {
             let within = prefixes.iter().filter(|prefix| other.contains(*prefix));
             let within: Vec<IpNet> = within.copied().collect();
             assert_eq!(prefixes.within(&other), within);
-            let address = other.network();
-            let holding = list.iter().filter(|prefix| prefix.contains(&address));
-            let longest = holding.max_by_key(|prefix| prefix.prefix_len());
-            assert_eq!(prefixes.holding(address), longest.copied());
+            for part in [other, other.network().into()] {
+                let holding = list.iter().filter(|prefix| prefix.contains(&part));
+                let longest = holding.max_by_key(|prefix| prefix.prefix_len());
+                assert_eq!(prefixes.holding(part), longest.copied());
+            }
             let [v4, v6] = [true, false].map(|v4| prefixes.of_family(v4));
             assert_eq!([v4, v6].concat(), *prefixes);
             assert!(v4.iter().all(is_v4) && !v6.iter().any(is_v4));

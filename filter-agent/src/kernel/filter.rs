@@ -47,7 +47,7 @@ pub struct Filter {
     /// The content of the maps. The tries are read once, before this agent writes, and again only where a change
     /// could not be taken back: older kernels must not list a trie that changes.
     pub(super) image: Image,
-    /// What the image was made of; `None`: it was read from the maps.
+    /// What the image was made of; `None`: it was read from the maps, or nothing is in them yet.
     pub(super) origin: Option<Origin>,
     /// Prefixes of one address family that a policy may have.
     pub(super) max_prefixes: usize,

@@ -89,8 +89,9 @@ impl Image {
         Ok(image)
     }
 
-    /// Returns the image for `compiled`, and what it is made of, as `former` is for `current`. Databases and rules that `current` has keep their slots and ids, new
-    /// ones get unused ones: no entry in force changes its meaning while steps are written.
+    /// Returns the image for `compiled`, and what it is made of, as `former` is for `current`. Databases and rules that
+    /// `current` has keep their slots and ids, new ones get unused ones: no entry in force changes its meaning while
+    /// steps are written.
     ///
     /// # Errors
     /// More databases or rules, old and new together, than the kernel has slots or ids.
@@ -100,6 +101,9 @@ impl Image {
         former: Option<&Origin>,
     ) -> Result<(Self, Origin)> {
         let mut image = Self::default();
+        // Where the Bloom filter is due, everything is gone through.
+        let prefixes = current.allowed4.len() + current.allowed6.len();
+        let origin = former.filter(|former| former.since_filled * REFILL < prefixes);
         let mut allowed = Rewrite::of(&current.allowed4, &current.allowed6);
         let mut blocked = Rewrite::of(&current.blocked4, &current.blocked6);
         let mut slots = current.slots_by_name();
@@ -140,7 +144,7 @@ impl Image {
                 image.rules.push((id, name));
                 image.ends.extend(end.map(|end| (id, end)));
             }
-            let former = former.filter(|_| kept.is_some());
+            let former = origin.filter(|_| kept.is_some());
             let former = former.and_then(|former| former.compiled.databases.get(database));
             let rewrite = |trie: &mut Rewrite, group, section, value: fn(u32) -> RuleValue| {
                 let former = former.map(|former| former.lists(group));
@@ -209,27 +213,21 @@ impl Image {
         image.rules.sort_unstable_by_key(|&(id, _)| id);
         image.ends.sort_unstable_by_key(|&(id, _)| id);
         image.locals.sort_unstable_by_key(|&(key, _)| key);
-        (image.allowed4, image.allowed6) = allowed.finish();
-        (image.blocked4, image.blocked6) = blocked.finish();
-        let changed = allowed.changes4.len() + allowed.changes6.len();
-        let mut since_filled = changed + former.map_or(0, |former| former.since_filled);
-        let prefixes = image.allowed4.len() + image.allowed6.len();
-        image.bloom = if former.is_some() && since_filled * REFILL < prefixes {
-            let v4 = allowed
-                .changes4
-                .iter()
-                .filter(|change| change.old.is_none());
-            let v6 = allowed
-                .changes6
-                .iter()
-                .filter(|change| change.old.is_none());
-            let v4 = v4.map(|change| &change.key.1);
-            with_prefixes(&current.bloom, v4, v6.map(|change| &change.key.1))
-        } else {
-            since_filled = 0;
-            let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
-            let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
-            with_prefixes(&[], v4, v6)
+        let (allowed, blocked) = (allowed.finish(), blocked.finish());
+        (image.allowed4, image.allowed6) = (allowed.v4, allowed.v6);
+        (image.blocked4, image.blocked6) = (blocked.v4, blocked.v6);
+        let changed = allowed.came4.len() + allowed.came6.len() + allowed.went;
+        let mut since_filled = 0;
+        image.bloom = match origin {
+            Some(origin) if changed * REFILL < prefixes => {
+                since_filled = origin.since_filled + changed;
+                with_prefixes(&current.bloom, allowed.came4.iter(), allowed.came6.iter())
+            }
+            _ => {
+                let v4 = image.allowed4.iter().map(|((_, prefix), _)| prefix);
+                let v6 = image.allowed6.iter().map(|((_, prefix), _)| prefix);
+                with_prefixes(&[], v4, v6)
+            }
         };
         let origin = Origin {
             compiled: compiled.clone(),
@@ -356,7 +354,8 @@ impl Image {
     /// Slots of databases that take a port of an address over from another, or lose one to another.
     /// They need new slots: while a slot holds what the old and the new policy allow, a port that
     /// changes hands would be open to what only the other port's old or new rules allow. So do databases whose blocks
-    /// change together with the places where they apply: for an instant the old blocks would apply to the new places. And
+    /// change (or come back: one that ended, and is prolonged) together with the places where they apply: for an instant the old blocks
+    /// would apply to the new places. And
     /// those whose port becomes one of all addresses, or of some: what is sent to many (a broadcast) is dropped where it is of
     /// some, and would be judged by the old and the new rules together.
     fn moving(&self, compiled: &Compiled, slots: &BTreeMap<&str, u16>) -> BTreeSet<u16> {
@@ -398,19 +397,14 @@ impl Image {
         moving
     }
 
-    /// The blocked prefixes of a slot.
-    fn blocks(&self, slot: u16) -> BTreeSet<IpNet> {
+    /// The blocked prefixes of a slot, and when each block ends.
+    fn blocks(&self, slot: u16) -> BTreeSet<(IpNet, Option<BootTime>)> {
+        let end = |value: RuleValue| value.end().and_then(|rule| find(&self.ends, rule));
         let is_own = |section: &Section| section.slot() == slot;
-        let v4 = self
-            .blocked4
-            .iter()
-            .filter(|((section, _), _)| is_own(section));
-        let v6 = self
-            .blocked6
-            .iter()
-            .filter(|((section, _), _)| is_own(section));
-        let v4 = v4.map(|((_, prefix), _)| IpNet::V4(*prefix));
-        v4.chain(v6.map(|((_, prefix), _)| IpNet::V6(*prefix)))
+        let v4 = self.blocked4.iter().filter(|((of, _), _)| is_own(of));
+        let v6 = self.blocked6.iter().filter(|((of, _), _)| is_own(of));
+        let v4 = v4.map(|&((_, prefix), value)| (prefix.into(), end(value)));
+        v4.chain(v6.map(|&((_, prefix), value)| (prefix.into(), end(value))))
             .collect()
     }
 
@@ -450,8 +444,10 @@ impl Image {
     }
 }
 
-fn blocks(entries: &Entries) -> BTreeSet<IpNet> {
-    entries.lists(Group::Blocks).prefixes().copied().collect()
+fn blocks(entries: &Entries) -> BTreeSet<(IpNet, Option<BootTime>)> {
+    let all = entries.lists(Group::Blocks).all().into_iter();
+    let end = |held: Held| held.end.and_then(|rule| entries.rules[usize::from(rule)].1);
+    all.map(|(prefix, held)| (prefix, end(held))).collect()
 }
 
 fn places(entries: &Entries) -> BTreeSet<(u32, Option<[u8; 16]>, bool)> {

@@ -169,6 +169,7 @@ fn compiled(random: &mut fastrand::Rng, now: BootTime) -> Compiled {
             on_removal: crate::policy::OnRemoval::Reset,
             rules: vec![],
             lists: vec![],
+            counts: Default::default(),
         };
         for _ in 0..random.u16(..7) {
             let net = prefix(random);
@@ -270,6 +271,7 @@ fn one(name: &str, prefixes: &[&str]) -> (String, Entries) {
         on_removal: crate::policy::OnRemoval::Reset,
         rules: vec![],
         lists: vec![],
+        counts: Default::default(),
     };
     for text in prefixes {
         let net: IpNet = text.parse().unwrap();
