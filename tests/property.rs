@@ -395,7 +395,8 @@ fn long_list_that_changes_little_by_little_is_judged_as_the_reference_does() {
     let seed = seed();
     let mut rng = Rng::with_seed(seed);
     let mut list: BTreeSet<IpNet> = BTreeSet::new();
-    let valid = |prefix: &IpNet| prefix.prefix_len() > 7 && parse_cidr(&prefix.to_string()).is_ok();
+    let valid =
+        |prefix: &IpNet| prefix.prefix_len() > 20 && parse_cidr(&prefix.to_string()).is_ok();
     let grow = |rng: &mut Rng, list: &mut BTreeSet<IpNet>| {
         let prefix = random_prefix(rng, list);
         list.extend(Some(prefix).filter(valid));
