@@ -351,6 +351,7 @@ fn kept_set() -> (RegionSource, Set) {
         version: None,
         shrunk: None,
         incomplete: None,
+        merged: Default::default(),
         prefixes: Default::default(),
     };
     (source, set)

@@ -1,17 +1,60 @@
 //! Checks of a region's result, and comparisons of sets of prefixes. Pure.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use anyhow::{Result, ensure};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use crate::{policy::Guards, prefixes::around};
+use crate::{
+    policy::Guards,
+    prefixes::{Prefixes, around},
+};
 
 /// Merges adjacent and covered prefixes, and sorts them.
 pub(super) fn merged(prefixes: &[IpNet]) -> Vec<IpNet> {
     let mut merged = IpNet::aggregate(&prefixes.to_vec());
     merged.sort_unstable();
     merged
+}
+
+/// As `merged` of both lists, where the first is merged already: that one is gone through once, however long.
+pub(super) fn merged_with(merged: &Prefixes, more: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
+    let mut added = BTreeSet::new();
+    let mut gone: BTreeSet<IpNet> = BTreeSet::new();
+    for mut prefix in more {
+        let is_in = |added: &BTreeSet<IpNet>, prefix: &IpNet| {
+            around(*prefix).any(|outer| added.contains(&outer))
+        };
+        if is_in(&added, &prefix) || merged.holding(prefix).is_some() {
+            continue;
+        }
+        // With its other half it is the prefix around both.
+        while let Some((outer, half)) = outer_and_other_half(&prefix) {
+            let is_gone = gone.contains(&half) || !merged.has(&half);
+            if !added.remove(&half) && is_gone {
+                break;
+            }
+            prefix = outer;
+        }
+        added.retain(|inner| !prefix.contains(inner));
+        gone.extend(merged.within(&prefix));
+        added.insert(prefix);
+    }
+    let kept = merged.iter().filter(|prefix| !gone.contains(*prefix));
+    let mut all: Vec<IpNet> = kept.chain(&added).copied().collect();
+    // Made for lists that are in order.
+    all.sort();
+    all
+}
+
+/// The prefix that is one bit shorter, and its other half.
+fn outer_and_other_half(prefix: &IpNet) -> Option<(IpNet, IpNet)> {
+    let outer = prefix.supernet()?;
+    let mut halves = outer.subnets(prefix.prefix_len()).ok()?;
+    Some((outer, halves.find(|half| half != prefix)?))
 }
 
 /// Whether one of `merged`, as `merged()` returns them, contains the prefix. Only the last that sorts not after it can: at
@@ -147,6 +190,9 @@ mod tests {
             };
             let (prefixes, others) = (list(), list());
             let merged = merged(&others);
+            let both = [others.clone(), prefixes.clone()].concat();
+            let with = merged_with(&merged.clone().into(), prefixes.iter().copied());
+            assert_eq!(with, super::merged(&both), "{prefixes:?} {others:?}");
             let one_by_one = prefixes.iter().filter(|p| !is_covered(p, &merged));
             assert!(uncovered(&prefixes, &merged).eq(one_by_one.copied()));
             for range in &others {

@@ -19,7 +19,7 @@ use crate::{
     region::{
         answer::{Answer, Found, Version},
         files::StillWritten,
-        guards::{check, check_each, is_covered, merged, uncovered},
+        guards::{check, check_each, is_covered, merged, merged_with, uncovered},
         try_later::TryLater,
     },
     report::Timing,
@@ -175,7 +175,10 @@ pub struct Set {
     /// The part of the source that could not be looked up last.
     #[serde(default)]
     pub incomplete: Option<Incomplete>,
-    /// Allowed prefixes: members, held and retiring ones, with adjacent and covered ones merged.
+    /// The members, with adjacent and covered ones merged.
+    #[serde(skip)]
+    pub merged: Arc<Prefixes>,
+    /// Allowed prefixes: the same with held and retiring ones.
     #[serde(skip)]
     pub prefixes: Arc<Prefixes>,
 }
@@ -255,11 +258,20 @@ impl Shrunk {
 }
 
 impl Set {
+    /// Puts together what is allowed, after held or retiring prefixes changed.
     fn merge(&mut self) {
         let left = self.held.iter().chain(&self.retiring);
         let left = left.map(|&(prefix, _)| prefix);
-        let all: Vec<IpNet> = self.members.iter().copied().chain(left).collect();
-        self.prefixes = Prefixes::shared(merged(&all));
+        self.prefixes = match self.held.is_empty() && self.retiring.is_empty() {
+            true => self.merged.clone(),
+            false => Prefixes::shared(merged_with(&self.merged, left)),
+        };
+    }
+
+    /// The same after members changed.
+    fn merge_members(&mut self) {
+        self.merged = Prefixes::shared(merged(&self.members));
+        self.merge();
     }
 }
 
@@ -329,7 +341,7 @@ impl State {
                 spelled(max_age)
             );
         }
-        set.merge();
+        set.merge_members();
         self.set = Some(set);
         Ok(())
     }
@@ -348,6 +360,7 @@ impl State {
         let content = |set: &Set| Set {
             confirmed: Timestamp::UNIX_EPOCH,
             members: Arc::default(),
+            merged: Arc::default(),
             prefixes: Arc::default(),
             ..set.clone()
         };
@@ -636,11 +649,10 @@ impl State {
             version: found.version,
             shrunk,
             incomplete,
-            prefixes: result,
+            merged: result,
+            prefixes: Arc::default(),
         };
-        if !set.held.is_empty() || !set.retiring.is_empty() {
-            set.merge();
-        }
+        set.merge();
         self.set = Some(set);
         change
     }
@@ -666,7 +678,7 @@ impl State {
             set.held.retain(|(prefix, _)| !old(prefix));
             set.retiring.retain(|(prefix, _)| !old(prefix));
             set.incomplete = None;
-            set.merge();
+            set.merge_members();
         }
         if let Some(max_age) = max_age
             && set.confirmed + max_age <= now

@@ -27,6 +27,7 @@ fn set(prefix: &str) -> Set {
         version: None,
         shrunk: None,
         incomplete: None,
+        merged: Default::default(),
         prefixes: Default::default(),
     }
 }
