@@ -191,7 +191,8 @@ mod tests {
             let (prefixes, others) = (list(), list());
             let merged = merged(&others);
             let both = [others.clone(), prefixes.clone()].concat();
-            let with = merged_with(&merged.clone().into(), prefixes.iter().copied());
+            let more = prefixes.iter().rev().copied();
+            let with = merged_with(&merged.clone().into(), more);
             assert_eq!(with, super::merged(&both), "{prefixes:?} {others:?}");
             let one_by_one = prefixes.iter().filter(|p| !is_covered(p, &merged));
             assert!(uncovered(&prefixes, &merged).eq(one_by_one.copied()));
