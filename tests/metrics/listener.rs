@@ -59,7 +59,9 @@ fn taken_port_is_an_error_and_tried_again() {
     drop(taken);
     net.wait_for_line("metrics on ");
     assert_eq!(errors(&net), "[]");
-    assert!(Scrape::of(&net, address).has("filter_agent_build_info{version=\"0.1.0\"}"));
+    let version = env!("CARGO_PKG_VERSION");
+    let info = format!("filter_agent_build_info{{version=\"{version}\"}}");
+    assert!(Scrape::of(&net, address).has(&info));
 
     // Of the host's own tomorrow.
     net.reload(&serving("192.0.2.5:9464"));
