@@ -39,7 +39,8 @@ pub struct Entries {
     pub on_removal: OnRemoval,
     /// Rules and blocks, with their ends.
     pub rules: Vec<(RuleKey, Option<BootTime>)>,
-    /// What each holds, by its place in `rules`, in that order. The cluster has a list for each region, and one.
+    /// The prefixes of each rule, by its place in `rules`, in that order. The cluster has a list for each region that it names,
+    /// and one for all other members.
     pub lists: Vec<(u16, Arc<Prefixes>)>,
     /// Counted when it is first asked for: long lists that overlap take a while.
     pub counts: OnceLock<Vec<usize>>,
@@ -181,6 +182,14 @@ fn compile_database(
 }
 
 impl Entries {
+    /// The lists of allowed prefixes, each with the end of its rule.
+    pub fn allowed(&self) -> impl Iterator<Item = (Option<BootTime>, &Prefixes)> {
+        self.lists.iter().filter_map(|(rule, list)| {
+            let (key, end) = &self.rules[usize::from(*rule)];
+            (key.group() != Group::Blocks).then_some((*end, &**list))
+        })
+    }
+
     /// Appends a rule or block and what it holds.
     pub fn add(
         &mut self,
@@ -220,11 +229,7 @@ fn warn_of_width(database: &Database, entries: &Entries, warnings: &mut Vec<Stri
 
 /// Addresses of a family that are allowed. Where lists overlap, and are far from half of the address space, too many.
 fn width_of(entries: &Entries, of_v4: bool) -> Width {
-    let allowed = entries.lists.iter().filter(|(rule, _)| {
-        let (key, _) = &entries.rules[usize::from(*rule)];
-        key.group() != Group::Blocks
-    });
-    let lists: Vec<&Prefixes> = allowed.map(|(_, list)| &**list).collect();
+    let lists: Vec<&Prefixes> = entries.allowed().map(|(_, list)| list).collect();
     let widths = lists.iter().filter_map(|list| list.width(of_v4));
     let all = widths.reduce(|all, width| all.saturating_add(width).saturating_add(1))?;
     // Only a few lists are so wide that it takes a look at all their prefixes.
@@ -350,7 +355,7 @@ mod tests {
                 .len(),
             0
         );
-        // What several rules hold counts once.
+        // A prefix of several rules counts once.
         let quarter = ["64.0.0.0/2", "64.0.0.0/3", "96.0.0.0/3"].map(cidr);
         assert_eq!(dedicated(quarter.into()).warnings.len(), 0);
         let half = dedicated(vec![cidr("8000::/1")]);

@@ -6,6 +6,8 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use filter_common::Protocol;
+
 use crate::{
     clock::BootTime,
     compile::{Compiled, Entries},
@@ -17,7 +19,6 @@ use crate::{
     report,
     rules::RuleKey,
 };
-use filter_common::Protocol;
 
 /// Sources that one change logs; the rest are only counted.
 const MAX_LOGGED: usize = 20;

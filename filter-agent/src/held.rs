@@ -172,7 +172,7 @@ impl Lists<'_> {
                 add(&mut affected, list.prefixes.iter(), most)?;
                 continue;
             };
-            // What came before it is gone, or comes later now, which changes who is the first.
+            // Rules before it were removed, or come later now: another rule may be the first to hold their prefixes.
             let (gone, kept) = rest.split_at(place);
             add(
                 &mut affected,

@@ -90,6 +90,14 @@ pub fn is_v4(prefix: &IpNet) -> bool {
     matches!(prefix, IpNet::V4(_))
 }
 
+/// An address as a number.
+pub fn bits(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => address.to_bits().into(),
+        IpAddr::V6(address) => address.to_bits(),
+    }
+}
+
 /// A prefix, and those that it is a part of, the longest first.
 pub fn around(prefix: IpNet) -> impl Iterator<Item = IpNet> {
     iter::successors(Some(prefix), IpNet::supernet)
@@ -97,10 +105,6 @@ pub fn around(prefix: IpNet) -> impl Iterator<Item = IpNet> {
 
 /// Addresses that prefixes of one family, in order, hold together.
 pub fn width<'a>(prefixes: impl Iterator<Item = &'a IpNet>) -> Width {
-    let bits = |address: IpAddr| match address {
-        IpAddr::V4(address) => u128::from(address.to_bits()),
-        IpAddr::V6(address) => address.to_bits(),
-    };
     let mut width: Width = None;
     let mut end: Option<u128> = None;
     for prefix in prefixes {

@@ -11,8 +11,7 @@ use ipnet::IpNet;
 use crate::{
     clock::BootTime,
     compile::{Compiled, Entries},
-    held::Group,
-    prefixes::Prefixes,
+    prefixes::{Prefixes, bits},
     rules::RuleKey,
 };
 
@@ -34,7 +33,7 @@ pub const MAX_PROBES: usize = 512;
 /// 10 µs.
 const MAX_LOOKS: usize = 2_000;
 
-/// Places at which that begins, if there is no gap behind the one before.
+/// Addresses from which such a source is looked for, one after the other.
 const BEGINNINGS: u128 = 8;
 
 /// Time that a round of probes may take.
@@ -49,15 +48,10 @@ pub fn probes(compiled: &Compiled, now: BootTime, round: u64) -> Vec<Probe> {
     let mut probes = Vec::new();
     let share = MAX_PROBES / compiled.databases.len().max(1);
     for (name, entries) in &compiled.databases {
-        let allowed = entries.lists.iter().map(|(rule, list)| {
-            let (key, end) = &entries.rules[usize::from(*rule)];
-            (key, *end, &**list)
-        });
-        let allowed = allowed.filter(|(key, ..)| key.group() != Group::Blocks);
-        let lasting = |end: Option<BootTime>| end.is_none_or(|end| end > now.after(MARGIN));
-        let lasting = allowed.clone().filter(|&(_, end, _)| lasting(end));
-        let lasting: Vec<&Prefixes> = lasting.map(|(.., list)| list).collect();
-        let all: Vec<&Prefixes> = allowed.map(|(.., list)| list).collect();
+        let lasts = |end: Option<BootTime>| end.is_none_or(|end| end > now.after(MARGIN));
+        let lasting = entries.allowed().filter(|&(end, _)| lasts(end));
+        let lasting: Vec<&Prefixes> = lasting.map(|(_, list)| list).collect();
+        let all: Vec<&Prefixes> = entries.allowed().map(|(_, list)| list).collect();
         let is_free = |source: &IpAddr| {
             let mut rules = entries.rules.iter();
             !rules.any(|(key, _)| matches!(key, RuleKey::Block(block) if block.contains(source)))
@@ -108,13 +102,6 @@ fn address(bits: u128, of_v4: bool) -> Option<IpAddr> {
     match of_v4 {
         true => Some(Ipv4Addr::from_bits(bits.try_into().ok()?).into()),
         false => Some(Ipv6Addr::from_bits(bits).into()),
-    }
-}
-
-fn bits(address: IpAddr) -> u128 {
-    match address {
-        IpAddr::V4(address) => address.to_bits().into(),
-        IpAddr::V6(address) => address.to_bits(),
     }
 }
 

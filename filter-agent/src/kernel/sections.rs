@@ -42,7 +42,7 @@ pub(super) struct Rewritten {
     /// Prefixes that are new.
     pub(super) came4: Vec<Ipv4Net>,
     pub(super) came6: Vec<Ipv6Net>,
-    /// How many are no more.
+    /// The number of removed prefixes.
     pub(super) went: usize,
 }
 
@@ -57,7 +57,7 @@ impl<'a> Rewrite<'a> {
         }
     }
 
-    /// What a section is to hold. `former`: the lists of which its present content was made.
+    /// Sets the content of a section. `former`: the lists that its present content was made from.
     pub(super) fn section(
         &mut self,
         section: Section,
