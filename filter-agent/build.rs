@@ -20,6 +20,12 @@ fn main() -> anyhow::Result<()> {
         env::set_var("RUSTC_BOOTSTRAP", "1");
         // aya-build repeats each line of the inner cargo as a warning.
         env::set_var("CARGO_TERM_QUIET", "true");
+        // BTF names the sources: with their paths in it an object would differ by where they lie.
+        env::set_var("CARGO_UNSTABLE_TRIM_PATHS", "true");
+        env::set_var("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all");
+        // aya-build passes it on for programs that read registers, which ours do not. With one value the objects are the same
+        // bytes on every processor of one byte order; else the name of a source file in their BTF differs.
+        env::set_var("CARGO_CFG_TARGET_ARCH", "x86_64");
     }
     let features: &[&str] = if cfg!(feature = "next-layout") {
         &["next-layout"]
