@@ -14,7 +14,10 @@ use crate::{
     fleet::{ThisHost, state::State as Fleet},
     history::History,
     holding::{self, Regional},
-    host::coverage::{Coverage, address_warnings, describe_missing},
+    host::{
+        coverage::{Coverage, address_warnings, describe_missing},
+        driver::{forgotten, long_frame_warnings},
+    },
     log::Entry,
     policy::{Model, Region, Rule},
     policy_file::PolicyFile,
@@ -68,11 +71,13 @@ impl Snapshot {
         warnings.extend(address_warnings(policy, host));
         warnings.extend(settings.port_warnings(policy));
         warnings.extend(unlisted(policy, &coverage, pinned, host));
+        warnings.extend(long_frame_warnings(host, *ours));
         warnings.extend(self.region_warnings());
         warnings.extend(self.fleet_warnings(now.steady));
         warnings.extend(observed.lost.iter().cloned());
         warnings.extend(self.unsaved.iter().cloned());
         let mut not_enforced = coverage.not_enforced(pinned, *ours);
+        not_enforced.extend(forgotten(host, *ours));
         for error in &observed.verified.errors {
             if !not_enforced.contains(error) {
                 not_enforced.push(error.clone());

@@ -1,6 +1,10 @@
 //! Examines interfaces before the filter is attached: driver, native XDP, MTU, offloads.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 use ethtool::{EthtoolAttr, EthtoolFeatureAttr};
@@ -12,7 +16,10 @@ use netlink_packet_core::{
 use netlink_packet_generic::{GenlFamily, GenlHeader, GenlMessage};
 use serde::Serialize;
 
-use crate::{host::Interface, policy::Mode};
+use crate::{
+    host::{AttachedXdp, Interface},
+    policy::Mode,
+};
 
 /// Drivers with native XDP in every kernel that the filter runs on, for kernels before 6.3, which do
 /// not report it (from the drivers' `ndo_bpf`, and bcc's list of features by kernel version).
@@ -44,6 +51,10 @@ const NATIVE: [&str; 22] = [
 /// Drivers that attach a program without interrupting the link. Others recreate their queues, and some renegotiate the
 /// link.
 const SEAMLESS: [&str; 4] = ["bond", "tun", "veth", "virtio_net"];
+
+/// Drivers that forget a native program when the interface goes down, and do not tell the kernel, which goes on to show it: vmxnet3
+/// does in `vmxnet3_rq_cleanup_all`, which changes of MTU and rings go through as well (tried on Linux 6.12: `cargo xtask vm --drivers`).
+const FORGETFUL: [&str; 1] = ["vmxnet3"];
 
 /// Largest MTU, in bytes, whose frames fit a page of 4,096 beside the headroom of XDP (256), the
 /// Ethernet header (14) and `skb_shared_info` (320): what a driver without XDP frags can take.
@@ -101,10 +112,8 @@ pub async fn drivers(
 impl Driver {
     fn of(interface: &Interface, mode: Mode, features: Features) -> Self {
         let name = &interface.name;
-        let device = PathBuf::from("/sys/class/net").join(name).join("device");
-        let driver = fs::read_link(device.join("driver")).ok();
-        let driver = driver.and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
-        let driver = driver
+        let device = device(name);
+        let driver = of_device(&device)
             .or_else(|| interface.kind.clone())
             .unwrap_or_else(|| "unknown".into());
         let known = NATIVE.contains(&driver.as_str());
@@ -116,6 +125,8 @@ impl Driver {
         let virtio = fs::read_to_string(device.join("features")).unwrap_or_default();
         let refusal = if native == Some(false) {
             Some(format!("{driver} has no native XDP"))
+        } else if let Some(reason) = forgets(interface) {
+            Some(reason)
         } else if interface.mtu > PAGE_MTU && frags == Some(false) {
             Some(format!(
                 "{driver} supports no frame larger than a page with native XDP: MTU {} is more than \
@@ -180,6 +191,94 @@ impl Driver {
             error,
         }
     }
+}
+
+fn device(interface: &str) -> PathBuf {
+    let interfaces = Path::new("/sys/class/net");
+    interfaces.join(interface).join("device")
+}
+
+/// The name of a device's driver.
+fn of_device(device: &Path) -> Option<String> {
+    let driver = fs::read_link(device.join("driver")).ok()?;
+    Some(driver.file_name()?.to_str()?.to_owned())
+}
+
+/// Why a program must not run natively on an interface: its driver, or that of a port of a bond, forgets it.
+pub fn forgets(interface: &Interface) -> Option<String> {
+    let ports = interface.kind.as_deref() == Some("bond");
+    let ports = if ports {
+        lower(&interface.name)
+    } else {
+        Vec::new()
+    };
+    let devices = std::iter::once(device(&interface.name)).chain(ports);
+    let drivers = devices.filter_map(|device| of_device(&device));
+    reason_to_forget(drivers)
+}
+
+fn reason_to_forget(mut drivers: impl Iterator<Item = String>) -> Option<String> {
+    let driver = drivers.find(|driver| FORGETFUL.contains(&driver.as_str()))?;
+    Some(format!(
+        "{driver} forgets a native program when the interface goes down"
+    ))
+}
+
+/// The devices of the interfaces that a bond is made of.
+fn lower(name: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(Path::new("/sys/class/net").join(name));
+    let entries = entries.into_iter().flatten().flatten();
+    let lower = entries.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"lower_"));
+    lower.map(|it| it.path().join("device")).collect()
+}
+
+/// Interfaces that the program with this id runs on natively.
+fn native(host: &[Interface], program_id: u32) -> impl Iterator<Item = &Interface> {
+    host.iter().filter(move |interface| {
+        let ours = |xdp: AttachedXdp| xdp.native && xdp.program_id == program_id;
+        interface.xdp.is_some_and(ours)
+    })
+}
+
+/// Errors of interfaces that are filtered natively although their driver forgets the program: an agent before 0.2.0 attached it, or
+/// they joined a bond. Whether they are filtered cannot be seen.
+pub fn forgotten(host: &[Interface], program_id: u32) -> Vec<String> {
+    native(host, program_id)
+        .filter_map(|interface| {
+            let (name, reason) = (&interface.name, forgets(interface)?);
+            Some(format!(
+                "interface {name} may not be filtered: {reason}; run `filter-agent detach`, and start the agent again, which then \
+                 filters in generic mode"
+            ))
+        })
+        .collect()
+}
+
+/// Warnings of interfaces that are filtered natively, and lose the frames of all connections that do not fit a page.
+pub fn long_frame_warnings(host: &[Interface], program_id: u32) -> Vec<String> {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy();
+    native(host, program_id)
+        .filter_map(|interface| {
+            let driver = of_device(&device(&interface.name))?;
+            loses_long_frames(&driver, interface.mtu, &release).then(|| {
+                let name = &interface.name;
+                format!(
+                    "{name} has an MTU of {}, and {driver} loses frames of more than {PAGE_MTU} bytes in native mode: set a \
+                     smaller one, or `mode: generic` for it after `filter-agent detach`",
+                    interface.mtu
+                )
+            })
+        })
+        .collect()
+}
+
+/// virtio_net looks at the MTU when a program is attached, and not when the MTU is raised after that. It hands the program
+/// frames of several pages from Linux 6.3 on; before, it drops them.
+fn loses_long_frames(driver: &str, mtu: u32, release: &str) -> bool {
+    let mut numbers = release.split(['.', '-']).map_while(|it| it.parse().ok());
+    let version: Option<(u32, u32)> = numbers.next().zip(numbers.next());
+    driver == "virtio_net" && mtu > PAGE_MTU && version.is_some_and(|version| version < (6, 3))
 }
 
 /// Whether a virtio device merges packets and its guest cannot switch that off: without VIRTIO_NET_F_CTRL_GUEST_OFFLOADS the
@@ -299,6 +398,33 @@ mod tests {
             mtu,
             ..Interface::default()
         }
+    }
+
+    /// A denied source was connected after `ip link set down` and `up`.
+    #[test]
+    fn driver_that_forgets_its_program_is_not_used_natively() {
+        let reason = |drivers: &[&str]| reason_to_forget(drivers.iter().map(|it| (*it).to_owned()));
+        let forgets = "vmxnet3 forgets a native program when the interface goes down";
+        assert_eq!(reason(&["vmxnet3"]).as_deref(), Some(forgets));
+        assert_eq!(
+            reason(&["bond", "igb", "vmxnet3"]).as_deref(),
+            Some(forgets)
+        );
+        assert_eq!(reason(&["bond", "igb", "virtio_net"]), None);
+        assert_eq!(reason(&[]), None);
+    }
+
+    /// A raised MTU under the filter lost the long frames of every connection, and nothing said so.
+    #[test]
+    fn raised_mtu_that_the_driver_does_not_look_at_is_told_of() {
+        let loses = loses_long_frames;
+        assert!(loses("virtio_net", 9000, "6.1.0-56-cloud-amd64"));
+        assert!(loses("virtio_net", 3507, "5.18.0"));
+        assert!(!loses("virtio_net", 3506, "6.1.0"));
+        assert!(!loses("virtio_net", 9000, "6.3.0-rc1"));
+        assert!(!loses("virtio_net", 9000, "6.12.117+deb12-amd64"));
+        assert!(!loses("virtio_net", 9000, "unknown"));
+        assert!(!loses("veth", 9000, "6.1.0"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use filter_common::LAYOUT;
 use nix::errno::Errno;
 
 use crate::{
-    host::{AttachedXdp, Interface, coverage::Pinned},
+    host::{AttachedXdp, Interface, coverage::Pinned, driver::forgets},
     kernel::{
         filter::Filter,
         pins::{
@@ -102,9 +102,12 @@ impl Filter {
         }
         let native = match mode {
             Mode::Generic => None,
-            Mode::Auto | Mode::Native => match self.attach_new(interface, XdpMode::Driver, &pin) {
-                Ok(()) => return Ok(Attached::Native),
-                Err(error) => Some(error),
+            Mode::Auto | Mode::Native => match forgets(interface) {
+                Some(reason) => Some(anyhow!(reason)),
+                None => match self.attach_new(interface, XdpMode::Driver, &pin) {
+                    Ok(()) => return Ok(Attached::Native),
+                    Err(error) => Some(error),
+                },
             },
         };
         if mode == Mode::Native
