@@ -18,7 +18,7 @@ use filter_tests::{
     databases::{Balancer, Maria, Postgres, Redis, come_from, mariadb, psql, psql_at_home, redis},
     net::{
         ALLOWED4, ALLOWED6, CLIENT4, Connection, DB4, DENIED4, Namespace, Net, PATIENCE, Polling,
-        agent_binary, next_layout_binary, policy, previous_binary, wait_until,
+        agent_binary, next_layout_binary, policy, released_binary, wait_until,
     },
 };
 use nix::{
@@ -400,9 +400,9 @@ fn what_is_known_of_connections_outlasts_the_agent() {
 
 /// From what hosts run, and back to it, with a connection open.
 #[test]
-#[ignore = "needs the agent of an earlier commit, which `cargo xtask test --full` builds"]
-fn connections_outlast_the_agent_of_the_commit_before_and_the_way_back() {
-    let [before, now] = [previous_binary(), agent_binary().to_owned()];
+#[ignore = "needs the agent of an earlier release, which `cargo xtask test --full` builds"]
+fn connections_outlast_the_upgrade_from_0_1_0_and_the_way_back() {
+    let [before, now] = [released_binary("0.1.0"), agent_binary().to_owned()];
     let mut net = start("tls-before", "native", &forced("postgresql", 5432, ""));
     let _server = Postgres::start(&net);
     net.binary = before.clone();

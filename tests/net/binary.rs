@@ -23,11 +23,11 @@ pub fn next_layout_binary() -> &'static Path {
     BINARY.get_or_init(|| build_agent("next-layout", &["--features", "next-layout"]))
 }
 
-/// The agent of an earlier commit, which `cargo xtask test --full` builds.
-pub fn previous_binary() -> PathBuf {
+/// The agent of an earlier release, which `cargo xtask test --full` builds.
+pub fn released_binary(version: &str) -> PathBuf {
     let test = env::current_exe().unwrap();
     let target = test.ancestors().nth(3).unwrap();
-    let binary = target.join("previous/debug/filter-agent");
+    let binary = target.join("released").join(version).join("filter-agent");
     assert!(binary.exists(), "{} is missing", binary.display());
     binary
 }

@@ -25,7 +25,7 @@ pub use addresses::{
     ALLOWED4, ALLOWED6, CLIENT_MAC, CLIENT4, CLIENT6, DB_MAC, DB4, DB6, DENIED4, DENIED6,
     NEIGHBOURS, OTHER_DB4, OTHER_DB6, addressing,
 };
-pub use binary::{agent_binary, next_layout_binary, previous_binary};
+pub use binary::{agent_binary, next_layout_binary, released_binary};
 pub use clients::{Connection, Patience, bound, connect, exchange, transfer};
 pub use command::succeed;
 pub use echo::{Echo, EchoClient, EchoDatagrams};
