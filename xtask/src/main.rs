@@ -1,5 +1,6 @@
-//! The project's own tasks: `cargo xtask setup | build | check | test | fuzz | verify | bench | dist | vm | demo`.
+//! The project's own tasks: `cargo xtask setup | build | check | test | fuzz | verify | bench | dist | vm | arm64 | demo`.
 
+mod arm64;
 mod compare;
 mod demo;
 mod dist;
@@ -42,7 +43,7 @@ enum Task {
     /// Everything `check` does, then the tests that need root
     Test {
         /// Boot every kernel in the virtual machine, not only the oldest, with the tests of forced TLS, fail every
-        /// system call of the agent, not some, and fuzz for minutes, not seconds
+        /// system call of the agent, not some, fuzz for minutes, not seconds, and test on an emulated arm64 machine
         #[arg(long)]
         full: bool,
     },
@@ -96,7 +97,13 @@ enum Task {
         /// Run the tests of forced TLS on its kernel as well
         #[arg(long)]
         streams: bool,
+        /// Try the drivers of network cards instead, those that QEMU emulates
+        #[arg(long, conflicts_with = "streams")]
+        drivers: bool,
     },
+    /// Build the agent for arm64, compare its BPF objects with those of this processor, and run the unit and the packet tests on
+    /// an emulated machine
+    Arm64,
     /// Run the agent in front of a PostgreSQL server in throw-away network namespaces
     Demo {
         /// Three servers, whose rules come from etcd
@@ -134,6 +141,9 @@ fn perform(task: Task) -> Result<()> {
         Task::Test { full } => {
             require_root("test")?;
             setup::install(Needs::Machine)?;
+            if full {
+                setup::install(Needs::Arm64)?;
+            }
             steps::test(full)?;
         }
         Task::Fuzz {
@@ -181,13 +191,27 @@ fn perform(task: Task) -> Result<()> {
                 println!("{}", package.display());
             }
         }
-        Task::Vm { kernel, streams } => {
+        Task::Vm {
+            kernel,
+            streams,
+            drivers,
+        } => {
             require_root("vm")?;
             setup::install(Needs::Machine)?;
-            match kernel {
-                Some(kernel) => vm::test(&[&kernel], streams)?,
-                None => vm::test(&vm::KERNELS, streams)?,
+            let kernels = match &kernel {
+                Some(kernel) => &[kernel.as_str()][..],
+                None => &vm::KERNELS,
+            };
+            if drivers {
+                vm::drivers::test(kernels)?;
+            } else {
+                vm::test(kernels, streams)?;
             }
+        }
+        Task::Arm64 => {
+            require_root("arm64")?;
+            setup::install(Needs::Arm64)?;
+            arm64::test()?;
         }
         Task::Demo { fleet } => {
             require_root("demo")?;

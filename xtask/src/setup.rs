@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{cargo, command_line, is_root, output, run, target_directory};
+use crate::{arm64, cargo, command_line, is_root, output, run, target_directory};
 
 #[derive(Clone, Copy, PartialEq)]
 pub enum Needs {
@@ -26,6 +26,8 @@ pub enum Needs {
     Bench,
     /// All of it, and to boot a virtual machine.
     Machine,
+    /// To compile for arm64 and to boot an emulated machine of it.
+    Arm64,
 }
 
 /// Besides what rustup installs by default; `rust-toolchain.toml` names them too, but rustup
@@ -38,6 +40,13 @@ const BUILD_PACKAGES: [&str; 4] = ["gcc", "libc6-dev", "libprotobuf-dev", "proto
 const CHECK_PACKAGES: [&str; 1] = ["g++"];
 const PACKAGE_PACKAGES: [&str; 3] = ["lintian", "lowdown", "rpm"];
 const MACHINE_PACKAGES: [&str; 4] = ["dnsmasq-base", "e2fsprogs", "mmdebstrap", "qemu-system-x86"];
+const ARM64_PACKAGES: [&str; 5] = [
+    "cpio",
+    "gcc-aarch64-linux-gnu",
+    "libc6-dev-arm64-cross",
+    "mmdebstrap",
+    "qemu-system-arm",
+];
 const BENCH_PACKAGES: [&str; 4] = ["ethtool", "ipset", "iptables", "xdp-tools"];
 const RUN_PACKAGES: [&str; 22] = [
     "bpftool",
@@ -84,7 +93,10 @@ const NO_SERVERS: [(&str, &str); 2] = [
 ];
 
 pub fn install(needs: Needs) -> Result<()> {
-    let components = missing_components()?;
+    let mut rustup = missing_components()?;
+    if needs == Needs::Arm64 {
+        rustup.extend(missing_target()?);
+    }
     let linker = (!has_bpf_linker()).then(Linker::choose).transpose()?;
     let mut packages: Vec<String> = BUILD_PACKAGES.map(str::to_owned).to_vec();
     let checks = matches!(needs, Needs::Check | Needs::Machine);
@@ -104,17 +116,20 @@ pub fn install(needs: Needs) -> Result<()> {
     if needs == Needs::Machine {
         packages.extend(MACHINE_PACKAGES.map(str::to_owned));
     }
+    if needs == Needs::Arm64 {
+        packages.extend(ARM64_PACKAGES.map(str::to_owned));
+    }
     if let Some(Linker::Source { llvm }) = linker {
         packages.push(format!("llvm-{llvm}-dev"));
     }
     let packages = missing_packages(packages);
 
     if !packages.is_empty() && (!is_root() || !is_installed("apt-get")) {
-        return Err(refusal(&components, &packages, linker.as_ref()));
+        return Err(refusal(&rustup, &packages, linker.as_ref()));
     }
-    if !components.is_empty() {
-        println!("==> install {}", components.join(", "));
-        run(&mut add_components(&components))?;
+    for mut command in rustup {
+        println!("==> {}", command_line(&command));
+        run(&mut command)?;
     }
     if !packages.is_empty() {
         println!("==> install {}", packages.join(", "));
@@ -160,11 +175,8 @@ fn install_schemathesis() -> Result<()> {
 }
 
 /// Lists what to do by hand, in order.
-fn refusal(components: &[&str], packages: &[String], linker: Option<&Linker>) -> anyhow::Error {
-    let mut commands = Vec::new();
-    if !components.is_empty() {
-        commands.push(command_line(&add_components(components)));
-    }
+fn refusal(rustup: &[Command], packages: &[String], linker: Option<&Linker>) -> anyhow::Error {
+    let mut commands: Vec<String> = rustup.iter().map(command_line).collect();
     commands.push(command_line(&apt_update()));
     commands.push(command_line(&apt_install(packages)));
     commands.extend(linker.map(|linker| command_line(&linker.command())));
@@ -176,17 +188,30 @@ fn refusal(components: &[&str], packages: &[String], linker: Option<&Linker>) ->
     anyhow::anyhow!("{why}:\n  {}", commands.join("\n  "))
 }
 
-fn missing_components() -> Result<Vec<&'static str>> {
-    let mut list = Command::new("rustup");
-    let installed = output(list.args(["component", "list", "--installed"]))
-        .context("the toolchain comes from rustup: see https://rustup.rs")?;
+/// The command that installs what is missing of the toolchain.
+fn missing_components() -> Result<Vec<Command>> {
+    let installed = installed_by_rustup("component")?;
     let is_missing = |component: &&str| !installed.lines().any(|line| line.starts_with(*component));
-    Ok(COMPONENTS.into_iter().filter(is_missing).collect())
+    let missing: Vec<&str> = COMPONENTS.into_iter().filter(is_missing).collect();
+    let add = (!missing.is_empty()).then(|| add_by_rustup("component", &missing));
+    Ok(add.into_iter().collect())
 }
 
-fn add_components(components: &[&str]) -> Command {
+/// The command that installs the standard library for arm64, if it is missing.
+fn missing_target() -> Result<Option<Command>> {
+    let installed = installed_by_rustup("target")?;
+    let is_missing = !installed.lines().any(|line| line == arm64::TARGET);
+    Ok(is_missing.then(|| add_by_rustup("target", &[arm64::TARGET])))
+}
+
+fn installed_by_rustup(kind: &str) -> Result<String> {
+    output(Command::new("rustup").args([kind, "list", "--installed"]))
+        .context("the toolchain comes from rustup: see https://rustup.rs")
+}
+
+fn add_by_rustup(kind: &str, names: &[&str]) -> Command {
     let mut command = Command::new("rustup");
-    command.args(["component", "add"]).args(components);
+    command.args([kind, "add"]).args(names);
     command
 }
 

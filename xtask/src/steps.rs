@@ -1,5 +1,6 @@
 //! The steps of `check` and `test`, timed.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 
 use crate::fuzz::{self, Length};
-use crate::{bench, cargo, run, target_directory, vm};
+use crate::{arm64, bench, cargo, run, target_directory, vm};
 
 /// Runs the steps that need no root.
 pub fn check() -> Result<()> {
@@ -95,9 +96,9 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     }
     report.step("tests as root", &mut tests)?;
     if full {
-        report.time("build the agent before", build_previous)?;
+        report.time("build the releases", build_released)?;
         report.step(
-            "upgrade from it",
+            "upgrade from them",
             cargo()
                 .args(["test", "--package", "filter-tests", "--test", "upgrade"])
                 .args(["--test", "tls"])
@@ -116,26 +117,37 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     } else {
         &vm::KERNELS[..1]
     };
-    report.time("virtual machine", || vm::test(kernels, full))
+    report.time("virtual machine", || vm::test(kernels, full))?;
+    if full {
+        report.time("arm64", arm64::test)?;
+    }
+    Ok(())
 }
 
-/// The last commit before this layout of the maps: what an upgrade meets on hosts.
-const PREVIOUS: &str = "af95a27";
+/// The earlier releases, which upgrades meet on hosts, and their commits.
+const RELEASED: [(&str, &str); 1] = [("0.1.0", "1e467f4")];
 
-/// Builds the agent of that commit, below `previous` in the target directory.
-fn build_previous() -> Result<()> {
-    let target = target_directory()?.join("previous");
-    let source = target.join("source");
-    export(PREVIOUS, &source)?;
-    run(cargo()
-        .args(["build", "--package", "filter-agent", "--target-dir"])
-        .arg(&target)
-        .current_dir(&source))
+/// Builds their agents, below `released` in the target directory.
+fn build_released() -> Result<()> {
+    let target = target_directory()?.join("released");
+    for (version, commit) in RELEASED {
+        let folder = target.join(version);
+        let source = folder.join("source");
+        export(commit, &source)?;
+        run(cargo()
+            .args(["build", "--package", "filter-agent", "--target-dir"])
+            .arg(&target)
+            .current_dir(&source))?;
+        let binary = folder.join("filter-agent");
+        fs::copy(target.join("debug/filter-agent"), &binary)
+            .with_context(|| format!("copy the agent to {}", binary.display()))?;
+    }
+    Ok(())
 }
 
 /// Unpacks the sources of a commit into this folder.
 pub fn export(commit: &str, source: &Path) -> Result<()> {
-    std::fs::create_dir_all(source).with_context(|| format!("create {}", source.display()))?;
+    fs::create_dir_all(source).with_context(|| format!("create {}", source.display()))?;
     let archive = source.with_extension("tar");
     let mut export = Command::new("git");
     export.args(["archive", "--output"]).arg(&archive);
@@ -143,7 +155,7 @@ pub fn export(commit: &str, source: &Path) -> Result<()> {
     let mut unpack = Command::new("tar");
     unpack.arg("--extract").arg("--file").arg(&archive);
     run(unpack.arg("--directory").arg(source))?;
-    std::fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))
+    fs::remove_file(&archive).with_context(|| format!("remove {}", archive.display()))
 }
 
 /// Clippy for the BPF target, with the flags that aya-build compiles it with.

@@ -1,7 +1,9 @@
 //! The system test: the package in a booted Debian with real systemd and PostgreSQL, whose address and
 //! default route come late, and three clients outside that never stop trying.
 
+pub mod drivers;
 mod fleet;
+mod image;
 mod machine;
 mod outside;
 mod streams;
@@ -15,8 +17,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::dist;
 use fleet::Etcd;
-use machine::{FOLDER, Machine, PATIENCE, base, furnish, policy, wait_for};
-use outside::{Denied, GUESTS, Outside, PORT, serves_guest};
+pub use image::debian;
+use image::{base, furnish, policy};
+use machine::{FOLDER, Machine, PATIENCE, design, wait_for};
+use outside::{Denied, GUESTS, Outside, PORT, database, serves_guest};
 use streams::Streams;
 
 /// Debian 12's own kernel, and the later one of the same repository.
@@ -87,7 +91,7 @@ pub fn test(kernels: &[&str], with_streams: bool) -> Result<()> {
         // The clients try from before power-on.
         let outside = Outside::start(Path::new(FOLDER))?;
         let phase = Phase::begin("boot", false, &outside)?;
-        let machine = Machine::boot(kernel, &base, |root| {
+        let machine = Machine::boot(design(kernel), &base, |root| {
             furnish(root, &this, &next)?;
             streams.as_ref().map_or(Ok(()), |streams| streams.put(root))
         })?;
@@ -331,7 +335,7 @@ impl Scenario {
         self.begin("off for two hours", false)?;
         self.machine.switch_off_for(2)?;
         let before = self.outside.answers_to_guest()?;
-        let ended = Denied::start(ending)?;
+        let ended = Denied::start(ending.into(), database())?;
         wait_until_serves(lasting)?;
         wait_until_serves(of_fleet)?;
         self.wait_until_up()?;

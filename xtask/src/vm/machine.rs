@@ -2,7 +2,6 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -11,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use super::outside::{ALLOWED, HOST_MAC, PORT, inside};
-use crate::dist::Packages;
+use super::image::put_shell;
+use super::outside::{HOST_MAC, inside};
 use crate::{output, run};
 
 pub const FOLDER: &str = "target/vm";
@@ -20,47 +19,30 @@ pub const FOLDER: &str = "target/vm";
 /// Limit of every wait for something that must happen in the machine, whose processor is emulated.
 pub const PATIENCE: Duration = Duration::from_secs(900);
 
-const PACKAGES: &str = "linux-image-cloud-amd64,linux-image-6.12-cloud-amd64,systemd-sysv,udev,dbus,\
-                        iproute2,nftables,postgresql,ca-certificates,cloud-init,rpm";
+/// What a machine is made of.
+pub struct Design {
+    /// The beginning of Linux's version, and the end of the kernel's name (`cloud-amd64`).
+    pub kernel: (String, &'static str),
+    /// Where its image, its disk and the log of its console are.
+    pub folder: PathBuf,
+    /// Starts QEMU, where its interfaces end.
+    pub qemu: fn() -> Command,
+    /// QEMU's options for these.
+    pub interfaces: Vec<String>,
+}
 
-/// A Debian with what every run needs, made once.
-pub fn base() -> Result<PathBuf> {
-    let root = Path::new(FOLDER).join("base");
-    let made = Path::new(FOLDER).join("base.made");
-    if fs::read_to_string(&made).ok().as_deref() == Some(PACKAGES) {
-        return Ok(root);
+impl Design {
+    fn console_log(&self) -> PathBuf {
+        self.folder.join(format!("console-{}.log", self.kernel.0))
     }
-    println!("==> make a Debian image");
-    fs::create_dir_all(FOLDER).with_context(|| format!("create {FOLDER}"))?;
-    let _ = fs::remove_dir_all(&root);
-    let mut mmdebstrap = Command::new("mmdebstrap");
-    mmdebstrap
-        .args(["--quiet", "--variant=minbase", "--include", PACKAGES])
-        .arg("bookworm")
-        .arg(&root);
-    // Where this host has its packages from is where they are to be had.
-    for sources in [
-        "/etc/apt/sources.list.d/debian.sources",
-        "/etc/apt/sources.list",
-    ] {
-        if Path::new(sources).exists() {
-            mmdebstrap.arg(sources);
-        }
+
+    fn monitor(&self) -> PathBuf {
+        self.folder.join("monitor.sock")
     }
-    for entry in fs::read_dir("/etc/apt/apt.conf.d").context("read apt's configuration")? {
-        let path = entry.context("read apt's configuration")?.path();
-        let text = fs::read_to_string(&path).unwrap_or_default();
-        if text.contains("Acquire") && !text.contains("docker") {
-            mmdebstrap.arg("--aptopt").arg(path);
-        }
-    }
-    run(&mut mmdebstrap)?;
-    fs::write(&made, PACKAGES).with_context(|| format!("write {}", made.display()))?;
-    Ok(root)
 }
 
 pub struct Machine {
-    kernel: String,
+    design: Design,
     qemu: Child,
     shell: UnixStream,
     asked: u32,
@@ -69,12 +51,13 @@ pub struct Machine {
 impl Machine {
     /// Powers it on, in the network that is outside of it, and waits until there is a shell.
     pub fn boot(
-        kernel: &str,
+        design: Design,
         base: &Path,
         furnish: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<Self> {
-        println!("==> boot Linux {kernel}");
-        let folder = Path::new(FOLDER);
+        println!("==> boot Linux {}", design.kernel.0);
+        let folder = &design.folder;
+        fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
         let root = folder.join("root");
         let disk = folder.join("disk.img");
         let _ = fs::remove_dir_all(&root);
@@ -82,6 +65,7 @@ impl Machine {
             .args(["-a", "--reflink=auto"])
             .arg(base)
             .arg(&root))?;
+        put_shell(&root)?;
         furnish(&root)?;
         let _ = fs::remove_file(&disk);
         run(Command::new("mke2fs")
@@ -89,11 +73,10 @@ impl Machine {
             .arg(&root)
             .arg(&disk)
             .arg("3G"))?;
-        let console_log = console_log(kernel);
-        let console = File::create(&console_log).context("create the console's log")?;
-        let (qemu, shell) = start(kernel, console, "utc")?;
+        let console = File::create(design.console_log()).context("create the console's log")?;
+        let (qemu, shell) = start(&design, console, "utc")?;
         let mut machine = Self {
-            kernel: kernel.into(),
+            design,
             qemu,
             shell,
             asked: 0,
@@ -108,10 +91,19 @@ impl Machine {
         self.power_off()?;
         let later = format!("+{hours} hours");
         let clock = output(Command::new("date").args(["-u", "-d", &later, "+%FT%T"]))?;
-        let console = File::options().append(true).open(console_log(&self.kernel));
+        let console = File::options().append(true).open(self.design.console_log());
         let console = console.context("open the console's log")?;
-        (self.qemu, self.shell) = start(&self.kernel, console, clock.trim())?;
+        (self.qemu, self.shell) = start(&self.design, console, clock.trim())?;
         self.wait_for_shell(&before)
+    }
+
+    /// Plugs the cable of an interface in, or out. `device`: the id of QEMU's device.
+    pub fn set_link(&self, device: &str, is_up: bool) -> Result<()> {
+        let state = if is_up { "on" } else { "off" };
+        let mut monitor = UnixStream::connect(self.design.monitor()).context("reach QEMU")?;
+        monitor
+            .write_all(format!("set_link {device} {state}\n").as_bytes())
+            .with_context(|| format!("set the link of {device}"))
     }
 
     pub fn power_off(&mut self) -> Result<()> {
@@ -190,27 +182,24 @@ impl Drop for Machine {
     }
 }
 
-fn console_log(kernel: &str) -> PathBuf {
-    Path::new(FOLDER).join(format!("console-{kernel}.log"))
-}
-
 /// Powers a machine on. Returns it, and the shell on its second serial port. `clock`: as QEMU's `-rtc base=` takes it.
-fn start(kernel: &str, console: File, clock: &str) -> Result<(Child, UnixStream)> {
-    let folder = Path::new(FOLDER);
+fn start(design: &Design, console: File, clock: &str) -> Result<(Child, UnixStream)> {
+    let folder = &design.folder;
+    let (version, flavour) = &design.kernel;
     let boot = |kind: &str| -> Result<PathBuf> {
-        let prefix = format!("{kind}-{kernel}.");
+        let prefix = format!("{kind}-{version}.");
         let files = fs::read_dir(folder.join("root/boot")).context("list the image's kernels")?;
         files
             .filter_map(|file| Some(file.ok()?.path()))
             .find(|path| {
-                let name = path.file_name().unwrap_or_default();
-                name.to_string_lossy().starts_with(&prefix)
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with(&prefix) && name.ends_with(flavour)
             })
-            .with_context(|| format!("the image has no {prefix}*"))
+            .with_context(|| format!("the image has no {prefix}*{flavour}"))
     };
     let socket = folder.join("shell.sock");
     let _ = fs::remove_file(&socket);
-    let mut qemu = inside("qemu-system-x86_64")
+    let mut qemu = (design.qemu)()
         .args(["-m", "1024", "-smp", "2", "-display", "none"])
         .args(["-machine", "q35,accel=tcg", "-cpu", "max"])
         .args(["-rtc", &format!("base={clock}")])
@@ -228,16 +217,14 @@ fn start(kernel: &str, console: File, clock: &str) -> Result<(Child, UnixStream)
             "file={},format=raw,if=virtio,cache=unsafe",
             folder.join("disk.img").display()
         ))
-        .args(["-netdev", "tap,id=net,ifname=tap0,script=no,downscript=no"])
-        .arg("-device")
-        .arg(format!("{VIRTIO_NET},mac={HOST_MAC}"))
-        .args([
-            "-netdev",
-            "tap,id=merging,ifname=tap1,script=no,downscript=no",
-        ])
-        .args(["-device", MERGING_VIRTIO_NET])
+        .args(&design.interfaces)
         .args(["-serial", "stdio", "-serial"])
         .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .arg("-monitor")
+        .arg(format!(
+            "unix:{},server=on,wait=off",
+            design.monitor().display()
+        ))
         .stdin(Stdio::null())
         .stdout(console.try_clone().context("share the console's log")?)
         .stderr(console)
@@ -249,7 +236,7 @@ fn start(kernel: &str, console: File, clock: &str) -> Result<(Child, UnixStream)
     });
     let shell = shell
         .flatten()
-        .with_context(|| format!("start QEMU, see {}", console_log(kernel).display()))?;
+        .with_context(|| format!("start QEMU, see {}", design.console_log().display()))?;
     shell
         .set_read_timeout(Some(Duration::from_millis(500)))
         .context("set up the shell")?;
@@ -263,76 +250,25 @@ const VIRTIO_NET: &str = "virtio-net-pci,netdev=net,guest_tso4=off,guest_tso6=of
 /// With offloads that the guest cannot switch off: the driver refuses native mode.
 const MERGING_VIRTIO_NET: &str = "virtio-net-pci,netdev=merging,ctrl_guest_offloads=off";
 
-/// Adds to the image, besides Debian, the package, a policy, a network, a database that is open to
-/// everybody, and a shell on the second serial port.
-pub fn furnish(root: &Path, this: &Packages, next: &Packages) -> Result<()> {
-    let write = |path: &str, text: &str| -> Result<()> {
-        let path = root.join(path);
-        fs::create_dir_all(path.parent().context("find the folder")?)
-            .and_then(|()| fs::write(&path, text))
-            .with_context(|| format!("write {}", path.display()))
-    };
-    for (package, name) in [
-        (&this.deb, "this.deb"),
-        (&next.deb, "next.deb"),
-        (&this.rpm, "this.rpm"),
-        (&next.rpm, "next.rpm"),
-    ] {
-        fs::copy(package, root.join("root").join(name))
-            .with_context(|| format!("copy {}", package.display()))?;
+/// The machine of the system test.
+pub fn design(kernel: &str) -> Design {
+    let tap = |id: &str, tap: &str| format!("tap,id={id},ifname={tap},script=no,downscript=no");
+    let interfaces = [
+        "-netdev",
+        &tap("net", "tap0"),
+        "-device",
+        &format!("{VIRTIO_NET},mac={HOST_MAC}"),
+        "-netdev",
+        &tap("merging", "tap1"),
+        "-device",
+        MERGING_VIRTIO_NET,
+    ];
+    Design {
+        kernel: (kernel.into(), "cloud-amd64"),
+        folder: FOLDER.into(),
+        qemu: || inside("qemu-system-x86_64"),
+        interfaces: interfaces.map(str::to_owned).to_vec(),
     }
-    write("usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n")?;
-    let executable = fs::Permissions::from_mode(0o755);
-    fs::set_permissions(root.join("usr/sbin/policy-rc.d"), executable).context("set a mode")?;
-    run(Command::new("chroot")
-        .arg(root)
-        .args(["dpkg", "-i", "/root/this.deb"]))?;
-    fs::remove_file(root.join("usr/sbin/policy-rc.d")).context("remove policy-rc.d")?;
-    write("etc/filter-agent/policy.yaml", &policy())?;
-    write(
-        "etc/systemd/network/10-eth0.network",
-        "[Match]\nName=eth0\n[Network]\nDHCP=ipv4\n[DHCPv4]\nClientIdentifier=mac\n",
-    )?;
-    write("etc/fstab", "/dev/vda / ext4 defaults 0 1\n")?;
-    write("etc/hostname", "database\n")?;
-    write(
-        "etc/cloud/cloud.cfg.d/99-test.cfg",
-        "datasource_list: [None]\n",
-    )?;
-    write(
-        "etc/cloud/cloud.cfg.d/98-network.cfg",
-        "network: {config: disabled}\n",
-    )?;
-    write(
-        "etc/systemd/system/shell.service",
-        "[Unit]\nAfter=basic.target\n[Service]\nExecStart=/bin/sh -c 'stty -echo; cat | /bin/sh 2>&1'\n\
-         StandardInput=tty\nStandardOutput=tty\nStandardError=tty\nTTYPath=/dev/ttyS1\n\
-         Restart=always\n[Install]\nWantedBy=basic.target\n",
-    )?;
-    let drop_in = "postgresql@.service.d/needs-filter.conf";
-    let text = fs::read_to_string("dist/database-needs-filter.conf").context("read the drop-in")?;
-    write(&format!("etc/systemd/system/{drop_in}"), &text)?;
-    let main = "etc/postgresql/15/main";
-    write(
-        &format!("{main}/conf.d/open.conf"),
-        "listen_addresses = '*'\nauthentication_timeout = 600\n",
-    )?;
-    write(
-        &format!("{main}/pg_hba.conf"),
-        "local all all trust\nhost all all 0.0.0.0/0 trust\n",
-    )?;
-    run(Command::new("systemctl")
-        .arg("--quiet")
-        .arg("--root")
-        .arg(root)
-        .args(["enable", "systemd-networkd.service", "shell.service"]))
-}
-
-pub fn policy() -> String {
-    format!(
-        "interfaces: [default]\ndatabases:\n  - name: orders\n    port: {PORT}\n    engine: postgresql\n    \
-         model: dedicated\n    rules: [{{cidr: {ALLOWED}/32}}]\n"
-    )
 }
 
 /// Waits until a closure finds something, for as long as an emulated processor may take.

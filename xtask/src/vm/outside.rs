@@ -46,9 +46,40 @@ const DENIED_INTERVAL: Duration = Duration::from_millis(5);
 /// Time that an attempt of the denied client may take before it is given up.
 const DENIED_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The namespace, removed when dropped.
+/// The network outside of the machine. Removed when dropped.
+pub struct Namespace(());
+
+impl Namespace {
+    pub fn make() -> Result<Self> {
+        // One that was left by a run that was killed.
+        drop(Self(()));
+        run(Command::new("ip").args(["netns", "add", NAMESPACE]))?;
+        let made = Self(());
+        made.ip("link set lo up")?;
+        Ok(made)
+    }
+
+    /// Runs a command of ip(8) there.
+    pub fn ip(&self, command: &str) -> Result<()> {
+        run(Command::new("ip")
+            .args(["-n", NAMESPACE])
+            .args(command.split(' ')))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "delete", NAMESPACE])
+            .stderr(Stdio::null())
+            .status();
+    }
+}
+
+/// What is in the namespace.
 pub struct Outside {
     dhcp: Child,
+    _namespace: Namespace,
     pub allowed: Allowed,
     pub denied: Denied,
     pub clear: Clear,
@@ -57,11 +88,7 @@ pub struct Outside {
 impl Outside {
     /// `folder`: where the DHCP server keeps its leases.
     pub fn start(folder: &Path) -> Result<Self> {
-        let _ = Command::new("ip")
-            .args(["netns", "delete", NAMESPACE])
-            .stderr(Stdio::null())
-            .status();
-        run(Command::new("ip").args(["netns", "add", NAMESPACE]))?;
+        let namespace = Namespace::make()?;
         for command in [
             "tuntap add dev tap0 mode tap".into(),
             "tuntap add dev tap1 mode tap".into(),
@@ -72,12 +99,10 @@ impl Outside {
             format!("address add {}/24 dev tap0", GUESTS[2]),
             "link set tap0 up".into(),
             "link set tap1 up".into(),
-            "link set lo up".into(),
             // No attempt waits for the machine's answer to ARP.
             format!("neighbour add {HOST} lladdr {HOST_MAC} dev tap0 nud permanent"),
         ] {
-            let words = command.split(' ');
-            run(Command::new("ip").args(["-n", NAMESPACE]).args(words))?;
+            namespace.ip(&command)?;
         }
         // Every packet of the machine's port counts, however late it comes.
         run(inside("nft").arg(format!(
@@ -104,8 +129,9 @@ impl Outside {
             .context("start dnsmasq")?;
         Ok(Self {
             dhcp,
+            _namespace: namespace,
             allowed: Allowed::start()?,
-            denied: Denied::start(DENIED)?,
+            denied: Denied::start(DENIED.into(), database())?,
             clear: Clear::start()?,
         })
     }
@@ -125,9 +151,6 @@ impl Drop for Outside {
     fn drop(&mut self) {
         let _ = self.dhcp.kill();
         let _ = self.dhcp.wait();
-        let _ = Command::new("ip")
-            .args(["netns", "delete", NAMESPACE])
-            .status();
     }
 }
 
@@ -223,10 +246,15 @@ impl Allowed {
 
 /// Whether a guest is served.
 pub fn serves_guest(guest: Ipv4Addr) -> Result<bool> {
+    from_outside(move || serves(guest))
+}
+
+/// What this finds out in the namespace.
+pub fn from_outside<T: Send + 'static>(ask: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let namespace = namespace()?;
     let asking = thread::spawn(move || {
         setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
-        serves(guest)
+        ask()
     });
     Ok(asking.join().expect("no client panics"))
 }
@@ -239,8 +267,8 @@ fn serves(source: Ipv4Addr) -> bool {
 
 /// The first byte that a client gets for this.
 fn ask_with(source: Ipv4Addr, request: &[u8], timeout: Duration) -> std::io::Result<u8> {
-    let socket = bound(source)?;
-    socket.connect_timeout(&database(), CONNECT_TIMEOUT)?;
+    let socket = bound(source.into())?;
+    socket.connect_timeout(&database().into(), CONNECT_TIMEOUT)?;
     let mut stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(timeout))?;
     stream.write_all(request)?;
@@ -290,7 +318,7 @@ pub struct Denied {
 }
 
 impl Denied {
-    pub fn start(source: Ipv4Addr) -> Result<Self> {
+    pub fn start(source: IpAddr, to: SocketAddr) -> Result<Self> {
         let tries = Arc::new(AtomicU64::new(0));
         let made = tries.clone();
         let mut open: VecDeque<(Instant, Socket)> = VecDeque::new();
@@ -304,7 +332,7 @@ impl Denied {
             let connect = || -> std::io::Result<Socket> {
                 let socket = bound(source)?;
                 socket.set_nonblocking(true)?;
-                match socket.connect(&database()) {
+                match socket.connect(&to.into()) {
                     Err(error) if error.raw_os_error() != Some(nix::libc::EINPROGRESS) => {
                         Err(error)
                     }
@@ -329,13 +357,15 @@ impl Denied {
     }
 }
 
-fn bound(source: Ipv4Addr) -> std::io::Result<Socket> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    socket.bind(&SocketAddr::new(IpAddr::V4(source), 0).into())?;
+/// A TCP socket that leaves nothing behind when it is closed.
+pub fn bound(source: IpAddr) -> std::io::Result<Socket> {
+    let source = SocketAddr::new(source, 0);
+    let socket = Socket::new(Domain::for_address(source), Type::STREAM, None)?;
+    socket.bind(&source.into())?;
     SockRef::from(&socket).set_linger(Some(Duration::ZERO))?;
     Ok(socket)
 }
 
-fn database() -> socket2::SockAddr {
-    SocketAddr::new(HOST.into(), PORT).into()
+pub fn database() -> SocketAddr {
+    SocketAddr::new(HOST.into(), PORT)
 }

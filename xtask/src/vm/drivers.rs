@@ -1,0 +1,439 @@
+//! The drivers of network cards that QEMU emulates: whether each runs the filter itself, and that verdicts hold over what
+//! administrators do to an interface.
+
+mod cards;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use comfy_table::{Table, presets};
+
+use super::image::debian;
+use super::machine::{Design, FOLDER, Machine, wait_for};
+use super::outside::{Denied, Namespace, from_outside, inside};
+use crate::{dist, output};
+use cards::{CARDS, Card, SILENCE, TCP, UDP, connect, echoes, echoes_datagram, furnish, outside};
+
+const PACKAGES: &str = "linux-image-amd64,linux-image-6.12-amd64,systemd-sysv,udev,dbus,iproute2,\
+                        ethtool,socat";
+/// Where QEMU is from: Debian 12's own has no igb.
+const BACKPORTS: &str = "deb http://deb.debian.org/debian bookworm-backports main";
+const FROM_BACKPORTS: &str = "--aptopt=APT::Default-Release \"bookworm-backports\"";
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// For frames that may be lost.
+const LOST: Duration = Duration::from_secs(15);
+/// MTUs, in bytes.
+const USUAL: usize = 1500;
+const JUMBO: usize = 9000;
+/// Connections of each source, over all queues.
+const CONNECTIONS: usize = 8;
+
+/// What became of a card on a kernel. docs/operations.md has the same table.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Row {
+    kernel: &'static str,
+    card: &'static str,
+    mode: &'static str,
+    /// Another number of queues, and an MTU of 9,000, while it was filtered.
+    queues: &'static str,
+    jumbo: &'static str,
+    /// The mode where the MTU is 9,000 before the agent starts.
+    mode_at_jumbo: &'static str,
+}
+
+const fn row(
+    kernel: &'static str,
+    card: &'static str,
+    [mode, queues, jumbo, mode_at_jumbo]: [&'static str; 4],
+) -> Row {
+    Row {
+        kernel,
+        card,
+        mode,
+        queues,
+        jumbo,
+        mode_at_jumbo,
+    }
+}
+
+const REFUSED: &str = "refused";
+const HOLDS: &str = "holds";
+const LOST_FRAMES: &str = "long frames lost";
+const NONE: &str = "none";
+
+const EXPECTED: [Row; 8] = [
+    row(
+        "6.1",
+        "virtio_net",
+        ["native", REFUSED, LOST_FRAMES, "generic"],
+    ),
+    row("6.1", "e1000e", ["generic", NONE, HOLDS, "generic"]),
+    row("6.1", "igb", ["native", HOLDS, REFUSED, "generic"]),
+    row("6.1", "vmxnet3", ["generic", NONE, LOST_FRAMES, "generic"]),
+    row("6.12", "virtio_net", ["native", REFUSED, HOLDS, "native"]),
+    row("6.12", "e1000e", ["generic", NONE, HOLDS, "generic"]),
+    row("6.12", "igb", ["native", HOLDS, REFUSED, "generic"]),
+    row("6.12", "vmxnet3", ["generic", NONE, LOST_FRAMES, "generic"]),
+];
+
+/// Tries every card on these kernels, and prints the table of what they did.
+pub fn test(kernels: &[&str]) -> Result<()> {
+    let package = dist::make()?;
+    let folder = Path::new(FOLDER).join("drivers");
+    let base = folder.join("base");
+    let minimal = "--variant=minbase";
+    debian(&base, PACKAGES, &[minimal], &[])?;
+    let options = [minimal, FROM_BACKPORTS];
+    debian(
+        &folder.join("qemu"),
+        "qemu-system-x86",
+        &options,
+        &[BACKPORTS],
+    )?;
+    let mut rows = Vec::new();
+    for kernel in kernels {
+        let outside = outside()?;
+        let design = Design {
+            kernel: ((*kernel).into(), "-amd64"),
+            folder: folder.clone(),
+            qemu,
+            interfaces: CARDS.iter().flat_map(Card::arguments).collect(),
+        };
+        let machine = Machine::boot(design, &base, |root| furnish(root, &package.deb))?;
+        let mut scenario = Scenario {
+            machine,
+            _outside: outside,
+        };
+        rows.extend(scenario.live(kernel)?);
+        scenario.machine.power_off()?;
+    }
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "driver",
+        "Linux",
+        "mode",
+        "other queues",
+        "MTU 9000",
+        "mode at MTU 9000",
+    ]);
+    for row in &rows {
+        table.add_row([
+            row.card,
+            row.kernel,
+            row.mode,
+            row.queues,
+            row.jumbo,
+            row.mode_at_jumbo,
+        ]);
+    }
+    println!("{table}");
+    let other: Vec<&Row> = rows.iter().filter(|row| !EXPECTED.contains(row)).collect();
+    ensure!(other.is_empty(), "drivers did something else: {other:#?}");
+    Ok(())
+}
+
+/// The later QEMU, with its own libraries: the host's stays as it is.
+fn qemu() -> Command {
+    let root: PathBuf = [FOLDER, "drivers/qemu"].iter().collect();
+    let libraries = root.join("usr/lib/x86_64-linux-gnu");
+    let mut qemu = inside("env");
+    qemu.arg(format!(
+        "QEMU_MODULE_DIR={}",
+        libraries.join("qemu").display()
+    ))
+    .arg(root.join("lib64/ld-linux-x86-64.so.2"))
+    .arg("--library-path")
+    .arg(format!(
+        "{}:{}",
+        libraries.display(),
+        root.join("lib/x86_64-linux-gnu").display()
+    ))
+    .arg(root.join("usr/bin/qemu-system-x86_64"));
+    for data in ["qemu", "seabios"] {
+        qemu.arg("-L").arg(root.join("usr/share").join(data));
+    }
+    qemu
+}
+
+struct Scenario {
+    // Dropped first.
+    machine: Machine,
+    _outside: Namespace,
+}
+
+impl Scenario {
+    fn live(&mut self, kernel: &str) -> Result<Vec<Row>> {
+        self.machine.command(". /root/network")?;
+        self.restart()?;
+        let addresses = CARDS.iter().map(|card| (card.denied(), card.host()));
+        let denied: Result<Vec<Denied>> = addresses
+            .flat_map(|(sources, hosts)| sources.into_iter().zip(hosts))
+            .map(|(source, host)| Denied::start(source, SocketAddr::new(host, TCP[0])))
+            .collect();
+        let denied = denied?;
+        let mut rows = Vec::new();
+        for card in &CARDS {
+            let name = card.name;
+            let expected = EXPECTED
+                .iter()
+                .find(|row| (row.kernel, row.card) == (kernel, name));
+            let row = *expected.with_context(|| format!("{name} is not expected on {kernel}"))?;
+            let row = self
+                .card(card, row)
+                .map_err(|error| self.told(card, error))?;
+            println!("{row:?}");
+            rows.push(row);
+        }
+        let tries: u64 = denied.iter().map(Denied::tries).sum();
+        self.expect_no_answer()?;
+        println!("{tries} tries of the denied sources got no answer");
+        drop(denied);
+        self.detach()?;
+        let mut carried = Vec::new();
+        for card in &CARDS {
+            let refused = self.set_mtu(card, JUMBO)?;
+            ensure!(refused.is_empty(), "unfiltered, {}: {refused}", card.name);
+            carried.push(self.carries(card, JUMBO)?);
+        }
+        self.restart()?;
+        // What was served while nothing was filtered.
+        output(inside("nft").args(["reset", "counters"]))?;
+        for ((card, row), carried) in CARDS.iter().zip(&mut rows).zip(carried) {
+            row.mode_at_jumbo = self.mode(card)?;
+            // What the card loses by itself no filter can let through.
+            let mtu = if carried { JUMBO } else { USUAL };
+            let judged = self.verdicts(card, mtu);
+            judged.map_err(|error| self.told(card, error))?;
+            println!("{row:?}, judged with frames of up to {mtu} bytes");
+        }
+        Ok(rows)
+    }
+
+    /// The error, with what the machine says of the card.
+    fn told(&mut self, card: &Card, error: anyhow::Error) -> anyhow::Error {
+        let name = card.name;
+        let state = self.machine.command(&format!(
+            "filter-agent status; ip -s link show {name}; ethtool -S {name} | grep -v ' 0$'; dmesg | tail -20"
+        ));
+        error.context(format!("try {name}: {}", state.unwrap_or_default()))
+    }
+
+    fn card(&mut self, card: &Card, mut row: Row) -> Result<Row> {
+        let name = card.name;
+        let driver = self
+            .machine
+            .command(&format!("ethtool -i {name} | sed -n 's/^driver: //p'"))?;
+        ensure!(driver == name, "its driver is {driver}");
+        row.mode = self.mode(card)?;
+        self.verdicts(card, USUAL)?;
+        row.queues = self.change_queues(card)?;
+        self.verdicts(card, USUAL).context("with other queues")?;
+        self.machine.set_link(name, false)?;
+        self.carrier(card, "0")?;
+        self.machine.set_link(name, true)?;
+        self.carrier(card, "1")?;
+        self.verdicts(card, USUAL)
+            .context("after the cable was out")?;
+        self.machine
+            .command(&format!("ip link set {name} down; ip link set {name} up"))?;
+        self.carrier(card, "1")?;
+        self.verdicts(card, USUAL).context("after down and up")?;
+        row.jumbo = if !self.set_mtu(card, JUMBO)?.is_empty() {
+            REFUSED
+        } else if self.carries(card, JUMBO)? {
+            self.verdicts(card, JUMBO).context("with an MTU of 9000")?;
+            HOLDS
+        } else {
+            self.expect_warning(card, row.mode)?;
+            LOST_FRAMES
+        };
+        self.set_mtu(card, USUAL)?;
+        self.verdicts(card, USUAL).context("after an MTU of 9000")?;
+        let after = self.mode(card)?;
+        ensure!(after == row.mode, "it was {}, and is {after}", row.mode);
+        Ok(row)
+    }
+
+    fn mode(&mut self, card: &Card) -> Result<&'static str> {
+        let mode = self.machine.command(&format!(
+            "filter-agent status --verify | awk '/^{} / {{print $2}}'",
+            card.name
+        ))?;
+        match mode.as_str() {
+            "native" => Ok("native"),
+            "generic" => Ok("generic"),
+            mode => bail!("the mode of {} is `{mode}`", card.name),
+        }
+    }
+
+    /// To one queue, and back.
+    fn change_queues(&mut self, card: &Card) -> Result<&'static str> {
+        let mut set = |queues: u8| {
+            let set = format!("ethtool -L {} combined {queues} 2>&1", card.name);
+            self.machine.command(&set)
+        };
+        match set(1)?.as_str() {
+            "" => {
+                let refused = set(2)?;
+                ensure!(refused.is_empty(), "two queues again: {refused}");
+                Ok(HOLDS)
+            }
+            said if said.contains("not supported") => Ok(NONE),
+            said if said.contains("Invalid argument") => Ok(REFUSED),
+            said => bail!("another number of queues: {said}"),
+        }
+    }
+
+    /// Returns the kernel's refusal, or nothing.
+    fn set_mtu(&mut self, card: &Card, mtu: usize) -> Result<String> {
+        let set = format!("ip link set {} mtu {mtu} 2>&1", card.name);
+        let refused = self.machine.command(&set)?;
+        self.carrier(card, "1")?;
+        Ok(refused)
+    }
+
+    /// Whether frames of that MTU come and go, where nothing is guarded.
+    fn carries(&self, card: &Card, mtu: usize) -> Result<bool> {
+        let [source, host] = [card.denied()[0], card.host()[0]];
+        echoes_datagram(source, SocketAddr::new(host, UDP[1]), mtu - 100, LOST)
+    }
+
+    /// Native mode loses them, and not the card.
+    fn expect_warning(&mut self, card: &Card, mode: &str) -> Result<()> {
+        let warning = format!(
+            "filter-agent status | grep -c '^warning: {} has an MTU'",
+            card.name
+        );
+        let warned = self.machine.command(&warning)?;
+        let expected = if mode == "native" { "1" } else { "0" };
+        ensure!(warned == expected, "{warned} warnings of lost frames");
+        Ok(())
+    }
+
+    fn carrier(&mut self, card: &Card, expected: &str) -> Result<()> {
+        let carrier = format!("cat /sys/class/net/{}/carrier", card.name);
+        let mut failed = None;
+        let reached = wait_for(|| match self.machine.command(&carrier) {
+            Ok(carrier) => (carrier == expected).then_some(()),
+            Err(error) => {
+                failed = Some(error);
+                Some(())
+            }
+        });
+        reached.with_context(|| format!("wait for the carrier {expected} of {}", card.name))?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        let said = self.machine.command(
+            "systemctl restart filter-agent 2>&1; filter-agent status --enforced --wait 60s 2>&1 && echo enforced",
+        )?;
+        ensure!(said.ends_with("enforced"), "the agent says: {said}");
+        Ok(())
+    }
+
+    /// After it every source is served on every card.
+    fn detach(&mut self) -> Result<()> {
+        let said = self
+            .machine
+            .command("filter-agent detach --yes 2>&1; ip link | grep -c xdp")?;
+        ensure!(said.ends_with('0'), "after `detach`: {said}");
+        for card in &CARDS {
+            let sources = card.denied().into_iter().zip(card.host());
+            for (source, host) in sources {
+                ensure!(
+                    echoes(source, SocketAddr::new(host, TCP[0]), PATIENCE)?,
+                    "after `detach` {source} is not served on {}",
+                    card.name
+                );
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_until_reached(&self, card: &Card) -> Result<()> {
+        let (sources, hosts) = (card.denied(), card.host());
+        for (source, host) in sources.into_iter().zip(hosts) {
+            let open = SocketAddr::new(host, TCP[1]);
+            ensure!(
+                echoes(source, open, PATIENCE)?,
+                "{source} does not reach {open}, which nothing guards"
+            );
+        }
+        Ok(())
+    }
+
+    /// Of both families and both protocols, and the kernel has counted what it dropped.
+    fn verdicts(&mut self, card: &Card, mtu: usize) -> Result<()> {
+        self.wait_until_reached(card)?;
+        let before = self.dropped()?;
+        for ((allowed, denied), host) in card
+            .allowed()
+            .into_iter()
+            .zip(card.denied())
+            .zip(card.host())
+        {
+            let [guarded, _] = TCP.map(|port| SocketAddr::new(host, port));
+            for _ in 0..CONNECTIONS {
+                ensure!(
+                    echoes(allowed, guarded, PATIENCE)?,
+                    "{allowed}, which is allowed, is not served"
+                );
+            }
+            let connected = from_outside(move || {
+                // In the namespace, as this thread is.
+                let tries = [(); CONNECTIONS]
+                    .map(|()| thread::spawn(move || connect(denied, guarded, SILENCE).is_ok()));
+                tries.map(|of| of.join().expect("no client panics"))
+            })?;
+            ensure!(!connected.contains(&true), "{denied} is connected");
+            let [guarded, open] = UDP.map(|port| SocketAddr::new(host, port));
+            // In one packet each.
+            let length = mtu - 100;
+            for (source, to, patience, expected) in [
+                (allowed, guarded, PATIENCE, true),
+                (denied, open, PATIENCE, true),
+                (denied, guarded, SILENCE, false),
+            ] {
+                ensure!(
+                    echoes_datagram(source, to, length, patience)? == expected,
+                    "a datagram of {length} bytes from {source} to {to}: {}",
+                    if expected { "no answer" } else { "an answer" }
+                );
+            }
+        }
+        let dropped = self.dropped()? - before;
+        ensure!(
+            dropped >= 2 * CONNECTIONS as u64 + 2,
+            "only {dropped} packets are counted as dropped"
+        );
+        self.expect_no_answer()
+    }
+
+    fn dropped(&mut self) -> Result<u64> {
+        let status = self.machine.command("filter-agent status --json")?;
+        let status: serde_json::Value =
+            serde_json::from_str(&status).with_context(|| format!("read the status: {status}"))?;
+        let databases = status["databases"]
+            .as_array()
+            .context("find the databases")?;
+        let dropped = databases
+            .iter()
+            .map(|of| of["dropped"]["not-allowed"].as_u64().unwrap_or(0));
+        Ok(dropped.sum())
+    }
+
+    fn expect_no_answer(&self) -> Result<()> {
+        let text = output(inside("nft").args(["list", "counter", "inet", "answers", "answers"]))?;
+        if !text.contains("packets 0 ") {
+            bail!("a denied source was answered: {text}");
+        }
+        Ok(())
+    }
+}
