@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{build, cargo, output, run, target_directory};
+use crate::{cargo, output, run, target_directory};
 use files::{Packaged, check_links, packaged};
 
 /// Where the packages end up, below the workspace.
@@ -38,7 +38,13 @@ pub fn binary() -> Result<PathBuf> {
 
 /// Builds the agent, and makes the packages twice, which have to be the same bytes.
 pub fn make() -> Result<Packages> {
-    build(&["--profile", PROFILE])?;
+    run(cargo().env("CARGO_ENCODED_RUSTFLAGS", remapped()?).args([
+        "build",
+        "--package",
+        "filter-agent",
+        "--profile",
+        PROFILE,
+    ]))?;
     let _ = fs::remove_dir_all(FOLDER);
     let made = package(FOLDER, 1)?;
     let again = package("target/dist-again", 1)?;
@@ -59,6 +65,21 @@ pub fn make() -> Result<Packages> {
         .args(["--fail-on", "error,warning,info,pedantic"])
         .arg(&made.deb))?;
     Ok(made)
+}
+
+/// Flags of the compiler by which it matters to nothing where the sources lie: of the workspace, of the crates, and of the standard
+/// library, which messages of panics name.
+fn remapped() -> Result<String> {
+    let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
+    let library = Path::new(sysroot.trim()).join("lib/rustlib/src/rust");
+    let workspace = std::env::current_dir().context("find the workspace")?;
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let home = home.context("find cargo's home directory")?;
+    let flags = [(library, "/rust"), (home, "/cargo"), (workspace, ".")]
+        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
+    // As cargo takes several.
+    Ok(flags.join("\x1f"))
 }
 
 /// Packages what is built. `revision`: of the packaging.
