@@ -43,7 +43,8 @@ enum Task {
     /// Everything `check` does, then the tests that need root
     Test {
         /// Boot every kernel in the virtual machine, not only the oldest, with the tests of forced TLS, fail every
-        /// system call of the agent, not some, fuzz for minutes, not seconds, and test on an emulated arm64 machine
+        /// system call of the agent, not some, fuzz for minutes, not seconds, and try the drivers of network cards and arm64 in
+        /// emulated machines
         #[arg(long)]
         full: bool,
     },

@@ -119,6 +119,7 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     };
     report.time("virtual machine", || vm::test(kernels, full))?;
     if full {
+        report.time("drivers", || vm::drivers::test(&vm::KERNELS))?;
         report.time("arm64", arm64::test)?;
     }
     Ok(())
