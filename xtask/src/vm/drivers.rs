@@ -199,7 +199,9 @@ impl Scenario {
         for card in &CARDS {
             let refused = self.set_mtu(card, JUMBO)?;
             ensure!(refused.is_empty(), "unfiltered, {}: {refused}", card.name);
-            carried.push(self.carries(card, JUMBO)?);
+            let carries = self.carries(card, JUMBO)?;
+            println!("{}, unfiltered: carries long frames: {carries}", card.name);
+            carried.push(carries);
         }
         self.restart()?;
         // What was served while nothing was filtered.
@@ -208,6 +210,7 @@ impl Scenario {
             row.mode_at_jumbo = self.mode(card)?;
             // What the card loses by itself no filter can let through.
             let mtu = if carried { JUMBO } else { USUAL };
+            self.set_mtu(card, mtu)?;
             let judged = self.verdicts(card, mtu);
             judged.map_err(|error| self.told(card, error))?;
             println!("{row:?}, judged with frames of up to {mtu} bytes");
