@@ -16,7 +16,7 @@ use crate::{
     holding::{self, Regional},
     host::{
         coverage::{Coverage, address_warnings, describe_missing},
-        driver::{forgotten, long_frame_warnings},
+        driver::{long_frame_warnings, unreliably_filtered},
     },
     log::Entry,
     policy::{Model, Region, Rule},
@@ -77,7 +77,7 @@ impl Snapshot {
         warnings.extend(observed.lost.iter().cloned());
         warnings.extend(self.unsaved.iter().cloned());
         let mut not_enforced = coverage.not_enforced(pinned, *ours);
-        not_enforced.extend(forgotten(host, *ours));
+        not_enforced.extend(unreliably_filtered(host, *ours));
         for error in &observed.verified.errors {
             if !not_enforced.contains(error) {
                 not_enforced.push(error.clone());

@@ -73,12 +73,15 @@ fn remapped() -> Result<String> {
     let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
     let library = Path::new(sysroot.trim()).join("lib/rustlib/src/rust");
     let workspace = std::env::current_dir().context("find the workspace")?;
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = std::env::var_os("CARGO_HOME").filter(|home| !home.is_empty());
+    let home = home.map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
     let home = home.context("find cargo's home directory")?;
-    let flags = [(library, "/rust"), (home, "/cargo"), (workspace, ".")]
-        .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
-    // As cargo takes several.
+    let mut prefixes = [(library, "/rust"), (home, "/cargo"), (workspace, ".")];
+    // One may be inside another, and the last that matches counts.
+    prefixes.sort_by_key(|(from, _)| from.as_os_str().len());
+    let flags = prefixes.map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
+    // Cargo splits this variable there, so that paths may have spaces; the user's own flags are not used.
     Ok(flags.join("\x1f"))
 }
 

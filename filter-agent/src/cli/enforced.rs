@@ -4,10 +4,11 @@ use std::{
     error::Error,
     fmt,
     path::Path,
+    slice,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use serde::Serialize;
 
 use crate::{
@@ -15,6 +16,7 @@ use crate::{
     host::{
         self,
         coverage::{Coverage, describe_missing},
+        driver::unreliably_filtered,
     },
     kernel::pins,
     policy::{self, spelled},
@@ -115,6 +117,11 @@ pub(super) async fn enforced_without_agent(bpffs: &Path, state_dir: &Path) -> Re
             runs(interface),
             NotEnforced(format!("no agent answers, and {name} is not filtered"))
         );
+        let program = interface.xdp.map_or(0, |xdp| xdp.program_id);
+        let mut errors = unreliably_filtered(slice::from_ref(interface), program).into_iter();
+        if let Some(error) = errors.next() {
+            bail!(NotEnforced(format!("no agent answers, and {error}")));
+        }
     }
     let missing: Vec<String> = coverage.missing.iter().map(describe_missing).collect();
     ensure!(

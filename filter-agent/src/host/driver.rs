@@ -1,12 +1,8 @@
-//! Examines interfaces before the filter is attached: driver, native XDP, MTU, offloads.
+//! Examines the drivers of interfaces: native XDP, MTU, offloads, and whether the filter may run natively.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use ethtool::{EthtoolAttr, EthtoolFeatureAttr};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use netlink_packet_core::{
@@ -52,9 +48,22 @@ const NATIVE: [&str; 22] = [
 /// link.
 const SEAMLESS: [&str; 4] = ["bond", "tun", "veth", "virtio_net"];
 
-/// Drivers that forget a native program when the interface goes down, and do not tell the kernel, which goes on to show it: vmxnet3
-/// does in `vmxnet3_rq_cleanup_all`, which changes of MTU and rings go through as well (tried on Linux 6.12: `cargo xtask vm --drivers`).
-const FORGETFUL: [&str; 1] = ["vmxnet3"];
+/// Drivers on which the filter must not run natively, by the names that sysfs has, and why. The kernel reports a program as attached
+/// that they do not run.
+///
+/// vmxnet3 does so in `vmxnet3_rq_cleanup_all`, which changes of MTU and rings go through as well (tried on Linux 6.12: `cargo xtask
+/// vm --drivers`). xen-netfront, whose name on the Xen bus is vif, does so in `xennet_xdp_set` where the backend leaves no room in
+/// front of packets, and in `xennet_create_queues` after a migration (by reading it).
+const UNRELIABLE: [(&str, &str); 3] = [
+    (
+        "vmxnet3",
+        "forgets a native program when the interface goes down",
+    ),
+    ("vif", XEN),
+    ("xen-netfront", XEN),
+];
+const XEN: &str =
+    "takes a native program that it may not run, and forgets it when the machine is moved";
 
 /// Largest MTU, in bytes, whose frames fit a page of 4,096 beside the headroom of XDP (256), the
 /// Ethernet header (14) and `skb_shared_info` (320): what a driver without XDP frags can take.
@@ -112,8 +121,10 @@ pub async fn drivers(
 impl Driver {
     fn of(interface: &Interface, mode: Mode, features: Features) -> Self {
         let name = &interface.name;
-        let device = device(name);
+        let device = Path::new(INTERFACES).join(name).join("device");
         let driver = of_device(&device)
+            .ok()
+            .flatten()
             .or_else(|| interface.kind.clone())
             .unwrap_or_else(|| "unknown".into());
         let known = NATIVE.contains(&driver.as_str());
@@ -125,7 +136,7 @@ impl Driver {
         let virtio = fs::read_to_string(device.join("features")).unwrap_or_default();
         let refusal = if native == Some(false) {
             Some(format!("{driver} has no native XDP"))
-        } else if let Some(reason) = forgets(interface) {
+        } else if let Some(reason) = unreliable(interface) {
             Some(reason)
         } else if interface.mtu > PAGE_MTU && frags == Some(false) {
             Some(format!(
@@ -144,6 +155,12 @@ impl Driver {
         };
         let mut notes = Vec::new();
         let mut error = None;
+        // It stays so until it is detached, whatever the mode.
+        if interface.xdp.is_some_and(|xdp| xdp.native)
+            && let Some(reason) = unreliable(interface)
+        {
+            error = Some(not_reliable(name, &reason));
+        }
         match (mode, refusal) {
             (Mode::Generic, _) => {
                 if features.lro {
@@ -193,43 +210,75 @@ impl Driver {
     }
 }
 
-fn device(interface: &str) -> PathBuf {
-    let interfaces = Path::new("/sys/class/net");
-    interfaces.join(interface).join("device")
+/// Where sysfs has the interfaces.
+const INTERFACES: &str = "/sys/class/net";
+
+/// The name of a device's driver. `None`: there is no device, or no driver, as of virtual interfaces.
+fn of_device(device: &Path) -> io::Result<Option<String>> {
+    match fs::read_link(device.join("driver")) {
+        Ok(driver) => {
+            let name = driver.file_name().unwrap_or_default();
+            Ok(Some(name.to_string_lossy().into_owned()))
+        }
+        // `bonding_masters` lies among the interfaces and is a file.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
-/// The name of a device's driver.
-fn of_device(device: &Path) -> Option<String> {
-    let driver = fs::read_link(device.join("driver")).ok()?;
-    Some(driver.file_name()?.to_str()?.to_owned())
-}
-
-/// Why a program must not run natively on an interface: its driver, or that of a port of a bond, forgets it.
-pub fn forgets(interface: &Interface) -> Option<String> {
-    let ports = interface.kind.as_deref() == Some("bond");
-    let ports = if ports {
-        lower(&interface.name)
-    } else {
-        Vec::new()
+/// Why the filter must not run natively on an interface: the driver is not reliable, or unknown. Any interface of the host may
+/// become a port of a bond.
+pub fn unreliable(interface: &Interface) -> Option<String> {
+    let drivers = match interface.kind.as_deref() {
+        Some("bond") => all_drivers(),
+        // The kernel makes these itself.
+        Some(_) => return None,
+        None => driver_of(interface).map(|driver| driver.into_iter().collect()),
     };
-    let devices = std::iter::once(device(&interface.name)).chain(ports);
-    let drivers = devices.filter_map(|device| of_device(&device));
-    reason_to_forget(drivers)
+    match drivers {
+        Ok(drivers) => reason(&drivers),
+        Err(error) => Some(format!("its driver is unknown: {error:#}")),
+    }
 }
 
-fn reason_to_forget(mut drivers: impl Iterator<Item = String>) -> Option<String> {
-    let driver = drivers.find(|driver| FORGETFUL.contains(&driver.as_str()))?;
-    Some(format!(
-        "{driver} forgets a native program when the interface goes down"
-    ))
+fn reason(drivers: &[String]) -> Option<String> {
+    let mut reasons = UNRELIABLE.iter();
+    let (driver, reason) = reasons.find(|(driver, _)| drivers.iter().any(|it| it == driver))?;
+    Some(format!("{driver} {reason}"))
 }
 
-/// The devices of the interfaces that a bond is made of.
-fn lower(name: &str) -> Vec<PathBuf> {
-    let entries = fs::read_dir(Path::new("/sys/class/net").join(name));
-    let entries = entries.into_iter().flatten().flatten();
-    let lower = entries.filter(|it| it.file_name().as_encoded_bytes().starts_with(b"lower_"));
-    lower.map(|it| it.path().join("device")).collect()
+/// # Errors
+/// sysfs is not there, or shows another network namespace, or the interface was renamed meanwhile.
+fn driver_of(interface: &Interface) -> Result<Option<String>> {
+    let folder = Path::new(INTERFACES).join(&interface.name);
+    let path = folder.join("ifindex");
+    let index = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    ensure!(
+        index.trim() == interface.index.to_string(),
+        "{} is of another interface",
+        folder.display()
+    );
+    let driver = of_device(&folder.join("device"));
+    driver.with_context(|| format!("read the driver of {}", interface.name))
+}
+
+/// Of every interface of the host.
+fn all_drivers() -> Result<Vec<String>> {
+    let list = || format!("list {INTERFACES}");
+    let mut drivers = Vec::new();
+    for entry in fs::read_dir(INTERFACES).with_context(list)? {
+        let path = entry.with_context(list)?.path();
+        let driver = of_device(&path.join("device"));
+        drivers.extend(driver.with_context(|| format!("read the driver of {}", path.display()))?);
+    }
+    Ok(drivers)
 }
 
 /// Interfaces that the program with this id runs on natively.
@@ -240,18 +289,19 @@ fn native(host: &[Interface], program_id: u32) -> impl Iterator<Item = &Interfac
     })
 }
 
-/// Errors of interfaces that are filtered natively although their driver forgets the program: an agent before 0.2.0 attached it, or
-/// they joined a bond. Whether they are filtered cannot be seen.
-pub fn forgotten(host: &[Interface], program_id: u32) -> Vec<String> {
+/// Errors of interfaces that the program with this id runs on natively although their driver is not reliable: an agent before 0.2.0
+/// attached it, or they joined a bond. Whether they are filtered cannot be seen.
+pub fn unreliably_filtered(host: &[Interface], program_id: u32) -> Vec<String> {
     native(host, program_id)
-        .filter_map(|interface| {
-            let (name, reason) = (&interface.name, forgets(interface)?);
-            Some(format!(
-                "interface {name} may not be filtered: {reason}; run `filter-agent detach`, and start the agent again, which then \
-                 filters in generic mode"
-            ))
-        })
+        .filter_map(|interface| Some(not_reliable(&interface.name, &unreliable(interface)?)))
         .collect()
+}
+
+fn not_reliable(name: &str, reason: &str) -> String {
+    format!(
+        "interface {name} may not be filtered: {reason}; run `filter-agent detach`, and start the agent again, which then filters \
+         in generic mode"
+    )
 }
 
 /// Warnings of interfaces that are filtered natively, and lose the frames of all connections that do not fit a page.
@@ -260,7 +310,7 @@ pub fn long_frame_warnings(host: &[Interface], program_id: u32) -> Vec<String> {
     let release = release.release().to_string_lossy();
     native(host, program_id)
         .filter_map(|interface| {
-            let driver = of_device(&device(&interface.name))?;
+            let driver = driver_of(interface).ok().flatten()?;
             loses_long_frames(&driver, interface.mtu, &release).then(|| {
                 let name = &interface.name;
                 format!(
@@ -403,15 +453,42 @@ mod tests {
     /// A denied source was connected after `ip link set down` and `up`.
     #[test]
     fn driver_that_forgets_its_program_is_not_used_natively() {
-        let reason = |drivers: &[&str]| reason_to_forget(drivers.iter().map(|it| (*it).to_owned()));
+        let reason = |drivers: &[&str]| {
+            let drivers: Vec<String> = drivers.iter().map(|it| (*it).to_owned()).collect();
+            reason(&drivers)
+        };
         let forgets = "vmxnet3 forgets a native program when the interface goes down";
         assert_eq!(reason(&["vmxnet3"]).as_deref(), Some(forgets));
-        assert_eq!(
-            reason(&["bond", "igb", "vmxnet3"]).as_deref(),
-            Some(forgets)
-        );
-        assert_eq!(reason(&["bond", "igb", "virtio_net"]), None);
+        assert_eq!(reason(&["igb", "vmxnet3"]).as_deref(), Some(forgets));
+        assert!(reason(&["vif"]).unwrap().starts_with("vif takes"));
+        assert_eq!(reason(&["igb", "virtio_net"]), None);
         assert_eq!(reason(&[]), None);
+    }
+
+    #[test]
+    fn unknown_driver_is_not_used_natively() {
+        let interface = |name: &str, index, kind: Option<&str>| Interface {
+            name: name.into(),
+            index,
+            kind: kind.map(str::to_owned),
+            ..Interface::default()
+        };
+        let missing = unreliable(&interface("gone0", 7, None)).unwrap();
+        assert!(missing.starts_with("its driver is unknown: read /sys/class/net/gone0/ifindex"));
+        let other = unreliable(&interface("lo", 4_000_000_000, None)).unwrap();
+        assert!(other.ends_with("/sys/class/net/lo is of another interface"));
+        assert_eq!(unreliable(&interface("gone0", 7, Some("veth"))), None);
+        let native = AttachedXdp {
+            native: true,
+            program_id: 9,
+        };
+        let filtered = Interface {
+            xdp: Some(native),
+            ..interface("gone0", 7, None)
+        };
+        let filtered = [filtered];
+        assert_eq!(unreliably_filtered(&filtered, 9).len(), 1);
+        assert!(unreliably_filtered(&filtered, 8).is_empty());
     }
 
     /// A raised MTU under the filter lost the long frames of every connection, and nothing said so.

@@ -14,7 +14,7 @@ use filter_common::LAYOUT;
 use nix::errno::Errno;
 
 use crate::{
-    host::{AttachedXdp, Interface, coverage::Pinned, driver::forgets},
+    host::{AttachedXdp, Interface, coverage::Pinned, driver::unreliable},
     kernel::{
         filter::Filter,
         pins::{
@@ -102,7 +102,7 @@ impl Filter {
         }
         let native = match mode {
             Mode::Generic => None,
-            Mode::Auto | Mode::Native => match forgets(interface) {
+            Mode::Auto | Mode::Native => match unreliable(interface) {
                 Some(reason) => Some(anyhow!(reason)),
                 None => match self.attach_new(interface, XdpMode::Driver, &pin) {
                     Ok(()) => return Ok(Attached::Native),

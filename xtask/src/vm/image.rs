@@ -25,7 +25,8 @@ pub fn base() -> Result<PathBuf> {
 /// Makes a Debian 12 with these packages, unless it is there. `options`: of mmdebstrap. `sources`: of apt, besides this host's.
 pub fn debian(root: &Path, packages: &str, options: &[&str], sources: &[&str]) -> Result<()> {
     let made = root.with_extension("made");
-    if fs::read_to_string(&made).ok().as_deref() == Some(packages) {
+    let of = format!("{packages}\n{options:?}\n{sources:?}\n");
+    if fs::read_to_string(&made).is_ok_and(|text| text == of) {
         return Ok(());
     }
     println!("==> make a Debian image, {}", root.display());
@@ -56,7 +57,7 @@ pub fn debian(root: &Path, packages: &str, options: &[&str], sources: &[&str]) -
         }
     }
     run(&mut mmdebstrap)?;
-    fs::write(&made, packages).with_context(|| format!("write {}", made.display()))
+    fs::write(&made, of).with_context(|| format!("write {}", made.display()))
 }
 
 /// Writes a file of an image.
