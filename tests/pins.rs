@@ -155,7 +155,11 @@ fn interface_that_vanished_is_told_from_one_that_refuses() {
         assert!(is_gone(&error), "{error:?}");
     }
     // Loopback has no native mode.
-    let loopback = Interface { index: 1, ..gone };
+    let loopback = Interface {
+        index: 1,
+        name: "lo".into(),
+        ..gone
+    };
     let error = filter.attach(&loopback, Mode::Native).unwrap_err();
     assert!(!is_gone(&error), "{error:?}");
 }

@@ -26,6 +26,7 @@ impl Polling {
                 index: if_nametoindex("eth0").unwrap(),
                 name: "eth0".into(),
                 ethernet: true,
+                kind: Some("veth".into()),
                 ..Interface::default()
             };
             let attached = filter.attach(&interface, Mode::Native).unwrap();

@@ -11,7 +11,7 @@ use aya::programs::{
     links::{FdLink, PinnedLink},
 };
 use filter_common::LAYOUT;
-use nix::errno::Errno;
+use nix::{errno::Errno, net::if_::if_nametoindex};
 
 use crate::{
     host::{AttachedXdp, Interface, coverage::Pinned, driver::unreliable},
@@ -103,6 +103,11 @@ impl Filter {
         let native = match mode {
             Mode::Generic => None,
             Mode::Auto | Mode::Native => match unreliable(interface) {
+                // One that vanished, or has another name by now, has no driver to be read: `is_gone` recognises the first, and the
+                // second is listed again under its name.
+                Some(_) if if_nametoindex(interface.name.as_str()) != Ok(interface.index) => {
+                    Some(io::Error::from(Errno::ENODEV).into())
+                }
                 Some(reason) => Some(anyhow!(reason)),
                 None => match self.attach_new(interface, XdpMode::Driver, &pin) {
                     Ok(()) => return Ok(Attached::Native),
