@@ -73,8 +73,9 @@ fn dropped_and_hits(net: &Net) -> (u64, u64) {
     (dropped, rules["rules"][0]["hits"].as_u64().unwrap())
 }
 
-/// What an agent of any release says of itself: 0.1.0 takes no `--state-dir` here.
+/// The errors in `status --verify` of an agent of any release.
 fn errors_of(net: &Net) -> Value {
+    // `Net::agent` adds `--state-dir`, which 0.1.0 does not take here.
     let mut status = Command::new(&net.binary);
     status.args(["status", "--verify", "--json", "--socket"]);
     status.arg(net.socket()).arg("--bpffs").arg(net.bpffs());
@@ -181,7 +182,7 @@ databases:
     let [before, now] = [released_binary("0.1.0"), agent_binary().to_owned()];
     for (round, binary) in [&now, &before, &now, &before, &now].into_iter().enumerate() {
         net.kill();
-        // As a reboot would leave it, twice: there are no pins to fall back to.
+        // The last two times without pins, as after a reboot.
         if round > 2 {
             fs::remove_dir_all(net.bpffs().join("filter-agent")).unwrap();
         }

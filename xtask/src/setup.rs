@@ -93,7 +93,7 @@ const NO_SERVERS: [(&str, &str); 2] = [
 ];
 
 pub fn install(needs: Needs) -> Result<()> {
-    let mut rustup = missing_components()?;
+    let mut rustup: Vec<Command> = missing_components()?.into_iter().collect();
     if needs == Needs::Arm64 {
         rustup.extend(missing_target()?);
     }
@@ -188,13 +188,12 @@ fn refusal(rustup: &[Command], packages: &[String], linker: Option<&Linker>) -> 
     anyhow::anyhow!("{why}:\n  {}", commands.join("\n  "))
 }
 
-/// The command that installs what is missing of the toolchain.
-fn missing_components() -> Result<Vec<Command>> {
+/// The command that installs the missing components of the toolchain, if there are any.
+fn missing_components() -> Result<Option<Command>> {
     let installed = installed_by_rustup("component")?;
     let is_missing = |component: &&str| !installed.lines().any(|line| line.starts_with(*component));
     let missing: Vec<&str> = COMPONENTS.into_iter().filter(is_missing).collect();
-    let add = (!missing.is_empty()).then(|| add_by_rustup("component", &missing));
-    Ok(add.into_iter().collect())
+    Ok((!missing.is_empty()).then(|| add_by_rustup("component", &missing)))
 }
 
 /// The command that installs the standard library for arm64, if it is missing.

@@ -134,10 +134,11 @@ impl Driver {
         };
         let frags = features.xdp.map(|xdp| xdp & NETDEV_XDP_ACT_RX_SG != 0);
         let virtio = fs::read_to_string(device.join("features")).unwrap_or_default();
+        let unreliable = unreliable(interface);
         let refusal = if native == Some(false) {
             Some(format!("{driver} has no native XDP"))
-        } else if let Some(reason) = unreliable(interface) {
-            Some(reason)
+        } else if unreliable.is_some() {
+            unreliable.clone()
         } else if interface.mtu > PAGE_MTU && frags == Some(false) {
             Some(format!(
                 "{driver} supports no frame larger than a page with native XDP: MTU {} is more than \
@@ -157,9 +158,9 @@ impl Driver {
         let mut error = None;
         // It stays so until it is detached, whatever the mode.
         if interface.xdp.is_some_and(|xdp| xdp.native)
-            && let Some(reason) = unreliable(interface)
+            && let Some(reason) = &unreliable
         {
-            error = Some(not_reliable(name, &reason));
+            error = Some(not_reliable(name, reason));
         }
         match (mode, refusal) {
             (Mode::Generic, _) => {
@@ -213,7 +214,7 @@ impl Driver {
 /// Where sysfs has the interfaces.
 const INTERFACES: &str = "/sys/class/net";
 
-/// The name of a device's driver. `None`: there is no device, or no driver, as of virtual interfaces.
+/// The name of a device's driver. `None`: the interface is virtual, and has no device.
 fn of_device(device: &Path) -> io::Result<Option<String>> {
     match fs::read_link(device.join("driver")) {
         Ok(driver) => {
@@ -282,7 +283,7 @@ fn all_drivers() -> Result<Vec<String>> {
 }
 
 /// Interfaces that the program with this id runs on natively.
-fn native(host: &[Interface], program_id: u32) -> impl Iterator<Item = &Interface> {
+fn natively_filtered(host: &[Interface], program_id: u32) -> impl Iterator<Item = &Interface> {
     host.iter().filter(move |interface| {
         let ours = |xdp: AttachedXdp| xdp.native && xdp.program_id == program_id;
         interface.xdp.is_some_and(ours)
@@ -292,7 +293,7 @@ fn native(host: &[Interface], program_id: u32) -> impl Iterator<Item = &Interfac
 /// Errors of interfaces that the program with this id runs on natively although their driver is not reliable: an agent before 0.2.0
 /// attached it, or they joined a bond. Whether they are filtered cannot be seen.
 pub fn unreliably_filtered(host: &[Interface], program_id: u32) -> Vec<String> {
-    native(host, program_id)
+    natively_filtered(host, program_id)
         .filter_map(|interface| Some(not_reliable(&interface.name, &unreliable(interface)?)))
         .collect()
 }
@@ -308,7 +309,7 @@ fn not_reliable(name: &str, reason: &str) -> String {
 pub fn long_frame_warnings(host: &[Interface], program_id: u32) -> Vec<String> {
     let release = rustix::system::uname();
     let release = release.release().to_string_lossy();
-    native(host, program_id)
+    natively_filtered(host, program_id)
         .filter_map(|interface| {
             let driver = driver_of(interface).ok().flatten()?;
             loses_long_frames(&driver, interface.mtu, &release).then(|| {

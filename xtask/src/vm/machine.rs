@@ -19,7 +19,7 @@ pub const FOLDER: &str = "target/vm";
 /// Limit of every wait for something that must happen in the machine, whose processor is emulated.
 pub const PATIENCE: Duration = Duration::from_secs(900);
 
-/// What a machine is made of.
+/// The parts of a machine.
 pub struct Design {
     /// The beginning of Linux's version, and the end of the kernel's name (`cloud-amd64`).
     pub kernel: (String, &'static str),

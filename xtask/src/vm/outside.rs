@@ -76,7 +76,7 @@ impl Drop for Namespace {
     }
 }
 
-/// What is in the namespace.
+/// The DHCP server and the clients in the namespace.
 pub struct Outside {
     dhcp: Child,
     _namespace: Namespace,
@@ -249,7 +249,7 @@ pub fn serves_guest(guest: Ipv4Addr) -> Result<bool> {
     from_outside(move || serves(guest))
 }
 
-/// What this finds out in the namespace.
+/// Runs this in the namespace, and returns its result.
 pub fn from_outside<T: Send + 'static>(ask: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let namespace = namespace()?;
     let asking = thread::spawn(move || {
