@@ -30,7 +30,7 @@ pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
 const EXPOSURE: f32 = 2.0;
 
 /// The phases of the machine, and whether the database is up all the time.
-const PHASES: [(&str, &str, bool); 9] = [
+const PHASES: [(&str, &str, bool); 10] = [
     (
         "agent stopped",
         "systemctl stop filter-agent; sleep 5",
@@ -54,6 +54,11 @@ const PHASES: [(&str, &str, bool); 9] = [
     (
         "package upgraded",
         "dpkg -i /root/next.deb >/dev/null 2>&1; sleep 5",
+        true,
+    ),
+    (
+        "package downgraded",
+        "dpkg -i /root/this.deb >/dev/null 2>&1; sleep 5",
         true,
     ),
     (
@@ -184,11 +189,6 @@ impl Scenario {
             self.wait_for_command("systemctl is-active filter-agent", expected)?;
             self.wait_until_served()?;
         }
-        let version = self
-            .machine
-            .command("dpkg-query -W -f '${Version}' filter-agent")?;
-        let next = format!("{}-2", dist::VERSION);
-        ensure!(version == next, "version {version} is installed");
         self.machine.command("filter-agent status --verify")?;
         let exposure = self.unit()?;
         self.status_socket()?;
@@ -206,11 +206,14 @@ impl Scenario {
         let bad_line = self.force_tls_over_a_bad_line()?;
         self.say_why_it_does_not_start()?;
         self.remove_the_package()?;
-        self.rpm()?;
+        let of_deb = self.log_of_dpkg()?;
+        let of_rpm = self.rpm()?;
         if let Some(streams) = streams {
             println!("forced TLS: {}", streams.run(&mut self.machine)?);
         }
         self.machine.power_off()?;
+        println!("the .deb: {of_deb}");
+        println!("the .rpm: {of_rpm}");
         println!("{exposure}");
         println!("{guests}");
         println!("an interface that appears is filtered after {enforced_after} ms");
@@ -626,8 +629,22 @@ impl Scenario {
         self.wait_for_command("systemctl is-active filter-agent", "active")
     }
 
-    /// The other package, by Debian's rpm: installed, upgraded and removed.
-    fn rpm(&mut self) -> Result<()> {
+    /// What dpkg wrote down of the package, from its upgrade on, in words.
+    fn log_of_dpkg(&mut self) -> Result<String> {
+        let log = self.machine.command(
+            "awk '/ filter-agent:/ && $3 ~ /^(upgrade|remove|purge)$/ {print $3, $5, $6}' /var/log/dpkg.log | xargs",
+        )?;
+        let [this, next] = [1, 2].map(|revision| format!("{}-{revision}", dist::VERSION));
+        // Twice upgraded: the second time to a service that does not start.
+        let expected = format!(
+            "upgrade {this} {next} upgrade {next} {this} upgrade {this} {next} remove {next} <none> purge {next} <none>"
+        );
+        ensure!(log == expected, "dpkg wrote down: {log}");
+        Ok(log)
+    }
+
+    /// The other package, by Debian's rpm: installed, upgraded, downgraded and removed. Returns what was done.
+    fn rpm(&mut self) -> Result<String> {
         let rpm = "rpm --force-debian --nodeps";
         let expect = |of: &mut Self, what: &str, command: &str, expected: &str| {
             let said = of.machine.command(command)?;
@@ -642,23 +659,31 @@ impl Scenario {
         expect(self, "install the .rpm", &installed, "enabled")?;
         self.wait_until_up()?;
         let pid = "systemctl show --property MainPID --value filter-agent";
-        let before = self.machine.command(pid)?;
-        let upgraded = format!(
-            "{rpm} -U /root/next.rpm >/tmp/rpm 2>&1 && rpm --query --queryformat '%{{release}}' filter-agent || cat /tmp/rpm"
-        );
-        expect(self, "upgrade the .rpm", &upgraded, "2")?;
-        self.wait_until_up()?;
-        ensure!(
-            self.machine.command(pid)? != before,
-            "the agent of before runs on after the .rpm was upgraded"
-        );
+        let mut done = String::from("install 1");
+        for (what, package, release) in
+            [("upgrade", "next.rpm", "2"), ("downgrade", "this.rpm", "1")]
+        {
+            let before = self.machine.command(pid)?;
+            let changed = format!(
+                "{rpm} -U --oldpackage /root/{package} >/tmp/rpm 2>&1 &&
+                 rpm --query --queryformat '%{{release}}' filter-agent || cat /tmp/rpm"
+            );
+            expect(self, &format!("{what} the .rpm"), &changed, release)?;
+            self.wait_until_up()?;
+            ensure!(
+                self.machine.command(pid)? != before,
+                "the agent of before runs on after the {what} of the .rpm"
+            );
+            done += &format!(", {what} to {release}");
+        }
         let removed =
             format!("{rpm} -e filter-agent >/tmp/rpm 2>&1 && echo removed || cat /tmp/rpm");
         expect(self, "remove the .rpm", &removed, "removed")?;
         let left = "find /sys/fs/bpf/filter-agent /var/lib/filter-agent /etc/filter-agent/* /usr/sbin/filter-agent \
                     /usr/lib/systemd/system/filter-agent* /usr/share/doc/filter-agent /usr/share/filter-agent 2>/dev/null";
         let saved = "/etc/filter-agent/policy.yaml.rpmsave";
-        expect(self, "what the .rpm leaves", left, saved)
+        expect(self, "what the .rpm leaves", left, saved)?;
+        Ok(done + ", remove")
     }
 
     /// Until the agent enforces on the interface of the default route and the database answers.
