@@ -211,7 +211,7 @@ impl Scenario {
         // They have counted the answers of the time without the filter.
         output(inside("nft").args(["reset", "counters"]))?;
         for (card, row) in CARDS.iter().zip(&mut rows) {
-            row.mode_at_jumbo = self.mode(card)?;
+            row.mode_at_jumbo = self.mode(card.name)?;
             let mtu = if card.carries_long_frames() {
                 JUMBO
             } else {
@@ -222,7 +222,41 @@ impl Scenario {
             judged.map_err(|error| self.with_state(card, error))?;
             println!("{row:?}, judged with frames of up to {mtu} bytes");
         }
+        let card = CARDS.last().context("find the card that forgets")?;
+        self.bond(card)
+            .map_err(|error| self.with_state(card, error))?;
         Ok(rows)
+    }
+
+    /// A bond that has no port yet, on a host with a card that forgets a native program, which joins it.
+    fn bond(&mut self, card: &Card) -> Result<()> {
+        // It has a port's address, which udev would give another one otherwise.
+        let name = card.name;
+        self.machine.command(&format!(
+            "ip link add bond0 address $(cat /sys/class/net/{name}/address) type bond mode active-backup miimon 100
+             sed -i 's/^interfaces: \\[/&bond0, /' /etc/filter-agent/policy.yaml"
+        ))?;
+        self.restart()?;
+        let mode = self.mode("bond0")?;
+        ensure!(mode == "generic", "a bond without a port is {mode}");
+        let [v4, v6] = card.host();
+        let said = self.machine.command(&format!(
+            "ip link set {name} down; ip address flush dev {name} scope global
+             ip link set {name} master bond0 2>&1
+             ip link set bond0 up; ip link set {name} up
+             ip address add {v4}/24 dev bond0; ip address add {v6}/64 dev bond0 nodad"
+        ))?;
+        ensure!(said.is_empty(), "{name} joins the bond: {said}");
+        self.verdicts(card, USUAL).context("in a bond")?;
+        for interface in [name, "bond0"] {
+            self.machine.command(&format!(
+                "ip link set {interface} down; ip link set {interface} up"
+            ))?;
+            let judged = self.verdicts(card, USUAL);
+            judged.with_context(|| format!("in a bond, after {interface} was down and up"))?;
+        }
+        println!("{name} in a bond: {mode}, judged before and after down and up");
+        Ok(())
     }
 
     /// The error, with what the machine says of the card.
@@ -240,7 +274,7 @@ impl Scenario {
             .machine
             .command(&format!("ethtool -i {name} | sed -n 's/^driver: //p'"))?;
         ensure!(driver == name, "its driver is {driver}");
-        let mode = self.mode(card)?;
+        let mode = self.mode(card.name)?;
         self.verdicts(card, USUAL)?;
         let queues = self.change_queues(card)?;
         self.verdicts(card, USUAL).context("with other queues")?;
@@ -265,20 +299,19 @@ impl Scenario {
         };
         self.set_mtu(card, USUAL)?;
         self.verdicts(card, USUAL).context("after an MTU of 9000")?;
-        let after = self.mode(card)?;
+        let after = self.mode(card.name)?;
         ensure!(after == mode, "it was {mode}, and is {after}");
         Ok([mode, queues, jumbo])
     }
 
-    fn mode(&mut self, card: &Card) -> Result<&'static str> {
+    fn mode(&mut self, interface: &str) -> Result<&'static str> {
         let mode = self.machine.command(&format!(
-            "filter-agent status --verify | awk '/^{} / {{print $2}}'",
-            card.name
+            "filter-agent status --verify | awk '/^{interface} / {{print $2}}'"
         ))?;
         match mode.as_str() {
             "native" => Ok("native"),
             "generic" => Ok("generic"),
-            mode => bail!("the mode of {} is `{mode}`", card.name),
+            mode => bail!("the mode of {interface} is `{mode}`"),
         }
     }
 
