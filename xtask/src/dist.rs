@@ -19,8 +19,32 @@ const FOLDER: &str = "target/dist";
 /// Files that are generated for the packages; `filter-agent/Cargo.toml` names this folder too.
 const PAGES: &str = "target/dist/pages";
 
-/// The profile that is shipped.
-const PROFILE: &str = "shipped";
+/// How the agent that is packaged was compiled.
+#[derive(Clone, Copy)]
+pub enum Profile {
+    /// What users get.
+    Shipped,
+    /// As the tests run it, by which it is built already.
+    Dev,
+}
+
+impl Profile {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Shipped => "shipped",
+            Self::Dev => "dev",
+        }
+    }
+
+    /// The agent that is packaged.
+    pub fn binary(self) -> Result<PathBuf> {
+        let folder = match self {
+            Self::Shipped => "shipped",
+            Self::Dev => "debug",
+        };
+        Ok(target_directory()?.join(folder).join("filter-agent"))
+    }
+}
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -31,23 +55,18 @@ pub struct Packages {
     pub tarball: PathBuf,
 }
 
-/// The agent that is packaged.
-pub fn binary() -> Result<PathBuf> {
-    Ok(target_directory()?.join(PROFILE).join("filter-agent"))
-}
-
 /// Builds the agent, and makes the packages twice, which have to be the same bytes.
-pub fn make() -> Result<Packages> {
-    run(cargo().env("CARGO_ENCODED_RUSTFLAGS", remapped()?).args([
-        "build",
-        "--package",
-        "filter-agent",
-        "--profile",
-        PROFILE,
-    ]))?;
+pub fn make(profile: Profile) -> Result<Packages> {
+    let mut build = cargo();
+    build.args(["build", "--package", "filter-agent"]);
+    build.args(["--profile", profile.name()]);
+    if let Profile::Shipped = profile {
+        build.env("CARGO_ENCODED_RUSTFLAGS", remapped()?);
+    }
+    run(&mut build)?;
     let _ = fs::remove_dir_all(FOLDER);
-    let made = package(FOLDER, 1)?;
-    let again = package("target/dist-again", 1)?;
+    let made = package(profile, FOLDER, 1)?;
+    let again = package(profile, "target/dist-again", 1)?;
     for (one, other) in [
         (&made.deb, &again.deb),
         (&made.rpm, &again.rpm),
@@ -86,7 +105,7 @@ fn remapped() -> Result<String> {
 }
 
 /// Packages what is built. `revision`: of the packaging.
-pub fn package(folder: &str, revision: u32) -> Result<Packages> {
+pub fn package(profile: Profile, folder: &str, revision: u32) -> Result<Packages> {
     let folder = Path::new(folder);
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     let mut log = Command::new("git");
@@ -94,10 +113,10 @@ pub fn package(folder: &str, revision: u32) -> Result<Packages> {
         .context("find the date of the last commit")?;
     let epoch = epoch.trim();
     pages(revision, epoch)?;
-    let files = packaged()?;
+    let files = packaged(&profile.binary()?)?;
     check_links(&files)?;
     Ok(Packages {
-        deb: deb(folder, revision, epoch)?,
+        deb: deb(profile, folder, revision, epoch)?,
         rpm: rpm::make(&folder.join("rpm"), &files, revision, epoch)?,
         tarball: tarball(folder, &files, epoch)?,
     })
@@ -192,11 +211,11 @@ fn policy_page(pages: &Path) -> Result<()> {
     run(lowdown.arg(pages.join("policy.yaml.5")).arg(&source))
 }
 
-fn deb(folder: &Path, revision: u32, epoch: &str) -> Result<PathBuf> {
+fn deb(profile: Profile, folder: &Path, revision: u32, epoch: &str) -> Result<PathBuf> {
     let mut deb = cargo();
     deb.env("SOURCE_DATE_EPOCH", epoch);
     deb.args(["deb", "--quiet", "--package", "filter-agent"]);
-    deb.args(["--no-build", "--profile", PROFILE, "--output"]);
+    deb.args(["--no-build", "--profile", profile.name(), "--output"]);
     deb.arg(folder);
     deb.args(["--deb-version", &format!("{VERSION}-{revision}")]);
     let path = output(&mut deb)?;

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::builder::PossibleValuesParser;
 use clap::{Parser, Subcommand};
 
+use dist::Profile;
 use fuzz::Length;
 use setup::Needs;
 
@@ -187,7 +188,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Dist => {
             setup::install(Needs::Package)?;
-            let made = dist::make()?;
+            let made = dist::make(Profile::Shipped)?;
             for package in [made.deb, made.rpm, made.tarball] {
                 println!("{}", package.display());
             }
@@ -206,7 +207,7 @@ fn perform(task: Task) -> Result<()> {
             if drivers {
                 vm::drivers::test(kernels)?;
             } else {
-                vm::test(kernels, streams)?;
+                vm::test(kernels, Profile::Shipped, streams)?;
             }
         }
         Task::Arm64 => {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::dist;
+use crate::dist::{self, Profile};
 use fleet::Etcd;
 pub use image::debian;
 use image::{base, furnish, policy};
@@ -86,12 +86,14 @@ const PHASES: [(&str, &str, bool); 10] = [
     ),
 ];
 
-/// Boots each kernel and prints what the clients saw. `with_streams`: runs the tests of forced TLS there as well.
-pub fn test(kernels: &[&str], with_streams: bool) -> Result<()> {
-    let this = dist::make()?;
-    let next = dist::package("target/vm/next", 2)?;
+/// Boots each kernel with the packages of such an agent, and prints what the clients saw. `with_streams`: runs the tests of forced
+/// TLS there as well.
+pub fn test(kernels: &[&str], profile: Profile, with_streams: bool) -> Result<()> {
+    let this = dist::make(profile)?;
+    let next = dist::package(profile, "target/vm/next", 2)?;
     let base = base()?;
-    let streams = with_streams.then(Streams::build).transpose()?;
+    let streams = with_streams.then(|| Streams::build(profile));
+    let streams = streams.transpose()?;
     for kernel in kernels {
         // The clients try from before power-on.
         let outside = Outside::start(Path::new(FOLDER))?;

@@ -8,7 +8,6 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 
-use super::binary;
 use crate::{cargo, output, run};
 
 /// Where the documents are once they are installed.
@@ -21,6 +20,7 @@ pub struct Packaged {
     /// From the root of the system that it is installed on.
     pub target: PathBuf,
     mode: u32,
+    is_program: bool,
 }
 
 #[derive(Deserialize)]
@@ -57,8 +57,8 @@ const FOUND: [[&str; 3]; 2] = [
     ],
 ];
 
-/// The files that are installed.
-pub fn packaged() -> Result<Vec<Packaged>> {
+/// The files that are installed, of which this is the program.
+pub fn packaged(program: &Path) -> Result<Vec<Packaged>> {
     let json = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: Metadata = serde_json::from_str(&json).context("read cargo's metadata")?;
     let mut debs = metadata
@@ -70,15 +70,13 @@ pub fn packaged() -> Result<Vec<Packaged>> {
         .context("find the files of the .deb in filter-agent/Cargo.toml")?;
     let found = FOUND.map(|asset| asset.map(str::to_owned));
     let assets = deb.assets.into_iter().chain(found);
-    assets.map(|asset| Packaged::of(&asset)).collect()
+    assets.map(|asset| Packaged::of(&asset, program)).collect()
 }
 
 impl Packaged {
-    fn of([source, target, mode]: &[String; 3]) -> Result<Self> {
-        let source = match source.strip_prefix("../") {
-            Some(source) => PathBuf::from(source),
-            None => binary()?,
-        };
+    fn of([source, target, mode]: &[String; 3], program: &Path) -> Result<Self> {
+        let file = source.strip_prefix("../");
+        let source = file.map_or(program, Path::new).to_owned();
         let target = match target.ends_with('/') {
             true => Path::new(target).join(source.file_name().context("name a file")?),
             false => target.into(),
@@ -88,6 +86,7 @@ impl Packaged {
             source,
             target,
             mode,
+            is_program: file.is_none(),
         })
     }
 
@@ -95,7 +94,7 @@ impl Packaged {
     pub fn put(&self, to: &Path) -> Result<()> {
         let folder = to.parent().context("find the folder of a file")?;
         fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
-        if self.source == binary()? {
+        if self.is_program {
             run(Command::new("strip").arg("-o").arg(to).arg(&self.source))?;
         } else {
             let copied = fs::copy(&self.source, to);

@@ -15,7 +15,8 @@ use comfy_table::{Table, presets};
 use super::image::debian;
 use super::machine::{Design, FOLDER, Machine, wait_for};
 use super::outside::{Denied, Namespace, from_outside, inside};
-use crate::{dist, output};
+use crate::dist::{self, Profile};
+use crate::output;
 use cards::{CARDS, Card, SILENCE, TCP, UDP, connect, echoes, echoes_datagram, furnish, outside};
 
 const PACKAGES: &str = "linux-image-amd64,linux-image-6.12-amd64,systemd-sysv,udev,dbus,iproute2,\
@@ -83,7 +84,7 @@ const EXPECTED: [Row; 8] = [
 
 /// Tries every card on these kernels, and prints the table of what they did.
 pub fn test(kernels: &[&str]) -> Result<()> {
-    let package = dist::make()?;
+    let package = dist::make(Profile::Shipped)?;
     let folder = Path::new(FOLDER).join("drivers");
     let base = folder.join("base");
     let minimal = "--variant=minbase";

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::machine::Machine;
-use crate::{cargo, dist, output};
+use crate::dist::Profile;
+use crate::{cargo, output};
 
 /// Where they are in the machine.
 const FOLDER: &str = "root/streams";
@@ -27,7 +28,7 @@ pub struct Streams {
 impl Streams {
     /// Builds the tests. The agent is the package's, which has been built: an emulated processor takes many times longer to
     /// start one that is not optimized.
-    pub fn build() -> Result<Self> {
+    pub fn build(profile: Profile) -> Result<Self> {
         let messages = output(
             cargo()
                 .args(["test", "--package", "filter-tests", "--test", "streams"])
@@ -40,7 +41,7 @@ impl Streams {
         });
         Ok(Self {
             test: messages.next().context("find the tests that cargo built")?,
-            agent: dist::binary()?,
+            agent: profile.binary()?,
         })
     }
 
