@@ -143,7 +143,11 @@ pub fn install(needs: Needs) -> Result<()> {
     for (is_needed, (program, version)) in programs {
         if is_needed && !is_installed(program) {
             println!("==> install {program} {version}");
-            run(cargo().args(["install", program, "--locked", "--version", version]))?;
+            // Optimized they take minutes more to compile, and save seconds: one of them wants LTO over everything.
+            run(cargo()
+                .env("CARGO_PROFILE_DEV_DEBUG", "false")
+                .args(["install", program, "--debug", "--locked"])
+                .args(["--version", version]))?;
         }
     }
     if matches!(needs, Needs::Run | Needs::Bench | Needs::Machine) {
