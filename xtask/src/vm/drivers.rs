@@ -224,9 +224,61 @@ impl Scenario {
             println!("{row:?}, judged with frames of up to {mtu} bytes");
         }
         let card = CARDS.last().context("find the card that forgets")?;
-        self.bond(card)
+        // The drivers of Linux before 6.6 run no program themselves.
+        let native = kernel != "6.1";
+        self.left_native(card, native)
+            .and_then(|()| self.bond(card))
             .map_err(|error| self.with_state(card, error))?;
         Ok(rows)
+    }
+
+    /// What an agent left that knew nothing of a card that forgets native programs: one to whom it was another card.
+    fn left_native(&mut self, card: &Card, native: bool) -> Result<()> {
+        let name = card.name;
+        let drop_in = "/run/systemd/system/filter-agent.service.d/sysfs.conf";
+        self.machine.command(&format!(
+            "for path in /sys/class/net/*/; do
+                 copy=/root/net/$(basename $path); mkdir -p $copy/device; cp $path/ifindex $copy
+                 ln -s \"$(readlink $path/device/driver || echo none)\" $copy/device/driver
+             done
+             ln -sfn igb /root/net/{name}/device/driver
+             mkdir -p $(dirname {drop_in})
+             printf '[Service]\\nBindReadOnlyPaths=/root/net:/sys/class/net\\n' >{drop_in}
+             systemctl daemon-reload; filter-agent detach --yes"
+        ))?;
+        self.restart()?;
+        let mode = self.mode(name)?;
+        ensure!(
+            (mode == "native") == native,
+            "as an igb it is filtered in {mode} mode"
+        );
+        let mut says = |command: &str| {
+            let error = format!("interface {name} may not be filtered");
+            let said = self
+                .machine
+                .command(&format!("{command} 2>&1; echo status $?"))?;
+            let (told, failed) = (said.contains(&error), !said.ends_with("status 0"));
+            ensure!(
+                told == native && failed == native,
+                "`{command}` says: {said}"
+            );
+            Ok(())
+        };
+        says(&format!(
+            "rm {drop_in}; systemctl daemon-reload; systemctl restart filter-agent; filter-agent status --enforced"
+        ))?;
+        says("filter-agent check --host")?;
+        says("systemctl stop filter-agent; filter-agent status --enforced")?;
+        self.machine.command("filter-agent detach --yes")?;
+        self.restart()?;
+        let mode = self.mode(name)?;
+        ensure!(
+            mode == "generic",
+            "after `detach` it is filtered in {mode} mode"
+        );
+        self.verdicts(card, USUAL)?;
+        println!("{name} that was left native ({native}) is told of, and filtered after `detach`");
+        Ok(())
     }
 
     /// A bond that has no port yet, on a host with a card that forgets a native program, which joins it.
