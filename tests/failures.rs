@@ -298,7 +298,7 @@ impl Sweep {
         laboratory.stop(&mut agent);
         name_call(laboratory, &agent);
         let mut left = laboratory.files();
-        // Texts of earlier policies may stay, which nothing enforces.
+        // Texts of earlier policies may stay if the agent warns of it: nothing enforces them.
         let texts = laboratory.net.state_dir().join("policies");
         let of_texts = texts.display().to_string();
         let is_warning = |line: &str| line.starts_with("warning: ") && line.contains(&of_texts);

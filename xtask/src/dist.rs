@@ -19,12 +19,12 @@ const FOLDER: &str = "target/dist";
 /// Files that are generated for the packages; `filter-agent/Cargo.toml` names this folder too.
 const PAGES: &str = "target/dist/pages";
 
-/// How the agent that is packaged was compiled.
+/// Cargo's profile of the agent in the packages.
 #[derive(Clone, Copy)]
 pub enum Profile {
-    /// What users get.
+    /// The profile of the packages that users install.
     Shipped,
-    /// As the tests run it, by which it is built already.
+    /// The profile of the tests, which have built the agent already.
     Dev,
 }
 
@@ -36,7 +36,7 @@ impl Profile {
         }
     }
 
-    /// The agent that is packaged.
+    /// Path of the agent that cargo built with this profile.
     pub fn binary(self) -> Result<PathBuf> {
         let folder = match self {
             Self::Shipped => "shipped",

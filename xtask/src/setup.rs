@@ -143,7 +143,7 @@ pub fn install(needs: Needs) -> Result<()> {
     for (is_needed, (program, version)) in programs {
         if is_needed && !is_installed(program) {
             println!("==> install {program} {version}");
-            // Optimized they take minutes more to compile, and save seconds: one of them wants LTO over everything.
+            // An optimized build takes minutes longer (cargo-deny's uses LTO for all crates), and saves seconds in use.
             run(cargo()
                 .env("CARGO_PROFILE_DEV_DEBUG", "false")
                 .args(["install", program, "--debug", "--locked"])

@@ -113,7 +113,7 @@ fn privileged_steps(report: &mut Report, full: bool) -> Result<()> {
     }
     // Its figures decide nothing; that it can be run does. Most of it is compiled already, for the tests.
     report.step("benchmark, briefly", bench("dev").arg("--quick"))?;
-    // To compile what is shipped takes as long as the machine.
+    // Compiling the shipped agent takes as long as the system test itself.
     let (kernels, profile) = if full {
         (&vm::KERNELS[..], Profile::Shipped)
     } else {

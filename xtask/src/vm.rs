@@ -86,8 +86,8 @@ const PHASES: [(&str, &str, bool); 10] = [
     ),
 ];
 
-/// Boots each kernel with the packages of such an agent, and prints what the clients saw. `with_streams`: runs the tests of forced
-/// TLS there as well.
+/// Boots each kernel, installs packages of this profile and prints what the clients saw. `with_streams`: runs the tests of forced
+/// TLS in the machine as well.
 pub fn test(kernels: &[&str], profile: Profile, with_streams: bool) -> Result<()> {
     let this = dist::make(profile)?;
     let next = dist::package(profile, "target/vm/next", 2)?;
@@ -631,7 +631,7 @@ impl Scenario {
         self.wait_for_command("systemctl is-active filter-agent", "active")
     }
 
-    /// What dpkg wrote down of the package, from its upgrade on, in words.
+    /// Checks and returns dpkg's log of the package: its upgrades, downgrade, removal and purge.
     fn log_of_dpkg(&mut self) -> Result<String> {
         let log = self.machine.command(
             "awk '/ filter-agent:/ && $3 ~ /^(upgrade|remove|purge)$/ {print $3, $5, $6}' /var/log/dpkg.log | xargs",
@@ -641,11 +641,11 @@ impl Scenario {
         let expected = format!(
             "upgrade {this} {next} upgrade {next} {this} upgrade {this} {next} remove {next} <none> purge {next} <none>"
         );
-        ensure!(log == expected, "dpkg wrote down: {log}");
+        ensure!(log == expected, "dpkg's log is: {log}");
         Ok(log)
     }
 
-    /// The other package, by Debian's rpm: installed, upgraded, downgraded and removed. Returns what was done.
+    /// Installs, upgrades, downgrades and removes the .rpm with Debian's rpm. Returns the list of these steps.
     fn rpm(&mut self) -> Result<String> {
         let rpm = "rpm --force-debian --nodeps";
         let expect = |of: &mut Self, what: &str, command: &str, expected: &str| {

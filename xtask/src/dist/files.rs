@@ -57,7 +57,7 @@ const FOUND: [[&str; 3]; 2] = [
     ],
 ];
 
-/// The files that are installed, of which this is the program.
+/// The files that are installed. `program`: path of the agent.
 pub fn packaged(program: &Path) -> Result<Vec<Packaged>> {
     let json = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
     let metadata: Metadata = serde_json::from_str(&json).context("read cargo's metadata")?;
