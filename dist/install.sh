@@ -3,53 +3,101 @@
 # `install.sh --remove` takes it away again, and the filter with it; the policy stays.
 set -eu
 
-if [ "$(id -u)" != 0 ]; then
-    echo "install.sh: run this as root" >&2
+refuse() {
+    echo "install.sh: $1" >&2
     exit 1
+}
+
+[ "$(id -u)" = 0 ] || refuse "run this as root"
+
+# A package's upgrade or removal would take away what is put over its files, and its purge the policy, even where only
+# the policy is left of it.
+if command -v dpkg-query >/dev/null; then
+    state=$(dpkg-query --show --showformat '${db:Status-Status}' filter-agent 2>/dev/null) || [ $? = 1 ] ||
+        refuse "dpkg-query fails, so that a package of filter-agent may be here: run \`dpkg-query --show filter-agent\`"
+    case "$state" in
+    '' | not-installed) ;;
+    *) refuse "dpkg has a package filter-agent ($state): copy /etc/filter-agent, run \`dpkg --purge filter-agent\`, then this again" ;;
+    esac
+fi
+if command -v rpm >/dev/null && rpm --query --quiet filter-agent; then
+    refuse "rpm has a package filter-agent: copy /etc/filter-agent, run \`rpm --erase filter-agent\`, then this again"
 fi
 
 here=$(dirname "$0")
+units=/usr/lib/systemd/system
+documents=/usr/share/doc/filter-agent
+
+# Version 0.1.0 had its unit where administrators have theirs: it would take the new one's place.
+remove_unit_of_0_1_0() {
+    old=/etc/systemd/system/filter-agent.service
+    hash=e0684656408976c3a9580940664925b0665e8c7febbc5bba32e0462422eb1f95
+    if echo "$hash  $old" | sha256sum --check --status 2>/dev/null; then
+        rm -f "$old" /etc/systemd/system/multi-user.target.wants/filter-agent.service
+    elif [ -e "$old" ]; then
+        echo "install.sh: $old was changed on this host, and stays, in place of $units/filter-agent.service:" \
+            "remove it where nothing in it is needed" >&2
+    fi
+}
 
 if [ "${1-}" = --remove ]; then
     # The service first: an agent that still runs would attach again what is detached below.
     if [ -d /run/systemd/system ]; then
-        systemctl disable --now filter-agent.service || true
+        systemctl stop filter-agent.service || true
     fi
     timeout 60 /usr/sbin/filter-agent detach --yes || true
     if [ -n "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
-        echo "install.sh: the filter is still pinned below /sys/fs/bpf/filter-agent; run" \
-            "\`rm -r /sys/fs/bpf/filter-agent\`, then $0 --remove again" >&2
-        exit 1
+        refuse "the filter is still pinned below /sys/fs/bpf/filter-agent: run \`systemctl stop filter-agent; rm -r /sys/fs/bpf/filter-agent\`, then $0 --remove again"
     fi
-    rm -f /usr/sbin/filter-agent /etc/systemd/system/filter-agent.service \
-        /etc/systemd/system/filter-agent-status.socket /usr/lib/sysusers.d/filter-agent.conf \
-        /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 /usr/share/bash-completion/completions/filter-agent \
-        /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish
-    rm -rf /var/lib/filter-agent
+    systemctl disable filter-agent.service || true
+    remove_unit_of_0_1_0
+    rm -f /usr/sbin/filter-agent "$units/filter-agent.service" "$units/filter-agent-status.socket" \
+        /usr/lib/sysusers.d/filter-agent.conf /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 \
+        /usr/share/bash-completion/completions/filter-agent /usr/share/zsh/site-functions/_filter-agent \
+        /usr/share/fish/vendor_completions.d/filter-agent.fish
+    rm -rf /var/lib/filter-agent "$documents" /usr/share/filter-agent
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload || true
     fi
-    echo "removed; /etc/filter-agent/policy.yaml stays"
+    echo "removed; /etc/filter-agent stays"
     exit 0
 fi
 
 # A new file takes the old one's place whole: the agent that runs keeps its own.
 install -D -m 755 "$here/filter-agent" /usr/sbin/filter-agent.new
 mv /usr/sbin/filter-agent.new /usr/sbin/filter-agent
-install -D -m 644 "$here/filter-agent.service" /etc/systemd/system/filter-agent.service
-install -D -m 644 "$here/filter-agent-status.socket" /etc/systemd/system/filter-agent-status.socket
+# Places file...: installs the file that lies here as each of these.
+place() {
+    for file in "$@"; do
+        install -D -m 644 "$here/$(basename "$file")" "$file"
+    done
+}
+place "$units/filter-agent.service" "$units/filter-agent-status.socket" \
+    /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 \
+    /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish \
+    /usr/share/filter-agent/alerts.yaml /usr/share/filter-agent/dashboard.json \
+    "$documents/README.md" "$documents/CHANGELOG.md" "$documents/policy.md" \
+    "$documents/LICENSE-MIT" "$documents/LICENSE-APACHE" "$documents/LICENSE-GPL2" \
+    "$documents/licences.gz" "$documents/filter-agent.cdx.json.gz" \
+    "$documents/examples/database-needs-filter.conf"
+for file in "$here"/docs/*; do
+    install -D -m 644 "$file" "$documents/docs/$(basename "$file")"
+done
+install -D -m 644 "$here/filter-agent.bash" /usr/share/bash-completion/completions/filter-agent
 install -D -m 644 "$here/filter-agent.sysusers" /usr/lib/sysusers.d/filter-agent.conf
 systemd-sysusers filter-agent.conf ||
     echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
-install -D -m 644 "$here/filter-agent.8" /usr/share/man/man8/filter-agent.8
-install -D -m 644 "$here/policy.yaml.5" /usr/share/man/man5/policy.yaml.5
-install -D -m 644 "$here/filter-agent.bash" /usr/share/bash-completion/completions/filter-agent
-install -D -m 644 "$here/_filter-agent" /usr/share/zsh/site-functions/_filter-agent
-install -D -m 644 "$here/filter-agent.fish" /usr/share/fish/vendor_completions.d/filter-agent.fish
-if [ ! -e /etc/filter-agent/policy.yaml ]; then
-    install -D -m 644 "$here/policy.yaml" /etc/filter-agent/policy.yaml
+policy=/etc/filter-agent/policy.yaml
+if [ ! -e "$policy" ]; then
+    place "$policy"
+    if [ -e "$policy.rpmsave" ]; then
+        echo "install.sh: the policy of an earlier installation is $policy.rpmsave; the new one guards nothing" >&2
+    fi
 fi
-systemctl daemon-reload
+remove_unit_of_0_1_0
 systemctl enable filter-agent.service
-systemctl restart filter-agent.service
-echo "installed; write /etc/filter-agent/policy.yaml, then: systemctl reload filter-agent"
+if [ -d /run/systemd/system ]; then
+    systemctl daemon-reload
+    systemctl restart filter-agent.service
+fi
+echo "installed; write $policy, then: systemctl reload filter-agent"

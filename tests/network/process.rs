@@ -71,7 +71,7 @@ fn kernel_that_cannot_serve_is_refused_with_what_is_missing() {
     );
     fs::create_dir(&missing).unwrap();
     let line = net.refusal_elsewhere(&missing, &net.socket());
-    assert!(line.contains("mount -t bpf bpf"), "{line}");
+    assert!(line.contains("mount -t bpf -o mode=700 bpf"), "{line}");
     net.assert_detached("eth0");
 }
 

@@ -29,6 +29,10 @@ pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// At most, as `systemd-analyze security` sees the unit: 0 is the safest, 10 the least safe.
 const EXPOSURE: f32 = 2.0;
 
+/// What systemd says of the service, and of the socket for readers.
+const ACTIVE: &str = "systemctl is-active filter-agent";
+const SOCKET_ACTIVE: &str = "systemctl is-active filter-agent-status.socket";
+
 /// The phases of the machine, and whether the database is up all the time.
 const PHASES: [(&str, &str, bool); 10] = [
     (
@@ -150,6 +154,11 @@ fn wait_until_serves(guest: Ipv4Addr) -> Result<()> {
         .with_context(|| format!("serve the guest {guest}, which a temporary rule allows"))
 }
 
+/// Prints the last line that this user reads of the rules.
+fn rules_as(user: &str) -> String {
+    format!("setpriv --reuid={user} --regid={user} --init-groups filter-agent rules 2>&1 | tail -1")
+}
+
 struct Scenario {
     kernel: String,
     // Dropped first.
@@ -188,7 +197,7 @@ impl Scenario {
             } else {
                 "active"
             };
-            self.wait_for_command("systemctl is-active filter-agent", expected)?;
+            self.wait_for_command(ACTIVE, expected)?;
             self.wait_until_served()?;
         }
         self.machine.command("filter-agent status --verify")?;
@@ -206,6 +215,7 @@ impl Scenario {
         self.generic()?;
         let enforced_after = self.bond()?;
         let bad_line = self.force_tls_over_a_bad_line()?;
+        self.detached_stays_detached()?;
         self.say_why_it_does_not_start()?;
         self.remove_the_package()?;
         let of_deb = self.log_of_dpkg()?;
@@ -431,43 +441,71 @@ impl Scenario {
 
     /// A member of the group reads, another user does not, and without the group the agent runs all the same.
     fn status_socket(&mut self) -> Result<()> {
-        let active = "systemctl is-active filter-agent-status.socket";
-        self.wait_for_command(active, "active")?;
-        let read = |user: &str| {
-            format!(
-                "setpriv --reuid={user} --regid={user} --init-groups filter-agent rules 2>&1 | tail -1"
-            )
-        };
+        self.wait_for_command(SOCKET_ACTIVE, "active")?;
         self.machine
             .command("useradd watcher; useradd stranger; usermod -aG filter-agent watcher")?;
-        let member = self.machine.command(&read("watcher"))?;
+        let member = self.machine.command(&rules_as("watcher"))?;
         ensure!(
             member.starts_with("orders "),
             "a member of the group reads: {member}"
         );
-        let stranger = self.machine.command(&read("stranger"))?;
+        let stranger = self.machine.command(&rules_as("stranger"))?;
         ensure!(
             stranger.contains("members of the group filter-agent"),
             "another user reads: {stranger}"
         );
         // Stopped, it is not started again by a reader.
         self.machine.command("systemctl stop filter-agent")?;
-        let refused = self.machine.command(&read("watcher"))?;
+        let refused = self.machine.command(&rules_as("watcher"))?;
         ensure!(
             refused.contains("no agent answers"),
             "of a stopped agent a member reads: {refused}"
         );
-        self.wait_for_command("systemctl is-active filter-agent", "inactive")?;
+        self.wait_for_command(ACTIVE, "inactive")?;
+        // Its end by itself takes the socket away as well, and neither keeps the other from coming back.
         self.machine.command(
-            "gpasswd -d watcher filter-agent; groupdel filter-agent; systemctl start filter-agent",
+            "systemctl start filter-agent
+             for i in 1 2 3; do systemctl kill -s KILL filter-agent; sleep 3; done",
         )?;
-        self.wait_for_command("systemctl is-active filter-agent", "active")?;
-        self.wait_for_command(active, "failed")?;
+        self.wait_for_command(ACTIVE, "active")?;
+        self.wait_for_command(SOCKET_ACTIVE, "active")?;
+        let member = self.machine.command(&rules_as("watcher"))?;
+        ensure!(
+            member.starts_with("orders "),
+            "after the agent was killed a member of the group reads: {member}"
+        );
+        self.machine.command(
+            "systemctl stop filter-agent
+             gpasswd -d watcher filter-agent; groupdel filter-agent; systemctl start filter-agent",
+        )?;
+        self.wait_for_command(ACTIVE, "active")?;
+        self.wait_for_command(SOCKET_ACTIVE, "failed")?;
         self.machine.command(
             "systemd-sysusers filter-agent.conf; systemctl reset-failed; systemctl restart filter-agent",
         )?;
-        self.wait_for_command(active, "active")?;
-        self.wait_for_command("systemctl is-active filter-agent", "active")
+        self.wait_for_command(SOCKET_ACTIVE, "active")?;
+        self.wait_for_command(ACTIVE, "active")
+    }
+
+    /// A reader of the status does not start an agent that ended because somebody detached the filter: it would close what was opened.
+    fn detached_stays_detached(&mut self) -> Result<()> {
+        let detached = self.machine.command(
+            "usermod -aG filter-agent watcher
+             filter-agent detach --yes 2>&1 && echo detached",
+        )?;
+        ensure!(detached.ends_with("detached"), "detach says: {detached}");
+        self.wait_for_command(ACTIVE, "inactive")?;
+        self.wait_for_command(SOCKET_ACTIVE, "inactive")?;
+        let refused = self.machine.command(&rules_as("watcher"))?;
+        ensure!(
+            refused.contains("no agent answers"),
+            "after a detach a member reads: {refused}"
+        );
+        self.machine.command("sleep 2")?;
+        self.wait_for_command(ACTIVE, "inactive")?;
+        self.machine.command("systemctl start filter-agent")?;
+        self.wait_for_command(SOCKET_ACTIVE, "active")?;
+        self.wait_until_up()
     }
 
     /// A bond that appears is filtered natively, on the interfaces that join it. Returns how long it
@@ -628,7 +666,7 @@ impl Scenario {
             is_told,
             "dpkg says of a service that does not start: {said}"
         );
-        self.wait_for_command("systemctl is-active filter-agent", "active")
+        self.wait_for_command(ACTIVE, "active")
     }
 
     /// Checks and returns dpkg's log of the package: its upgrades, downgrade, removal and purge.

@@ -32,7 +32,7 @@ pub(super) fn base(bpffs: &Path) -> Result<PathBuf> {
     })?;
     ensure!(
         mount.filesystem_type() == BPF_FS_MAGIC,
-        "{0} is no BPF file system: mount one with `mount -t bpf bpf {0}`",
+        "{0} is no BPF file system: mount one with `mount -t bpf -o mode=700 bpf {0}`",
         bpffs.display()
     );
     Ok(bpffs.join("filter-agent"))
