@@ -8,20 +8,26 @@ refuse() {
     exit 1
 }
 
+case "${1-}" in
+'' | --remove) ;;
+*) refuse "$1 is unknown: run it without an argument to install, or with --remove" ;;
+esac
 [ "$(id -u)" = 0 ] || refuse "run this as root"
 
-# A package's upgrade or removal would take away what is put over its files, and its purge the policy, even where only
-# the policy is left of it.
+# A package's upgrade or removal would take away what is put over its files, and its purge the policy and what the agent
+# keeps, even where only the policy is left of it.
+keep="copy /etc/filter-agent and /var/lib/filter-agent"
+again="which detaches the filter of an installed package, put the copies back, then run this again"
 if command -v dpkg-query >/dev/null; then
     state=$(dpkg-query --show --showformat '${db:Status-Status}' filter-agent 2>/dev/null) || [ $? = 1 ] ||
         refuse "dpkg-query fails, so that a package of filter-agent may be here: run \`dpkg-query --show filter-agent\`"
     case "$state" in
     '' | not-installed) ;;
-    *) refuse "dpkg has a package filter-agent ($state): copy /etc/filter-agent, run \`dpkg --purge filter-agent\`, then this again" ;;
+    *) refuse "dpkg has a package filter-agent ($state): use that, or $keep, run \`dpkg --purge filter-agent\`, $again" ;;
     esac
 fi
 if command -v rpm >/dev/null && rpm --query --quiet filter-agent; then
-    refuse "rpm has a package filter-agent: copy /etc/filter-agent, run \`rpm --erase filter-agent\`, then this again"
+    refuse "rpm has a package filter-agent: use that, or $keep, run \`rpm --erase filter-agent\`, $again"
 fi
 
 here=$(dirname "$0")
@@ -32,9 +38,10 @@ documents=/usr/share/doc/filter-agent
 remove_unit_of_0_1_0() {
     old=/etc/systemd/system/filter-agent.service
     hash=e0684656408976c3a9580940664925b0665e8c7febbc5bba32e0462422eb1f95
-    if echo "$hash  $old" | sha256sum --check --status 2>/dev/null; then
-        rm -f "$old" /etc/systemd/system/multi-user.target.wants/filter-agent.service
-    elif [ -e "$old" ]; then
+    [ -e "$old" ] || return 0
+    if [ "$(sha256sum <"$old")" = "$hash  -" ]; then
+        rm "$old"
+    else
         echo "install.sh: $old was changed on this host, and stays, in place of $units/filter-agent.service:" \
             "remove it where nothing in it is needed" >&2
     fi
@@ -55,7 +62,8 @@ if [ "${1-}" = --remove ]; then
         /usr/lib/sysusers.d/filter-agent.conf /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 \
         /usr/share/bash-completion/completions/filter-agent /usr/share/zsh/site-functions/_filter-agent \
         /usr/share/fish/vendor_completions.d/filter-agent.fish
-    rm -rf /var/lib/filter-agent "$documents" /usr/share/filter-agent
+    rm -rf "$documents" /usr/share/filter-agent
+    rm -rf /var/lib/filter-agent || echo "install.sh: something is left of /var/lib/filter-agent" >&2
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload || true
     fi
@@ -75,8 +83,8 @@ place() {
 place "$units/filter-agent.service" "$units/filter-agent-status.socket" \
     /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 \
     /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish \
-    /usr/share/filter-agent/alerts.yaml /usr/share/filter-agent/dashboard.json \
-    "$documents/README.md" "$documents/CHANGELOG.md" "$documents/policy.md" \
+    /usr/share/filter-agent/policy.yaml /usr/share/filter-agent/alerts.yaml /usr/share/filter-agent/dashboard.json \
+    "$documents/README.md" "$documents/CHANGELOG.md" \
     "$documents/LICENSE-MIT" "$documents/LICENSE-APACHE" "$documents/LICENSE-GPL2" \
     "$documents/licences.gz" "$documents/filter-agent.cdx.json.gz" \
     "$documents/examples/database-needs-filter.conf"
@@ -88,14 +96,13 @@ install -D -m 644 "$here/filter-agent.sysusers" /usr/lib/sysusers.d/filter-agent
 systemd-sysusers filter-agent.conf ||
     echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
 policy=/etc/filter-agent/policy.yaml
-if [ ! -e "$policy" ]; then
+# Where one is gone while its filter is in force, a new one would open the databases.
+if [ ! -e "$policy" ] && [ -z "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
     place "$policy"
-    if [ -e "$policy.rpmsave" ]; then
-        echo "install.sh: the policy of an earlier installation is $policy.rpmsave; the new one guards nothing" >&2
-    fi
 fi
 remove_unit_of_0_1_0
-systemctl enable filter-agent.service
+# Not `enable`: what enabled the unit of 0.1.0 leads to where that was.
+systemctl reenable filter-agent.service
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl restart filter-agent.service

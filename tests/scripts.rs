@@ -1,5 +1,5 @@
-//! The scripts that install the tarball, and that remove it and the package, run as they are, where the commands that
-//! they call are stand-ins: the order of what they do, and what they do where that fails.
+//! The scripts that install and remove the package and the tarball, run as they are, where the commands that they call
+//! are stand-ins: the order of what they do, and what they do where that fails.
 
 use std::{
     env,
@@ -14,7 +14,10 @@ use nix::unistd::geteuid;
 /// Stops the service: there is no agent any more.
 const STOP: &str = r#"#!/bin/sh
 echo "${0##*/} $*" >> "$HOST/calls"
-case "$*" in *stop*|*--now*) rm -f "$HOST/running" ;; esac
+case "$*" in
+*stop*) rm -f "$HOST/running" ;;
+*is-active*) [ ! -e "$HOST/does-not-start" ] ;;
+esac
 "#;
 
 /// Detaches, unless it cannot. An agent that still runs attaches again.
@@ -49,9 +52,10 @@ for path in /etc /usr/lib /usr/share; do
     mkdir -p "$HOST/layers$path/upper" "$HOST/layers$path/work"
     mount -t overlay none -o "lowerdir=$path,upperdir=$HOST/layers$path/upper,workdir=$HOST/layers$path/work" "$path"
 done
-[ ! -e "$HOST/etc" ] || cp -R "$HOST/etc/." /etc
+[ ! -e "$HOST/root" ] || cp -R "$HOST/root/." /
 mount --bind "$HOST/sbin" /usr/sbin
 for path in /run /var/lib; do mount -t tmpfs none "$path"; done
+[ ! -e "$HOST/state-is-a-mount" ] || { mkdir /var/lib/filter-agent; mount -t tmpfs none /var/lib/filter-agent; }
 [ -e "$HOST/no-systemd" ] || mkdir -p /run/systemd/system
 while mountpoint -q /sys/fs/bpf; do umount /sys/fs/bpf; done
 if [ ! -e "$HOST/no-bpffs" ]; then
@@ -61,10 +65,14 @@ fi
 PATH=/usr/sbin:/usr/bin:/bin "$@"
 status=$?
 find /sys/fs/bpf/filter-agent -mindepth 1 > "$HOST/left" 2>/dev/null
+cat /etc/filter-agent/policy.yaml > "$HOST/policy" 2>/dev/null
 find "$HOST/layers" -type f -path "*filter-agent*" -printf "/%P\n" |
     sed 's,/upper/,/,' | sort > "$HOST/files"
 exit $status
 "#;
+
+const POLICY: &str = "/etc/filter-agent/policy.yaml";
+const SHIPPED_POLICY: &str = include_str!("../dist/policy.yaml");
 
 /// Files of the tarball that are made for it.
 const GENERATED: [&str; 14] = [
@@ -85,13 +93,12 @@ const GENERATED: [&str; 14] = [
 ];
 
 /// Other files of the tarball, from `dist`.
-const SHIPPED: [&str; 9] = [
+const SHIPPED: [&str; 8] = [
     "install.sh",
     "filter-agent.service",
     "filter-agent-status.socket",
     "filter-agent.sysusers",
     "policy.yaml",
-    "policy.md",
     "database-needs-filter.conf",
     "monitoring/alerts.yaml",
     "monitoring/dashboard.json",
@@ -121,6 +128,7 @@ impl Host {
             ("deb-systemd-invoke", STOP),
             ("filter-agent", DETACH),
             ("systemd-sysusers", CALLED),
+            ("journalctl", CALLED),
             ("dpkg-query", DPKG_QUERY),
             ("rpm", RPM),
         ] {
@@ -134,25 +142,31 @@ impl Host {
         Self { directory }
     }
 
-    fn run(&self, script: &Path, argument: &str) -> Output {
+    fn run(&self, script: &Path, arguments: &[&str]) -> Output {
         let mut command = Command::new("unshare");
         command
             .args(["--mount", "--propagation", "private", "sh", "-c", RUN, "sh"])
-            .args(["sh".as_ref(), script.as_os_str(), argument.as_ref()])
+            .args(["sh".as_ref(), script.as_os_str()])
+            .args(arguments)
             .env("HOST", &self.directory);
         command.output().unwrap()
     }
 
+    /// A script of the package.
+    fn package(&self, name: &str, arguments: &[&str]) -> Output {
+        let text = fs::read_to_string(dist("debian").join(name)).unwrap();
+        let script = self.directory.join(name);
+        fs::write(&script, text.replace("#DEBHELPER#", SNIPPET)).unwrap();
+        self.run(&script, arguments)
+    }
+
     /// The package's script before its files are removed.
     fn prerm(&self, argument: &str) -> Output {
-        let text = fs::read_to_string(dist("debian/prerm")).unwrap();
-        let script = self.directory.join("prerm");
-        fs::write(&script, text.replace("#DEBHELPER#", SNIPPET)).unwrap();
-        self.run(&script, argument)
+        self.package("prerm", &[argument])
     }
 
     fn uninstall(&self) -> Output {
-        self.run(&dist("install.sh"), "--remove")
+        self.run(&dist("install.sh"), &["--remove"])
     }
 
     /// Runs the script in a folder like the unpacked tarball.
@@ -166,12 +180,15 @@ impl Host {
             let to = unpacked.join(Path::new(name).file_name().unwrap());
             fs::copy(dist(name), to).unwrap();
         }
-        self.run(&unpacked.join("install.sh"), "")
+        self.run(&unpacked.join("install.sh"), &[])
     }
 
-    /// Puts a file below `/etc` of the host.
+    /// Puts a file below `/etc` or `/usr/share` of the host.
     fn put(&self, path: &str, text: &str) {
-        let path = self.directory.join(path);
+        let path = self
+            .directory
+            .join("root")
+            .join(path.trim_start_matches('/'));
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
     }
@@ -180,6 +197,11 @@ impl Host {
     fn files(&self) -> Vec<String> {
         let text = fs::read_to_string(self.directory.join("files")).unwrap();
         text.lines().map(str::to_owned).collect()
+    }
+
+    /// What the script left as the policy.
+    fn policy(&self) -> String {
+        fs::read_to_string(self.directory.join("policy")).unwrap()
     }
 
     fn calls(&self) -> Vec<String> {
@@ -359,7 +381,7 @@ fn tarball_takes_the_place_of_0_1_0_and_of_no_administrators_unit() {
         ),
     ] {
         let host = Host::new(test, &[]);
-        host.put(UNIT.trim_start_matches('/'), &old);
+        host.put(UNIT, &old);
         let output = host.install();
         assert!(output.status.success(), "{output:?}");
         let files = host.files();
@@ -374,39 +396,117 @@ fn tarball_takes_the_place_of_0_1_0_and_of_no_administrators_unit() {
 /// As in an image that is being built: the service is enabled, for its first boot.
 #[test]
 fn tarball_is_installed_where_systemd_does_not_run() {
-    let host = Host::new("install-chroot", &["no-systemd"]);
-    host.put("etc/filter-agent/policy.yaml.rpmsave", "");
+    let host = Host::new("install-chroot", &["no-systemd", "no-bpffs"]);
     let output = host.install();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(
         host.calls(),
         [
             "systemd-sysusers filter-agent.conf",
-            "systemctl enable filter-agent.service"
+            "systemctl reenable filter-agent.service"
         ]
     );
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        stderr.contains("/etc/filter-agent/policy.yaml.rpmsave; the new one guards nothing"),
-        "{stderr}"
-    );
-    assert!(
-        host.files()
-            .contains(&"/etc/filter-agent/policy.yaml".into())
-    );
+    assert_eq!(host.policy(), SHIPPED_POLICY);
 }
 
-/// dpkg compares what a package ships with what the last one shipped: another byte, and it asks at the upgrade of each host
-/// with a policy, where the wrong answer opens the databases, and no answer stops the upgrade.
 #[test]
-fn policy_that_is_shipped_is_that_of_0_1_0() {
-    let hash = Command::new("sha256sum")
-        .arg(dist("policy.yaml"))
-        .output()
-        .unwrap();
-    let hash = String::from_utf8(hash.stdout).unwrap();
-    assert!(
-        hash.starts_with("b73cf5af583ab805a3990644c415e66298ba658f1bce423d9e129525414a7eb8 "),
-        "{hash}"
-    );
+fn argument_that_the_script_does_not_have_installs_nothing() {
+    let host = Host::new("argument", &[]);
+    for argument in ["--help", "remove"] {
+        let output = host.run(&dist("install.sh"), &[argument]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(stderr.contains(argument), "{stderr}");
+        assert_eq!(host.calls(), [""; 0]);
+        assert!(host.is_pinned());
+    }
+}
+
+#[test]
+fn state_directory_that_is_a_mount_does_not_keep_the_rest() {
+    let host = Host::new("mount-tarball", &["state-is-a-mount"]);
+    let output = host.uninstall();
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("removed;"));
+    let host = Host::new("mount-deb", &["state-is-a-mount"]);
+    host.put(POLICY, "mine");
+    let output = host.package("postrm", &["purge"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(host.policy(), "");
+}
+
+/// dpkg asked at the upgrade of each host with a policy, stopped where nobody answered, and the wrong answer opened the
+/// databases.
+#[test]
+fn no_installation_puts_another_policy_in_the_place_of_one() {
+    for (test, kept, faults, expected) in [
+        ("policy-first", None, &["no-bpffs"][..], SHIPPED_POLICY),
+        ("policy-kept", Some("mine"), &["no-bpffs"], "mine"),
+        ("policy-gone", None, &[], ""),
+    ] {
+        let host = |of: &str| {
+            let host = Host::new(&format!("{test}-{of}"), faults);
+            host.put("/usr/share/filter-agent/policy.yaml", SHIPPED_POLICY);
+            if let Some(kept) = kept {
+                host.put(POLICY, kept);
+            }
+            host
+        };
+        for version in ["", "0.1.0-1"] {
+            let host = host("deb");
+            let output = host.package("postinst", &["configure", version]);
+            assert!(output.status.success(), "{test}: {output:?}");
+            assert_eq!(host.policy(), expected, "{test}, over {version:?}");
+        }
+        let host = host("tarball");
+        let output = host.install();
+        assert!(output.status.success(), "{test}: {output:?}");
+        assert_eq!(host.policy(), expected, "{test}");
+    }
+    let manifest = fs::read_to_string(dist("../filter-agent/Cargo.toml")).unwrap();
+    assert!(!manifest.contains("conf-files") && !manifest.contains("\"etc/"));
+}
+
+#[test]
+fn package_begins_the_agent_of_a_tarball_anew_and_not_that_of_a_package() {
+    let stop = "deb-systemd-invoke stop filter-agent.service";
+    for (version, expected) in [("", true), ("0.1.0-1", false)] {
+        let host = Host::new(&format!("begins-{expected}"), &[]);
+        let output = host.package("postinst", &["configure", version]);
+        assert!(output.status.success(), "{output:?}");
+        let stops = host.calls().iter().any(|call| call == stop);
+        assert_eq!(stops, expected, "{version:?}");
+        assert!(host.is_pinned());
+    }
+}
+
+#[test]
+fn service_that_does_not_start_is_told_of_with_what_the_kernel_enforces() {
+    for (faults, expected) in [
+        (
+            &["does-not-start"][..],
+            "what the kernel enforced before stays in force",
+        ),
+        (&["does-not-start", "no-bpffs"], "and nothing is filtered"),
+    ] {
+        // dpkg names the version that was there also where the package was removed, and its filter with it.
+        for version in ["", "0.1.0-1"] {
+            let host = Host::new("does-not-start", faults);
+            host.put(POLICY, "mine");
+            let output = host.package("postinst", &["configure", version]);
+            assert!(output.status.success(), "{output:?}");
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(stderr.contains(expected), "{stderr}");
+        }
+    }
+}
+
+#[test]
+fn purge_leaves_what_is_not_of_the_package() {
+    let host = Host::new("purge", &[]);
+    host.put(POLICY, "mine");
+    host.put("/etc/filter-agent/etcd.key", "key");
+    let output = host.package("postrm", &["purge"]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(host.files(), ["/etc/filter-agent/etcd.key"]);
 }
