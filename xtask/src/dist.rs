@@ -232,6 +232,8 @@ fn deb(profile: Profile, folder: &Path, revision: u32, epoch: &str) -> Result<Pa
 fn tarball(folder: &Path, files: &[Packaged], epoch: &str) -> Result<PathBuf> {
     let name = format!("filter-agent-{VERSION}-{}", std::env::consts::ARCH);
     let root = folder.join(&name);
+    // A file that an earlier run put there may be none of the packages' any more.
+    let _ = fs::remove_dir_all(&root);
     for file in files.iter().filter(|it| !it.is_of_debian()) {
         let name = file.source.file_name().context("name a file")?;
         let place = match file.document() {
