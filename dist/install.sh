@@ -38,7 +38,7 @@ documents=/usr/share/doc/filter-agent
 remove_unit_of_0_1_0() {
     old=/etc/systemd/system/filter-agent.service
     hash=e0684656408976c3a9580940664925b0665e8c7febbc5bba32e0462422eb1f95
-    [ -e "$old" ] || return 0
+    [ -f "$old" ] || return 0
     if [ "$(sha256sum <"$old")" = "$hash  -" ]; then
         rm "$old"
     else
