@@ -97,7 +97,7 @@ systemd-sysusers filter-agent.conf ||
     echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
 policy=/etc/filter-agent/policy.yaml
 # Where one is gone while its filter is in force, a new one would open the databases.
-if [ ! -e "$policy" ] && [ -z "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
+if [ ! -e "$policy" ] && [ ! -h "$policy" ] && [ -z "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
     place "$policy"
 fi
 remove_unit_of_0_1_0

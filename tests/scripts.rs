@@ -4,7 +4,7 @@
 use std::{
     env,
     fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{PermissionsExt as _, symlink},
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -465,6 +465,28 @@ fn no_installation_puts_another_policy_in_the_place_of_one() {
     }
     let manifest = fs::read_to_string(dist("../filter-agent/Cargo.toml")).unwrap();
     assert!(!manifest.contains("conf-files") && !manifest.contains("\"etc/"));
+}
+
+/// As to a mount that comes later, or of a tool that manages configuration.
+#[test]
+fn policy_that_is_a_link_to_nowhere_stays_one() {
+    let host = |of: &str| {
+        let host = Host::new(&format!("link-{of}"), &["no-bpffs"]);
+        host.put("/usr/share/filter-agent/policy.yaml", SHIPPED_POLICY);
+        let directory = host.directory.join("root/etc/filter-agent");
+        fs::create_dir_all(&directory).unwrap();
+        symlink("/nowhere/policy.yaml", directory.join("policy.yaml")).unwrap();
+        host
+    };
+    let deb = host("deb");
+    let tarball = host("tarball");
+    for (host, output) in [
+        (&deb, deb.package("postinst", &["configure", ""])),
+        (&tarball, tarball.install()),
+    ] {
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(host.policy(), "");
+    }
 }
 
 #[test]
