@@ -71,6 +71,8 @@ if [ "${1-}" = --remove ]; then
     exit 0
 fi
 
+is_first=yes
+[ ! -e /usr/sbin/filter-agent ] || is_first=
 # A new file takes the old one's place whole: the agent that runs keeps its own.
 install -D -m 755 "$here/filter-agent" /usr/sbin/filter-agent.new
 mv /usr/sbin/filter-agent.new /usr/sbin/filter-agent
@@ -80,6 +82,7 @@ place() {
         install -D -m 644 "$here/$(basename "$file")" "$file"
     done
 }
+install -D -m 644 "$here/etc-readme" /etc/filter-agent/README || true
 place "$units/filter-agent.service" "$units/filter-agent-status.socket" \
     /usr/share/man/man8/filter-agent.8 /usr/share/man/man5/policy.yaml.5 \
     /usr/share/zsh/site-functions/_filter-agent /usr/share/fish/vendor_completions.d/filter-agent.fish \
@@ -96,13 +99,14 @@ install -D -m 644 "$here/filter-agent.sysusers" /usr/lib/sysusers.d/filter-agent
 systemd-sysusers filter-agent.conf ||
     echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
 policy=/etc/filter-agent/policy.yaml
-# Where one is gone while its filter is in force, a new one would open the databases.
-if [ ! -e "$policy" ] && [ ! -h "$policy" ] && [ -z "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
-    place "$policy"
+# Where yours is gone, another would open the databases: only a first installation, with nothing enforced, has it.
+if [ -n "$is_first" ] && [ ! -e "$policy" ] && [ ! -h "$policy" ] &&
+    [ -z "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
+    place "$policy" || echo "install.sh: $policy is missing, and cannot be written: the service needs one" >&2
 fi
 remove_unit_of_0_1_0
-# Not `enable`: what enabled the unit of 0.1.0 leads to where that was.
-systemctl reenable filter-agent.service
+# By force: what enabled the unit of 0.1.0 leads to where that was.
+systemctl enable --force filter-agent.service
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl restart filter-agent.service

@@ -93,12 +93,13 @@ const GENERATED: [&str; 14] = [
 ];
 
 /// Other files of the tarball, from `dist`.
-const SHIPPED: [&str; 8] = [
+const SHIPPED: [&str; 9] = [
     "install.sh",
     "filter-agent.service",
     "filter-agent-status.socket",
     "filter-agent.sysusers",
     "policy.yaml",
+    "etc-readme",
     "database-needs-filter.conf",
     "monitoring/alerts.yaml",
     "monitoring/dashboard.json",
@@ -397,13 +398,14 @@ fn tarball_takes_the_place_of_0_1_0_and_of_no_administrators_unit() {
 #[test]
 fn tarball_is_installed_where_systemd_does_not_run() {
     let host = Host::new("install-chroot", &["no-systemd", "no-bpffs"]);
+    fs::remove_file(host.directory.join("sbin/filter-agent")).unwrap();
     let output = host.install();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(
         host.calls(),
         [
             "systemd-sysusers filter-agent.conf",
-            "systemctl reenable filter-agent.service"
+            "systemctl enable --force filter-agent.service"
         ]
     );
     assert_eq!(host.policy(), SHIPPED_POLICY);
@@ -428,7 +430,7 @@ fn state_directory_that_is_a_mount_does_not_keep_the_rest() {
     let output = host.uninstall();
     assert!(output.status.success(), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("removed;"));
-    let host = Host::new("mount-deb", &["state-is-a-mount"]);
+    let host = Host::new("mount-deb", &["state-is-a-mount", "no-bpffs"]);
     host.put(POLICY, "mine");
     let output = host.package("postrm", &["purge"]);
     assert!(output.status.success(), "{output:?}");
@@ -452,19 +454,29 @@ fn no_installation_puts_another_policy_in_the_place_of_one() {
             }
             host
         };
-        for version in ["", "0.1.0-1"] {
+        let expected_again = kept.unwrap_or_default();
+        for (version, expected) in [("", expected), ("0.1.0-1", expected_again)] {
             let host = host("deb");
             let output = host.package("postinst", &["configure", version]);
             assert!(output.status.success(), "{test}: {output:?}");
             assert_eq!(host.policy(), expected, "{test}, over {version:?}");
         }
-        let host = host("tarball");
-        let output = host.install();
-        assert!(output.status.success(), "{test}: {output:?}");
-        assert_eq!(host.policy(), expected, "{test}");
+        for (is_first, expected) in [(true, expected), (false, expected_again)] {
+            let host = host("tarball");
+            if is_first {
+                fs::remove_file(host.directory.join("sbin/filter-agent")).unwrap();
+            }
+            let output = host.install();
+            assert!(output.status.success(), "{test}: {output:?}");
+            assert_eq!(host.policy(), expected, "{test}, first: {is_first}");
+        }
     }
     let manifest = fs::read_to_string(dist("../filter-agent/Cargo.toml")).unwrap();
-    assert!(!manifest.contains("conf-files") && !manifest.contains("\"etc/"));
+    let below_etc: Vec<_> = manifest
+        .split('"')
+        .filter(|text| text.starts_with("etc/"))
+        .collect();
+    assert_eq!(below_etc, ["etc/filter-agent/README"]);
 }
 
 /// As to a mount that comes later, or of a tool that manages configuration.
@@ -480,6 +492,7 @@ fn policy_that_is_a_link_to_nowhere_stays_one() {
     };
     let deb = host("deb");
     let tarball = host("tarball");
+    fs::remove_file(tarball.directory.join("sbin/filter-agent")).unwrap();
     for (host, output) in [
         (&deb, deb.package("postinst", &["configure", ""])),
         (&tarball, tarball.install()),
@@ -491,13 +504,13 @@ fn policy_that_is_a_link_to_nowhere_stays_one() {
 
 #[test]
 fn package_begins_the_agent_of_a_tarball_anew_and_not_that_of_a_package() {
-    let stop = "deb-systemd-invoke stop filter-agent.service";
+    let restart = "deb-systemd-invoke restart filter-agent.service";
     for (version, expected) in [("", true), ("0.1.0-1", false)] {
         let host = Host::new(&format!("begins-{expected}"), &[]);
         let output = host.package("postinst", &["configure", version]);
         assert!(output.status.success(), "{output:?}");
-        let stops = host.calls().iter().any(|call| call == stop);
-        assert_eq!(stops, expected, "{version:?}");
+        let restarts = host.calls().iter().any(|call| call == restart);
+        assert_eq!(restarts, expected, "{version:?}");
         assert!(host.is_pinned());
     }
 }
@@ -525,10 +538,16 @@ fn service_that_does_not_start_is_told_of_with_what_the_kernel_enforces() {
 
 #[test]
 fn purge_leaves_what_is_not_of_the_package() {
-    let host = Host::new("purge", &[]);
-    host.put(POLICY, "mine");
-    host.put("/etc/filter-agent/etcd.key", "key");
-    let output = host.package("postrm", &["purge"]);
-    assert!(output.status.success(), "{output:?}");
-    assert_eq!(host.files(), ["/etc/filter-agent/etcd.key"]);
+    for (faults, expected) in [
+        (&["no-bpffs"][..], &["/etc/filter-agent/etcd.key"][..]),
+        // Pinned by an agent that was installed in another way after the removal.
+        (&[], &["/etc/filter-agent/etcd.key", POLICY]),
+    ] {
+        let host = Host::new("purge", faults);
+        host.put(POLICY, "mine");
+        host.put("/etc/filter-agent/etcd.key", "key");
+        let output = host.package("postrm", &["purge"]);
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(host.files(), expected);
+    }
 }

@@ -616,10 +616,10 @@ impl Scenario {
         // It would ask about changed ones at each upgrade, and a new policy opens the databases.
         let asked_about = self
             .machine
-            .command("dpkg-query --show --showformat '${Conffiles}' filter-agent")?;
+            .command("dpkg-query --show --showformat '${Conffiles}' filter-agent | grep policy")?;
         ensure!(
             asked_about.is_empty(),
-            "dpkg has configuration files of the package: {asked_about}"
+            "dpkg has the policy as a configuration file: {asked_about}"
         );
         // An agent that hangs keeps nothing in force either.
         let before = self.outside.answers()?;

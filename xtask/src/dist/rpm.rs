@@ -17,7 +17,7 @@ pub fn make(folder: &Path, files: &[Packaged], release: u32, epoch: &str) -> Res
     let staged = folder.join("staged");
     let _ = fs::remove_dir_all(&folder);
     let mut listed = String::from(
-        "%dir /usr/share/filter-agent\n%dir /usr/share/doc/filter-agent\n\
+        "%dir /etc/filter-agent\n%dir /usr/share/filter-agent\n%dir /usr/share/doc/filter-agent\n\
          %dir /usr/share/doc/filter-agent/docs\n%dir /usr/share/doc/filter-agent/examples\n",
     );
     for file in files.iter().filter(|it| !it.is_of_debian()) {
