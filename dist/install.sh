@@ -14,8 +14,12 @@ case "${1-}" in
 esac
 [ "$(id -u)" = 0 ] || refuse "run this as root"
 
-# A package's upgrade or removal would take away what is put over its files, and its purge the policy and what the agent
-# keeps, even where only the policy is left of it.
+is_pinned() {
+    [ -n "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]
+}
+
+# An upgrade or a removal of the package would replace or delete files of this installation, and a purge the policy and the
+# state, even of a package that is already removed.
 keep="copy /etc/filter-agent and /var/lib/filter-agent"
 again="which detaches the filter of an installed package, put the copies back, then run this again"
 if command -v dpkg-query >/dev/null; then
@@ -34,7 +38,7 @@ here=$(dirname "$0")
 units=/usr/lib/systemd/system
 documents=/usr/share/doc/filter-agent
 
-# Version 0.1.0 had its unit where administrators have theirs: it would take the new one's place.
+# Version 0.1.0 installed its unit among those of administrators, where it takes precedence over the new one.
 remove_unit_of_0_1_0() {
     old=/etc/systemd/system/filter-agent.service
     hash=e0684656408976c3a9580940664925b0665e8c7febbc5bba32e0462422eb1f95
@@ -53,7 +57,7 @@ if [ "${1-}" = --remove ]; then
         systemctl stop filter-agent.service || true
     fi
     timeout 60 /usr/sbin/filter-agent detach --yes || true
-    if [ -n "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
+    if is_pinned; then
         refuse "the filter is still pinned below /sys/fs/bpf/filter-agent: run \`systemctl stop filter-agent; rm -r /sys/fs/bpf/filter-agent\`, then $0 --remove again"
     fi
     systemctl disable filter-agent.service || true
@@ -99,13 +103,12 @@ install -D -m 644 "$here/filter-agent.sysusers" /usr/lib/sysusers.d/filter-agent
 systemd-sysusers filter-agent.conf ||
     echo "install.sh: there is no group filter-agent: only root can read the status of the filter" >&2
 policy=/etc/filter-agent/policy.yaml
-# Where yours is gone, another would open the databases: only a first installation, with nothing enforced, has it.
-if [ -n "$is_first" ] && [ ! -e "$policy" ] && [ ! -h "$policy" ] &&
-    [ -z "$(find /sys/fs/bpf/filter-agent -mindepth 1 2>/dev/null)" ]; then
+# The shipped policy guards nothing: an upgrade that copied it to a host whose policy is lost would open the databases.
+if [ -n "$is_first" ] && [ ! -e "$policy" ] && [ ! -h "$policy" ] && ! is_pinned; then
     place "$policy" || echo "install.sh: $policy is missing, and cannot be written: the service needs one" >&2
 fi
 remove_unit_of_0_1_0
-# By force: what enabled the unit of 0.1.0 leads to where that was.
+# By force: the link that enabled the unit of 0.1.0 leads to the former path.
 systemctl enable --force filter-agent.service
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload

@@ -11,8 +11,8 @@ use std::{
 
 use nix::unistd::geteuid;
 
-/// Stops the service: there is no agent any more.
-const STOP: &str = r#"#!/bin/sh
+/// Stops the agent, and reports the service as active unless it does not start.
+const SYSTEMCTL: &str = r#"#!/bin/sh
 echo "${0##*/} $*" >> "$HOST/calls"
 case "$*" in
 *stop*) rm -f "$HOST/running" ;;
@@ -28,12 +28,12 @@ rm -r /sys/fs/bpf/filter-agent
 [ ! -e "$HOST/running" ] || mkdir -p /sys/fs/bpf/filter-agent/v1
 "#;
 
-/// Writes down that it was called.
+/// Records the call.
 const CALLED: &str = r#"#!/bin/sh
 echo "${0##*/} $*" >> "$HOST/calls"
 "#;
 
-/// Says in what state the package is, if a file has it in its name.
+/// Prints the state of the package, which is in the name of a file.
 const DPKG_QUERY: &str = r#"#!/bin/sh
 [ ! -e "$HOST/dpkg-fails" ] || exit 2
 for state in "$HOST"/dpkg-*; do [ -e "$state" ] && echo "${state##*/dpkg-}" && exit; done
@@ -121,12 +121,12 @@ impl Host {
     /// `faults`: names of files that the stand-ins and `RUN` look for.
     fn new(test: &str, faults: &[&str]) -> Self {
         assert!(geteuid().is_root(), "this test mounts, which needs root");
-        let directory = env::temp_dir().join(format!("filter-tests-removal-{test}"));
+        let directory = env::temp_dir().join(format!("filter-tests-scripts-{test}"));
         let _ = fs::remove_dir_all(&directory);
         fs::create_dir_all(directory.join("sbin")).unwrap();
         for (name, text) in [
-            ("systemctl", STOP),
-            ("deb-systemd-invoke", STOP),
+            ("systemctl", SYSTEMCTL),
+            ("deb-systemd-invoke", SYSTEMCTL),
             ("filter-agent", DETACH),
             ("systemd-sysusers", CALLED),
             ("journalctl", CALLED),
@@ -141,6 +141,12 @@ impl Host {
             fs::write(directory.join(file), "").unwrap();
         }
         Self { directory }
+    }
+
+    /// A host on which the agent was never installed.
+    fn without_agent(self) -> Self {
+        fs::remove_file(self.directory.join("sbin/filter-agent")).unwrap();
+        self
     }
 
     fn run(&self, script: &Path, arguments: &[&str]) -> Output {
@@ -200,7 +206,7 @@ impl Host {
         text.lines().map(str::to_owned).collect()
     }
 
-    /// What the script left as the policy.
+    /// Text of the policy file after the script.
     fn policy(&self) -> String {
         fs::read_to_string(self.directory.join("policy")).unwrap()
     }
@@ -397,8 +403,7 @@ fn tarball_takes_the_place_of_0_1_0_and_of_no_administrators_unit() {
 /// As in an image that is being built: the service is enabled, for its first boot.
 #[test]
 fn tarball_is_installed_where_systemd_does_not_run() {
-    let host = Host::new("install-chroot", &["no-systemd", "no-bpffs"]);
-    fs::remove_file(host.directory.join("sbin/filter-agent")).unwrap();
+    let host = Host::new("install-chroot", &["no-systemd", "no-bpffs"]).without_agent();
     let output = host.install();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(
@@ -463,9 +468,7 @@ fn no_installation_puts_another_policy_in_the_place_of_one() {
         }
         for (is_first, expected) in [(true, expected), (false, expected_again)] {
             let host = host("tarball");
-            if is_first {
-                fs::remove_file(host.directory.join("sbin/filter-agent")).unwrap();
-            }
+            let host = if is_first { host.without_agent() } else { host };
             let output = host.install();
             assert!(output.status.success(), "{test}: {output:?}");
             assert_eq!(host.policy(), expected, "{test}, first: {is_first}");
@@ -491,8 +494,7 @@ fn policy_that_is_a_link_to_nowhere_stays_one() {
         host
     };
     let deb = host("deb");
-    let tarball = host("tarball");
-    fs::remove_file(tarball.directory.join("sbin/filter-agent")).unwrap();
+    let tarball = host("tarball").without_agent();
     for (host, output) in [
         (&deb, deb.package("postinst", &["configure", ""])),
         (&tarball, tarball.install()),
@@ -516,7 +518,7 @@ fn package_begins_the_agent_of_a_tarball_anew_and_not_that_of_a_package() {
 }
 
 #[test]
-fn service_that_does_not_start_is_told_of_with_what_the_kernel_enforces() {
+fn failed_start_is_reported_with_what_the_kernel_enforces() {
     for (faults, expected) in [
         (
             &["does-not-start"][..],
@@ -524,7 +526,7 @@ fn service_that_does_not_start_is_told_of_with_what_the_kernel_enforces() {
         ),
         (&["does-not-start", "no-bpffs"], "and nothing is filtered"),
     ] {
-        // dpkg names the version that was there also where the package was removed, and its filter with it.
+        // dpkg passes the earlier version also after a removal, which detached the filter.
         for version in ["", "0.1.0-1"] {
             let host = Host::new("does-not-start", faults);
             host.put(POLICY, "mine");

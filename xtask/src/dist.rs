@@ -64,7 +64,6 @@ pub fn make(profile: Profile) -> Result<Packages> {
         build.env("CARGO_ENCODED_RUSTFLAGS", remapped()?);
     }
     run(&mut build)?;
-    let _ = fs::remove_dir_all(FOLDER);
     let made = package(profile, FOLDER, 1)?;
     let again = package(profile, "target/dist-again", 1)?;
     for (one, other) in [
@@ -104,9 +103,11 @@ fn remapped() -> Result<String> {
     Ok(flags.join("\x1f"))
 }
 
-/// Packages what is built. `revision`: of the packaging.
+/// Packages what is built, and removes everything else from `folder`. `revision`: of the packaging.
 pub fn package(profile: Profile, folder: &str, revision: u32) -> Result<Packages> {
     let folder = Path::new(folder);
+    // An earlier run may have left a file that is no longer packaged.
+    let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
     let mut log = Command::new("git");
     let epoch = output(log.args(["log", "-1", "--format=%ct"]))
@@ -219,7 +220,7 @@ fn deb(profile: Profile, folder: &Path, revision: u32, epoch: &str) -> Result<Pa
     deb.arg(folder);
     deb.args(["--deb-version", &format!("{VERSION}-{revision}")]);
     if let Profile::Dev = profile {
-        // Nobody downloads it, and the test command makes three.
+        // Nobody downloads this one, and the test command makes three.
         deb.arg("--fast");
     }
     let path = output(&mut deb)?;
@@ -232,8 +233,6 @@ fn deb(profile: Profile, folder: &Path, revision: u32, epoch: &str) -> Result<Pa
 fn tarball(folder: &Path, files: &[Packaged], epoch: &str) -> Result<PathBuf> {
     let name = format!("filter-agent-{VERSION}-{}", std::env::consts::ARCH);
     let root = folder.join(&name);
-    // A file that an earlier run put there may be none of the packages' any more.
-    let _ = fs::remove_dir_all(&root);
     for file in files.iter().filter(|it| !it.is_of_debian()) {
         let name = file.source.file_name().context("name a file")?;
         let place = match file.document() {

@@ -29,7 +29,7 @@ pub const KERNELS: [&str; 2] = ["6.1", "6.12"];
 /// At most, as `systemd-analyze security` sees the unit: 0 is the safest, 10 the least safe.
 const EXPOSURE: f32 = 2.0;
 
-/// What systemd says of the service, and of the socket for readers.
+/// Commands that print the state of the service, and of the socket for readers.
 const ACTIVE: &str = "systemctl is-active filter-agent";
 const SOCKET_ACTIVE: &str = "systemctl is-active filter-agent-status.socket";
 
@@ -154,7 +154,7 @@ fn wait_until_serves(guest: Ipv4Addr) -> Result<()> {
         .with_context(|| format!("serve the guest {guest}, which a temporary rule allows"))
 }
 
-/// Prints the last line that this user reads of the rules.
+/// Command that prints the last line of the rules, as this user reads them.
 fn rules_as(user: &str) -> String {
     format!("setpriv --reuid={user} --regid={user} --init-groups filter-agent rules 2>&1 | tail -1")
 }
@@ -444,36 +444,22 @@ impl Scenario {
         self.wait_for_command(SOCKET_ACTIVE, "active")?;
         self.machine
             .command("useradd watcher; useradd stranger; usermod -aG filter-agent watcher")?;
-        let member = self.machine.command(&rules_as("watcher"))?;
-        ensure!(
-            member.starts_with("orders "),
-            "a member of the group reads: {member}"
-        );
+        self.member_reads()?;
         let stranger = self.machine.command(&rules_as("stranger"))?;
         ensure!(
             stranger.contains("members of the group filter-agent"),
             "another user reads: {stranger}"
         );
-        // Stopped, it is not started again by a reader.
         self.machine.command("systemctl stop filter-agent")?;
-        let refused = self.machine.command(&rules_as("watcher"))?;
-        ensure!(
-            refused.contains("no agent answers"),
-            "of a stopped agent a member reads: {refused}"
-        );
-        self.wait_for_command(ACTIVE, "inactive")?;
-        // Its end by itself takes the socket away as well, and neither keeps the other from coming back.
+        self.reader_starts_no_agent()?;
+        // systemd stops the socket with each of these agents, and starts both again.
         self.machine.command(
             "systemctl start filter-agent
              for i in $(seq 7); do systemctl kill -s KILL filter-agent; sleep 2; done",
         )?;
         self.wait_for_command(ACTIVE, "active")?;
         self.wait_for_command(SOCKET_ACTIVE, "active")?;
-        let member = self.machine.command(&rules_as("watcher"))?;
-        ensure!(
-            member.starts_with("orders "),
-            "after the agent was killed a member of the group reads: {member}"
-        );
+        self.member_reads()?;
         self.machine.command(
             "systemctl stop filter-agent
              gpasswd -d watcher filter-agent; groupdel filter-agent; systemctl start filter-agent",
@@ -487,22 +473,37 @@ impl Scenario {
         self.wait_for_command(ACTIVE, "active")
     }
 
-    /// A reader of the status does not start an agent that ended because somebody detached the filter: it would close what was opened.
+    /// A member of the group reads the rules.
+    fn member_reads(&mut self) -> Result<()> {
+        let member = self.machine.command(&rules_as("watcher"))?;
+        ensure!(
+            member.starts_with("orders "),
+            "a member of the group reads: {member}"
+        );
+        Ok(())
+    }
+
+    /// A reader of the status does not start an agent that has ended.
+    fn reader_starts_no_agent(&mut self) -> Result<()> {
+        self.wait_for_command(ACTIVE, "inactive")?;
+        self.wait_for_command(SOCKET_ACTIVE, "inactive")?;
+        let refused = self.machine.command(&rules_as("watcher"))?;
+        ensure!(
+            refused.contains("no agent answers"),
+            "where no agent runs a member reads: {refused}"
+        );
+        self.machine.command("sleep 2")?;
+        self.wait_for_command(ACTIVE, "inactive")
+    }
+
+    /// A reader does not attach the filter again that an administrator detached.
     fn detached_stays_detached(&mut self) -> Result<()> {
         let detached = self.machine.command(
             "usermod -aG filter-agent watcher
              filter-agent detach --yes 2>&1 && echo detached",
         )?;
         ensure!(detached.ends_with("detached"), "detach says: {detached}");
-        self.wait_for_command(ACTIVE, "inactive")?;
-        self.wait_for_command(SOCKET_ACTIVE, "inactive")?;
-        let refused = self.machine.command(&rules_as("watcher"))?;
-        ensure!(
-            refused.contains("no agent answers"),
-            "after a detach a member reads: {refused}"
-        );
-        self.machine.command("sleep 2")?;
-        self.wait_for_command(ACTIVE, "inactive")?;
+        self.reader_starts_no_agent()?;
         self.machine.command("systemctl start filter-agent")?;
         self.wait_for_command(SOCKET_ACTIVE, "active")?;
         self.wait_until_up()
@@ -613,7 +614,7 @@ impl Scenario {
 
     /// Removal leaves no trace in the kernel, and purging none on disk.
     fn remove_the_package(&mut self) -> Result<()> {
-        // It would ask about changed ones at each upgrade, and a new policy opens the databases.
+        // dpkg would ask at an upgrade which policy to keep, and the shipped one opens the databases.
         let asked_about = self
             .machine
             .command("dpkg-query --show --showformat '${Conffiles}' filter-agent | grep policy")?;

@@ -15,7 +15,6 @@ pub fn make(folder: &Path, files: &[Packaged], release: u32, epoch: &str) -> Res
         .context("find the workspace")?
         .join(folder);
     let staged = folder.join("staged");
-    let _ = fs::remove_dir_all(&folder);
     let mut listed = String::from(
         "%dir /etc/filter-agent\n%dir /usr/share/filter-agent\n%dir /usr/share/doc/filter-agent\n\
          %dir /usr/share/doc/filter-agent/docs\n%dir /usr/share/doc/filter-agent/examples\n",
